@@ -1,0 +1,42 @@
+"""peftkit: parameter-efficient fine-tuning from one short recipe.
+
+    import peftkit
+    summary = peftkit.finetune("recipes/quickstart.yaml")
+
+Every public function is imported on first use, so that `import peftkit` costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# The libraries underneath report usage unless told not to, before they are imported.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+if TYPE_CHECKING:
+    from peftkit.api import finetune, generate, load_recipe, make_plan, resume_run, summarize_run
+    from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
+
+_API = ("finetune", "generate", "load_recipe", "make_plan", "resume_run", "summarize_run")
+_ERRORS = ("Interrupted", "PeftkitError", "Problem", "UserError")
+__all__ = [
+    "Interrupted", "PeftkitError", "Problem", "UserError", "finetune", "generate", "load_recipe", "make_plan",
+    "resume_run", "summarize_run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _API:
+        return getattr(import_module("peftkit.api"), name)
+    if name in _ERRORS:
+        return getattr(import_module("peftkit.errors"), name)
+    raise AttributeError(f"module 'peftkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_API, *_ERRORS])

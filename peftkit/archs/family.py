@@ -1,0 +1,97 @@
+"""The vocabulary in which a model family is described."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer that stands in every block. `d_in` and `d_out` name entries of `Dims`, joined by '+'."""
+
+    name: str
+    role: str
+    d_in: str
+    d_out: str
+    bias: bool | str = False  # or the key of config.json that decides
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: the only place that knows its names.
+
+    `config_keys` maps our names of sizes to the keys of this family's config.json where they differ from
+    the usual ones. `norms_per_block` counts norm weights of the hidden size in each block.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    block: str  # path of block i, for example "model.layers.{i}"
+    linears: tuple[Linear, ...]
+    ia3_targets: tuple[str, ...]
+    ia3_feedforward: tuple[str, ...]
+    embeddings: str = "embed_tokens"
+    head: str = "lm_head"
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    final_norm: str = "norm"
+    norm_bias: bool = False
+    qk_norm: bool = False
+    head_bias: bool = False
+    learned_positions: bool = False
+    tied_by_default: bool = False
+    config_keys: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        """Role -> module names, in block order."""
+        found: dict[str, tuple[str, ...]] = {}
+        for linear in self.linears:
+            found[linear.role] = (*found.get(linear.role, ()), linear.name)
+        return found
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of a model. `q` and `kv` are heads x head size for queries and for keys or values."""
+
+    num_layers: int
+    hidden: int
+    q: int
+    kv: int
+    ffn: int
+    vocab: int
+    head_dim: int
+    positions: int
+
+    def width(self, expression: str) -> int:
+        """'q+kv+kv' -> the sum of those sizes."""
+        return sum(int(getattr(self, name)) for name in expression.split("+"))
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of a concrete model: its full name, the role it plays, its sizes."""
+
+    name: str
+    role: str
+    d_in: int
+    d_out: int
+    bias: bool = False
+
+    @property
+    def num_parameters(self) -> int:
+        return self.d_in * self.d_out + (self.d_out if self.bias else 0)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a plan needs to know of a model before any tensor is loaded."""
+
+    family: str
+    model_type: str
+    dims: Dims
+    modules: tuple[Module, ...]  # linear layers inside the blocks
+    num_parameters: int
+    tied_embeddings: bool
+    source: str

@@ -1,0 +1,93 @@
+"""The command line: a table of commands. It parses, calls the API, prints; it decides nothing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from peftkit import __version__
+
+Handler = Callable[[argparse.Namespace], int]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: how it is called, what it does, which function of `cli.commands` runs it."""
+
+    name: str
+    help: str
+    arguments: tuple[tuple[tuple[str, ...], dict[str, object]], ...]
+
+
+def _arg(*names: str, **options: object) -> tuple[tuple[str, ...], dict[str, object]]:
+    return names, options
+
+
+_RECIPE = _arg("recipe", metavar="RECIPE", help="recipe file, or the name of a shipped recipe")
+_OVERRIDES = _arg("overrides", metavar="key=value", nargs="*", help="dotted keys, values as in YAML")
+
+COMMANDS: tuple[Command, ...] = (
+    Command("finetune", "resolve, check and train a recipe", (
+        _RECIPE, _OVERRIDES,
+        _arg("--out", metavar="DIR", help="run directory (default: runs/NAME)"),
+        _arg("--dry-run", action="store_true", help="print every decision and where it came from; train nothing"),
+    )),
+    Command("resume", "go on with an interrupted run", (_arg("run", metavar="RUN"),)),
+    Command("generate", "ask the model of a finished run", (
+        _arg("run", metavar="RUN"), _arg("prompts", metavar="PROMPT", nargs="+"),
+        _arg("--max-new-tokens", metavar="N", type=int, default=128),
+    )),
+    Command("recipes", "list, show or start recipes", (
+        _arg("action", choices=("list", "show", "new")),
+        _arg("names", nargs="*", metavar="NAME", help="show: a shipped recipe; new: MODEL METHOD"),
+    )),
+    Command("schema", "print the JSON Schema of a recipe, for editors", ()),
+    Command("env", "print versions and the device", (_arg("--json", action="store_true"),)),
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="peftkit", description="Parameter-efficient fine-tuning from one short recipe.",
+        epilog="Exit codes: 0 done, 2 yours to mend, 1 our fault, 130 and 143 interrupted (resumable).",
+    )
+    parser.add_argument("--version", action="version", version=f"peftkit {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = commands.add_parser(command.name, help=command.help, description=f"{command.help}.")
+        for names, options in command.arguments:
+            sub.add_argument(*names, **options)  # type: ignore[arg-type]
+    return parser
+
+
+def _quiet_libraries() -> None:
+    """The libraries' own chatter would tear the display; what matters of it, peftkit says itself."""
+    for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("TOKENIZERS_PARALLELISM", "false"),
+                        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("DATASETS_VERBOSITY", "error")):
+        os.environ.setdefault(name, value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    _quiet_libraries()
+    from peftkit.cli import commands
+    from peftkit.errors import Interrupted, UserError
+
+    try:
+        return int(getattr(commands, arguments.command)(arguments))
+    except UserError as error:
+        commands.tell_problems(error)
+        return error.exit_code
+    except Interrupted as error:
+        print(f"peftkit: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("peftkit: interrupted; nothing was lost", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0

@@ -1,0 +1,113 @@
+"""One function per command: call the API, print. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from peftkit.errors import Problem, UserError
+
+
+def tell_problems(error: UserError) -> None:
+    """All problems of an error, numbered where there are several."""
+    count = len(error.problems)
+    print(f"peftkit: {count} problem{'s' if count > 1 else ''} to mend", file=sys.stderr)
+    for problem in error.problems:
+        print(f"  {problem.where}", file=sys.stderr)
+        print(f"    got       {problem.got}", file=sys.stderr)
+        print(f"    expected  {problem.expected}", file=sys.stderr)
+        if problem.fix:
+            print(f"    fix       {problem.fix}", file=sys.stderr)
+
+
+def finetune(arguments: argparse.Namespace) -> int:
+    """Train, or with --dry-run print the decisions."""
+    from peftkit import api
+
+    loaded = api.load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.dry_run:
+        from peftkit.cli.tables import print_plan
+
+        print_plan(api.make_plan(loaded))
+        return 0
+    from peftkit.cli.display import open_display
+    from peftkit.cli.tables import print_summary
+
+    with open_display() as display:
+        summary = api.finetune(loaded, out=arguments.out, observer=display.show)
+    print_summary(summary)
+    return 0
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    """Go on with a run."""
+    from peftkit import api
+    from peftkit.cli.display import open_display
+    from peftkit.cli.tables import print_summary
+
+    with open_display() as display:
+        summary = api.resume_run(arguments.run, observer=display.show)
+    print_summary(summary)
+    return 0
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Print one answer per prompt."""
+    from peftkit import api
+    from peftkit.cli.display import quiet_loggers
+
+    quiet_loggers()
+    for text in api.generate(arguments.run, arguments.prompts, max_new_tokens=arguments.max_new_tokens):
+        print(text)
+    return 0
+
+
+def recipes(arguments: argparse.Namespace) -> int:
+    """List, show, or write a new recipe to stdout."""
+    from peftkit.recipe.shipped import list_shipped, new_recipe, show_shipped
+
+    names = arguments.names
+    wanted = {"list": 0, "show": 1, "new": 2}[arguments.action]
+    if len(names) != wanted:
+        usage = {"list": "list", "show": "show NAME", "new": "new MODEL METHOD"}[arguments.action]
+        raise UserError(Problem("command line", f"{len(names)} names", f"peftkit recipes {usage}"))
+    if arguments.action == "list":
+        for recipe in list_shipped():
+            print(f"{recipe.name:<18} {recipe.title}")
+    elif arguments.action == "show":
+        print(show_shipped(names[0]), end="")
+    else:
+        from peftkit.errors import did_you_mean
+        from peftkit.methods import METHODS
+
+        if names[1] not in METHODS:
+            raise UserError(Problem("command line", repr(names[1]), "a method", did_you_mean(names[1], list(METHODS))))
+        print(new_recipe(names[0], names[1]), end="")
+    return 0
+
+
+def schema(arguments: argparse.Namespace) -> int:
+    """Print the JSON Schema of recipes."""
+    from peftkit.recipe.json_schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+    return 0
+
+
+def env(arguments: argparse.Namespace) -> int:
+    """Print versions and the device."""
+    from dataclasses import asdict
+
+    from peftkit.model.hardware import detect_device_light
+    from peftkit.run.environment import versions
+
+    found = {"versions": versions(), "device": asdict(detect_device_light())}
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for section, values in found.items():
+        print(section)
+        for name, value in values.items():
+            print(f"  {name:<18} {'not installed' if value is None else value}")
+    return 0

@@ -1,0 +1,132 @@
+"""Progress on stderr: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from peftkit.units import show_bytes, show_count, show_percent
+
+_PHASES = {"base": "base", "data": "reading", "model": "loading", "metric": "measuring", "publish": "writing"}
+_PLAIN_SECONDS = 5.0
+
+
+class Display(Protocol):
+    """Shows events as they come."""
+
+    def show(self, event: dict[str, Any]) -> None: ...
+
+
+def quiet_loggers() -> None:
+    """Silence library chatter that would tear the display."""
+    for name in ("bitsandbytes", "peft", "transformers", "trl", "torch", "accelerate", "kernels"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def _sentence(event: dict[str, Any]) -> str | None:
+    """An event in words, or None where it has no line of its own."""
+    kind = event["event"]
+    if kind == "phase":
+        return f"{_PHASES.get(event['name'], event['name'])}: {event['detail']}"
+    if kind == "data":
+        dropped = f", {event['num_dropped']} rows too long were dropped" if event["num_dropped"] else ""
+        cut = f", {event['num_cut']} rows were cut" if event["num_cut"] else ""
+        default = "; the base has no chat template, the default one is used" if event["default_template"] else ""
+        return (f"data: {show_count(event['num_train'])} rows to train on, {show_count(event['num_eval'])} held out, "
+                f"{show_count(event['num_tokens'])} tokens, {show_count(event['num_learnt'])} learnt "
+                f"({show_percent(event['num_learnt'] / max(1, event['num_tokens']))}){dropped}{cut}{default}")
+    if kind == "parameters":
+        roles = ", ".join(f"{role} {show_count(n)}" for role, n in event["by_role"].items())
+        line = (f"trainable: {show_count(event['num_trainable'])} of {show_count(event['num_total'])} "
+                f"({show_percent(event['num_trainable'] / event['num_total'])}): {roles}")
+        planned = event["num_planned"]
+        odd = planned is not None and planned != event["num_trainable"]
+        return f"{line}; the plan said {show_count(planned)}" if odd else line
+    if kind == "metric":
+        return f"{event['name']} {event['when']}: {event['value']:.2f} on {event['num_examples']} held out"
+    if kind == "eval":
+        best = ", the best so far" if event["best"] else ""
+        return f"step {event['step']}: evaluation loss {event['loss']:.4f}{best}"
+    texts = {"resume": "going on from step {step}", "early_stop": "step {step}: stopped early, no gain in {patience} "
+             "evaluations", "interrupted": "step {step}: stopped by a signal", "warning": "warning: {text}"}
+    return texts[kind].format(**event) if kind in texts else None
+
+
+def _memory(event: dict[str, Any]) -> str:
+    memory = event.get("memory", {})
+    return show_bytes(memory.get("allocated_bytes", memory.get("resident_bytes", 0)))
+
+
+class PlainDisplay:
+    """Lines for logs and pipes: every sentence, and a step line every few seconds."""
+
+    def __init__(self) -> None:
+        self.last_line = 0.0
+        self.num_steps = 0
+
+    def show(self, event: dict[str, Any]) -> None:
+        if event["event"] == "train_begin":
+            self.num_steps = event["num_steps"]
+        if event["event"] == "step":
+            due = time.monotonic() - self.last_line >= _PLAIN_SECONDS
+            if due or event["step"] in {1, self.num_steps}:
+                self.last_line = time.monotonic()
+                rate = event["tokens_per_second"]
+                left = (self.num_steps - event["step"]) * event["step_seconds"]
+                print(f"step {event['step']}/{self.num_steps}: loss {event['loss']:.4f}, "
+                      f"{rate or 0:,.0f} tokens/s, learning rate {event['learning_rate']:.2e}, "
+                      f"memory {_memory(event)}, {left:.0f} s left", file=sys.stderr, flush=True)
+            return
+        line = _sentence(event)
+        if line:
+            print(line, file=sys.stderr, flush=True)
+
+
+class LiveDisplay:
+    """One live line with a bar; sentences scroll above it."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(), console=console, transient=True,
+        )
+        self.task: Any = None
+
+    def show(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "train_begin":
+            self.task = self.progress.add_task("training", total=event["num_steps"], completed=event["step"],
+                                               numbers="")
+        elif kind == "step" and self.task is not None:
+            rate = event["tokens_per_second"]
+            numbers = (f"loss {event['loss']:.3f}  {rate or 0:,.0f} tok/s  lr {event['learning_rate']:.1e}  "
+                       f"{_memory(event)}")
+            self.progress.update(self.task, completed=event["step"], numbers=numbers)
+        line = _sentence(event)
+        if line:
+            self.progress.console.print(line, highlight=False)
+        if kind == "phase" and event["name"] == "publish" and self.task is not None:
+            self.progress.remove_task(self.task)
+            self.task = None
+
+
+@contextmanager
+def open_display() -> Iterator[Display]:
+    """The display that suits stderr."""
+    quiet_loggers()
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield PlainDisplay()
+        return
+    live = LiveDisplay(console)
+    with live.progress:
+        yield live

@@ -1,0 +1,68 @@
+"""Tokens and labels: which tokens count in the loss, decided by position in the text, never by token id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftkit.data.template import Rendered, Span, adds_bos
+
+IGNORED = -100  # torch's cross entropy leaves these labels out
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """One example as ids and labels of equal length."""
+
+    input_ids: list[int]
+    labels: list[int]
+    where: str
+
+    @property
+    def num_learnt(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+
+def _learnt_spans(rendered: Rendered, mask: str) -> tuple[Span, ...]:
+    if mask == "all":
+        return (Span(0, len(rendered.text)),)
+    return rendered.answers[-1:] if mask == "last-turn" else rendered.answers
+
+
+def _without_tail(learnt: list[int], ids: Sequence[int], offsets: Sequence[tuple[int, int]], text: str,
+                  special: frozenset[int]) -> list[int]:
+    """Drop blanks that the template puts after the end-of-turn token: the model stops before them."""
+    kept = list(learnt)
+    while kept and ids[kept[-1]] not in special and not text[slice(*offsets[kept[-1]])].strip():
+        kept.pop()
+    return kept if kept and ids[kept[-1]] in special else learnt
+
+
+def tokenize(batch: Sequence[Rendered], tokenizer: Any, *, mask: str) -> list[Tokenized]:
+    """Ids and labels of rendered examples.
+
+    A token is learnt where its characters overlap an answer span. Each answer ends in an end-of-turn or end
+    token that is learnt too; where the text brings none, the tokenizer's end token is added.
+    """
+    encoded = tokenizer([r.text for r in batch], add_special_tokens=False, return_offsets_mapping=True)
+    special = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
+    bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    found = []
+    for rendered, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        labels = [IGNORED] * len(ids)
+        for span in _learnt_spans(rendered, mask):
+            inside = [i for i, (start, end) in enumerate(offsets) if end > span.start and start < span.end]
+            if mask != "all":
+                inside = _without_tail(inside, ids, offsets, rendered.text, special)
+            for i in inside:
+                labels[i] = ids[i]
+        ids = list(ids)
+        last = next((i for i in reversed(range(len(ids))) if labels[i] != IGNORED), None)
+        if last is not None and not any(ids[i] in special for i in range(last, len(ids))):
+            ids.append(tokenizer.eos_token_id)
+            labels.append(tokenizer.eos_token_id)
+        if bos and ids[:1] != bos:
+            ids, labels = [*bos, *ids], [IGNORED, *labels]
+        found.append(Tokenized(ids, labels, rendered.where))
+    return found

@@ -1,0 +1,130 @@
+"""From rows to tokenized training and evaluation sets, with a ledger of every row."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftkit.data.formats import Example, detect, rename, to_examples
+from peftkit.data.mask import Tokenized, tokenize
+from peftkit.data.read import Row, read_rows
+from peftkit.data.template import ensure_template, render
+from peftkit.errors import Problem, UserError
+from peftkit.plan.plan import DataPlan
+from peftkit.recipe.paths import is_data_path
+
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows brought to one shape and split, before any tokenizer is at hand."""
+
+    train: tuple[Example, ...]
+    eval: tuple[Example, ...]
+    format: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenized sets and what became of the rows."""
+
+    train: tuple[Tokenized, ...]
+    eval: tuple[Tokenized, ...]
+    eval_examples: tuple[Example, ...]
+    num_dropped: int
+    num_cut: int
+    default_template: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.input_ids) for row in self.train)
+
+    @property
+    def num_learnt(self) -> int:
+        return sum(row.num_learnt for row in self.train)
+
+
+def split_share(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(train, held out). Examples with the same input stay on one side; at least one is held out of two."""
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.key, []).append(example)
+    keys = sorted(groups)
+    random.Random(seed).shuffle(keys)
+    wanted = max(1, round(len(examples) * share)) if len(keys) > 1 and share > 0 else 0
+    held: set[str] = set()
+    count = 0
+    for key in keys[:-1]:
+        if count >= wanted:
+            break
+        held.add(key)
+        count += len(groups[key])
+    return ([e for e in examples if e.key not in held], [e for e in examples if e.key in held])
+
+
+def read_examples(sources: Sequence[str], eval_source: str | float | None, *, wanted_format: str,
+                  columns: dict[str, str], seed: int, where: str) -> Examples:
+    """Read, detect the format, and split. Raises UserError with file and line for what does not fit."""
+
+    def examples_of(rows: list[Row], name: str) -> list[Example]:
+        return to_examples(rows, name)
+
+    rows = rename(read_rows(sources, where=f"{where} data.train"), columns)
+    name = detect(rows) if wanted_format == "auto" else wanted_format
+    train = examples_of(rows, name)
+    if isinstance(eval_source, str):
+        is_file = is_data_path(eval_source)
+        held_rows = read_rows([eval_source] if is_file else sources, where=f"{where} data.eval",
+                              split="train" if is_file else eval_source)
+        return Examples(tuple(train), tuple(examples_of(rename(held_rows, columns), name)), name)
+    kept, held = split_share(train, eval_source or 0.0, seed)
+    return Examples(tuple(kept), tuple(held), name)
+
+
+def _fit(rows: list[Tokenized], plan: DataPlan) -> tuple[list[Tokenized], int, int]:
+    """(rows that fit, dropped, cut) under the truncation policy. Never silent: both counts are reported."""
+    long = [row for row in rows if len(row.input_ids) > plan.max_length]
+    if not long:
+        return rows, 0, 0
+    if plan.truncation == "error":
+        raise UserError([Problem(row.where, f"{len(row.input_ids)} tokens", f"at most {plan.max_length}",
+                                 "raise train.max_length or set data.truncation: drop") for row in long[:20]])
+    if plan.truncation == "drop":
+        return [row for row in rows if len(row.input_ids) <= plan.max_length], len(long), 0
+    cut = [Tokenized(row.input_ids[-plan.max_length:], row.labels[-plan.max_length:], row.where) for row in rows]
+    return cut, 0, len(long)
+
+
+def _tokenized(examples: Sequence[Example], tokenizer: Any, plan: DataPlan) -> list[Tokenized]:
+    rows: list[Tokenized] = []
+    for start in range(0, len(examples), _CHUNK):
+        rendered = [render(example, tokenizer) for example in examples[start : start + _CHUNK]]
+        rows.extend(tokenize(rendered, tokenizer, mask=plan.mask))
+    return rows
+
+
+def prepare(examples: Examples, tokenizer: Any, plan: DataPlan) -> Prepared:
+    """Render, tokenize, mask and fit. Raises UserError where no row is left to learn from."""
+    chats = any(example.messages for example in (*examples.train[:1], *examples.eval[:1]))
+    default_template = chats and ensure_template(tokenizer)
+    raw = _tokenized(examples.train, tokenizer, plan)
+    train, dropped, cut = _fit(raw, plan)
+    if not train:
+        longest, shortest = max(len(r.input_ids) for r in raw), min(len(r.input_ids) for r in raw)
+        raise UserError(Problem("train.max_length", f"{plan.max_length}, and all {len(raw)} rows are longer",
+                                f"room for rows of {shortest} to {longest} tokens",
+                                f"set train.max_length: {longest}"))
+    silent = [row for row in train if row.num_learnt == 0]
+    if silent:
+        raise UserError([Problem(row.where, "a row in which no token is learnt", "an answer to learn",
+                                 "see data.mask and data.truncation") for row in silent[:20]])
+    held = list(zip(examples.eval, _tokenized(examples.eval, tokenizer, plan), strict=True))
+    fitting = [(example, row) for example, row in held if len(row.input_ids) <= plan.max_length]
+    return Prepared(
+        train=tuple(train), eval=tuple(row for _, row in fitting),
+        eval_examples=tuple(example for example, _ in fitting), num_dropped=dropped + len(held) - len(fitting),
+        num_cut=cut, default_template=default_template,
+    )

@@ -1,0 +1,58 @@
+"""What went wrong, told so that it can be mended: where, got, expected, fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to mend. `where` names file, line and key as far as they are known."""
+
+    where: str
+    got: str
+    expected: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: got {self.got}, expected {self.expected}"
+        return f"{text}; {self.fix}" if self.fix else text
+
+
+class PeftkitError(Exception):
+    """Base of all errors that peftkit raises on purpose; `exit_code` is what the CLI ends with."""
+
+    exit_code = 1
+
+
+class UserError(PeftkitError):
+    """The user's to mend. Carries every problem that was found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class Interrupted(PeftkitError):
+    """Stopped by a signal at a safe point. `exit_code` is 130 (SIGINT) or 143 (SIGTERM)."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)
+
+
+def nearest(word: str, candidates: Sequence[str], *, count: int = 1) -> list[str]:
+    """The candidates most like `word`, best first; empty where nothing is alike."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    found = get_close_matches(word.lower(), by_lower, n=count, cutoff=0.6)
+    return [by_lower[name] for name in found]
+
+
+def did_you_mean(word: str, candidates: Sequence[str]) -> str:
+    """A sentence that suggests the nearest candidate, or lists all of them."""
+    close = nearest(word, candidates)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(candidates))}"

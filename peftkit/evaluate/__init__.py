@@ -1,0 +1,1 @@
+"""Losses, metrics and generation: used by training, and later by shipping and serving."""

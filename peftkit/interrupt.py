@@ -1,0 +1,55 @@
+"""Ctrl-C and SIGTERM as a flag that long work polls at its safe points.
+
+The first signal asks; the work finishes its step, commits, and raises `Interrupted`.
+A second signal exits at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from peftkit.errors import Interrupted
+
+_received: int | None = None
+
+
+def requested() -> bool:
+    """Whether a signal has asked this process to stop."""
+    return _received is not None
+
+
+def stop_if_requested(message: str = "interrupted") -> None:
+    """Raise `Interrupted` if a signal has come. Call it where stopping loses nothing."""
+    if _received is not None:
+        raise Interrupted(message, exit_code=128 + _received)
+
+
+def _note(signum: int, frame: FrameType | None) -> None:
+    global _received  # noqa: PLW0603  a signal handler has no other way to speak
+    if _received is not None:
+        os._exit(128 + signum)
+    _received = signum
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into the flag while the block runs, then restore what was there.
+
+    Raises nothing outside the main thread, where Python allows no handlers: there it does nothing.
+    """
+    global _received  # noqa: PLW0603
+    try:
+        before = {number: signal.signal(number, _note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread (a notebook's worker): the caller's own handling stays
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _received = None

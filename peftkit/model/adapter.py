@@ -1,0 +1,168 @@
+"""The adapter: built by PEFT on the loaded base, counted by role, saved so that plain PEFT loads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peftkit.archs import family_of
+from peftkit.errors import Problem, UserError
+from peftkit.plan.plan import MethodPlan, Plan
+from peftkit.plan.targets import unmatched
+from peftkit.rundir import write_json
+
+_CHANGES_BASE = ("pissa", "olora")
+
+
+def _token_ids(tokenizer: Any, tokens: Iterable[str]) -> list[int]:
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in tokens if token not in vocabulary]
+    if missing:
+        raise UserError([Problem("method.also_train tokens", repr(token), "a token of the vocabulary",
+                                 f"it reads as {tokenizer.tokenize(token)}") for token in missing])
+    return sorted(vocabulary[token] for token in tokens)
+
+
+def _check_targets(model: Any, method: MethodPlan) -> None:
+    """Every named target must match a module of the real model: PEFT drops those that match nothing."""
+    if isinstance(method.target_modules, str):
+        return
+    names = [name for name, _ in model.named_modules() if name]
+    problems = unmatched(names, method.target_modules, "method.targets")
+    if problems:
+        raise UserError(problems)
+
+
+def _peft_config(model: Any, plan: Plan, tokenizer: Any) -> Any:
+    import peft
+
+    spec = plan.method.peft
+    assert spec is not None
+    arguments = dict(spec.arguments)
+    if plan.method.token_rows:
+        embedding = _embedding_name(model)
+        arguments["trainable_token_indices"] = {embedding: _token_ids(tokenizer, plan.method.token_rows)}
+    if arguments.get("init_lora_weights") == "eva":
+        # rho 1 keeps every rank as planned; PEFT's default would move rank between layers
+        arguments["eva_config"] = peft.EvaConfig(rho=1.0)
+    return getattr(peft, spec.class_name)(task_type="CAUSAL_LM", **arguments)
+
+
+def _embedding_name(model: Any) -> str:
+    embedding = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embedding).rsplit(".", 1)[-1]
+
+
+def attach(model: Any, plan: Plan, tokenizer: Any, *, eva_batches: Iterable[Mapping[str, Any]] = ()) -> Any:
+    """Wrap the base as the plan says; the base itself for full fine-tuning.
+
+    `eva_batches` are tokenized batches for EVA's initialisation, used by no other method.
+    Raises UserError where a target matches no module.
+    """
+    if plan.method.peft is None:
+        model.requires_grad_(True)
+        return model
+    import peft
+
+    _check_targets(model, plan.method)
+    config = _peft_config(model, plan, tokenizer)
+    wrapped = peft.get_peft_model(model, config)
+    for active in wrapped.peft_config.values():
+        active.base_model_name_or_path = plan.base.id
+        active.revision = plan.base.revision
+    if plan.method.peft.arguments.get("init_lora_weights") == "eva":
+        peft.initialize_lora_eva_weights(wrapped, eva_batches, show_progress_bar=False)
+    return wrapped
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """(trainable, total), as PEFT counts: 4-bit weights as the numbers that they stand for."""
+    if hasattr(model, "get_nb_trainable_parameters"):
+        trainable, total = model.get_nb_trainable_parameters()
+        return int(trainable), int(total)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in model.parameters())
+
+
+def trainable_by_role(model: Any, model_type: str | None) -> dict[str, int]:
+    """Counted trainable parameters by module role, in model order."""
+    family = family_of(model_type or "")
+    linears = family.linears if family else ()
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            role = _role(f".{name}", {linear.name: linear.role for linear in linears}, family)
+            counts[role] = counts.get(role, 0) + parameter.numel()
+    return counts
+
+
+def _role(name: str, roles: Mapping[str, str], family: Any) -> str:
+    found = next((role for module, role in roles.items() if f".{module}." in name), None)
+    if found is not None:
+        return found
+    if "trainable_tokens" in name:
+        return "tokens"
+    if ".prompt_encoder." in name:
+        return "projection" if ".transform." in name else "prefix"
+    if "modules_to_save" in name and family is not None:
+        saved = name.split(".modules_to_save.")[0].rsplit(".", 1)[-1]
+        return {family.embeddings: "embeddings", family.head: "head"}.get(saved, "norms")
+    return "embeddings, head and norms" if "lora_" not in name else name.split(".")[-4]
+
+
+def trainable_tensors(model: Any) -> dict[str, Any]:
+    """Name -> parameter, for all that is trained, in model order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_start(model: Any, plan: Plan, folder: Path) -> None:
+    """Keep the adapter's start for methods that subtract it from the base (PiSSA, OLoRA)."""
+    if needs_start(plan) and not folder.exists():
+        # PEFT's recipe: the start is saved as an ordinary LoRA, to be subtracted at the end
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(folder, safe_serialization=True)
+        model.peft_config["default"].init_lora_weights = plan.method.peft.arguments["init_lora_weights"]  # type: ignore[union-attr]
+
+
+def needs_start(plan: Plan) -> bool:
+    """Whether the adapter only makes sense beside its start."""
+    spec = plan.method.peft
+    return spec is not None and str(spec.arguments.get("init_lora_weights")).startswith(_CHANGES_BASE)
+
+
+def save_result(model: Any, plan: Plan, tokenizer: Any, folder: Path, *, start: Path) -> None:
+    """Write what was trained: a PEFT adapter with its tokenizer, or the whole model after full fine-tuning.
+
+    PiSSA and OLoRA adapters are converted to plain LoRA of twice the rank on the untouched base.
+    """
+    arguments: dict[str, Any] = {}
+    if needs_start(plan):
+        arguments["path_initial_model_for_weight_conversion"] = str(start)
+    model.save_pretrained(folder, safe_serialization=True, **arguments)
+    tokenizer.save_pretrained(folder)
+    card = folder / "README.md"
+    card.unlink(missing_ok=True)  # PEFT's template of a card: placeholders that say nothing of this run
+    config_file = folder / "adapter_config.json"
+    if config_file.exists():
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        write_json(config_file, config)
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """The base with a saved adapter, for inference."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, folder)
+
+
+def build_loraplus_optimizer(model: Any, plan: Plan) -> Any:
+    """AdamW with LoRA+'s larger rate for B (Hayou et al. 2024), by PEFT's own builder."""
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    return create_loraplus_optimizer(
+        model=model, optimizer_cls=torch.optim.AdamW, lr=plan.train.learning_rate,
+        loraplus_lr_ratio=plan.method.lr_ratio, weight_decay=plan.train.weight_decay,
+    )

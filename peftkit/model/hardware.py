@@ -1,0 +1,85 @@
+"""The device: what it is called, what it has, how much of it was used."""
+
+from __future__ import annotations
+
+import importlib.util
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from peftkit.plan import DeviceFacts
+
+_FAST_BF16_CAPABILITY = 8.0  # Ampere and later compute bf16 in their tensor cores
+
+
+def _has_bitsandbytes() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def _cpu() -> DeviceFacts:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    fast = bool({"avx512_bf16", "amx_bf16"} & set(fields.get("flags", "").split()))
+    return DeviceFacts(kind="cpu", name=fields.get("model name", "CPU"),
+                       memory_bytes=psutil.virtual_memory().total, supports_bf16=fast,
+                       has_bitsandbytes=_has_bitsandbytes())
+
+
+def detect_device_light() -> DeviceFacts:
+    """The device as the driver's own tool tells it: no torch is imported, so it answers at once."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return _cpu()
+    query = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+    if answer.returncode or not answer.stdout.strip():
+        return _cpu()
+    name, mebibytes, capability = (part.strip() for part in answer.stdout.splitlines()[0].split(","))
+    return DeviceFacts(kind="cuda", name=name, memory_bytes=int(mebibytes) * 2**20,
+                       supports_bf16=float(capability) >= _FAST_BF16_CAPABILITY,
+                       has_bitsandbytes=_has_bitsandbytes())
+
+
+def detect_device() -> DeviceFacts:
+    """The device that torch will really use."""
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return DeviceFacts(kind="cuda", name=properties.name, memory_bytes=properties.total_memory,
+                           supports_bf16=properties.major >= _FAST_BF16_CAPABILITY,
+                           has_bitsandbytes=_has_bitsandbytes())
+    return _cpu()
+
+
+def reset_peak() -> None:
+    """Start a new measurement of the GPU's peak."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_used() -> dict[str, int]:
+    """Bytes in use now and at the peak.
+
+    On a GPU: allocated and reserved by torch's allocator. On a CPU: resident size of this process; the peak
+    is that of the whole process since its start, as the operating system keeps it.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return {
+            "allocated_bytes": torch.cuda.memory_allocated(),
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        }
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return {
+        "resident_bytes": psutil.Process().memory_info().rss,
+        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }

@@ -1,0 +1,132 @@
+"""Where a base stands and what its configuration says, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peftkit.archs import EMBEDDED, KNOWN, Embedded, shape_from_config
+from peftkit.errors import Problem, UserError, did_you_mean
+from peftkit.plan import ModelFacts
+
+Kind = Literal["hub", "folder", "gguf", "embedded"]
+_TRY_HERE = "what runs here without a hub: peftkit finetune recipes/quickstart.yaml"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base that was found. `config` is None where only loading can tell (a hub model not cached yet)."""
+
+    id: str
+    kind: Kind
+    path: Path | None
+    config: dict[str, Any] | None
+
+    def facts(self) -> ModelFacts:
+        """What the plan needs to know."""
+        shape = shape_from_config(self.config) if self.config else None
+        model_type = str(self.config["model_type"]) if self.config and "model_type" in self.config else None
+        return ModelFacts(self.id, self.kind, model_type, shape)
+
+
+def cache_folder() -> Path:
+    """Where converted bases are kept: $PEFTKIT_CACHE, else the user's cache folder."""
+    given = os.environ.get("PEFTKIT_CACHE")
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(given) if given else Path(root) / "peftkit"
+
+
+def embedded_file(name: str, where: str) -> tuple[Embedded, Path]:
+    """The file behind embedded:NAME. Raises UserError with the pip line where the package is missing."""
+    if name not in EMBEDDED:
+        raise UserError(Problem(where, f"embedded:{name}", "an embedded model", did_you_mean(name, list(EMBEDDED))))
+    entry = EMBEDDED[name]
+    module = entry.file.split("/")[0]
+    spec = importlib.util.find_spec(module)
+    path = Path(spec.origin).parent.parent / entry.file if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise UserError(Problem(where, f"embedded:{name} without the package {entry.package}",
+                                "the package that carries the model", entry.pip_line))
+    return entry, path
+
+
+def _folder(path: Path, where: str) -> Base:
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise UserError(Problem(where, f"the folder {path} without config.json", "a model folder",
+                                "a Hugging Face model folder holds config.json, weights and a tokenizer"))
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(Problem(str(config_file), f"text that is not JSON ({error})", "a configuration")) from None
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(p.name for p in path.glob("*.bin"))
+        got = f"the folder {path} with {pickles[0]} only" if pickles else f"the folder {path} without weights"
+        fix = "pickled weights can run code: convert them to safetensors first" if pickles else \
+            "the download may be incomplete"
+        raise UserError(Problem(where, got, "weights as *.safetensors", fix))
+    return Base(str(path), "folder", path, config)
+
+
+def _hub(model_id: str, revision: str | None, where: str) -> Base:
+    """A hub model: its configuration from the cache, from the hub, or from the shapes shipped here."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def refuse(got: str, fix: str) -> UserError:
+        return UserError(Problem(where, f"{model_id!r}, {got}", "a base that can be loaded here", fix))
+
+    try:
+        config = json.loads(Path(hf_hub_download(model_id, "config.json", revision=revision)).read_text())
+    except GatedRepoError:
+        raise refuse("which is gated and not open to you",
+                     f"accept its licence on its hub page and log in (hf auth login); {_TRY_HERE}") from None
+    except RevisionNotFoundError:
+        raise refuse(f"which has no revision {revision!r}", "check base.revision") from None
+    except RepositoryNotFoundError:
+        raise refuse("which the hub does not know (or it is private)", "check the name, or log in") from None
+    except HFValidationError:
+        raise refuse("which is neither a folder nor a hub id", "a hub id reads owner/name") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
+        offline = os.environ.get("HF_HUB_OFFLINE", "") not in {"", "0"}
+        reason = "which is not in the cache while HF_HUB_OFFLINE is set" if offline else \
+            "which is not in the cache while the hub cannot be reached"
+        raise refuse(reason, f"give a local folder: base.id=/path/to/model; {_TRY_HERE}") from None
+    return Base(model_id, "hub", None, config)
+
+
+def locate(model_id: str, *, revision: str | None, where: str, need_weights: bool = True) -> Base:
+    """Find a base. `need_weights=False` (plans, dry runs) settles for shapes that are known offline.
+
+    Raises UserError, naming `where`, for what is not there or cannot be used.
+    """
+    if model_id.startswith("embedded:"):
+        name = model_id.removeprefix("embedded:")
+        entry, path = embedded_file(name, where) if need_weights or name not in EMBEDDED else \
+            (EMBEDDED[name], None)
+        return Base(model_id, "embedded", path, entry.config)
+    path = Path(model_id)
+    if model_id.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(Problem(where, f"{model_id}, which is not there", "a .gguf file"))
+        return Base(model_id, "gguf", path, None)
+    if path.is_dir():
+        return _folder(path, where)
+    if path.is_absolute():
+        raise UserError(Problem(where, f"{model_id}, which is not there", "a model folder or a .gguf file"))
+    if not need_weights and model_id in KNOWN:
+        return Base(model_id, "hub", None, KNOWN[model_id])
+    return _hub(model_id, revision, where)

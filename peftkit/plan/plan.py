@@ -1,0 +1,130 @@
+"""The plan: everything decided, each decision with where it came from. No `auto` is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peftkit.methods import PeftSpec
+
+Dtype = str  # "float32" | "bfloat16" | "float16", as torch names them
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decided value. `source` is a recipe line, the command line, "default" or "decided"."""
+
+    key: str
+    value: Any
+    source: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class BasePlan:
+    """The base model and the precision in which it is held."""
+
+    id: str
+    kind: str
+    revision: str | None
+    trust_remote_code: bool
+    dtype: Dtype
+    quant_type: str | None  # 4-bit data type, or None
+    double_quant: bool
+    compute_dtype: Dtype
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """The method with targets resolved. `trainable_by_role` is None where shapes are not known yet."""
+
+    name: str
+    peft: PeftSpec | None
+    target_modules: tuple[str, ...] | str
+    token_rows: tuple[str, ...]
+    lr_ratio: float | None
+    trainable_by_role: Mapping[str, int] | None
+    num_parameters: int | None
+
+    @property
+    def num_trainable(self) -> int | None:
+        return None if self.trainable_by_role is None else sum(self.trainable_by_role.values())
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What is read and how it is turned into tokens and labels."""
+
+    train: tuple[str, ...]
+    eval: str | float | None
+    format: str
+    columns: Mapping[str, str]
+    mask: str
+    truncation: str
+    max_length: int
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The optimizer's work. `num_steps` is None until the number of rows is known."""
+
+    num_steps: int | None
+    num_warmup_steps: int
+    learning_rate: float
+    schedule: str
+    max_grad_norm: float
+    weight_decay: float
+    optimizer: str
+    batch_size: int
+    micro_batch: int
+    accumulation: int
+    gradient_checkpointing: bool
+    autocast: str | None  # "bf16" | "fp16" | None
+    eval_steps: int
+    checkpoint_steps: int
+    patience: int | None
+    min_delta: float
+
+
+@dataclass(frozen=True)
+class EvaluatePlan:
+    """What is measured beside the loss."""
+
+    metric: str | None
+    max_examples: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided for one run."""
+
+    base: BasePlan
+    method: MethodPlan
+    data: DataPlan
+    train: TrainPlan
+    evaluate: EvaluatePlan
+    device: str
+    seed: int
+    decisions: tuple[Decision, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for plan.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        """The plan that `to_json` wrote."""
+        method = dict(value["method"])
+        if method["peft"] is not None:
+            method["peft"] = PeftSpec(**method["peft"])
+        for key in ("target_modules", "token_rows"):
+            method[key] = tuple(method[key]) if isinstance(method[key], list) else method[key]
+        data = {**value["data"], "train": tuple(value["data"]["train"])}
+        return cls(
+            base=BasePlan(**value["base"]), method=MethodPlan(**method), data=DataPlan(**data),
+            train=TrainPlan(**value["train"]), evaluate=EvaluatePlan(**value["evaluate"]),
+            device=value["device"], seed=value["seed"],
+            decisions=tuple(Decision(**item) for item in value["decisions"]),
+        )

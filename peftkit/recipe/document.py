@@ -1,0 +1,168 @@
+"""YAML with positions: the data of a recipe file, and on which line each key stands.
+
+YAML 1.2's core types only: `off` and `no` are strings, 1e-4 is a number, 12:30 is a string. Tags, duplicate
+keys, merge keys and alias bombs are refused, with their lines.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peftkit.errors import Problem, UserError
+
+Key = tuple[str | int, ...]
+MAX_BYTES = 1_000_000
+MAX_NODES = 10_000
+
+
+@dataclass(frozen=True)
+class Document:
+    """A parsed mapping. `lines` maps the path of each key to its line, counted from 1."""
+
+    name: str
+    data: dict[str, Any]
+    lines: dict[Key, int]
+
+
+class _Loader(yaml.SafeLoader):
+    """Only for composing nodes and resolving plain scalars; nothing is constructed by PyYAML."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?\d+(?:_\d+)*$", list("-+0123456789")),
+    ("float", r"^[-+]?(?:\.\d+|\d+(?:\.\d*)?)(?:[eE][-+]?\d+)?$", list("-+.0123456789")),
+    ("float", r"^(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", list("-+.")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+_SCALARS = {
+    "tag:yaml.org,2002:null": lambda text: None,
+    "tag:yaml.org,2002:bool": lambda text: text.lower() == "true",
+    "tag:yaml.org,2002:int": lambda text: int(text.replace("_", "")),
+    "tag:yaml.org,2002:float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+    "tag:yaml.org,2002:str": lambda text: text,
+}
+
+
+@dataclass
+class _Walk:
+    name: str
+    lines: dict[Key, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    num_nodes: int = 0
+
+    def refuse(self, node: yaml.Node, got: str, expected: str, fix: str = "") -> None:
+        self.problems.append(Problem(f"{self.name}:{node.start_mark.line + 1}", got, expected, fix))
+
+    def value(self, node: yaml.Node, key: Key) -> Any:
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES:
+            problem = Problem(self.name, f"more than {MAX_NODES} values (aliases repeat them)", "a short recipe")
+            raise UserError(problem)
+        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+            return self.mapping(node, key)
+        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+            return [self.value(item, (*key, i)) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
+            return _SCALARS[node.tag](node.value)
+        self.refuse(node, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')}", "plain values",
+                    "tags can run code; peftkit allows none")
+        return None
+
+    def mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if key_node.value == "<<":
+                self.refuse(key_node, "the merge key <<", "plain keys", "use extends: other-recipe.yaml")
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.refuse(key_node, "a key that is not text", "text keys")
+                continue
+            name = str(key_node.value)
+            if name in found:
+                first = self.lines[(*key, name)]
+                self.refuse(key_node, f"the key {'.'.join(map(str, (*key, name)))} again", "each key once",
+                            f"it stands on line {first} already")
+                continue
+            self.lines[(*key, name)] = key_node.start_mark.line + 1
+            found[name] = self.value(value_node, (*key, name))
+        return found
+
+
+def _explain(name: str, text: str, error: yaml.YAMLError) -> Problem:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{name}:{mark.line + 1}" if mark else name
+    lines = text.splitlines()
+    line = lines[mark.line] if mark and mark.line < len(lines) else ""
+    if "\t" in line[: len(line) - len(line.lstrip())]:
+        return Problem(where, "a tab in the indentation", "spaces", "YAML allows no tabs there: use two spaces")
+    said = getattr(error, "problem", None) or str(error).splitlines()[0]
+    context = f" {error.context}" if getattr(error, "context", None) else ""
+    return Problem(where, f"text that is not YAML ({said}{context})", "YAML", line.strip() and f"near: {line.strip()[:60]}")
+
+
+def parse_text(text: str, *, name: str) -> Document:
+    """Parse a recipe's text. Raises UserError with every problem that was found."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        if isinstance(error, RecursionError):
+            raise UserError(Problem(name, "values nested too deep", "a short recipe")) from None
+        raise UserError(_explain(name, text, error)) from None
+    if node is None:
+        fix = "start from one: peftkit recipes new MODEL METHOD"
+        raise UserError(Problem(name, "an empty file", "a recipe with base, method and data", fix))
+    if not isinstance(node, yaml.MappingNode):
+        kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+        raise UserError(Problem(name, kind, "a mapping with base, method and data"))
+    walk = _Walk(name)
+    data = walk.value(node, ())
+    if walk.problems:
+        raise UserError(walk.problems)
+    return Document(name, data, walk.lines)
+
+
+def parse_value(text: str) -> Any:
+    """One value as YAML would type it: '8' -> 8, 'null' -> None, '[q, v]' -> a list."""
+    node = yaml.compose(text, Loader=_Loader)
+    walk = _Walk(text)
+    value = None if node is None else walk.value(node, ())
+    if walk.problems:
+        raise UserError(walk.problems)
+    return value
+
+
+def read_document(path: Path) -> Document:
+    """Read and parse a recipe file. Raises UserError where it is no readable YAML mapping."""
+    name = str(path)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(Problem(name, "no such file", "a recipe", _nearby(path))) from None
+    except IsADirectoryError:
+        raise UserError(Problem(name, "a folder", "a recipe file", _nearby(path / "x"))) from None
+    except OSError as error:
+        raise UserError(Problem(name, f"a file that cannot be read ({error.strerror})", "a recipe")) from None
+    if len(raw) > MAX_BYTES:
+        raise UserError(Problem(name, f"{len(raw):,} bytes", f"a recipe of at most {MAX_BYTES:,} bytes"))
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(Problem(f"{name}:{line}", f"the byte 0x{raw[error.start]:02x}", "UTF-8 text")) from None
+    return parse_text(text, name=name)
+
+
+def _nearby(path: Path) -> str:
+    if not path.parent.is_dir():
+        return "see the shipped ones: peftkit recipes list"
+    names = sorted(p.name for p in path.parent.iterdir() if p.suffix in {".yaml", ".yml"})
+    return f"there is: {', '.join(names[:5])}" if names else "see the shipped ones: peftkit recipes list"

@@ -1,0 +1,125 @@
+"""The recipe: what a person may write, and the only home of defaults.
+
+Every field's description is its documentation: the JSON Schema, `peftkit schema` and the docs use it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from peftkit.methods import METHODS, Options
+from peftkit.methods.base import PositiveFloat, PositiveInt
+from peftkit.methods.full import FullOptions
+from peftkit.methods.ia3 import Ia3Options
+from peftkit.methods.lora import LoraOptions
+from peftkit.methods.prefix import PrefixOptions
+from peftkit.methods.qlora import QloraOptions
+from peftkit.units import parse_share
+
+Auto = Literal["auto"]
+AnyMethod = Annotated[
+    FullOptions | LoraOptions | QloraOptions | PrefixOptions | Ia3Options, Field(discriminator="name")
+]
+assert {kind.model_fields["name"].annotation.__args__[0]  # type: ignore[union-attr]
+        for kind in (FullOptions, LoraOptions, QloraOptions, PrefixOptions, Ia3Options)} == set(METHODS)
+
+
+def _share(value: Any) -> Any:
+    """'5%' -> 0.05; numbers stay as they are."""
+    return parse_share(value) if isinstance(value, str) and value.strip().endswith("%") else value
+
+
+Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_share)]
+
+
+class Base(Options):
+    """The model to start from."""
+
+    id: str = Field(description="hub id, folder, .gguf file, or embedded:NAME")
+    revision: str | None = Field(None, description="commit, tag or branch on the hub")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class Data(Options):
+    """What is learnt from, and what is held out."""
+
+    train: str | list[str] = Field(description="file, list of files, or hub id")
+    eval: str | Share | None = Field("5%", description="file, hub split, a share of train such as 5%, or null")
+    format: Literal["auto", "chat", "prompt-completion", "instruction", "text"] = "auto"
+    columns: dict[str, str] = Field({}, description="our field name -> your column name")
+    mask: Literal["completion", "assistant", "last-turn", "all"] = Field(
+        "completion", description="tokens that count in the loss; on chats, completion means assistant turns"
+    )
+    truncation: Literal["auto", "keep_end", "drop", "error"] = Field(
+        "auto", description="rows longer than max_length: auto drops them, and says how many"
+    )
+
+
+class Schedule(Options):
+    """Learning rate over time."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Share = Field(0.05, description="share of the steps over which the rate rises from zero")
+
+
+class EarlyStopping(Options):
+    """Stop when the evaluation loss no longer falls."""
+
+    patience: PositiveInt = Field(3, description="evaluations without improvement before stopping")
+    min_delta: float = Field(0.0, ge=0, description="what counts as an improvement of the loss")
+
+
+class Train(Options):
+    """How it is trained."""
+
+    epochs: PositiveFloat = Field(3.0, description="passes over the data, unless max_steps is given")
+    max_steps: PositiveInt | None = Field(None, description="optimizer steps; overrides epochs")
+    learning_rate: Auto | PositiveFloat = "auto"
+    schedule: Schedule = Schedule()
+    max_grad_norm: PositiveFloat = Field(1.0, description="gradient clipping")
+    weight_decay: float = Field(0.0, ge=0)
+    optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit",
+                       "adafactor", "sgd"] = "auto"
+    batch_size: Auto | PositiveInt = Field("auto", description="examples per optimizer step")
+    micro_batch: Auto | PositiveInt = Field("auto", description="examples per forward pass")
+    max_length: PositiveInt = Field(2048, description="tokens per example")
+    gradient_checkpointing: Auto | bool = Field("auto", description="recompute activations to save memory")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    eval_steps: Auto | PositiveInt = Field("auto", description="optimizer steps between evaluations")
+    checkpoint_steps: Auto | PositiveInt = Field("auto", description="optimizer steps between checkpoints")
+    early_stopping: EarlyStopping | None = None
+
+
+class Evaluation(Options):
+    """What is measured besides the loss."""
+
+    metric: Literal["exact_match"] | None = Field(
+        None, description="exact_match: the greedy answer equals the reference, before and after training"
+    )
+    max_examples: PositiveInt = Field(100, description="held-out examples that the metric looks at")
+    max_new_tokens: PositiveInt = Field(32, description="length of generated answers")
+
+
+class Recipe(Options):
+    """One fine-tuning run."""
+
+    base: Base
+    method: AnyMethod
+    data: Data
+    task: Literal["auto", "causal-lm"] = "auto"
+    train: Train = Train()
+    evaluate: Evaluation = Evaluation()
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, values: Any) -> Any:
+        """`base: gpt2` is `base: {id: gpt2}`; `method: lora` is `method: {name: lora}`."""
+        if isinstance(values, dict):
+            values = dict(values)
+            for key, inner in (("base", "id"), ("method", "name")):
+                if isinstance(values.get(key), str):
+                    values[key] = {inner: values[key]}
+        return values

@@ -1,0 +1,71 @@
+"""The recipes that come with peftkit: found by name, listed, and a new one written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftkit.errors import Problem, UserError, did_you_mean
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def shipped_folder() -> Path:
+    """`recipes/` of a clone, or the copy inside an installed package."""
+    installed = _PACKAGE / "shipped_recipes"
+    return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
+
+
+@dataclass(frozen=True)
+class ShippedRecipe:
+    """One shipped recipe: its name, file, and what its first comment line says of it."""
+
+    name: str
+    path: Path
+    title: str
+
+
+def list_shipped() -> list[ShippedRecipe]:
+    """All shipped recipes, by name."""
+    found = []
+    for path in sorted(shipped_folder().glob("*.yaml")):
+        comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines()[:3]
+                    if line.startswith("#") and "yaml-language-server" not in line]
+        found.append(ShippedRecipe(path.stem, path, comments[0] if comments else ""))
+    return found
+
+
+def find_shipped(name: str) -> Path | None:
+    """The file of a shipped recipe, where `name` is one and no file of that name stands here."""
+    if Path(name).exists() or "/" in name or name.endswith((".yaml", ".yml")):
+        return None
+    path = shipped_folder() / f"{name}.yaml"
+    return path if path.is_file() else None
+
+
+def show_shipped(name: str) -> str:
+    """The text of a shipped recipe. Raises UserError for an unknown name."""
+    by_name = {recipe.name: recipe for recipe in list_shipped()}
+    if name not in by_name:
+        raise UserError(Problem("recipes show", repr(name), "a shipped recipe",
+                                did_you_mean(name, list(by_name))))
+    return by_name[name].path.read_text(encoding="utf-8")
+
+
+_NEW = """\
+# yaml-language-server: $schema=recipe.schema.json
+# {title}
+base: {base}
+method:
+  name: {method}
+data:
+  train: train.jsonl   # chat, prompt-completion, instruction or text; the format is detected
+  eval: 5%             # a share of train, or a file
+train:
+  epochs: 3
+"""
+
+
+def new_recipe(base: str, method: str) -> str:
+    """The text of a new recipe for a model and a method."""
+    return _NEW.format(title=f"{method} of {base}", base=base, method=method)

@@ -1,0 +1,116 @@
+"""The outcome of a run in numbers, read from its events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from peftkit.plan import Plan
+from peftkit.rundir import RunDir, read_json
+from peftkit.units import show_bytes, show_count, show_percent, show_seconds
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was trained, what it took, what it brought. Losses are nats per learnt token."""
+
+    path: Path
+    base: str
+    method: str
+    device: str
+    num_steps: int
+    num_trainable: int
+    num_total: int
+    trainable_by_role: Mapping[str, int]
+    loss_first: float | None
+    loss_last: float | None
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    metric: str | None
+    metric_before: float | None
+    metric_after: float | None
+    num_metric_examples: int
+    peak_bytes: Mapping[str, int]
+    train_seconds: float
+    total_seconds: float
+    tokens_per_second: float | None
+    result: Path | None
+
+    @property
+    def next_commands(self) -> tuple[str, ...]:
+        """What a person can do with the result now."""
+        if self.result is None:
+            return (f"peftkit resume {self.path}",)
+        return (f"peftkit generate {self.path} 'your prompt'",)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The summary as (what, value), for a table."""
+        rows = [
+            ("base", self.base), ("method", self.method), ("device", self.device),
+            ("optimizer steps", show_count(self.num_steps)),
+            ("trainable parameters", f"{show_count(self.num_trainable)} of {show_count(self.num_total)} "
+                                     f"({show_percent(self.num_trainable / max(1, self.num_total))})"),
+        ]
+        if self.loss_first is not None and self.loss_last is not None:
+            rows.append(("training loss", f"{self.loss_first:.3f} -> {self.loss_last:.3f}"))
+        if self.eval_loss_before is not None and self.eval_loss_after is not None:
+            rows.append(("evaluation loss", f"{self.eval_loss_before:.3f} -> {self.eval_loss_after:.3f}"))
+        if self.metric is not None and self.metric_before is not None and self.metric_after is not None:
+            rows.append((f"{self.metric} ({self.num_metric_examples} held out)",
+                         f"{self.metric_before:.2f} -> {self.metric_after:.2f}"))
+        names = {"peak_allocated_bytes": "peak GPU memory, allocated",
+                 "peak_reserved_bytes": "peak GPU memory, reserved",
+                 "peak_resident_bytes": "peak resident memory"}
+        rows += [(names[key], show_bytes(value)) for key, value in self.peak_bytes.items() if key in names]
+        rows.append(("time", f"{show_seconds(self.total_seconds)} (training {show_seconds(self.train_seconds)})"))
+        if self.tokens_per_second:
+            rows.append(("tokens per second", f"{self.tokens_per_second:,.0f}"))
+        rows.append(("result", str(self.result) if self.result else "none yet"))
+        return rows
+
+    def _repr_html_(self) -> str:
+        body = "".join(f"<tr><th style='text-align:left'>{escape(k)}</th><td>{escape(v)}</td></tr>"
+                       for k, v in self.rows())
+        return f"<table>{body}</table>"
+
+
+def _last(events: list[dict[str, Any]], name: str, **match: Any) -> dict[str, Any] | None:
+    found = [e for e in events if e["event"] == name and all(e.get(k) == v for k, v in match.items())]
+    return found[-1] if found else None
+
+
+def _final_steps(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Step events, the last record of each step: a resumed run may have trained some twice."""
+    by_step = {event["step"]: event for event in events if event["event"] == "step"}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def read_summary(run: RunDir) -> Summary:
+    """The summary of a run, finished or not."""
+    plan = Plan.from_json(read_json(run.path / "plan.json"))
+    events, device = run.events(), read_json(run.path / "environment.json")["device"]["name"]
+    steps = _final_steps(events)
+    evals = {event["step"]: event["loss"] for event in events if event["event"] == "eval"}
+    done, counted = _last(events, "done"), _last(events, "parameters") or {}
+    before, after = _last(events, "metric", when="before"), _last(events, "metric", when="after")
+    rates = sorted(e["tokens_per_second"] for e in steps if e.get("tokens_per_second"))
+    memory = (done or (steps[-1] if steps else {})).get("memory", {})
+    return Summary(
+        path=run.path, base=plan.base.id, method=plan.method.name, device=device,
+        num_steps=steps[-1]["step"] if steps else 0, num_trainable=counted.get("num_trainable", 0),
+        num_total=counted.get("num_total", 0), trainable_by_role=counted.get("by_role", {}),
+        loss_first=steps[0]["loss"] if steps else None, loss_last=steps[-1]["loss"] if steps else None,
+        eval_loss_before=evals.get(0),
+        eval_loss_after=evals.get(done["published_step"]) if done else None,
+        metric=after["name"] if after else None, metric_before=before["value"] if before else None,
+        metric_after=after["value"] if after else None,
+        num_metric_examples=after["num_examples"] if after else 0,
+        peak_bytes={key: value for key, value in memory.items() if key.startswith("peak_")},
+        train_seconds=sum(e["step_seconds"] for e in steps),
+        total_seconds=events[-1]["at_seconds"] if events else 0.0,
+        tokens_per_second=rates[len(rates) // 2] if rates else None,
+        result=run.path / done["result"] if done else None,
+    )

@@ -1,0 +1,96 @@
+"""Gather what a plan rests on. The light way imports no torch; the full way opens the base and the data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from peftkit.data.prepare import Examples, read_examples
+from peftkit.data.read import is_data_path
+from peftkit.errors import Problem, UserError
+from peftkit.model.gguf import header_config
+from peftkit.model.hardware import detect_device_light
+from peftkit.model.locate import Base, locate
+from peftkit.plan import DataFacts, Facts, ModelFacts, Plan
+from peftkit.recipe import LoadedRecipe
+from peftkit.units import show_bytes
+
+_WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+_NF4_BYTES = 0.53  # 4.127 bits and the layers that stay unquantized, roughly
+
+
+def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
+    """Facts without torch, weights or network where the shapes are known here. Local data is read."""
+    recipe = loaded.recipe
+    base = _with_header(locate(recipe.base.id, revision=recipe.base.revision,
+                               where=loaded.where(("base", "id")), need_weights=False), loaded)
+    examples = read(loaded) if all(is_data_path(name) for name in recipe.data.train) else None
+    return Facts(detect_device_light(), base.facts(), data_facts(examples)), examples
+
+
+def find_base(loaded: LoadedRecipe) -> Base:
+    """The base with its weights at hand, or a UserError that says why not."""
+    recipe = loaded.recipe
+    return locate(recipe.base.id, revision=recipe.base.revision, where=loaded.where(("base", "id")))
+
+
+def _with_header(base: Base, loaded: LoadedRecipe) -> Base:
+    if base.kind != "gguf" or base.path is None:
+        return base
+    return replace(base, config=header_config(base.path, loaded.where(("base", "id"))))
+
+
+def converted_facts(base: Base, source: str) -> ModelFacts:
+    """Facts of the base as it will be loaded: the converted folder's configuration where there is one."""
+    config_file = Path(source) / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else base.config
+    return replace(base, config=config).facts()
+
+
+def read(loaded: LoadedRecipe) -> Examples:
+    """The recipe's data, read and split."""
+    data = loaded.recipe.data
+    return read_examples(list(data.train), data.eval, wanted_format=data.format, columns=dict(data.columns),
+                         seed=loaded.recipe.seed, where=loaded.name)
+
+
+def data_facts(examples: Examples | None) -> DataFacts | None:
+    """Row counts of examples as they were read."""
+    if examples is None:
+        return None
+    return DataFacts(len(examples.train), len(examples.eval), examples.format)
+
+
+def memory_problems(plan: Plan, facts: Facts) -> list[Problem]:
+    """What shows already that the run cannot start: weights that alone exceed the device's memory."""
+    num = plan.method.num_parameters
+    if num is None:
+        return []
+    per_weight = _NF4_BYTES if plan.base.quant_type else _WEIGHT_BYTES[plan.base.dtype]
+    if plan.method.peft is None:
+        per_weight += 12.0  # gradients and Adam's two moments
+    needed = num * per_weight
+    if needed <= facts.device.memory_bytes:
+        return []
+    fix = "use method qlora, a smaller base, or a larger device" if not plan.base.quant_type else \
+        "use a smaller base or a larger device"
+    return [Problem("device", f"{facts.device.name} with {show_bytes(facts.device.memory_bytes)}",
+                    f"at least {show_bytes(needed)} for weights and their optimizer state", fix)]
+
+
+def refuse_where_it_cannot_run(loaded: LoadedRecipe, plan: Plan, facts: Facts) -> Base:
+    """The base, ready to load. Raises UserError with all that stands in the way, within a second or two."""
+    problems = memory_problems(plan, facts)
+    base = None
+    try:
+        base = find_base(loaded)
+    except UserError as error:
+        problems.extend(error.problems)
+        big = (plan.method.num_parameters or 0) > 1_000_000_000
+        if facts.device.kind == "cpu" and big:
+            problems.append(Problem("device", "no CUDA GPU", "a GPU for a model of this size",
+                                    "on a CPU it would take days even with the weights at hand"))
+    if problems or base is None:
+        raise UserError(problems)
+    return base

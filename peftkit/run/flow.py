@@ -1,0 +1,241 @@
+"""THE FLOW: a recipe becomes a trained adapter. Read it from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peftkit import interrupt
+from peftkit.data.prepare import Examples, Prepared, prepare
+from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
+from peftkit.plan import DataFacts, Facts, Plan, make_plan
+from peftkit.recipe import LoadedRecipe, load
+from peftkit.report import Summary, read_summary
+from peftkit.run.environment import data_sha256, environment
+from peftkit.run.facts import (
+    converted_facts,
+    data_facts,
+    light_facts,
+    read,
+    refuse_where_it_cannot_run,
+)
+from peftkit.rundir import RunDir, publish_folder, read_json, write_json, write_text
+
+Observer = Callable[[dict[str, Any]], None]
+
+
+def default_out(loaded: LoadedRecipe) -> Path:
+    """runs/NAME, or runs/NAME-2 and so on where that is taken."""
+    name = Path(loaded.name).stem
+    candidate, number = Path("runs") / name, 1
+    while candidate.exists():
+        number += 1
+        candidate = Path("runs") / f"{name}-{number}"
+    return candidate
+
+
+def dry_run(loaded: LoadedRecipe) -> Plan:
+    """The plan as far as it can be made without torch, weights and network."""
+    facts, _ = light_facts(loaded)
+    return make_plan(loaded, facts)
+
+
+@dataclass
+class _Stage:
+    """What the steps below hand to each other."""
+
+    run: RunDir
+    plan: Plan
+    tokenizer: Any
+    source: str
+    prepared: Prepared
+    observer: Observer
+    started: float
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Write an event and show it."""
+        self.observer(self.run.emit(event, at_seconds=round(time.monotonic() - self.started, 3), **fields))
+
+
+def finetune(loaded: LoadedRecipe, *, out: Path | None = None, observer: Observer = lambda event: None) -> Summary:
+    """Train what a recipe describes, into a fresh run directory. Returns its summary.
+
+    Raises UserError for what the user can mend (before anything heavy is imported, where that shows it) and
+    Interrupted on a signal, after a checkpoint.
+    """
+    facts, examples = light_facts(loaded)
+    plan = make_plan(loaded, facts)
+    base = refuse_where_it_cannot_run(loaded, plan, facts)
+    run = RunDir.create(out or default_out(loaded))
+    try:
+        with interrupt.listening():
+            observer({"event": "phase", "name": "base", "detail": plan.base.id})
+            stage = _open(loaded, facts, examples, base, run, observer)
+            _write_inputs(loaded, stage, facts)
+            return _train_and_publish(stage, checkpoint=None)
+    finally:
+        with suppress(OSError):
+            run.path.rmdir()  # only where nothing was written: an empty folder is not a run
+
+
+def _open(loaded: LoadedRecipe, facts: Facts, examples: Examples | None, base: Any, run: RunDir,
+          observer: Observer) -> _Stage:
+    """Tokenizer and data first, so that bad data costs no model load; then the plan for the rows there are."""
+    from peftkit.model.hardware import detect_device
+    from peftkit.model.load import load_tokenizer, loadable
+
+    started = time.monotonic()
+    source = loadable(base, loaded.where(("base", "id")))
+    interrupt.stop_if_requested("interrupted before training; nothing was written")
+    examples = examples or read(loaded)
+    facts = Facts(detect_device(), converted_facts(base, source), data_facts(examples))
+    plan = make_plan(loaded, facts)
+    tokenizer = load_tokenizer(source, plan.base)
+    observer({"event": "phase", "name": "data", "detail": ", ".join(Path(t).name for t in plan.data.train)})
+    prepared = prepare(examples, tokenizer, plan.data)
+    rows = DataFacts(len(prepared.train), len(prepared.eval), plan.data.format)
+    plan = make_plan(loaded, replace(facts, data=rows))
+    return _Stage(run, plan, tokenizer, source, prepared, observer, started)
+
+
+def _write_inputs(loaded: LoadedRecipe, stage: _Stage, facts: Facts) -> None:
+    """As given, resolved, decided, and with what. plan.json last: it is what makes the folder a run."""
+    resolved = yaml.safe_dump(loaded.recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    write_text(stage.run.path / "recipe.yaml", loaded.text or resolved)
+    write_text(stage.run.path / "resolved.yaml", resolved)
+    write_json(stage.run.path / "environment.json", environment(facts.device, stage.prepared.train))
+    write_json(stage.run.path / "plan.json", stage.plan.to_json())
+
+
+def _train_and_publish(stage: _Stage, *, checkpoint: Path | None) -> Summary:
+    """Load, wrap, measure, train, publish the best, measure again."""
+    from transformers import set_seed
+
+    from peftkit.model import adapter
+    from peftkit.model.hardware import memory_used, reset_peak
+    from peftkit.model.load import load_model
+    from peftkit.train import assemble
+
+    plan, run, prepared = stage.plan, stage.run, stage.prepared
+    stage.emit("data", num_train=len(prepared.train), num_eval=len(prepared.eval),
+               num_tokens=prepared.num_tokens, num_learnt=prepared.num_learnt,
+               num_dropped=prepared.num_dropped, num_cut=prepared.num_cut,
+               default_template=prepared.default_template)
+    stage.emit("phase", name="model", detail=plan.method.name)
+    set_seed(plan.seed)
+    model = load_model(stage.source, plan.base, device=plan.device)
+    model = adapter.attach(model, plan, stage.tokenizer, eva_batches=_batches(stage))
+    adapter.save_start(model, plan, run.path / "adapter_start")
+    _tell_parameters(stage, model)
+    reset_peak()
+    training = assemble(model, plan, stage.tokenizer, train=prepared.train, held_out=prepared.eval, run=run,
+                        emit=stage.emit, checkpoint=checkpoint)
+    if checkpoint is None:
+        _measure(stage, model, "before")
+        if prepared.eval:
+            training.evaluate()
+    else:
+        stage.emit("resume", step=int(checkpoint.name.removeprefix("step-")))
+    step = training.run()
+    if interrupt.requested() and step < (plan.train.num_steps or 0):
+        _raise_interrupted(stage, step)
+    if prepared.eval and _last_eval_step(run) != step:
+        training.evaluate()
+    best = training.take_best()
+    stage.emit("phase", name="publish", detail="adapter" if plan.method.peft else "model")
+    target = run.adapter if plan.method.peft else run.model
+    with publish_folder(target, step=best or step, base=plan.base.id) as folder:
+        adapter.save_result(model, plan, stage.tokenizer, folder, start=run.path / "adapter_start")
+    _measure(stage, model, "after")
+    stage.emit("done", step=step, published_step=best or step, result=target.name, memory=memory_used())
+    return read_summary(run)
+
+
+def _batches(stage: _Stage) -> list[dict[str, Any]]:
+    """A few tokenized rows for initialisations that look at the data (EVA)."""
+    import torch
+
+    rows = stage.prepared.train[:64]
+    return [{"input_ids": torch.tensor([row.input_ids]), "attention_mask": torch.ones(1, len(row.input_ids))}
+            for row in rows]
+
+
+def _tell_parameters(stage: _Stage, model: Any) -> None:
+    from peftkit.model import adapter
+
+    trainable, total = adapter.count_parameters(model)
+    config = model.config.to_dict()
+    by_role = adapter.trainable_by_role(model, config.get("model_type"))
+    stage.emit("parameters", num_trainable=trainable, num_total=total, by_role=by_role,
+               num_planned=stage.plan.method.num_trainable)
+    if trainable == 0:
+        raise PeftkitError("nothing would be trained: no parameter of the model is trainable")
+
+
+def _measure(stage: _Stage, model: Any, when: str) -> None:
+    """The recipe's metric on held-out examples, before or after training."""
+    wanted = stage.plan.evaluate
+    examples = stage.prepared.eval_examples[: wanted.max_examples]
+    if wanted.metric is None or not examples:
+        return
+    from peftkit.data.template import render_prompt
+    from peftkit.evaluate.generation import generate_answers
+    from peftkit.evaluate.metrics import exact_match
+    from peftkit.model.load import eos_ids
+
+    pairs = [render_prompt(example, stage.tokenizer) for example in examples]
+    stage.emit("phase", name="metric", detail=f"{wanted.metric} {when} training")
+    answers = generate_answers(model, stage.tokenizer, [prompt for prompt, _ in pairs],
+                               max_new_tokens=wanted.max_new_tokens,
+                               eos_token_ids=eos_ids(model, stage.tokenizer))
+    score = exact_match(answers, [reference for _, reference in pairs])
+    samples = [{"where": e.where, "answer": a, "reference": r}
+               for e, a, (_, r) in zip(examples[:5], answers, pairs, strict=False)]
+    stage.emit("metric", when=when, name=wanted.metric, value=score, num_examples=len(pairs), samples=samples)
+
+
+def _last_eval_step(run: RunDir) -> int | None:
+    steps = [event["step"] for event in run.events() if event["event"] == "eval"]
+    return steps[-1] if steps else None
+
+
+def _raise_interrupted(stage: _Stage, step: int) -> None:
+    stage.emit("interrupted", step=step)
+    try:
+        interrupt.stop_if_requested()
+    except Interrupted as error:
+        raise Interrupted(f"stopped after step {step}, with a checkpoint. Go on with: "
+                          f"peftkit resume {stage.run.path}", exit_code=error.exit_code) from None
+
+
+def resume(path: Path, *, observer: Observer = lambda event: None) -> Summary:
+    """Go on with a run from its newest checkpoint that verifies, or from the start where there is none.
+
+    Raises UserError where there is nothing to go on with, or where the data changed since.
+    """
+    run = RunDir.open(path)
+    plan = Plan.from_json(read_json(run.path / "plan.json"))
+    if (run.adapter if plan.method.peft else run.model).exists():
+        raise UserError(Problem(str(path), "a run that is finished", "an interrupted run",
+                                "its result stands beside it; train anew with peftkit finetune"))
+    checkpoint, skipped = run.newest_checkpoint()
+    loaded = load(run.path / "resolved.yaml")
+    facts, examples = light_facts(loaded)
+    base = refuse_where_it_cannot_run(loaded, plan, facts)
+    run.drop_cut_event()
+    with interrupt.listening():
+        for fault in skipped:
+            observer({"event": "warning", "text": f"{fault}: passed over"})
+        stage = _open(loaded, facts, examples, base, run, observer)
+        stage.plan = plan
+        before = read_json(run.path / "environment.json")["data_sha256"]
+        if data_sha256(stage.prepared.train) != before:
+            raise UserError(Problem(", ".join(plan.data.train), "data that changed since the run began",
+                                    "the same rows", "restore the data, or train anew with peftkit finetune"))
+        return _train_and_publish(stage, checkpoint=checkpoint)

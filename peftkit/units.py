@@ -1,0 +1,48 @@
+"""Numbers as people read them: bytes, counts, shares, durations."""
+
+from __future__ import annotations
+
+import re
+
+_SHARE = re.compile(r"^(\d+(?:\.\d+)?)\s*%$")
+
+
+def parse_share(text: str) -> float:
+    """'5%' -> 0.05. Raises ValueError for anything that is not a percentage from 0% to 100%."""
+    found = _SHARE.match(text.strip())
+    if not found or not 0 <= float(found[1]) <= 100:
+        raise ValueError(f"{text!r} is not a percentage such as 5%")
+    return float(found[1]) / 100
+
+
+def show_bytes(num_bytes: float) -> str:
+    """Binary units: 3 GiB is 3 * 2**30 bytes."""
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def show_count(count: int) -> str:
+    """1234567 -> '1,234,567'."""
+    return f"{count:,}"
+
+
+def show_percent(share: float) -> str:
+    """0.00123 -> '0.123 %', with enough digits for small shares."""
+    percent = share * 100
+    digits = 1 if percent >= 10 else 2 if percent >= 1 else 3
+    return f"{percent:.{digits}f} %"
+
+
+def show_seconds(seconds: float) -> str:
+    """75 -> '1 min 15 s'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
