@@ -23,8 +23,16 @@ if TYPE_CHECKING:
 _API = ("finetune", "generate", "load_recipe", "make_plan", "resume_run", "summarize_run")
 _ERRORS = ("Interrupted", "PeftkitError", "Problem", "UserError")
 __all__ = [
-    "Interrupted", "PeftkitError", "Problem", "UserError", "finetune", "generate", "load_recipe", "make_plan",
-    "resume_run", "summarize_run",
+    "Interrupted",
+    "PeftkitError",
+    "Problem",
+    "UserError",
+    "finetune",
+    "generate",
+    "load_recipe",
+    "make_plan",
+    "resume_run",
+    "summarize_run",
 ]
 
 

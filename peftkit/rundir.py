@@ -160,8 +160,12 @@ class RunDir:
             probe.unlink()
         except OSError as error:
             raise UserError(
-                Problem(str(path), f"no permission to write ({error.strerror})", "a writable folder",
-                        "choose another --out")
+                Problem(
+                    str(path),
+                    f"no permission to write ({error.strerror})",
+                    "a writable folder",
+                    "choose another --out",
+                )
             ) from None
         return cls(path)
 
@@ -185,9 +189,8 @@ class RunDir:
         """All events in order. A last line cut by a kill is left out, a broken line elsewhere raises."""
         if not self.events_file.exists():
             return []
-        lines = self.events_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()
+        # not splitlines(): JSON may hold other line separators, such as U+0085, as they are
+        *lines, _cut = self.events_file.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines]
 
     def drop_cut_event(self) -> None:

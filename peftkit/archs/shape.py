@@ -11,8 +11,12 @@ from peftkit.archs.family import Dims, Family, Linear, ModelShape, Module
 Config = Mapping[str, Any]
 _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 _USUAL_KEYS = {
-    "num_layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads", "ffn": "intermediate_size", "positions": "max_position_embeddings",
+    "num_layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "ffn": "intermediate_size",
+    "positions": "max_position_embeddings",
 }
 _BIAS_DEFAULTS = {"gpt_neox": {"attention_bias": True}}
 
@@ -33,8 +37,13 @@ def _dims(config: Config, family: Family) -> Dims:
     head_dim = int(config.get("head_dim") or hidden // heads)
     kv_heads = size("kv_heads") or heads
     return Dims(
-        num_layers=num_layers, hidden=hidden, q=heads * head_dim, kv=kv_heads * head_dim,
-        ffn=size("ffn") or 4 * hidden, vocab=int(config["vocab_size"]), head_dim=head_dim,
+        num_layers=num_layers,
+        hidden=hidden,
+        q=heads * head_dim,
+        kv=kv_heads * head_dim,
+        ffn=size("ffn") or 4 * hidden,
+        vocab=int(config["vocab_size"]),
+        head_dim=head_dim,
         positions=size("positions") or 0,
     )
 
@@ -69,13 +78,23 @@ def shape_from_config(config: Config, *, source: str = "config.json") -> ModelSh
     dims = _dims(config, family)
     tied = bool(config.get("tie_word_embeddings", family.tied_by_default))
     modules = tuple(
-        Module(f"{family.block.format(i=i)}.{linear.name}", linear.role,
-               dims.width(linear.d_in), dims.width(linear.d_out), _has_bias(linear, config))
+        Module(
+            f"{family.block.format(i=i)}.{linear.name}",
+            linear.role,
+            dims.width(linear.d_in),
+            dims.width(linear.d_out),
+            _has_bias(linear, config),
+        )
         for i in range(dims.num_layers)
         for linear in family.linears
     )
     total = sum(module.num_parameters for module in modules) + _num_outside_linears(family, dims, tied=tied)
     return ModelShape(
-        family=family.name, model_type=str(config["model_type"]), dims=dims, modules=modules,
-        num_parameters=total, tied_embeddings=tied, source=source,
+        family=family.name,
+        model_type=str(config["model_type"]),
+        dims=dims,
+        modules=modules,
+        num_parameters=total,
+        tied_embeddings=tied,
+        source=source,
     )

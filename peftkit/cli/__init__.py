@@ -30,20 +30,38 @@ _RECIPE = _arg("recipe", metavar="RECIPE", help="recipe file, or the name of a s
 _OVERRIDES = _arg("overrides", metavar="key=value", nargs="*", help="dotted keys, values as in YAML")
 
 COMMANDS: tuple[Command, ...] = (
-    Command("finetune", "resolve, check and train a recipe", (
-        _RECIPE, _OVERRIDES,
-        _arg("--out", metavar="DIR", help="run directory (default: runs/NAME)"),
-        _arg("--dry-run", action="store_true", help="print every decision and where it came from; train nothing"),
-    )),
+    Command(
+        "finetune",
+        "resolve, check and train a recipe",
+        (
+            _RECIPE,
+            _OVERRIDES,
+            _arg("--out", metavar="DIR", help="run directory (default: runs/NAME)"),
+            _arg(
+                "--dry-run",
+                action="store_true",
+                help="print every decision and where it came from; train nothing",
+            ),
+        ),
+    ),
     Command("resume", "go on with an interrupted run", (_arg("run", metavar="RUN"),)),
-    Command("generate", "ask the model of a finished run", (
-        _arg("run", metavar="RUN"), _arg("prompts", metavar="PROMPT", nargs="+"),
-        _arg("--max-new-tokens", metavar="N", type=int, default=128),
-    )),
-    Command("recipes", "list, show or start recipes", (
-        _arg("action", choices=("list", "show", "new")),
-        _arg("names", nargs="*", metavar="NAME", help="show: a shipped recipe; new: MODEL METHOD"),
-    )),
+    Command(
+        "generate",
+        "ask the model of a finished run",
+        (
+            _arg("run", metavar="RUN"),
+            _arg("prompts", metavar="PROMPT", nargs="+"),
+            _arg("--max-new-tokens", metavar="N", type=int, default=128),
+        ),
+    ),
+    Command(
+        "recipes",
+        "list, show or start recipes",
+        (
+            _arg("action", choices=("list", "show", "new")),
+            _arg("names", nargs="*", metavar="NAME", help="show: a shipped recipe; new: MODEL METHOD"),
+        ),
+    ),
     Command("schema", "print the JSON Schema of a recipe, for editors", ()),
     Command("env", "print versions and the device", (_arg("--json", action="store_true"),)),
 )
@@ -51,7 +69,8 @@ COMMANDS: tuple[Command, ...] = (
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="peftkit", description="Parameter-efficient fine-tuning from one short recipe.",
+        prog="peftkit",
+        description="Parameter-efficient fine-tuning from one short recipe.",
         epilog="Exit codes: 0 done, 2 yours to mend, 1 our fault, 130 and 143 interrupted (resumable).",
     )
     parser.add_argument("--version", action="version", version=f"peftkit {__version__}")
@@ -65,8 +84,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _quiet_libraries() -> None:
     """The libraries' own chatter would tear the display; what matters of it, peftkit says itself."""
-    for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("TOKENIZERS_PARALLELISM", "false"),
-                        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("DATASETS_VERBOSITY", "error")):
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("DATASETS_VERBOSITY", "error"),
+    ):
         os.environ.setdefault(name, value)
 
 

@@ -82,7 +82,9 @@ def recipes(arguments: argparse.Namespace) -> int:
         from peftkit.methods import METHODS
 
         if names[1] not in METHODS:
-            raise UserError(Problem("command line", repr(names[1]), "a method", did_you_mean(names[1], list(METHODS))))
+            raise UserError(
+                Problem("command line", repr(names[1]), "a method", did_you_mean(names[1], list(METHODS)))
+            )
         print(new_recipe(names[0], names[1]), end="")
     return 0
 

@@ -40,14 +40,21 @@ def _sentence(event: dict[str, Any]) -> str | None:
     if kind == "data":
         dropped = f", {event['num_dropped']} rows too long were dropped" if event["num_dropped"] else ""
         cut = f", {event['num_cut']} rows were cut" if event["num_cut"] else ""
-        default = "; the base has no chat template, the default one is used" if event["default_template"] else ""
-        return (f"data: {show_count(event['num_train'])} rows to train on, {show_count(event['num_eval'])} held out, "
-                f"{show_count(event['num_tokens'])} tokens, {show_count(event['num_learnt'])} learnt "
-                f"({show_percent(event['num_learnt'] / max(1, event['num_tokens']))}){dropped}{cut}{default}")
+        default = (
+            "; the base has no chat template, the default one is used" if event["default_template"] else ""
+        )
+        rows = f"{show_count(event['num_train'])} rows to train on, {show_count(event['num_eval'])} held out"
+        learnt = show_percent(event["num_learnt"] / max(1, event["num_tokens"]))
+        tokens = (
+            f"{show_count(event['num_tokens'])} tokens, {show_count(event['num_learnt'])} learnt ({learnt})"
+        )
+        return f"data: {rows}, {tokens}{dropped}{cut}{default}"
     if kind == "parameters":
         roles = ", ".join(f"{role} {show_count(n)}" for role, n in event["by_role"].items())
-        line = (f"trainable: {show_count(event['num_trainable'])} of {show_count(event['num_total'])} "
-                f"({show_percent(event['num_trainable'] / event['num_total'])}): {roles}")
+        line = (
+            f"trainable: {show_count(event['num_trainable'])} of {show_count(event['num_total'])} "
+            f"({show_percent(event['num_trainable'] / event['num_total'])}): {roles}"
+        )
         planned = event["num_planned"]
         odd = planned is not None and planned != event["num_trainable"]
         return f"{line}; the plan said {show_count(planned)}" if odd else line
@@ -56,8 +63,12 @@ def _sentence(event: dict[str, Any]) -> str | None:
     if kind == "eval":
         best = ", the best so far" if event["best"] else ""
         return f"step {event['step']}: evaluation loss {event['loss']:.4f}{best}"
-    texts = {"resume": "going on from step {step}", "early_stop": "step {step}: stopped early, no gain in {patience} "
-             "evaluations", "interrupted": "step {step}: stopped by a signal", "warning": "warning: {text}"}
+    texts = {
+        "resume": "going on from step {step}",
+        "early_stop": "step {step}: stopped early, no gain in {patience} evaluations",
+        "interrupted": "step {step}: stopped by a signal",
+        "warning": "warning: {text}",
+    }
     return texts[kind].format(**event) if kind in texts else None
 
 
@@ -82,9 +93,13 @@ class PlainDisplay:
                 self.last_line = time.monotonic()
                 rate = event["tokens_per_second"]
                 left = (self.num_steps - event["step"]) * event["step_seconds"]
-                print(f"step {event['step']}/{self.num_steps}: loss {event['loss']:.4f}, "
-                      f"{rate or 0:,.0f} tokens/s, learning rate {event['learning_rate']:.2e}, "
-                      f"memory {_memory(event)}, {left:.0f} s left", file=sys.stderr, flush=True)
+                print(
+                    f"step {event['step']}/{self.num_steps}: loss {event['loss']:.4f}, "
+                    f"{rate or 0:,.0f} tokens/s, learning rate {event['learning_rate']:.2e}, "
+                    f"memory {_memory(event)}, {left:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
             return
         line = _sentence(event)
         if line:
@@ -96,20 +111,28 @@ class LiveDisplay:
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(), console=console, transient=True,
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
         )
         self.task: Any = None
 
     def show(self, event: dict[str, Any]) -> None:
         kind = event["event"]
         if kind == "train_begin":
-            self.task = self.progress.add_task("training", total=event["num_steps"], completed=event["step"],
-                                               numbers="")
+            self.task = self.progress.add_task(
+                "training", total=event["num_steps"], completed=event["step"], numbers=""
+            )
         elif kind == "step" and self.task is not None:
             rate = event["tokens_per_second"]
-            numbers = (f"loss {event['loss']:.3f}  {rate or 0:,.0f} tok/s  lr {event['learning_rate']:.1e}  "
-                       f"{_memory(event)}")
+            numbers = (
+                f"loss {event['loss']:.3f}  {rate or 0:,.0f} tok/s  lr {event['learning_rate']:.1e}  "
+                f"{_memory(event)}"
+            )
             self.progress.update(self.task, completed=event["step"], numbers=numbers)
         line = _sentence(event)
         if line:

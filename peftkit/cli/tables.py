@@ -28,13 +28,21 @@ def print_plan(plan: Plan) -> None:
     console = _console()
     table = _table("key", "value", "from", "because")
     for decision in sorted(plan.decisions, key=lambda d: d.key):
-        value = ", ".join(map(str, decision.value)) if isinstance(decision.value, list) else str(decision.value)
+        value = (
+            ", ".join(map(str, decision.value)) if isinstance(decision.value, list) else str(decision.value)
+        )
         table.add_row(decision.key, value, decision.source, decision.reason)
     console.print(table)
     if plan.method.trainable_by_role and plan.method.num_parameters:
         console.print()
-        console.print(_parameters(plan.method.trainable_by_role, plan.method.num_trainable or 0,
-                                  plan.method.num_parameters, plan.method.peft is not None))
+        console.print(
+            _parameters(
+                plan.method.trainable_by_role,
+                plan.method.num_trainable or 0,
+                plan.method.num_parameters,
+                plan.method.peft is not None,
+            )
+        )
 
 
 def _parameters(by_role: object, num_trainable: int, num_base: int, adds: bool) -> Table:
@@ -43,8 +51,10 @@ def _parameters(by_role: object, num_trainable: int, num_base: int, adds: bool) 
     table.columns[1].justify = "right"
     for role, count in dict(by_role).items():  # type: ignore[call-overload]
         table.add_row(role, show_count(count))
-    table.add_row("in all", f"{show_count(num_trainable)} of {show_count(total)} "
-                            f"({show_percent(num_trainable / total)})")
+    table.add_row(
+        "in all",
+        f"{show_count(num_trainable)} of {show_count(total)} ({show_percent(num_trainable / total)})",
+    )
     return table
 
 

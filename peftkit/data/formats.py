@@ -10,8 +10,16 @@ from peftkit.data.read import MAX_PROBLEMS, Row
 from peftkit.errors import Problem, UserError, nearest
 
 Message = Mapping[str, str]
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
-          "human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,9 @@ def _string(fields: Mapping[str, Any], name: str, *, empty: bool = False) -> str
 
 def _messages(turns: Any, name: str) -> tuple[Message, ...]:
     if not isinstance(turns, list) or not turns:
-        raise _BadRow(f"{name} is {'empty' if turns == [] else type(turns).__name__}", f"a list of turns in {name}")
+        raise _BadRow(
+            f"{name} is {'empty' if turns == [] else type(turns).__name__}", f"a list of turns in {name}"
+        )
     found = []
     for turn in turns:
         if not isinstance(turn, Mapping):
@@ -77,7 +87,9 @@ def _prompt_completion(row: Row) -> Example:
     prompt, completion = row.fields.get("prompt"), row.fields.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return Example(row.where, messages=_messages([*prompt, *completion], "prompt and completion"))
-    return Example(row.where, prompt=_string(row.fields, "prompt"), completion=_string(row.fields, "completion"))
+    return Example(
+        row.where, prompt=_string(row.fields, "prompt"), completion=_string(row.fields, "completion")
+    )
 
 
 def _instruction(row: Row) -> Example:
@@ -112,8 +124,9 @@ FORMATS: dict[str, Format] = {
 
 
 def _wants() -> str:
-    return "; ".join(f"{name}: {' or '.join(' + '.join(c) for c in spec.columns)}"
-                     for name, spec in FORMATS.items())
+    return "; ".join(
+        f"{name}: {' or '.join(' + '.join(c) for c in spec.columns)}" for name, spec in FORMATS.items()
+    )
 
 
 def _columns_problem(where: str, found: Sequence[str], expected: str) -> UserError:
@@ -138,12 +151,28 @@ def rename(rows: Sequence[Row], columns: Mapping[str, str]) -> list[Row]:
         return list(rows)
     missing = [name for name in columns.values() if name not in rows[0].fields]
     if missing:
-        raise UserError([Problem("data.columns", f"{name!r}, which {rows[0].where} lacks", "a column of the data",
-                                 f"found: {', '.join(rows[0].fields)}") for name in missing])
+        raise UserError(
+            [
+                Problem(
+                    "data.columns",
+                    f"{name!r}, which {rows[0].where} lacks",
+                    "a column of the data",
+                    f"found: {', '.join(rows[0].fields)}",
+                )
+                for name in missing
+            ]
+        )
     taken = set(columns.values())
-    return [Row({**{k: v for k, v in row.fields.items() if k not in taken},
-                 **{ours: row.fields.get(theirs) for ours, theirs in columns.items()}}, row.where)
-            for row in rows]
+    return [
+        Row(
+            {
+                **{k: v for k, v in row.fields.items() if k not in taken},
+                **{ours: row.fields.get(theirs) for ours, theirs in columns.items()},
+            },
+            row.where,
+        )
+        for row in rows
+    ]
 
 
 def to_examples(rows: Sequence[Row], name: str) -> list[Example]:
@@ -161,6 +190,8 @@ def to_examples(rows: Sequence[Row], name: str) -> list[Example]:
             problems.append(Problem(row.where, bad.got, bad.expected))
     if problems:
         more = len(problems) - MAX_PROBLEMS
-        extra = [Problem("data", f"{more} more rows that do not fit", f"the format {name}")] if more > 0 else []
+        extra = (
+            [Problem("data", f"{more} more rows that do not fit", f"the format {name}")] if more > 0 else []
+        )
         raise UserError([*problems[:MAX_PROBLEMS], *extra])
     return examples

@@ -30,8 +30,13 @@ def _learnt_spans(rendered: Rendered, mask: str) -> tuple[Span, ...]:
     return rendered.answers[-1:] if mask == "last-turn" else rendered.answers
 
 
-def _without_tail(learnt: list[int], ids: Sequence[int], offsets: Sequence[tuple[int, int]], text: str,
-                  special: frozenset[int]) -> list[int]:
+def _without_tail(
+    learnt: list[int],
+    ids: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    text: str,
+    special: frozenset[int],
+) -> list[int]:
     """Drop blanks that the template puts after the end-of-turn token: the model stops before them."""
     kept = list(learnt)
     while kept and ids[kept[-1]] not in special and not text[slice(*offsets[kept[-1]])].strip():
@@ -49,7 +54,10 @@ def tokenize(batch: Sequence[Rendered], tokenizer: Any, *, mask: str) -> list[To
     special = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     found = []
-    for rendered, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for rendered, encoded_ids, offsets in zip(
+        batch, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        ids = list(encoded_ids)
         labels = [IGNORED] * len(ids)
         for span in _learnt_spans(rendered, mask):
             inside = [i for i, (start, end) in enumerate(offsets) if end > span.start and start < span.end]
@@ -57,12 +65,12 @@ def tokenize(batch: Sequence[Rendered], tokenizer: Any, *, mask: str) -> list[To
                 inside = _without_tail(inside, ids, offsets, rendered.text, special)
             for i in inside:
                 labels[i] = ids[i]
-        ids = list(ids)
         last = next((i for i in reversed(range(len(ids))) if labels[i] != IGNORED), None)
         if last is not None and not any(ids[i] in special for i in range(last, len(ids))):
             ids.append(tokenizer.eos_token_id)
             labels.append(tokenizer.eos_token_id)
         if bos and ids[:1] != bos:
-            ids, labels = [*bos, *ids], [IGNORED, *labels]
+            ids.insert(0, bos[0])
+            labels.insert(0, IGNORED)
         found.append(Tokenized(ids, labels, rendered.where))
     return found

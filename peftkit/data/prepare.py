@@ -65,8 +65,15 @@ def split_share(examples: Sequence[Example], share: float, seed: int) -> tuple[l
     return ([e for e in examples if e.key not in held], [e for e in examples if e.key in held])
 
 
-def read_examples(sources: Sequence[str], eval_source: str | float | None, *, wanted_format: str,
-                  columns: dict[str, str], seed: int, where: str) -> Examples:
+def read_examples(
+    sources: Sequence[str],
+    eval_source: str | float | None,
+    *,
+    wanted_format: str,
+    columns: dict[str, str],
+    seed: int,
+    where: str,
+) -> Examples:
     """Read, detect the format, and split. Raises UserError with file and line for what does not fit."""
 
     def examples_of(rows: list[Row], name: str) -> list[Example]:
@@ -77,8 +84,11 @@ def read_examples(sources: Sequence[str], eval_source: str | float | None, *, wa
     train = examples_of(rows, name)
     if isinstance(eval_source, str):
         is_file = is_data_path(eval_source)
-        held_rows = read_rows([eval_source] if is_file else sources, where=f"{where} data.eval",
-                              split="train" if is_file else eval_source)
+        held_rows = read_rows(
+            [eval_source] if is_file else sources,
+            where=f"{where} data.eval",
+            split="train" if is_file else eval_source,
+        )
         return Examples(tuple(train), tuple(examples_of(rename(held_rows, columns), name)), name)
     kept, held = split_share(train, eval_source or 0.0, seed)
     return Examples(tuple(kept), tuple(held), name)
@@ -90,11 +100,23 @@ def _fit(rows: list[Tokenized], plan: DataPlan) -> tuple[list[Tokenized], int, i
     if not long:
         return rows, 0, 0
     if plan.truncation == "error":
-        raise UserError([Problem(row.where, f"{len(row.input_ids)} tokens", f"at most {plan.max_length}",
-                                 "raise train.max_length or set data.truncation: drop") for row in long[:20]])
+        raise UserError(
+            [
+                Problem(
+                    row.where,
+                    f"{len(row.input_ids)} tokens",
+                    f"at most {plan.max_length}",
+                    "raise train.max_length or set data.truncation: drop",
+                )
+                for row in long[:20]
+            ]
+        )
     if plan.truncation == "drop":
         return [row for row in rows if len(row.input_ids) <= plan.max_length], len(long), 0
-    cut = [Tokenized(row.input_ids[-plan.max_length:], row.labels[-plan.max_length:], row.where) for row in rows]
+    cut = [
+        Tokenized(row.input_ids[-plan.max_length :], row.labels[-plan.max_length :], row.where)
+        for row in rows
+    ]
     return cut, 0, len(long)
 
 
@@ -114,17 +136,34 @@ def prepare(examples: Examples, tokenizer: Any, plan: DataPlan) -> Prepared:
     train, dropped, cut = _fit(raw, plan)
     if not train:
         longest, shortest = max(len(r.input_ids) for r in raw), min(len(r.input_ids) for r in raw)
-        raise UserError(Problem("train.max_length", f"{plan.max_length}, and all {len(raw)} rows are longer",
-                                f"room for rows of {shortest} to {longest} tokens",
-                                f"set train.max_length: {longest}"))
+        raise UserError(
+            Problem(
+                "train.max_length",
+                f"{plan.max_length}, and all {len(raw)} rows are longer",
+                f"room for rows of {shortest} to {longest} tokens",
+                f"set train.max_length: {longest}",
+            )
+        )
     silent = [row for row in train if row.num_learnt == 0]
     if silent:
-        raise UserError([Problem(row.where, "a row in which no token is learnt", "an answer to learn",
-                                 "see data.mask and data.truncation") for row in silent[:20]])
+        raise UserError(
+            [
+                Problem(
+                    row.where,
+                    "a row in which no token is learnt",
+                    "an answer to learn",
+                    "see data.mask and data.truncation",
+                )
+                for row in silent[:20]
+            ]
+        )
     held = list(zip(examples.eval, _tokenized(examples.eval, tokenizer, plan), strict=True))
     fitting = [(example, row) for example, row in held if len(row.input_ids) <= plan.max_length]
     return Prepared(
-        train=tuple(train), eval=tuple(row for _, row in fitting),
-        eval_examples=tuple(example for example, _ in fitting), num_dropped=dropped + len(held) - len(fitting),
-        num_cut=cut, default_template=default_template,
+        train=tuple(train),
+        eval=tuple(row for _, row in fitting),
+        eval_examples=tuple(example for example, _ in fitting),
+        num_dropped=dropped + len(held) - len(fitting),
+        num_cut=cut,
+        default_template=default_template,
     )

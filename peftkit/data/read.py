@@ -31,8 +31,14 @@ def _text(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise UserError(Problem(f"{path}:{line}", f"the byte 0x{raw[error.start]:02x}", "UTF-8 text",
-                                "convert the file to UTF-8")) from None
+        raise UserError(
+            Problem(
+                f"{path}:{line}",
+                f"the byte 0x{raw[error.start]:02x}",
+                "UTF-8 text",
+                "convert the file to UTF-8",
+            )
+        ) from None
 
 
 def _jsonl(path: Path) -> list[Row]:
@@ -43,7 +49,9 @@ def _jsonl(path: Path) -> list[Row]:
         try:
             value = json.loads(line)
         except ValueError as error:
-            problems.append(Problem(f"{path}:{number}", f"a line that is not JSON ({error})", "one JSON object"))
+            problems.append(
+                Problem(f"{path}:{number}", f"a line that is not JSON ({error})", "one JSON object")
+            )
             continue
         if isinstance(value, dict):
             rows.append(Row(value, f"{path}:{number}"))
@@ -51,7 +59,9 @@ def _jsonl(path: Path) -> list[Row]:
             problems.append(Problem(f"{path}:{number}", f"a {type(value).__name__}", "one JSON object"))
     if problems:
         more = len(problems) - MAX_PROBLEMS
-        extra = [Problem(str(path), f"{more} more malformed lines", "one JSON object a line")] if more > 0 else []
+        extra = (
+            [Problem(str(path), f"{more} more malformed lines", "one JSON object a line")] if more > 0 else []
+        )
         raise UserError([*problems[:MAX_PROBLEMS], *extra])
     return rows
 
@@ -60,15 +70,23 @@ def _json(path: Path) -> list[Row]:
     try:
         value = json.loads(_text(path))
     except ValueError as error:
-        raise UserError(Problem(str(path), f"text that is not JSON ({error})", "a list of objects",
-                                "one object a line? name it .jsonl")) from None
+        raise UserError(
+            Problem(
+                str(path),
+                f"text that is not JSON ({error})",
+                "a list of objects",
+                "one object a line? name it .jsonl",
+            )
+        ) from None
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UserError(Problem(str(path), f"a {type(value).__name__}", "a list of objects"))
     return [Row(item, f"{path} row {number}") for number, item in enumerate(value, start=1)]
 
 
 def _csv(path: Path) -> list[Row]:
-    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+    reader = csv.reader(
+        io.StringIO(_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ","
+    )
     rows, problems = [], []
     header = next(reader, [])
     before = reader.line_num
@@ -77,8 +95,14 @@ def _csv(path: Path) -> list[Row]:
         if not cells:
             continue
         if len(cells) != len(header):
-            problems.append(Problem(where, f"{len(cells)} cells", f"{len(header)}, as in the header",
-                                    "quote cells that hold a comma or a line break"))
+            problems.append(
+                Problem(
+                    where,
+                    f"{len(cells)} cells",
+                    f"{len(header)}, as in the header",
+                    "quote cells that hold a comma or a line break",
+                )
+            )
         else:
             rows.append(Row(dict(zip(header, cells, strict=True)), where))
     if problems:
@@ -92,13 +116,17 @@ def _parquet(path: Path) -> list[Row]:
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, ValueError) as error:
-        raise UserError(Problem(str(path), f"a file that is not Parquet ({error})", "a Parquet file")) from None
+        raise UserError(
+            Problem(str(path), f"a file that is not Parquet ({error})", "a Parquet file")
+        ) from None
     return [Row(item, f"{path} row {number}") for number, item in enumerate(table.to_pylist(), start=1)]
 
 
 def _plain(path: Path) -> list[Row]:
     """Raw text: paragraphs (blocks between blank lines) are rows."""
-    rows, start, block = [], 1, []
+    rows: list[Row] = []
+    block: list[str] = []
+    start = 1
     for number, line in enumerate([*_text(path).split("\n"), ""], start=1):
         if line.strip():
             start = number if not block else start
@@ -110,22 +138,35 @@ def _plain(path: Path) -> list[Row]:
 
 
 _READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _plain,
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+    ".txt": _plain,
 }
 
 
 def _hub(name: str, split: str, where: str) -> list[Row]:
     if os.environ.get("HF_HUB_OFFLINE", "") not in {"", "0"} and not Path(name).exists():
         fix = "give a file, or unset HF_HUB_OFFLINE"
-        raise UserError(Problem(where, f"the hub dataset {name!r} while HF_HUB_OFFLINE is set", "data at hand", fix))
+        raise UserError(
+            Problem(where, f"the hub dataset {name!r} while HF_HUB_OFFLINE is set", "data at hand", fix)
+        )
     import datasets
 
     try:
         found = datasets.load_dataset(name, split=split)
     except Exception as error:
         # datasets raises a dozen unrelated types for the same thing: it cannot be had
-        raise UserError(Problem(where, f"the hub dataset {name!r} [{split}] ({str(error).splitlines()[0][:160]})",
-                                "a dataset that can be read", "check the name and split, or give a file")) from error
+        raise UserError(
+            Problem(
+                where,
+                f"the hub dataset {name!r} [{split}] ({str(error).splitlines()[0][:160]})",
+                "a dataset that can be read",
+                "check the name and split, or give a file",
+            )
+        ) from error
     return [Row(item, f"{name}[{split}] row {number}") for number, item in enumerate(found, start=1)]
 
 
@@ -142,8 +183,11 @@ def read_rows(sources: Sequence[str], *, where: str, split: str = "train") -> li
         path = Path(source)
         if not path.is_file():
             here = Path.cwd() / path.name
-            fix = f"there is {here}: paths in a recipe are relative to the recipe" if here.is_file() else \
-                "paths in a recipe are relative to the recipe's folder"
+            fix = (
+                f"there is {here}: paths in a recipe are relative to the recipe"
+                if here.is_file()
+                else "paths in a recipe are relative to the recipe's folder"
+            )
             raise UserError(Problem(where, f"{source}, which is not there", "a data file", fix))
         reader = _READERS.get(path.suffix)
         if reader is None:

@@ -49,8 +49,13 @@ def _apply(tokenizer: Any, messages: Any, *, ask: bool, where: str) -> str:
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
     except jinja2.TemplateError as error:
-        raise UserError(Problem(where, f"a chat that the model's template refuses ({error})",
-                                "turns in the order that the template knows")) from None
+        raise UserError(
+            Problem(
+                where,
+                f"a chat that the model's template refuses ({error})",
+                "turns in the order that the template knows",
+            )
+        ) from None
 
 
 def render(example: Example, tokenizer: Any) -> Rendered:
@@ -71,9 +76,14 @@ def render(example: Example, tokenizer: Any) -> Rendered:
         before = _apply(tokenizer, example.messages[:i], ask=True, where=example.where) if i else ""
         after = _apply(tokenizer, example.messages[: i + 1], ask=False, where=example.where)
         if not (after.startswith(before) and text.startswith(after)):
-            raise UserError(Problem(example.where, "a chat template that rewrites earlier turns",
-                                    "a template whose prompt is a prefix of the whole chat",
-                                    "use data.mask: last-turn with single-turn chats, or another template"))
+            raise UserError(
+                Problem(
+                    example.where,
+                    "a chat template that rewrites earlier turns",
+                    "a template whose prompt is a prefix of the whole chat",
+                    "use data.mask: last-turn with single-turn chats, or another template",
+                )
+            )
         answers.append(Span(len(before), len(after)))
     return Rendered(text, tuple(answers), example.where)
 

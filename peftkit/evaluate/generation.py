@@ -23,9 +23,15 @@ def _encode(prompts: Sequence[str], tokenizer: Any) -> Any:
         tokenizer.padding_side = side
 
 
-def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int,
-                     eos_token_ids: Sequence[int], on_progress: Callable[[int, int], None] | None = None,
-                     ) -> list[str]:
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
     """One greedy answer per prompt, without special tokens, in the order of the prompts.
 
     The model's training mode is restored. Prompts of like length share a batch.
@@ -43,10 +49,18 @@ def generate_answers(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_
             inputs = _encode([prompts[i] for i in chosen], tokenizer).to(model.device)
             with torch.no_grad():
                 output = model.generate(
-                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None,
-                    top_k=None, eos_token_id=list(eos_token_ids), pad_token_id=tokenizer.pad_token_id,
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    eos_token_id=list(eos_token_ids),
+                    pad_token_id=tokenizer.pad_token_id,
                 )
-            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(
+                output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text
             if on_progress is not None:

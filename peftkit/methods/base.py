@@ -26,8 +26,10 @@ class TokenRows(Options):
 AlsoTrain = Literal["embeddings", "head", "norms"] | TokenRows
 Targets = Annotated[
     str | list[str],
-    Field(description="auto, attention, all-linear, a role (q, k, v, o, gate, up, down), a module name, "
-                      "or a list of roles and module names"),
+    Field(
+        description="auto, attention, all-linear, a role (q, k, v, o, gate, up, down), a module name, "
+        "or a list of roles and module names"
+    ),
 ]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]

@@ -29,6 +29,13 @@ def learning_rate(num_parameters: int) -> tuple[float, str]:
 
 
 METHOD = Method(
-    name="full", summary="train every weight", options=FullOptions, count=count, peft=peft,
-    learning_rate=learning_rate, default_targets=no_targets, has_targets=False, mergeable=False,
+    name="full",
+    summary="train every weight",
+    options=FullOptions,
+    count=count,
+    peft=peft,
+    learning_rate=learning_rate,
+    default_targets=no_targets,
+    has_targets=False,
+    mergeable=False,
 )

@@ -34,10 +34,13 @@ def count(options: Ia3Options, shape: ModelShape, modules: tuple[Module, ...]) -
 
 def peft(options: Ia3Options, shape: ModelShape | None, targets: tuple[str, ...] | str) -> PeftSpec:
     """peft.IA3Config. Targets and feedforward_modules always go together: PEFT would scale outputs else."""
-    return PeftSpec("IA3Config", {
-        "target_modules": targets if isinstance(targets, str) else list(targets),
-        "feedforward_modules": [name for name in _feedforward(options, shape) if name in targets],
-    })
+    return PeftSpec(
+        "IA3Config",
+        {
+            "target_modules": targets if isinstance(targets, str) else list(targets),
+            "feedforward_modules": [name for name in _feedforward(options, shape) if name in targets],
+        },
+    )
 
 
 def learning_rate(num_parameters: int) -> tuple[float, str]:
@@ -51,6 +54,11 @@ def default_targets(family: Family | None) -> tuple[tuple[str, ...] | str, str]:
 
 
 METHOD = Method(
-    name="ia3", summary="learned scaling vectors", options=Ia3Options, count=count, peft=peft,
-    learning_rate=learning_rate, default_targets=default_targets,
+    name="ia3",
+    summary="learned scaling vectors",
+    options=Ia3Options,
+    count=count,
+    peft=peft,
+    learning_rate=learning_rate,
+    default_targets=default_targets,
 )

@@ -21,7 +21,11 @@ from peftkit.methods.base import (
 
 # Our name -> PEFT's init_lora_weights.
 INITS: dict[str, bool | str] = {
-    "default": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa", "olora": "olora",
+    "default": True,
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+    "pissa": "pissa",
+    "olora": "olora",
     "eva": "eva",
 }
 CHANGES_BASE = ("pissa", "olora")  # they subtract their start from the base weights
@@ -75,8 +79,12 @@ def _count_also(options: LoraOptions, shape: ModelShape) -> dict[str, int]:
 def peft(options: LoraOptions, shape: ModelShape | None, targets: tuple[str, ...] | str) -> PeftSpec:
     """peft.LoraConfig. Token rows are filled in once the tokenizer is there."""
     arguments: dict[str, Any] = {
-        "r": options.rank, "lora_alpha": options.scale_alpha, "lora_dropout": options.dropout,
-        "use_rslora": options.rslora, "use_dora": options.dora, "init_lora_weights": INITS[options.init],
+        "r": options.rank,
+        "lora_alpha": options.scale_alpha,
+        "lora_dropout": options.dropout,
+        "use_rslora": options.rslora,
+        "use_dora": options.dora,
+        "init_lora_weights": INITS[options.init],
         "target_modules": targets if isinstance(targets, str) else list(targets),
     }
     if options.target_parameters:
@@ -84,8 +92,11 @@ def peft(options: LoraOptions, shape: ModelShape | None, targets: tuple[str, ...
     family = family_of(shape.model_type) if shape else None
     whole = [item for item in options.also_train if isinstance(item, str)]
     if whole and family is not None:
-        names = {"embeddings": (family.embeddings,), "head": (family.head,),
-                 "norms": (*family.norms, family.final_norm)}
+        names = {
+            "embeddings": (family.embeddings,),
+            "head": (family.head,),
+            "norms": (*family.norms, family.final_norm),
+        }
         arguments["modules_to_save"] = [name for item in whole for name in names[item]]
         if shape and shape.tied_embeddings and {"embeddings", "head"} & set(whole):
             arguments["ensure_weight_tying"] = True
@@ -108,6 +119,11 @@ def default_targets(family: Family | None) -> tuple[tuple[str, ...] | str, str]:
 
 
 METHOD = Method(
-    name="lora", summary="low-rank adapters on linear layers", options=LoraOptions, count=count, peft=peft,
-    learning_rate=learning_rate, default_targets=default_targets,
+    name="lora",
+    summary="low-rank adapters on linear layers",
+    options=LoraOptions,
+    count=count,
+    peft=peft,
+    learning_rate=learning_rate,
+    default_targets=default_targets,
 )

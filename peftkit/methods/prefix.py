@@ -33,7 +33,8 @@ def count(options: PrefixOptions, shape: ModelShape, modules: tuple[Module, ...]
 def peft(options: PrefixOptions, shape: ModelShape | None, targets: tuple[str, ...] | str) -> PeftSpec:
     """peft.PrefixTuningConfig; PEFT reads layers and key-value heads from the model's configuration."""
     arguments: dict[str, Any] = {
-        "num_virtual_tokens": options.virtual_tokens, "prefix_projection": options.projection,
+        "num_virtual_tokens": options.virtual_tokens,
+        "prefix_projection": options.projection,
     }
     if options.projection:
         inner = options.projection_hidden or (shape.dims.kv if shape else None)
@@ -46,7 +47,15 @@ def learning_rate(num_parameters: int) -> tuple[float, str]:
 
 
 METHOD = Method(
-    name="prefix", summary="trained keys and values before the context", options=PrefixOptions, count=count,
-    peft=peft, learning_rate=learning_rate, default_targets=no_targets, has_targets=False,
-    mergeable=False, allows_checkpointing=False, allows_packing=False,
+    name="prefix",
+    summary="trained keys and values before the context",
+    options=PrefixOptions,
+    count=count,
+    peft=peft,
+    learning_rate=learning_rate,
+    default_targets=no_targets,
+    has_targets=False,
+    mergeable=False,
+    allows_checkpointing=False,
+    allows_packing=False,
 )

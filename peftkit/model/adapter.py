@@ -20,8 +20,17 @@ def _token_ids(tokenizer: Any, tokens: Iterable[str]) -> list[int]:
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in tokens if token not in vocabulary]
     if missing:
-        raise UserError([Problem("method.also_train tokens", repr(token), "a token of the vocabulary",
-                                 f"it reads as {tokenizer.tokenize(token)}") for token in missing])
+        raise UserError(
+            [
+                Problem(
+                    "method.also_train tokens",
+                    repr(token),
+                    "a token of the vocabulary",
+                    f"it reads as {tokenizer.tokenize(token)}",
+                )
+                for token in missing
+            ]
+        )
     return sorted(vocabulary[token] for token in tokens)
 
 
@@ -52,7 +61,8 @@ def _peft_config(model: Any, plan: Plan, tokenizer: Any) -> Any:
 
 def _embedding_name(model: Any) -> str:
     embedding = model.get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is embedding).rsplit(".", 1)[-1]
+    full = next(str(name) for name, module in model.named_modules() if module is embedding)
+    return full.rsplit(".", 1)[-1]
 
 
 def attach(model: Any, plan: Plan, tokenizer: Any, *, eva_batches: Iterable[Mapping[str, Any]] = ()) -> Any:
@@ -107,7 +117,7 @@ def _role(name: str, roles: Mapping[str, str], family: Any) -> str:
     if ".prompt_encoder." in name:
         return "projection" if ".transform." in name else "prefix"
     if "modules_to_save" in name and family is not None:
-        saved = name.split(".modules_to_save.")[0].rsplit(".", 1)[-1]
+        saved = name.split(".modules_to_save.", maxsplit=1)[0].rsplit(".", 1)[-1]
         return {family.embeddings: "embeddings", family.head: "head"}.get(saved, "norms")
     return "embeddings, head and norms" if "lora_" not in name else name.split(".")[-4]
 
@@ -162,7 +172,11 @@ def build_loraplus_optimizer(model: Any, plan: Plan) -> Any:
     import torch
     from peft.optimizers import create_loraplus_optimizer
 
+    assert plan.method.lr_ratio is not None
     return create_loraplus_optimizer(
-        model=model, optimizer_cls=torch.optim.AdamW, lr=plan.train.learning_rate,
-        loraplus_lr_ratio=plan.method.lr_ratio, weight_decay=plan.train.weight_decay,
+        model=model,
+        optimizer_cls=torch.optim.AdamW,
+        lr=plan.train.learning_rate,
+        loraplus_lr_ratio=plan.method.lr_ratio,
+        weight_decay=plan.train.weight_decay,
     )

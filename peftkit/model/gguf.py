@@ -24,14 +24,26 @@ def converted_folder(base: Base, where: str) -> Path:
     digest = sha256_of(base.path)
     name = base.id.removeprefix("embedded:")
     if base.kind == "embedded" and digest != EMBEDDED[name].sha256:
-        raise UserError(Problem(where, f"{base.path} with sha256 {digest[:12]}...",
-                                f"the pinned file {EMBEDDED[name].sha256[:12]}...", EMBEDDED[name].pip_line))
+        raise UserError(
+            Problem(
+                where,
+                f"{base.path} with sha256 {digest[:12]}...",
+                f"the pinned file {EMBEDDED[name].sha256[:12]}...",
+                EMBEDDED[name].pip_line,
+            )
+        )
     folder = cache_folder() / "bases" / f"{base.path.stem}-{digest[:16]}-v{_FORMAT}"
     if not verify_folder(folder, hashes=False):
         return folder
     if folder.exists():
-        raise UserError(Problem(str(folder), "; ".join(verify_folder(folder, hashes=False)),
-                                "a whole conversion", "remove this folder: it is made again from the GGUF file"))
+        raise UserError(
+            Problem(
+                str(folder),
+                "; ".join(verify_folder(folder, hashes=False)),
+                "a whole conversion",
+                "remove this folder: it is made again from the GGUF file",
+            )
+        )
     with publish_folder(folder, source=str(base.path), source_sha256=digest) as staging:
         _convert(base.path, staging, where)
         interrupt.stop_if_requested("interrupted while converting the base; nothing is left of it")
@@ -39,9 +51,12 @@ def converted_folder(base: Base, where: str) -> Path:
 
 
 _HEADER_KEYS = {
-    "num_hidden_layers": "block_count", "hidden_size": "embedding_length",
-    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
-    "intermediate_size": "feed_forward_length", "max_position_embeddings": "context_length",
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
     "head_dim": "attention.key_length",
 }
 _MODEL_TYPES = {"gemma3": "gemma3_text", "gptneox": "gpt_neox"}  # where GGUF's name differs from ours
@@ -59,16 +74,26 @@ def header_config(path: Path, where: str) -> dict[str, Any]:
         tokens = reader.fields["tokenizer.ggml.tokens"]
         names = {tensor.name for tensor in reader.tensors}
     except (ValueError, KeyError, IndexError, OSError) as error:
-        raise UserError(Problem(where, f"{path}, which is not a GGUF model ({error})", "a .gguf file")) from None
-    found = {ours: reader.fields[f"{architecture}.{theirs}"].contents()
-             for ours, theirs in _HEADER_KEYS.items() if f"{architecture}.{theirs}" in reader.fields}
-    return {**found, "model_type": _MODEL_TYPES.get(architecture, architecture),
-            "vocab_size": len(tokens.data), "tie_word_embeddings": "output.weight" not in names}
+        raise UserError(
+            Problem(where, f"{path}, which is not a GGUF model ({error})", "a .gguf file")
+        ) from None
+    found = {
+        ours: reader.fields[f"{architecture}.{theirs}"].contents()
+        for ours, theirs in _HEADER_KEYS.items()
+        if f"{architecture}.{theirs}" in reader.fields
+    }
+    return {
+        **found,
+        "model_type": _MODEL_TYPES.get(architecture, architecture),
+        "vocab_size": len(tokens.data),
+        "tie_word_embeddings": "output.weight" not in names,
+    }
 
 
 def _no_gguf(where: str) -> Problem:
-    return Problem(where, "a GGUF base without the gguf package", "an installed gguf",
-                   "pip install 'peftkit[gguf]'")
+    return Problem(
+        where, "a GGUF base without the gguf package", "an installed gguf", "pip install 'peftkit[gguf]'"
+    )
 
 
 def _convert(path: Path, folder: Path, where: str) -> None:
@@ -84,19 +109,27 @@ def _convert(path: Path, folder: Path, where: str) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.bfloat16,
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
         )
     except ImportError:
         raise UserError(_no_gguf(where)) from None
     except (ValueError, NotImplementedError, KeyError, TypeError, OSError) as error:
-        raise UserError(Problem(where, f"{path.name}, which transformers cannot read ({error})",
-                                "a GGUF file of a supported architecture",
-                                "use the model's safetensors folder instead")) from error
+        raise UserError(
+            Problem(
+                where,
+                f"{path.name}, which transformers cannot read ({error})",
+                "a GGUF file of a supported architecture",
+                "use the model's safetensors folder instead",
+            )
+        ) from error
     save_torch_state_dict(model.state_dict(), folder)
     config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    write_json(folder / "config.json", {**config, "architectures": [type(model).__name__],
-                                        "dtype": "bfloat16"})
+    write_json(
+        folder / "config.json", {**config, "architectures": [type(model).__name__], "dtype": "bfloat16"}
+    )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.save_pretrained(folder)

@@ -24,9 +24,13 @@ def _cpu() -> DeviceFacts:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     fast = bool({"avx512_bf16", "amx_bf16"} & set(fields.get("flags", "").split()))
-    return DeviceFacts(kind="cpu", name=fields.get("model name", "CPU"),
-                       memory_bytes=psutil.virtual_memory().total, supports_bf16=fast,
-                       has_bitsandbytes=_has_bitsandbytes())
+    return DeviceFacts(
+        kind="cpu",
+        name=fields.get("model name", "CPU"),
+        memory_bytes=psutil.virtual_memory().total,
+        supports_bf16=fast,
+        has_bitsandbytes=_has_bitsandbytes(),
+    )
 
 
 def detect_device_light() -> DeviceFacts:
@@ -39,9 +43,13 @@ def detect_device_light() -> DeviceFacts:
     if answer.returncode or not answer.stdout.strip():
         return _cpu()
     name, mebibytes, capability = (part.strip() for part in answer.stdout.splitlines()[0].split(","))
-    return DeviceFacts(kind="cuda", name=name, memory_bytes=int(mebibytes) * 2**20,
-                       supports_bf16=float(capability) >= _FAST_BF16_CAPABILITY,
-                       has_bitsandbytes=_has_bitsandbytes())
+    return DeviceFacts(
+        kind="cuda",
+        name=name,
+        memory_bytes=int(mebibytes) * 2**20,
+        supports_bf16=float(capability) >= _FAST_BF16_CAPABILITY,
+        has_bitsandbytes=_has_bitsandbytes(),
+    )
 
 
 def detect_device() -> DeviceFacts:
@@ -50,9 +58,13 @@ def detect_device() -> DeviceFacts:
 
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        return DeviceFacts(kind="cuda", name=properties.name, memory_bytes=properties.total_memory,
-                           supports_bf16=properties.major >= _FAST_BF16_CAPABILITY,
-                           has_bitsandbytes=_has_bitsandbytes())
+        return DeviceFacts(
+            kind="cuda",
+            name=properties.name,
+            memory_bytes=properties.total_memory,
+            supports_bf16=properties.major >= _FAST_BF16_CAPABILITY,
+            has_bitsandbytes=_has_bitsandbytes(),
+        )
     return _cpu()
 
 

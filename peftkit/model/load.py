@@ -25,32 +25,51 @@ def load_tokenizer(source: str, plan: BasePlan) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=plan.revision, trust_remote_code=plan.trust_remote_code)
+            source, revision=plan.revision, trust_remote_code=plan.trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise UserError(Problem(f"base {plan.id}", f"no tokenizer ({_first_line(error)})",
-                                "a tokenizer beside the weights")) from error
+        raise UserError(
+            Problem(
+                f"base {plan.id}", f"no tokenizer ({_first_line(error)})", "a tokenizer beside the weights"
+            )
+        ) from error
     if tokenizer.eos_token is None:
-        raise UserError(Problem(f"base {plan.id}", "a tokenizer without an end token", "an end token",
-                                "without one the model never learns to stop"))
+        raise UserError(
+            Problem(
+                f"base {plan.id}",
+                "a tokenizer without an end token",
+                "an end token",
+                "without one the model never learns to stop",
+            )
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # labels are masked by position, so the end stays learnt
     return tokenizer
 
 
 def load_model(source: str, plan: BasePlan, *, device: str) -> Any:
-    """The base with its weights, frozen or not is for the caller. Raises UserError where it cannot be loaded."""
+    """The base with its weights. Raises UserError where it cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source, revision=plan.revision, trust_remote_code=plan.trust_remote_code, use_safetensors=True,
-            dtype=getattr(torch, plan.dtype), device_map={"": 0 if device == "cuda" else device},
+            source,
+            revision=plan.revision,
+            trust_remote_code=plan.trust_remote_code,
+            use_safetensors=True,
+            dtype=getattr(torch, plan.dtype),
+            device_map={"": 0 if device == "cuda" else device},
             quantization_config=quantization_config(plan),
         )
     except (OSError, ValueError) as error:
-        raise UserError(Problem(f"base {plan.id}", f"a model that cannot be loaded ({_first_line(error)})",
-                                "a causal language model with safetensors weights")) from error
+        raise UserError(
+            Problem(
+                f"base {plan.id}",
+                f"a model that cannot be loaded ({_first_line(error)})",
+                "a causal language model with safetensors weights",
+            )
+        ) from error
     after_loading(model)
     return model
 

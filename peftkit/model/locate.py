@@ -43,31 +43,50 @@ def cache_folder() -> Path:
 def embedded_file(name: str, where: str) -> tuple[Embedded, Path]:
     """The file behind embedded:NAME. Raises UserError with the pip line where the package is missing."""
     if name not in EMBEDDED:
-        raise UserError(Problem(where, f"embedded:{name}", "an embedded model", did_you_mean(name, list(EMBEDDED))))
+        raise UserError(
+            Problem(where, f"embedded:{name}", "an embedded model", did_you_mean(name, list(EMBEDDED)))
+        )
     entry = EMBEDDED[name]
     module = entry.file.split("/")[0]
     spec = importlib.util.find_spec(module)
     path = Path(spec.origin).parent.parent / entry.file if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise UserError(Problem(where, f"embedded:{name} without the package {entry.package}",
-                                "the package that carries the model", entry.pip_line))
+        raise UserError(
+            Problem(
+                where,
+                f"embedded:{name} without the package {entry.package}",
+                "the package that carries the model",
+                entry.pip_line,
+            )
+        )
     return entry, path
 
 
 def _folder(path: Path, where: str) -> Base:
     config_file = path / "config.json"
     if not config_file.is_file():
-        raise UserError(Problem(where, f"the folder {path} without config.json", "a model folder",
-                                "a Hugging Face model folder holds config.json, weights and a tokenizer"))
+        raise UserError(
+            Problem(
+                where,
+                f"the folder {path} without config.json",
+                "a model folder",
+                "a Hugging Face model folder holds config.json, weights and a tokenizer",
+            )
+        )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(Problem(str(config_file), f"text that is not JSON ({error})", "a configuration")) from None
+        raise UserError(
+            Problem(str(config_file), f"text that is not JSON ({error})", "a configuration")
+        ) from None
     if not any(path.glob("*.safetensors")):
         pickles = sorted(p.name for p in path.glob("*.bin"))
         got = f"the folder {path} with {pickles[0]} only" if pickles else f"the folder {path} without weights"
-        fix = "pickled weights can run code: convert them to safetensors first" if pickles else \
-            "the download may be incomplete"
+        fix = (
+            "pickled weights can run code: convert them to safetensors first"
+            if pickles
+            else "the download may be incomplete"
+        )
         raise UserError(Problem(where, got, "weights as *.safetensors", fix))
     return Base(str(path), "folder", path, config)
 
@@ -92,8 +111,10 @@ def _hub(model_id: str, revision: str | None, where: str) -> Base:
     try:
         config = json.loads(Path(hf_hub_download(model_id, "config.json", revision=revision)).read_text())
     except GatedRepoError:
-        raise refuse("which is gated and not open to you",
-                     f"accept its licence on its hub page and log in (hf auth login); {_TRY_HERE}") from None
+        raise refuse(
+            "which is gated and not open to you",
+            f"accept its licence on its hub page and log in (hf auth login); {_TRY_HERE}",
+        ) from None
     except RevisionNotFoundError:
         raise refuse(f"which has no revision {revision!r}", "check base.revision") from None
     except RepositoryNotFoundError:
@@ -102,8 +123,11 @@ def _hub(model_id: str, revision: str | None, where: str) -> Base:
         raise refuse("which is neither a folder nor a hub id", "a hub id reads owner/name") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
         offline = os.environ.get("HF_HUB_OFFLINE", "") not in {"", "0"}
-        reason = "which is not in the cache while HF_HUB_OFFLINE is set" if offline else \
-            "which is not in the cache while the hub cannot be reached"
+        reason = (
+            "which is not in the cache while HF_HUB_OFFLINE is set"
+            if offline
+            else "which is not in the cache while the hub cannot be reached"
+        )
         raise refuse(reason, f"give a local folder: base.id=/path/to/model; {_TRY_HERE}") from None
     return Base(model_id, "hub", None, config)
 
@@ -115,8 +139,9 @@ def locate(model_id: str, *, revision: str | None, where: str, need_weights: boo
     """
     if model_id.startswith("embedded:"):
         name = model_id.removeprefix("embedded:")
-        entry, path = embedded_file(name, where) if need_weights or name not in EMBEDDED else \
-            (EMBEDDED[name], None)
+        entry, path = (
+            embedded_file(name, where) if need_weights or name not in EMBEDDED else (EMBEDDED[name], None)
+        )
         return Base(model_id, "embedded", path, entry.config)
     path = Path(model_id)
     if model_id.endswith(".gguf"):

@@ -16,7 +16,9 @@ def quantization_config(base: BasePlan) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=base.quant_type, bnb_4bit_use_double_quant=base.double_quant,
+        load_in_4bit=True,
+        bnb_4bit_quant_type=base.quant_type,
+        bnb_4bit_use_double_quant=base.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, base.compute_dtype),
     )
 

@@ -123,8 +123,12 @@ class Plan:
             method[key] = tuple(method[key]) if isinstance(method[key], list) else method[key]
         data = {**value["data"], "train": tuple(value["data"]["train"])}
         return cls(
-            base=BasePlan(**value["base"]), method=MethodPlan(**method), data=DataPlan(**data),
-            train=TrainPlan(**value["train"]), evaluate=EvaluatePlan(**value["evaluate"]),
-            device=value["device"], seed=value["seed"],
+            base=BasePlan(**value["base"]),
+            method=MethodPlan(**method),
+            data=DataPlan(**data),
+            train=TrainPlan(**value["train"]),
+            evaluate=EvaluatePlan(**value["evaluate"]),
+            device=value["device"],
+            seed=value["seed"],
             decisions=tuple(Decision(**item) for item in value["decisions"]),
         )

@@ -55,10 +55,16 @@ def _precision(d: _Decisions, facts: Facts, method: Method) -> tuple[str, str | 
     """The dtype of the base's weights, and autocast."""
     wanted, device = d.loaded.recipe.train.precision, facts.device
     if wanted == "bf16" and device.kind == "cuda" and not device.supports_bf16:
-        d.refuse("train.precision", f"bf16 on {device.name}", "a precision that the device has",
-                 "this GPU has no bf16 units: use fp16 or auto")
+        d.refuse(
+            "train.precision",
+            f"bf16 on {device.name}",
+            "a precision that the device has",
+            "this GPU has no bf16 units: use fp16 or auto",
+        )
     if wanted == "fp16" and device.kind != "cuda":
-        d.refuse("train.precision", f"fp16 on {device.kind}", "fp32, bf16 or auto", "fp16 training needs a GPU")
+        d.refuse(
+            "train.precision", f"fp16 on {device.kind}", "fp32, bf16 or auto", "fp16 training needs a GPU"
+        )
     if device.supports_bf16 and device.kind == "cuda":
         best, why = "bf16", f"{device.name} computes bf16 fast, with the range of fp32"
     elif device.kind == "cuda":
@@ -68,8 +74,11 @@ def _precision(d: _Decisions, facts: Facts, method: Method) -> tuple[str, str | 
     precision = d.keep("train.precision", wanted, best, why)
     autocast = precision if device.kind == "cuda" and precision != "fp32" else None
     keep_master = not method.has_targets and method.name == "full" and wanted == "auto"
-    dtype = "float32" if keep_master or (precision == "fp16" and method.name == "full") else \
-        _TORCH_NAMES[precision]
+    dtype = (
+        "float32"
+        if keep_master or (precision == "fp16" and method.name == "full")
+        else _TORCH_NAMES[precision]
+    )
     return dtype, autocast
 
 
@@ -81,16 +90,25 @@ def _base(d: _Decisions, facts: Facts, method: Method) -> tuple[BasePlan, str | 
     if recipe.base.trust_remote_code:
         d.keep("base.trust_remote_code", True, reason="code that comes with the model will run")
     if method.quantized and not facts.device.has_bitsandbytes:
-        d.refuse("method.name", "qlora without bitsandbytes", "an installed bitsandbytes",
-                 "pip install 'peftkit[qlora]', or use method lora")
+        d.refuse(
+            "method.name",
+            "qlora without bitsandbytes",
+            "an installed bitsandbytes",
+            "pip install 'peftkit[qlora]', or use method lora",
+        )
     if method.quantized and facts.device.kind == "mps":
         d.refuse("method.name", "qlora on mps", "a CUDA GPU or a CPU", "use method lora")
     dtype, autocast = _precision(d, facts, method)
     quant = (recipe.method.quant_type, recipe.method.double_quant) if method.quantized else (None, False)  # type: ignore[union-attr]
     return BasePlan(
-        id=recipe.base.id, kind=facts.model.kind, revision=recipe.base.revision,
-        trust_remote_code=recipe.base.trust_remote_code, dtype=dtype, quant_type=quant[0],
-        double_quant=quant[1], compute_dtype=dtype,
+        id=recipe.base.id,
+        kind=facts.model.kind,
+        revision=recipe.base.revision,
+        trust_remote_code=recipe.base.trust_remote_code,
+        dtype=dtype,
+        quant_type=quant[0],
+        double_quant=quant[1],
+        compute_dtype=dtype,
     ), autocast
 
 
@@ -110,8 +128,12 @@ def _targets(d: _Decisions, facts: Facts, method: Method) -> tuple[str, ...] | s
             return str(d.keep("method.targets", wanted))
         items = [wanted] if isinstance(wanted, str) else wanted
         if "attention" in items:
-            d.refuse("method.targets", "attention", "module names",
-                     f"the family {facts.model.model_type!r} is not known here: name its modules")
+            d.refuse(
+                "method.targets",
+                "attention",
+                "module names",
+                f"the family {facts.model.model_type!r} is not known here: name its modules",
+            )
         d.keep("method.targets", items)
         return tuple(items)
     names, problems = resolve_targets(wanted, family, d.where("method.targets"))
@@ -131,17 +153,28 @@ def _method(d: _Decisions, facts: Facts, method: Method) -> MethodPlan:
     rows: tuple[str, ...] = ()
     if isinstance(options, LoraOptions):
         d.keep("method.alpha", options.alpha, options.scale_alpha, "2 x rank")
-        rows = tuple(dict.fromkeys(
-            token for item in options.also_train if isinstance(item, TokenRows) for token in item.tokens))
+        rows = tuple(
+            dict.fromkeys(
+                token for item in options.also_train if isinstance(item, TokenRows) for token in item.tokens
+            )
+        )
         if options.also_train and shape is None and any(isinstance(i, str) for i in options.also_train):
-            d.refuse("method.also_train", "embeddings, head or norms", "a known family",
-                     f"the family {facts.model.model_type!r} is not known here")
+            d.refuse(
+                "method.also_train",
+                "embeddings, head or norms",
+                "a known family",
+                f"the family {facts.model.model_type!r} is not known here",
+            )
     counted = None
     if shape is not None and not d.problems:
         counted = method.count(options, shape, targeted(shape.modules, targets))
     return MethodPlan(
-        name=method.name, peft=method.peft(options, shape, targets), target_modules=targets, token_rows=rows,
-        lr_ratio=getattr(options, "lr_ratio", None), trainable_by_role=counted,
+        name=method.name,
+        peft=method.peft(options, shape, targets),
+        target_modules=targets,
+        token_rows=rows,
+        lr_ratio=getattr(options, "lr_ratio", None),
+        trainable_by_role=counted,
         num_parameters=shape.num_parameters if shape else None,
     )
 
@@ -162,11 +195,20 @@ def _data(d: _Decisions, facts: Facts) -> DataPlan:
     truncation = d.keep("data.truncation", data.truncation, "drop", "a cut answer teaches to stop early")
     max_length = d.keep("train.max_length", train.max_length)
     if shape is not None and shape.dims.positions and max_length > shape.dims.positions:
-        d.refuse("train.max_length", str(max_length), f"at most {shape.dims.positions}",
-                 "the model was trained on no more positions")
+        d.refuse(
+            "train.max_length",
+            str(max_length),
+            f"at most {shape.dims.positions}",
+            "the model was trained on no more positions",
+        )
     return DataPlan(
-        train=tuple(data.train), eval=data.eval, format=str(kind), columns=dict(data.columns), mask=mask,
-        truncation=str(truncation), max_length=max_length,
+        train=tuple(data.train),
+        eval=data.eval,
+        format=str(kind),
+        columns=dict(data.columns),
+        mask=mask,
+        truncation=str(truncation),
+        max_length=max_length,
     )
 
 
@@ -191,8 +233,14 @@ def _steps(d: _Decisions, facts: Facts, batch: int) -> int | None:
     if rows is None:
         return None
     steps = max(1, math.ceil(math.ceil(rows / batch) * train.epochs))
-    d.made.append(Decision("train.max_steps", steps, "decided",
-                           f"{train.epochs:g} epochs of {rows} rows in batches of {batch}"))
+    d.made.append(
+        Decision(
+            "train.max_steps",
+            steps,
+            "decided",
+            f"{train.epochs:g} epochs of {rows} rows in batches of {batch}",
+        )
+    )
     return steps
 
 
@@ -205,27 +253,48 @@ def _train(d: _Decisions, facts: Facts, method: Method, autocast: str | None) ->
     d.keep("train.schedule.kind", train.schedule.kind)
     d.keep("train.schedule.warmup", train.schedule.warmup)
     on_gpu = facts.device.kind == "cuda"
-    optimizer = d.keep("train.optimizer", train.optimizer, "adamw_torch_fused" if on_gpu else "adamw_torch",
-                       "fused on a GPU" if on_gpu else "plain AdamW")
-    if "bnb" in optimizer or "paged" in optimizer:
-        if not on_gpu:
-            d.refuse("train.optimizer", f"{optimizer} on {facts.device.kind}", "auto", "it needs a CUDA GPU")
+    optimizer = d.keep(
+        "train.optimizer",
+        train.optimizer,
+        "adamw_torch_fused" if on_gpu else "adamw_torch",
+        "fused on a GPU" if on_gpu else "plain AdamW",
+    )
+    if ("bnb" in optimizer or "paged" in optimizer) and not on_gpu:
+        d.refuse("train.optimizer", f"{optimizer} on {facts.device.kind}", "auto", "it needs a CUDA GPU")
     checkpointing = d.keep(
-        "train.gradient_checkpointing", train.gradient_checkpointing, on_gpu and method.allows_checkpointing,
-        "saves activation memory" if on_gpu and method.allows_checkpointing else
-        "not possible with this method" if not method.allows_checkpointing else "host memory is ample")
+        "train.gradient_checkpointing",
+        train.gradient_checkpointing,
+        on_gpu and method.allows_checkpointing,
+        "saves activation memory"
+        if on_gpu and method.allows_checkpointing
+        else "not possible with this method"
+        if not method.allows_checkpointing
+        else "host memory is ample",
+    )
     d.keep("train.max_grad_norm", train.max_grad_norm)
     d.keep("train.weight_decay", train.weight_decay)
     every = max(1, math.ceil((steps or 100) / _EVALS_PER_RUN))
-    eval_steps = d.keep("train.eval_steps", train.eval_steps, every, f"{_EVALS_PER_RUN} evaluations in the run")
+    eval_steps = d.keep(
+        "train.eval_steps", train.eval_steps, every, f"{_EVALS_PER_RUN} evaluations in the run"
+    )
     saves = d.keep("train.checkpoint_steps", train.checkpoint_steps, eval_steps, "with each evaluation")
     stopping = train.early_stopping
     return TrainPlan(
-        num_steps=steps, num_warmup_steps=math.ceil((steps or 0) * train.schedule.warmup),
-        learning_rate=learning_rate, schedule=train.schedule.kind, max_grad_norm=train.max_grad_norm,
-        weight_decay=train.weight_decay, optimizer=optimizer, batch_size=batch, micro_batch=micro,
-        accumulation=max(1, batch // micro), gradient_checkpointing=checkpointing, autocast=autocast,
-        eval_steps=eval_steps, checkpoint_steps=saves, patience=stopping.patience if stopping else None,
+        num_steps=steps,
+        num_warmup_steps=math.ceil((steps or 0) * train.schedule.warmup),
+        learning_rate=learning_rate,
+        schedule=train.schedule.kind,
+        max_grad_norm=train.max_grad_norm,
+        weight_decay=train.weight_decay,
+        optimizer=optimizer,
+        batch_size=batch,
+        micro_batch=micro,
+        accumulation=max(1, batch // micro),
+        gradient_checkpointing=checkpointing,
+        autocast=autocast,
+        eval_steps=eval_steps,
+        checkpoint_steps=saves,
+        patience=stopping.patience if stopping else None,
         min_delta=stopping.min_delta if stopping else 0.0,
     )
 
@@ -245,8 +314,14 @@ def make_plan(loaded: LoadedRecipe, facts: Facts) -> Plan:
     if d.problems:
         raise UserError(d.problems)
     return Plan(
-        base=base, method=method_plan, data=data, train=train, device=facts.device.kind, seed=recipe.seed,
-        evaluate=EvaluatePlan(recipe.evaluate.metric, recipe.evaluate.max_examples,
-                              recipe.evaluate.max_new_tokens),
+        base=base,
+        method=method_plan,
+        data=data,
+        train=train,
+        device=facts.device.kind,
+        seed=recipe.seed,
+        evaluate=EvaluatePlan(
+            recipe.evaluate.metric, recipe.evaluate.max_examples, recipe.evaluate.max_new_tokens
+        ),
         decisions=tuple(d.made),
     )

@@ -25,14 +25,26 @@ def targeted(modules: Sequence[Module], targets: Names | str) -> tuple[Module, .
 
 def unmatched(names: Sequence[str], targets: Sequence[str], where: str) -> list[Problem]:
     """A problem for each target that reaches none of the module `names`."""
-    endings = sorted({".".join(name.split(".")[-depth:]) for name in names for depth in (1, 2)
-                      if not name.split(".")[-1].isdigit()})
+    endings = sorted(
+        {
+            ".".join(name.split(".")[-depth:])
+            for name in names
+            for depth in (1, 2)
+            if not name.split(".")[-1].isdigit()
+        }
+    )
     problems = []
     for target in targets:
         if not any(matches(name, target) for name in names):
             close = nearest(target, endings, count=3) or [e for e in endings if "." not in e][:8]
-            problems.append(Problem(where, f"{target!r}, which matches no module", "a module of the model",
-                                    f"nearest: {', '.join(close)}"))
+            problems.append(
+                Problem(
+                    where,
+                    f"{target!r}, which matches no module",
+                    "a module of the model",
+                    f"nearest: {', '.join(close)}",
+                )
+            )
     return problems
 
 
@@ -57,7 +69,9 @@ def resolve_targets(wanted: str | Sequence[str], family: Family, where: str) -> 
             known = [*full, f"x.{family.embeddings}", f"x.{family.head}"]
             bad = [] if _is_numbered(item) else unmatched(known, [item], where)
             roles = f"; roles of {family.name}: {', '.join(family.roles)}"
-            problems.extend(Problem(p.where, p.got, "a role or module of the model", p.fix + roles) for p in bad)
+            problems.extend(
+                Problem(p.where, p.got, "a role or module of the model", p.fix + roles) for p in bad
+            )
             found.append(item)
     return tuple(dict.fromkeys(found)), problems
 

@@ -16,8 +16,12 @@ Rule = Callable[[Recipe, LoadedRecipe], Iterator[Problem]]
 
 def _prefix_without_checkpointing(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     if recipe.train.gradient_checkpointing is True and not METHODS[recipe.method.name].allows_checkpointing:
-        yield Problem(loaded.where(("train", "gradient_checkpointing")), f"true with method {recipe.method.name}",
-                      "false", "recomputation would lose the prefix's cache: leave it at auto")
+        yield Problem(
+            loaded.where(("train", "gradient_checkpointing")),
+            f"true with method {recipe.method.name}",
+            "false",
+            "recomputation would lose the prefix's cache: leave it at auto",
+        )
 
 
 def _lora_conflicts(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
@@ -26,24 +30,45 @@ def _lora_conflicts(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
         return
     if method.target_parameters:
         if method.dropout:
-            yield Problem(loaded.where(("method", "dropout")), f"{method.dropout} with target_parameters",
-                          "0", "PEFT has no dropout on parameters: set dropout: 0 or name modules")
+            yield Problem(
+                loaded.where(("method", "dropout")),
+                f"{method.dropout} with target_parameters",
+                "0",
+                "PEFT has no dropout on parameters: set dropout: 0 or name modules",
+            )
         if method.dora:
-            yield Problem(loaded.where(("method", "dora")), "true with target_parameters", "false",
-                          "PEFT has no DoRA on parameters")
+            yield Problem(
+                loaded.where(("method", "dora")),
+                "true with target_parameters",
+                "false",
+                "PEFT has no DoRA on parameters",
+            )
         if method.init in (*CHANGES_BASE, "eva"):
-            yield Problem(loaded.where(("method", "init")), f"{method.init} with target_parameters", "default")
+            yield Problem(
+                loaded.where(("method", "init")), f"{method.init} with target_parameters", "default"
+            )
     if METHODS[method.name].quantized and method.init in CHANGES_BASE:
-        yield Problem(loaded.where(("method", "init")), f"{method.init} with qlora", "default, gaussian or eva",
-                      f"{method.init} changes the base weights, which are 4-bit here; or use method lora")
+        yield Problem(
+            loaded.where(("method", "init")),
+            f"{method.init} with qlora",
+            "default, gaussian or eva",
+            f"{method.init} changes the base weights, which are 4-bit here; or use method lora",
+        )
 
 
 def _loraplus_optimizer(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     method = recipe.method
-    if isinstance(method, LoraOptions) and method.lr_ratio is not None and \
-            recipe.train.optimizer not in {"auto", "adamw_torch"}:
-        yield Problem(loaded.where(("train", "optimizer")), f"{recipe.train.optimizer} with method.lr_ratio",
-                      "auto or adamw_torch", "LoRA+ builds its own AdamW")
+    if (
+        isinstance(method, LoraOptions)
+        and method.lr_ratio is not None
+        and recipe.train.optimizer not in {"auto", "adamw_torch"}
+    ):
+        yield Problem(
+            loaded.where(("train", "optimizer")),
+            f"{recipe.train.optimizer} with method.lr_ratio",
+            "auto or adamw_torch",
+            "LoRA+ builds its own AdamW",
+        )
 
 
 def _feedforward_is_targeted(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
@@ -51,15 +76,23 @@ def _feedforward_is_targeted(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[P
     if isinstance(method, Ia3Options) and method.feedforward is not None and isinstance(method.targets, list):
         for name in method.feedforward:
             if name not in method.targets:
-                yield Problem(loaded.where(("method", "feedforward")), repr(name),
-                              "names that are also in method.targets", f"add {name} to method.targets")
+                yield Problem(
+                    loaded.where(("method", "feedforward")),
+                    repr(name),
+                    "names that are also in method.targets",
+                    f"add {name} to method.targets",
+                )
 
 
 def _micro_batch_divides(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     batch, micro = recipe.train.batch_size, recipe.train.micro_batch
     if isinstance(batch, int) and isinstance(micro, int) and batch % micro:
-        yield Problem(loaded.where(("train", "micro_batch")), f"{micro} with batch_size {batch}",
-                      "a divisor of batch_size", f"try micro_batch: {max(d for d in range(1, micro + 1) if batch % d == 0)}")
+        yield Problem(
+            loaded.where(("train", "micro_batch")),
+            f"{micro} with batch_size {batch}",
+            "a divisor of batch_size",
+            f"try micro_batch: {max(d for d in range(1, micro + 1) if batch % d == 0)}",
+        )
 
 
 def _without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
@@ -67,25 +100,49 @@ def _without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     train, data = recipe.train, recipe.data
     epochs, max_steps = loaded.sources.get(("train", "epochs")), loaded.sources.get(("train", "max_steps"))
     if epochs and max_steps and epochs.layer == max_steps.layer and train.max_steps is not None:
-        yield Problem(loaded.where(("train", "epochs")), "epochs beside max_steps", "one of them",
-                      "remove the one that you do not mean")
+        yield Problem(
+            loaded.where(("train", "epochs")),
+            "epochs beside max_steps",
+            "one of them",
+            "remove the one that you do not mean",
+        )
     if data.eval is None:
         if train.early_stopping is not None:
-            yield Problem(loaded.where(("train", "early_stopping")), "early stopping without data.eval",
-                          "held-out data", "set data.eval: 5%")
+            yield Problem(
+                loaded.where(("train", "early_stopping")),
+                "early stopping without data.eval",
+                "held-out data",
+                "set data.eval: 5%",
+            )
         if isinstance(train.eval_steps, int):
-            yield Problem(loaded.where(("train", "eval_steps")), "a number without data.eval", "auto",
-                          "set data.eval: 5%")
+            yield Problem(
+                loaded.where(("train", "eval_steps")),
+                "a number without data.eval",
+                "auto",
+                "set data.eval: 5%",
+            )
         if recipe.evaluate.metric is not None:
-            yield Problem(loaded.where(("evaluate", "metric")), "a metric without data.eval", "held-out data",
-                          "set data.eval: 5%")
+            yield Problem(
+                loaded.where(("evaluate", "metric")),
+                "a metric without data.eval",
+                "held-out data",
+                "set data.eval: 5%",
+            )
     if data.format == "text" and ("data", "mask") in loaded.sources and data.mask != "all":
-        yield Problem(loaded.where(("data", "mask")), f"{data.mask} with format text", "all",
-                      "raw text has no completion: every token is learnt")
+        yield Problem(
+            loaded.where(("data", "mask")),
+            f"{data.mask} with format text",
+            "all",
+            "raw text has no completion: every token is learnt",
+        )
 
 
 RULES: tuple[Rule, ...] = (
-    _prefix_without_checkpointing, _lora_conflicts, _loraplus_optimizer, _feedforward_is_targeted, _micro_batch_divides,
+    _prefix_without_checkpointing,
+    _lora_conflicts,
+    _loraplus_optimizer,
+    _feedforward_is_targeted,
+    _micro_batch_divides,
     _without_effect,
 )
 

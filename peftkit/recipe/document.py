@@ -18,6 +18,7 @@ from peftkit.errors import Problem, UserError
 Key = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 MAX_NODES = 10_000
+MAX_DEPTH = 50
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,12 @@ class _Walk:
 
     def value(self, node: yaml.Node, key: Key) -> Any:
         self.num_nodes += 1
+        if len(key) > MAX_DEPTH:
+            raise UserError(Problem(self.name, "values nested too deep", "a short recipe"))
         if self.num_nodes > MAX_NODES:
-            problem = Problem(self.name, f"more than {MAX_NODES} values (aliases repeat them)", "a short recipe")
+            problem = Problem(
+                self.name, f"more than {MAX_NODES} values (aliases repeat them)", "a short recipe"
+            )
             raise UserError(problem)
         if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
             return self.mapping(node, key)
@@ -73,8 +78,12 @@ class _Walk:
             return [self.value(item, (*key, i)) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
             return _SCALARS[node.tag](node.value)
-        self.refuse(node, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')}", "plain values",
-                    "tags can run code; peftkit allows none")
+        self.refuse(
+            node,
+            f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')}",
+            "plain values",
+            "tags can run code; peftkit allows none",
+        )
         return None
 
     def mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
@@ -89,8 +98,12 @@ class _Walk:
             name = str(key_node.value)
             if name in found:
                 first = self.lines[(*key, name)]
-                self.refuse(key_node, f"the key {'.'.join(map(str, (*key, name)))} again", "each key once",
-                            f"it stands on line {first} already")
+                self.refuse(
+                    key_node,
+                    f"the key {'.'.join(map(str, (*key, name)))} again",
+                    "each key once",
+                    f"it stands on line {first} already",
+                )
                 continue
             self.lines[(*key, name)] = key_node.start_mark.line + 1
             found[name] = self.value(value_node, (*key, name))
@@ -103,10 +116,18 @@ def _explain(name: str, text: str, error: yaml.YAMLError) -> Problem:
     lines = text.splitlines()
     line = lines[mark.line] if mark and mark.line < len(lines) else ""
     if "\t" in line[: len(line) - len(line.lstrip())]:
-        return Problem(where, "a tab in the indentation", "spaces", "YAML allows no tabs there: use two spaces")
+        return Problem(
+            where, "a tab in the indentation", "spaces", "YAML allows no tabs there: use two spaces"
+        )
     said = getattr(error, "problem", None) or str(error).splitlines()[0]
-    context = f" {error.context}" if getattr(error, "context", None) else ""
-    return Problem(where, f"text that is not YAML ({said}{context})", "YAML", line.strip() and f"near: {line.strip()[:60]}")
+    told = getattr(error, "context", None)
+    context = f" {told}" if told else ""
+    return Problem(
+        where,
+        f"text that is not YAML ({said}{context})",
+        "YAML",
+        line.strip() and f"near: {line.strip()[:60]}",
+    )
 
 
 def parse_text(text: str, *, name: str) -> Document:
@@ -157,7 +178,9 @@ def read_document(path: Path) -> Document:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise UserError(Problem(f"{name}:{line}", f"the byte 0x{raw[error.start]:02x}", "UTF-8 text")) from None
+        raise UserError(
+            Problem(f"{name}:{line}", f"the byte 0x{raw[error.start]:02x}", "UTF-8 text")
+        ) from None
     return parse_text(text, name=name)
 
 

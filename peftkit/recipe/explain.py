@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from peftkit.errors import Problem, did_you_mean, nearest
+from peftkit.errors import Problem, did_you_mean
 from peftkit.methods import METHODS
 from peftkit.recipe.schema import Recipe
 
@@ -52,12 +52,11 @@ def _resolve(loc: Iterable[str | int], data: Any) -> tuple[Path, Any]:
     """The part of pydantic's location that exists in the data (it adds names of union branches)."""
     path: list[str | int] = []
     for part in loc:
-        if isinstance(data, dict) and part in data:
-            data = data[part]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
-            data = data[part]
-        else:
+        in_mapping = isinstance(data, dict) and part in data
+        in_list = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if not (in_mapping or in_list):
             continue
+        data = data[part]
         path.append(part)
     return tuple(path), data
 
@@ -105,12 +104,11 @@ def _homes(key: str) -> list[str]:
 def _unknown_key(path: Path, data: Any) -> tuple[str, str]:
     key = str(path[-1])
     section = _section(path[:-1], data)
-    known = [name for name in section.model_fields] if section else []
+    known = list(section.model_fields) if section else []
     if len(path) == 1:
         known.append("extends")
-    close = nearest(key, known)
     homes = [home for home in _homes(key) if home != ".".join(map(str, path))]
-    if not close and homes:
+    if homes:
         return "a key of this section", f"{key} belongs elsewhere: {' or '.join(homes)}"
     return "a known key", did_you_mean(key, known)
 
@@ -120,8 +118,12 @@ def _method_tag(path: Path, data: Any, where: str) -> Problem:
     names = sorted(METHODS)
     if not isinstance(section, dict) or "name" not in section:
         return Problem(where, "no method.name", f"one of {', '.join(names)}", "try name: lora")
-    return Problem(f"{where}.name", show(section["name"]), f"one of {', '.join(names)}",
-                   did_you_mean(str(section["name"]), names))
+    return Problem(
+        f"{where}.name",
+        show(section["name"]),
+        f"one of {', '.join(names)}",
+        did_you_mean(str(section["name"]), names),
+    )
 
 
 def _suggest(path: Path, data: Any, expected: str) -> str:
@@ -145,18 +147,22 @@ def explain(error: ValidationError, data: Any, where: Callable[[Path], str]) -> 
             problems[path] = _method_tag(path, data, where(path))
         elif kind == "missing":
             full = (*path, item["loc"][-1])
-            problems[full] = Problem(where(full), "nothing", "a value: it is required",
-                                     f"add {item['loc'][-1]}: ...")
+            problems[full] = Problem(
+                where(full), "nothing", "a value: it is required", f"add {item['loc'][-1]}: ..."
+            )
         elif kind == "extra_forbidden":
             wanted, fix = _unknown_key(path, data)
             problems[path] = Problem(where(path), "an unknown key", wanted, fix)
         else:
-            text = _EXPECTED.get(kind, lambda c, m=item["msg"]: m)(context)  # type: ignore[misc]
+            text = _EXPECTED.get(kind, lambda c, m=item["msg"]: m)(context)
             expected.setdefault(path, [])
             if text not in expected[path]:
                 expected[path].append(text)
             wanted = " or ".join(expected[path])
-            fix = did_you_mean(value, wanted.replace(" or ", ", ").split(", ")) if kind == "literal_error" and \
-                isinstance(value, str) and len(expected[path]) == 1 else _suggest(path, data, wanted)
+            fix = (
+                did_you_mean(value, wanted.replace(" or ", ", ").split(", "))
+                if kind == "literal_error" and isinstance(value, str) and len(expected[path]) == 1
+                else _suggest(path, data, wanted)
+            )
             problems[path] = Problem(where(path), show(value), wanted, fix if "known:" not in fix else "")
     return list(problems.values())

@@ -71,14 +71,23 @@ def _long_form(data: dict[str, Any], lines: dict[Key, int]) -> None:
             lines[(key, inner)] = lines.get((key,), 1)
 
 
-def _merge(into: dict[str, Any], layer: Mapping[str, Any], sources: dict[Key, Source],
-           layer_sources: Mapping[Key, Source], key: Key = ()) -> None:
+def _merge(
+    into: dict[str, Any],
+    layer: Mapping[str, Any],
+    sources: dict[Key, Source],
+    layer_sources: Mapping[Key, Source],
+    key: Key = (),
+) -> None:
     """Lay `layer` over `into`. A section that names another method replaces the inherited one."""
     for name, value in layer.items():
         path = (*key, name)
         old = into.get(name)
-        other_method = path == ("method",) and isinstance(value, Mapping) and isinstance(old, Mapping) and \
-            value.get("name", old.get("name")) != old.get("name")
+        other_method = (
+            path == ("method",)
+            and isinstance(value, Mapping)
+            and isinstance(old, Mapping)
+            and value.get("name", old.get("name")) != old.get("name")
+        )
         if isinstance(value, Mapping) and isinstance(old, dict) and not other_method:
             _merge(old, value, sources, layer_sources, path)
         else:
@@ -94,7 +103,7 @@ def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Document, Path
     """The recipe and what it extends, the oldest ancestor first."""
     here = path.resolve()
     if here in seen:
-        circle = " -> ".join(str(p.name) for p in (*seen[seen.index(here):], here))
+        circle = " -> ".join(str(p.name) for p in (*seen[seen.index(here) :], here))
         raise UserError(Problem(str(path), f"a circle of extends: {circle}", "recipes that end somewhere"))
     document = read_document(path)
     parent = document.data.pop("extends", None)
@@ -102,11 +111,19 @@ def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Document, Path
         return [(document, path)]
     where = f"{path}:{document.lines[('extends',)]} extends"
     if not isinstance(parent, str):
-        raise UserError(Problem(where, repr(parent), "the path of a recipe", "for example extends: base.yaml"))
+        raise UserError(
+            Problem(where, repr(parent), "the path of a recipe", "for example extends: base.yaml")
+        )
     target = path.parent / parent
     if not target.is_file():
-        raise UserError(Problem(where, f"{parent!r}, which is not there", "a recipe file",
-                                f"paths are relative to {path.parent}"))
+        raise UserError(
+            Problem(
+                where,
+                f"{parent!r}, which is not there",
+                "a recipe file",
+                f"paths are relative to {path.parent}",
+            )
+        )
     return [*_chain(target, (*seen, here)), (document, path)]
 
 
@@ -151,7 +168,9 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     text = ""
     if isinstance(source, Recipe | Mapping):
         name = "recipe"
-        given = source.model_dump(exclude_unset=True) if isinstance(source, Recipe) else deepcopy(dict(source))
+        given = (
+            source.model_dump(exclude_unset=True) if isinstance(source, Recipe) else deepcopy(dict(source))
+        )
         _long_form(given, {})
         python = Source("python", "python", Path.cwd())
         _merge(data, given, sources, {k: python for k in _keys(given) if k})

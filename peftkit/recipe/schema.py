@@ -22,8 +22,10 @@ Auto = Literal["auto"]
 AnyMethod = Annotated[
     FullOptions | LoraOptions | QloraOptions | PrefixOptions | Ia3Options, Field(discriminator="name")
 ]
-assert {kind.model_fields["name"].annotation.__args__[0]  # type: ignore[union-attr]
-        for kind in (FullOptions, LoraOptions, QloraOptions, PrefixOptions, Ia3Options)} == set(METHODS)
+assert {
+    kind.model_fields["name"].annotation.__args__[0]  # type: ignore[union-attr]
+    for kind in (FullOptions, LoraOptions, QloraOptions, PrefixOptions, Ia3Options)
+} == set(METHODS)
 
 
 def _share(value: Any) -> Any:
@@ -46,7 +48,9 @@ class Data(Options):
     """What is learnt from, and what is held out."""
 
     train: str | list[str] = Field(description="file, list of files, or hub id")
-    eval: str | Share | None = Field("5%", description="file, hub split, a share of train such as 5%, or null")
+    eval: Annotated[str | Share | None, BeforeValidator(_share)] = Field(
+        0.05, description="file, hub split, a share of train such as 5%, or null"
+    )
     format: Literal["auto", "chat", "prompt-completion", "instruction", "text"] = "auto"
     columns: dict[str, str] = Field({}, description="our field name -> your column name")
     mask: Literal["completion", "assistant", "last-turn", "all"] = Field(
@@ -80,8 +84,9 @@ class Train(Options):
     schedule: Schedule = Schedule()
     max_grad_norm: PositiveFloat = Field(1.0, description="gradient clipping")
     weight_decay: float = Field(0.0, ge=0)
-    optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit",
-                       "adafactor", "sgd"] = "auto"
+    optimizer: Literal[
+        "auto", "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"
+    ] = "auto"
     batch_size: Auto | PositiveInt = Field("auto", description="examples per optimizer step")
     micro_batch: Auto | PositiveInt = Field("auto", description="examples per forward pass")
     max_length: PositiveInt = Field(2048, description="tokens per example")

@@ -29,8 +29,11 @@ def list_shipped() -> list[ShippedRecipe]:
     """All shipped recipes, by name."""
     found = []
     for path in sorted(shipped_folder().glob("*.yaml")):
-        comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines()[:3]
-                    if line.startswith("#") and "yaml-language-server" not in line]
+        comments = [
+            line[1:].strip()
+            for line in path.read_text(encoding="utf-8").splitlines()[:3]
+            if line.startswith("#") and "yaml-language-server" not in line
+        ]
         found.append(ShippedRecipe(path.stem, path, comments[0] if comments else ""))
     return found
 
@@ -47,8 +50,9 @@ def show_shipped(name: str) -> str:
     """The text of a shipped recipe. Raises UserError for an unknown name."""
     by_name = {recipe.name: recipe for recipe in list_shipped()}
     if name not in by_name:
-        raise UserError(Problem("recipes show", repr(name), "a shipped recipe",
-                                did_you_mean(name, list(by_name))))
+        raise UserError(
+            Problem("recipes show", repr(name), "a shipped recipe", did_you_mean(name, list(by_name)))
+        )
     return by_name[name].path.read_text(encoding="utf-8")
 
 

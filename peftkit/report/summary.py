@@ -49,31 +49,46 @@ class Summary:
     def rows(self) -> list[tuple[str, str]]:
         """The summary as (what, value), for a table."""
         rows = [
-            ("base", self.base), ("method", self.method), ("device", self.device),
+            ("base", self.base),
+            ("method", self.method),
+            ("device", self.device),
             ("optimizer steps", show_count(self.num_steps)),
-            ("trainable parameters", f"{show_count(self.num_trainable)} of {show_count(self.num_total)} "
-                                     f"({show_percent(self.num_trainable / max(1, self.num_total))})"),
+            (
+                "trainable parameters",
+                f"{show_count(self.num_trainable)} of {show_count(self.num_total)} "
+                f"({show_percent(self.num_trainable / max(1, self.num_total))})",
+            ),
         ]
         if self.loss_first is not None and self.loss_last is not None:
             rows.append(("training loss", f"{self.loss_first:.3f} -> {self.loss_last:.3f}"))
         if self.eval_loss_before is not None and self.eval_loss_after is not None:
             rows.append(("evaluation loss", f"{self.eval_loss_before:.3f} -> {self.eval_loss_after:.3f}"))
         if self.metric is not None and self.metric_before is not None and self.metric_after is not None:
-            rows.append((f"{self.metric} ({self.num_metric_examples} held out)",
-                         f"{self.metric_before:.2f} -> {self.metric_after:.2f}"))
-        names = {"peak_allocated_bytes": "peak GPU memory, allocated",
-                 "peak_reserved_bytes": "peak GPU memory, reserved",
-                 "peak_resident_bytes": "peak resident memory"}
+            rows.append(
+                (
+                    f"{self.metric} ({self.num_metric_examples} held out)",
+                    f"{self.metric_before:.2f} -> {self.metric_after:.2f}",
+                )
+            )
+        names = {
+            "peak_allocated_bytes": "peak GPU memory, allocated",
+            "peak_reserved_bytes": "peak GPU memory, reserved",
+            "peak_resident_bytes": "peak resident memory",
+        }
         rows += [(names[key], show_bytes(value)) for key, value in self.peak_bytes.items() if key in names]
-        rows.append(("time", f"{show_seconds(self.total_seconds)} (training {show_seconds(self.train_seconds)})"))
+        rows.append(
+            ("time", f"{show_seconds(self.total_seconds)} (training {show_seconds(self.train_seconds)})")
+        )
         if self.tokens_per_second:
             rows.append(("tokens per second", f"{self.tokens_per_second:,.0f}"))
         rows.append(("result", str(self.result) if self.result else "none yet"))
         return rows
 
     def _repr_html_(self) -> str:
-        body = "".join(f"<tr><th style='text-align:left'>{escape(k)}</th><td>{escape(v)}</td></tr>"
-                       for k, v in self.rows())
+        body = "".join(
+            f"<tr><th style='text-align:left'>{escape(k)}</th><td>{escape(v)}</td></tr>"
+            for k, v in self.rows()
+        )
         return f"<table>{body}</table>"
 
 
@@ -99,13 +114,20 @@ def read_summary(run: RunDir) -> Summary:
     rates = sorted(e["tokens_per_second"] for e in steps if e.get("tokens_per_second"))
     memory = (done or (steps[-1] if steps else {})).get("memory", {})
     return Summary(
-        path=run.path, base=plan.base.id, method=plan.method.name, device=device,
-        num_steps=steps[-1]["step"] if steps else 0, num_trainable=counted.get("num_trainable", 0),
-        num_total=counted.get("num_total", 0), trainable_by_role=counted.get("by_role", {}),
-        loss_first=steps[0]["loss"] if steps else None, loss_last=steps[-1]["loss"] if steps else None,
+        path=run.path,
+        base=plan.base.id,
+        method=plan.method.name,
+        device=device,
+        num_steps=steps[-1]["step"] if steps else 0,
+        num_trainable=counted.get("num_trainable", 0),
+        num_total=counted.get("num_total", 0),
+        trainable_by_role=counted.get("by_role", {}),
+        loss_first=steps[0]["loss"] if steps else None,
+        loss_last=steps[-1]["loss"] if steps else None,
         eval_loss_before=evals.get(0),
         eval_loss_after=evals.get(done["published_step"]) if done else None,
-        metric=after["name"] if after else None, metric_before=before["value"] if before else None,
+        metric=after["name"] if after else None,
+        metric_before=before["value"] if before else None,
         metric_after=after["value"] if after else None,
         num_metric_examples=after["num_examples"] if after else 0,
         peak_bytes={key: value for key, value in memory.items() if key.startswith("peak_")},

@@ -11,7 +11,7 @@ from peftkit.rundir import RunDir, read_json
 
 
 def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
-    """Greedy answers, one per prompt. Prompts are user turns where the run was trained on chats, else raw text.
+    """Greedy answers, one per prompt: user turns where the run was trained on chats, raw text elsewhere.
 
     Raises UserError where the run has no result yet, or the base cannot be had any more.
     """
@@ -19,8 +19,11 @@ def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[s
     plan = Plan.from_json(read_json(run.path / "plan.json"))
     result = run.adapter if plan.method.peft else run.model
     if not result.is_dir():
-        raise UserError(Problem(str(path), "a run without a result", "a finished run",
-                                f"go on with it: peftkit resume {path}"))
+        raise UserError(
+            Problem(
+                str(path), "a run without a result", "a finished run", f"go on with it: peftkit resume {path}"
+            )
+        )
     from peftkit.data.formats import Example
     from peftkit.data.template import render_prompt
     from peftkit.evaluate.generation import generate_answers
@@ -41,6 +44,7 @@ def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[s
     for prompt in prompts:
         turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": ""}) if chats else ()
         texts.append(render_prompt(Example("prompt", messages=turns, prompt=prompt), tokenizer)[0])
-    answers = generate_answers(model, tokenizer, texts, max_new_tokens=max_new_tokens,
-                               eos_token_ids=eos_ids(model, tokenizer))
+    answers = generate_answers(
+        model, tokenizer, texts, max_new_tokens=max_new_tokens, eos_token_ids=eos_ids(model, tokenizer)
+    )
     return [text.strip() for text in answers]

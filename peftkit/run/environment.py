@@ -13,8 +13,18 @@ from typing import Any
 from peftkit.data.mask import Tokenized
 from peftkit.plan import DeviceFacts
 
-_PACKAGES = ("peftkit", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes",
-             "safetensors", "tokenizers")
+_PACKAGES = (
+    "peftkit",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "safetensors",
+    "tokenizers",
+)
 
 
 def versions() -> dict[str, str | None]:
@@ -39,7 +49,10 @@ def data_sha256(rows: Sequence[Tokenized]) -> str:
 def environment(device: DeviceFacts, train: Sequence[Tokenized]) -> dict[str, Any]:
     """The content of environment.json."""
     return {
-        "made_at": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version(),
-        "platform": platform.platform(), "versions": versions(), "device": asdict(device),
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions(),
+        "device": asdict(device),
         "data_sha256": data_sha256(train),
     }

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from peftkit.data.prepare import Examples, read_examples
-from peftkit.data.read import is_data_path
 from peftkit.errors import Problem, UserError
 from peftkit.model.gguf import header_config
 from peftkit.model.hardware import detect_device_light
 from peftkit.model.locate import Base, locate
 from peftkit.plan import DataFacts, Facts, ModelFacts, Plan
 from peftkit.recipe import LoadedRecipe
+from peftkit.recipe.paths import is_data_path
 from peftkit.units import show_bytes
 
 _WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
@@ -23,8 +23,15 @@ _NF4_BYTES = 0.53  # 4.127 bits and the layers that stay unquantized, roughly
 def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
     """Facts without torch, weights or network where the shapes are known here. Local data is read."""
     recipe = loaded.recipe
-    base = _with_header(locate(recipe.base.id, revision=recipe.base.revision,
-                               where=loaded.where(("base", "id")), need_weights=False), loaded)
+    base = _with_header(
+        locate(
+            recipe.base.id,
+            revision=recipe.base.revision,
+            where=loaded.where(("base", "id")),
+            need_weights=False,
+        ),
+        loaded,
+    )
     examples = read(loaded) if all(is_data_path(name) for name in recipe.data.train) else None
     return Facts(detect_device_light(), base.facts(), data_facts(examples)), examples
 
@@ -51,8 +58,14 @@ def converted_facts(base: Base, source: str) -> ModelFacts:
 def read(loaded: LoadedRecipe) -> Examples:
     """The recipe's data, read and split."""
     data = loaded.recipe.data
-    return read_examples(list(data.train), data.eval, wanted_format=data.format, columns=dict(data.columns),
-                         seed=loaded.recipe.seed, where=loaded.name)
+    return read_examples(
+        list(data.train),
+        data.eval,
+        wanted_format=data.format,
+        columns=dict(data.columns),
+        seed=loaded.recipe.seed,
+        where=loaded.name,
+    )
 
 
 def data_facts(examples: Examples | None) -> DataFacts | None:
@@ -73,10 +86,19 @@ def memory_problems(plan: Plan, facts: Facts) -> list[Problem]:
     needed = num * per_weight
     if needed <= facts.device.memory_bytes:
         return []
-    fix = "use method qlora, a smaller base, or a larger device" if not plan.base.quant_type else \
-        "use a smaller base or a larger device"
-    return [Problem("device", f"{facts.device.name} with {show_bytes(facts.device.memory_bytes)}",
-                    f"at least {show_bytes(needed)} for weights and their optimizer state", fix)]
+    fix = (
+        "use method qlora, a smaller base, or a larger device"
+        if not plan.base.quant_type
+        else "use a smaller base or a larger device"
+    )
+    return [
+        Problem(
+            "device",
+            f"{facts.device.name} with {show_bytes(facts.device.memory_bytes)}",
+            f"at least {show_bytes(needed)} for weights and their optimizer state",
+            fix,
+        )
+    ]
 
 
 def refuse_where_it_cannot_run(loaded: LoadedRecipe, plan: Plan, facts: Facts) -> Base:
@@ -89,8 +111,14 @@ def refuse_where_it_cannot_run(loaded: LoadedRecipe, plan: Plan, facts: Facts) -
         problems.extend(error.problems)
         big = (plan.method.num_parameters or 0) > 1_000_000_000
         if facts.device.kind == "cpu" and big:
-            problems.append(Problem("device", "no CUDA GPU", "a GPU for a model of this size",
-                                    "on a CPU it would take days even with the weights at hand"))
+            problems.append(
+                Problem(
+                    "device",
+                    "no CUDA GPU",
+                    "a GPU for a model of this size",
+                    "on a CPU it would take days even with the weights at hand",
+                )
+            )
     if problems or base is None:
         raise UserError(problems)
     return base

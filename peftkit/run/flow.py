@@ -63,7 +63,9 @@ class _Stage:
         self.observer(self.run.emit(event, at_seconds=round(time.monotonic() - self.started, 3), **fields))
 
 
-def finetune(loaded: LoadedRecipe, *, out: Path | None = None, observer: Observer = lambda event: None) -> Summary:
+def finetune(
+    loaded: LoadedRecipe, *, out: Path | None = None, observer: Observer = lambda event: None
+) -> Summary:
     """Train what a recipe describes, into a fresh run directory. Returns its summary.
 
     Raises UserError for what the user can mend (before anything heavy is imported, where that shows it) and
@@ -84,9 +86,10 @@ def finetune(loaded: LoadedRecipe, *, out: Path | None = None, observer: Observe
             run.path.rmdir()  # only where nothing was written: an empty folder is not a run
 
 
-def _open(loaded: LoadedRecipe, facts: Facts, examples: Examples | None, base: Any, run: RunDir,
-          observer: Observer) -> _Stage:
-    """Tokenizer and data first, so that bad data costs no model load; then the plan for the rows there are."""
+def _open(
+    loaded: LoadedRecipe, facts: Facts, examples: Examples | None, base: Any, run: RunDir, observer: Observer
+) -> _Stage:
+    """Tokenizer and data first, so that bad data costs no model load; then the plan for the rows left."""
     from peftkit.model.hardware import detect_device
     from peftkit.model.load import load_tokenizer, loadable
 
@@ -106,7 +109,9 @@ def _open(loaded: LoadedRecipe, facts: Facts, examples: Examples | None, base: A
 
 def _write_inputs(loaded: LoadedRecipe, stage: _Stage, facts: Facts) -> None:
     """As given, resolved, decided, and with what. plan.json last: it is what makes the folder a run."""
-    resolved = yaml.safe_dump(loaded.recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    resolved = yaml.safe_dump(
+        loaded.recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True
+    )
     write_text(stage.run.path / "recipe.yaml", loaded.text or resolved)
     write_text(stage.run.path / "resolved.yaml", resolved)
     write_json(stage.run.path / "environment.json", environment(facts.device, stage.prepared.train))
@@ -123,10 +128,16 @@ def _train_and_publish(stage: _Stage, *, checkpoint: Path | None) -> Summary:
     from peftkit.train import assemble
 
     plan, run, prepared = stage.plan, stage.run, stage.prepared
-    stage.emit("data", num_train=len(prepared.train), num_eval=len(prepared.eval),
-               num_tokens=prepared.num_tokens, num_learnt=prepared.num_learnt,
-               num_dropped=prepared.num_dropped, num_cut=prepared.num_cut,
-               default_template=prepared.default_template)
+    stage.emit(
+        "data",
+        num_train=len(prepared.train),
+        num_eval=len(prepared.eval),
+        num_tokens=prepared.num_tokens,
+        num_learnt=prepared.num_learnt,
+        num_dropped=prepared.num_dropped,
+        num_cut=prepared.num_cut,
+        default_template=prepared.default_template,
+    )
     stage.emit("phase", name="model", detail=plan.method.name)
     set_seed(plan.seed)
     model = load_model(stage.source, plan.base, device=plan.device)
@@ -134,8 +145,16 @@ def _train_and_publish(stage: _Stage, *, checkpoint: Path | None) -> Summary:
     adapter.save_start(model, plan, run.path / "adapter_start")
     _tell_parameters(stage, model)
     reset_peak()
-    training = assemble(model, plan, stage.tokenizer, train=prepared.train, held_out=prepared.eval, run=run,
-                        emit=stage.emit, checkpoint=checkpoint)
+    training = assemble(
+        model,
+        plan,
+        stage.tokenizer,
+        train=prepared.train,
+        held_out=prepared.eval,
+        run=run,
+        emit=stage.emit,
+        checkpoint=checkpoint,
+    )
     if checkpoint is None:
         _measure(stage, model, "before")
         if prepared.eval:
@@ -162,8 +181,10 @@ def _batches(stage: _Stage) -> list[dict[str, Any]]:
     import torch
 
     rows = stage.prepared.train[:64]
-    return [{"input_ids": torch.tensor([row.input_ids]), "attention_mask": torch.ones(1, len(row.input_ids))}
-            for row in rows]
+    return [
+        {"input_ids": torch.tensor([row.input_ids]), "attention_mask": torch.ones(1, len(row.input_ids))}
+        for row in rows
+    ]
 
 
 def _tell_parameters(stage: _Stage, model: Any) -> None:
@@ -172,8 +193,13 @@ def _tell_parameters(stage: _Stage, model: Any) -> None:
     trainable, total = adapter.count_parameters(model)
     config = model.config.to_dict()
     by_role = adapter.trainable_by_role(model, config.get("model_type"))
-    stage.emit("parameters", num_trainable=trainable, num_total=total, by_role=by_role,
-               num_planned=stage.plan.method.num_trainable)
+    stage.emit(
+        "parameters",
+        num_trainable=trainable,
+        num_total=total,
+        by_role=by_role,
+        num_planned=stage.plan.method.num_trainable,
+    )
     if trainable == 0:
         raise PeftkitError("nothing would be trained: no parameter of the model is trainable")
 
@@ -191,12 +217,18 @@ def _measure(stage: _Stage, model: Any, when: str) -> None:
 
     pairs = [render_prompt(example, stage.tokenizer) for example in examples]
     stage.emit("phase", name="metric", detail=f"{wanted.metric} {when} training")
-    answers = generate_answers(model, stage.tokenizer, [prompt for prompt, _ in pairs],
-                               max_new_tokens=wanted.max_new_tokens,
-                               eos_token_ids=eos_ids(model, stage.tokenizer))
+    answers = generate_answers(
+        model,
+        stage.tokenizer,
+        [prompt for prompt, _ in pairs],
+        max_new_tokens=wanted.max_new_tokens,
+        eos_token_ids=eos_ids(model, stage.tokenizer),
+    )
     score = exact_match(answers, [reference for _, reference in pairs])
-    samples = [{"where": e.where, "answer": a, "reference": r}
-               for e, a, (_, r) in zip(examples[:5], answers, pairs, strict=False)]
+    samples = [
+        {"where": e.where, "answer": a, "reference": r}
+        for e, a, (_, r) in zip(examples[:5], answers, pairs, strict=False)
+    ]
     stage.emit("metric", when=when, name=wanted.metric, value=score, num_examples=len(pairs), samples=samples)
 
 
@@ -210,8 +242,10 @@ def _raise_interrupted(stage: _Stage, step: int) -> None:
     try:
         interrupt.stop_if_requested()
     except Interrupted as error:
-        raise Interrupted(f"stopped after step {step}, with a checkpoint. Go on with: "
-                          f"peftkit resume {stage.run.path}", exit_code=error.exit_code) from None
+        raise Interrupted(
+            f"stopped after step {step}, with a checkpoint. Go on with: peftkit resume {stage.run.path}",
+            exit_code=error.exit_code,
+        ) from None
 
 
 def resume(path: Path, *, observer: Observer = lambda event: None) -> Summary:
@@ -222,8 +256,14 @@ def resume(path: Path, *, observer: Observer = lambda event: None) -> Summary:
     run = RunDir.open(path)
     plan = Plan.from_json(read_json(run.path / "plan.json"))
     if (run.adapter if plan.method.peft else run.model).exists():
-        raise UserError(Problem(str(path), "a run that is finished", "an interrupted run",
-                                "its result stands beside it; train anew with peftkit finetune"))
+        raise UserError(
+            Problem(
+                str(path),
+                "a run that is finished",
+                "an interrupted run",
+                "its result stands beside it; train anew with peftkit finetune",
+            )
+        )
     checkpoint, skipped = run.newest_checkpoint()
     loaded = load(run.path / "resolved.yaml")
     facts, examples = light_facts(loaded)
@@ -236,6 +276,12 @@ def resume(path: Path, *, observer: Observer = lambda event: None) -> Summary:
         stage.plan = plan
         before = read_json(run.path / "environment.json")["data_sha256"]
         if data_sha256(stage.prepared.train) != before:
-            raise UserError(Problem(", ".join(plan.data.train), "data that changed since the run began",
-                                    "the same rows", "restore the data, or train anew with peftkit finetune"))
+            raise UserError(
+                Problem(
+                    ", ".join(plan.data.train),
+                    "data that changed since the run began",
+                    "the same rows",
+                    "restore the data, or train anew with peftkit finetune",
+                )
+            )
         return _train_and_publish(stage, checkpoint=checkpoint)

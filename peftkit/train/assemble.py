@@ -57,8 +57,17 @@ class Training:
         return best
 
 
-def assemble(model: Any, plan: Plan, tokenizer: Any, *, train: Sequence[Tokenized],
-             held_out: Sequence[Tokenized], run: RunDir, emit: Emit, checkpoint: Path | None) -> Training:
+def assemble(
+    model: Any,
+    plan: Plan,
+    tokenizer: Any,
+    *,
+    train: Sequence[Tokenized],
+    held_out: Sequence[Tokenized],
+    run: RunDir,
+    emit: Emit,
+    checkpoint: Path | None,
+) -> Training:
     """Build the trainer with our callbacks; `checkpoint` is where a resumed run goes on."""
     progress = Progress()
     callbacks: list[Any] = []
@@ -70,8 +79,13 @@ def assemble(model: Any, plan: Plan, tokenizer: Any, *, train: Sequence[Tokenize
     if plan.method.lr_ratio is not None:
         optimizer = build_loraplus_optimizer(model, plan)
     trainer = sft.trainer(
-        model, plan, tokenizer, train=to_dataset(rows_of(train)),
-        held_out=to_dataset(rows_of(held_out)) if held_out else None, output_dir=run.path,
-        callbacks=callbacks, optimizer=optimizer,
+        model,
+        plan,
+        tokenizer,
+        train=to_dataset(rows_of(train)),
+        held_out=to_dataset(rows_of(held_out)) if held_out else None,
+        output_dir=run.path,
+        callbacks=callbacks,
+        optimizer=optimizer,
     )
     return Training(trainer, run, checkpoint, progress)

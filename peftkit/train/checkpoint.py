@@ -46,18 +46,24 @@ def _optimizer_tensors(model: Any, optimizer: Any) -> tuple[dict[str, torch.Tens
 
 
 def _random_states() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    python, numpy_state = random.getstate(), np.random.get_state()
-    tensors = {"torch": torch.get_rng_state(),
-               "numpy": torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64))}
+    python, numpy_state = random.getstate(), np.random.get_state(legacy=True)
+    assert isinstance(numpy_state, tuple)
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64)),
+    }
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    values = {"python": [python[0], list(python[1]), python[2]],
-              "numpy": [str(numpy_state[0]), int(numpy_state[2]), int(numpy_state[3]), float(numpy_state[4])]}
+    values = {
+        "python": [python[0], list(python[1]), python[2]],
+        "numpy": [str(numpy_state[0]), int(numpy_state[2]), int(numpy_state[3]), float(numpy_state[4])],
+    }
     return tensors, values
 
 
-def write_checkpoint(run: RunDir, *, model: Any, optimizer: Any, scheduler: Any, state: Any,
-                     progress: Mapping[str, Any]) -> Path:
+def write_checkpoint(
+    run: RunDir, *, model: Any, optimizer: Any, scheduler: Any, state: Any, progress: Mapping[str, Any]
+) -> Path:
     """Publish the checkpoint of `state.global_step`, unless it stands already. Returns its folder."""
     folder = run.checkpoint(state.global_step)
     if folder.exists():
@@ -70,8 +76,10 @@ def write_checkpoint(run: RunDir, *, model: Any, optimizer: Any, scheduler: Any,
         random_tensors, random_values = _random_states()
         save_file(random_tensors, staging / "random.safetensors")
         plain = {key: value for key, value in scheduler.state_dict().items() if isinstance(value, _PLAIN)}
-        write_json(staging / "state.json", {"optimizer": values, "random": random_values, "schedule": plain,
-                                            "progress": dict(progress)})
+        write_json(
+            staging / "state.json",
+            {"optimizer": values, "random": random_values, "schedule": plain, "progress": dict(progress)},
+        )
         state.save_to_json(str(staging / "trainer_state.json"))
     return folder
 
@@ -88,13 +96,15 @@ def load_trained(model: Any, folder: Path) -> None:
     saved, live = load_file(folder / "trained.safetensors"), trainable_tensors(model)
     if set(saved) != set(live):
         odd = sorted(set(saved) ^ set(live))[:3]
-        raise PeftkitError(f"{folder.name} was written for other trained tensors (for example {', '.join(odd)})")
+        raise PeftkitError(
+            f"{folder.name} was written for other trained tensors (for example {', '.join(odd)})"
+        )
     with torch.no_grad():
         for name, tensor in saved.items():
             live[name].copy_(tensor)
 
 
-class Restore(TrainerCallback):  # type: ignore[misc]
+class Restore(TrainerCallback):
     """Puts a checkpoint's state back: tensors and schedule at the start, random states at the first step.
 
     The random states come last because the Trainer draws numbers of its own while it skips to the step.
@@ -105,8 +115,16 @@ class Restore(TrainerCallback):  # type: ignore[misc]
         self.state: dict[str, Any] = read_json(folder / "state.json")
         self.random_pending = True
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
-                       lr_scheduler: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
         load_trained(model, self.folder)
         live, inner = trainable_tensors(model), _inner(optimizer)
         held = {id(p) for group in inner.param_groups for p in group["params"]}
@@ -138,7 +156,7 @@ class Restore(TrainerCallback):  # type: ignore[misc]
 
 
 def handover_folder(checkpoint: Path, model: Any, folder: Path) -> Path:
-    """A folder that the Trainer resumes from: its own state as JSON, and weights that `Restore` overwrites."""
+    """A folder that the Trainer resumes from: its state as JSON, and weights that `Restore` overwrites."""
     model.save_pretrained(folder, safe_serialization=True)
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     write_json(folder / "trainer_state.json", state)

@@ -35,7 +35,7 @@ class Progress:
         return False
 
 
-class Record(TrainerCallback):  # type: ignore[misc]
+class Record(TrainerCallback):
     """Emits step and eval events, writes checkpoints, stops early or on a signal."""
 
     def __init__(self, run: RunDir, plan: Plan, emit: Emit, progress: Progress) -> None:
@@ -59,7 +59,9 @@ class Record(TrainerCallback):  # type: ignore[misc]
             self._checkpoint(state)
             control.should_training_stop = True
             control.should_evaluate = False
-        elif state.global_step % self.plan.train.checkpoint_steps == 0 and state.global_step < state.max_steps:
+        elif (
+            state.global_step % self.plan.train.checkpoint_steps == 0 and state.global_step < state.max_steps
+        ):
             self._checkpoint(state)
         return control
 
@@ -69,10 +71,16 @@ class Record(TrainerCallback):  # type: ignore[misc]
         tokens = float(logs.get("num_tokens", 0.0))
         rate = (tokens - self.num_tokens) / self.step_seconds if self.step_seconds and tokens else None
         self.num_tokens = tokens
-        self.emit("step", step=state.global_step, loss=float(logs["loss"]),
-                  learning_rate=float(logs["learning_rate"]), grad_norm=float(logs.get("grad_norm", 0.0)),
-                  step_seconds=round(self.step_seconds, 4), tokens_per_second=rate and round(rate, 1),
-                  memory=memory_used())
+        self.emit(
+            "step",
+            step=state.global_step,
+            loss=float(logs["loss"]),
+            learning_rate=float(logs["learning_rate"]),
+            grad_norm=float(logs.get("grad_norm", 0.0)),
+            step_seconds=round(self.step_seconds, 4),
+            tokens_per_second=rate and round(rate, 1),
+            memory=memory_used(),
+        )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **parts: Any) -> Any:
         self._keep(parts)
@@ -102,8 +110,12 @@ class Record(TrainerCallback):  # type: ignore[misc]
 
     def _checkpoint(self, state: Any) -> None:
         folder = write_checkpoint(
-            self.run, model=self.parts["model"], optimizer=self.parts["optimizer"],
-            scheduler=self.parts["lr_scheduler"], state=state, progress=asdict(self.progress),
+            self.run,
+            model=self.parts["model"],
+            optimizer=self.parts["optimizer"],
+            scheduler=self.parts["lr_scheduler"],
+            state=state,
+            progress=asdict(self.progress),
         )
         rotate(self.run, self.progress.best_step)
         self.emit("checkpoint", step=state.global_step, path=str(folder.relative_to(self.run.path)))

@@ -16,32 +16,64 @@ def arguments(plan: Plan, *, output_dir: Path, evaluates: bool) -> Any:
     train = plan.train
     assert train.num_steps is not None
     return SFTConfig(
-        output_dir=str(output_dir), save_strategy="no", report_to="none", disable_tqdm=True,
-        use_cpu=plan.device == "cpu", bf16=train.autocast == "bf16", fp16=train.autocast == "fp16",
-        max_steps=train.num_steps, warmup_steps=train.num_warmup_steps, lr_scheduler_type=train.schedule,
-        learning_rate=train.learning_rate, weight_decay=train.weight_decay, optim=train.optimizer,
-        max_grad_norm=train.max_grad_norm, per_device_train_batch_size=train.micro_batch,
+        output_dir=str(output_dir),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=plan.device == "cpu",
+        bf16=train.autocast == "bf16",
+        fp16=train.autocast == "fp16",
+        max_steps=train.num_steps,
+        warmup_steps=train.num_warmup_steps,
+        lr_scheduler_type=train.schedule,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        optim=train.optimizer,
+        max_grad_norm=train.max_grad_norm,
+        per_device_train_batch_size=train.micro_batch,
         per_device_eval_batch_size=max(8, train.micro_batch) if plan.device == "cpu" else train.micro_batch,
-        gradient_accumulation_steps=train.accumulation, gradient_checkpointing=train.gradient_checkpointing,
+        gradient_accumulation_steps=train.accumulation,
+        gradient_checkpointing=train.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
-        logging_strategy="steps", logging_steps=1, eval_strategy="steps" if evaluates else "no",
-        eval_steps=train.eval_steps if evaluates else None, max_length=None, packing=False,
-        dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=plan.device == "cuda",
-        seed=plan.seed, data_seed=plan.seed,
+        logging_strategy="steps",
+        logging_steps=1,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=train.eval_steps if evaluates else None,
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=plan.device == "cuda",
+        seed=plan.seed,
+        data_seed=plan.seed,
     )
 
 
-def trainer(model: Any, plan: Plan, tokenizer: Any, *, train: Any, held_out: Any, output_dir: Path,
-            callbacks: Sequence[Any], optimizer: Any) -> Any:
+def trainer(
+    model: Any,
+    plan: Plan,
+    tokenizer: Any,
+    *,
+    train: Any,
+    held_out: Any,
+    output_dir: Path,
+    callbacks: Sequence[Any],
+    optimizer: Any,
+) -> Any:
     """An SFTTrainer over tokenized datasets with `input_ids` and `labels`."""
     import torch
+    from transformers import PrinterCallback
     from trl import SFTTrainer
 
     made = SFTTrainer(
-        model=model, args=arguments(plan, output_dir=output_dir, evaluates=held_out is not None), train_dataset=train,
-        eval_dataset=held_out, processing_class=tokenizer, callbacks=list(callbacks),
+        model=model,
+        args=arguments(plan, output_dir=output_dir, evaluates=held_out is not None),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
         optimizers=(optimizer, None),
     )
+    made.remove_callback(PrinterCallback)  # our own events are shown instead
     if plan.method.peft is not None:
         for parameter in model.parameters():
             if parameter.requires_grad:

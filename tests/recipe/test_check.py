@@ -1,0 +1,57 @@
+import pytest
+
+from peftkit.recipe import check, load
+
+
+def problems(method, **sections):
+    source = {"base": "org/model", "method": method, "data": {"train": "x.jsonl"}, **sections}
+    return [str(problem) for problem in check(load(source))]
+
+
+@pytest.mark.parametrize(
+    ("method", "sections", "said"),
+    [
+        ("prefix", {"train": {"gradient_checkpointing": True}}, "gradient_checkpointing"),
+        (
+            {"name": "lora", "target_parameters": ["experts.down_proj"], "dropout": 0.1},
+            {},
+            "no dropout on parameters",
+        ),
+        (
+            {"name": "lora", "target_parameters": ["experts.down_proj"], "dora": True},
+            {},
+            "no DoRA on parameters",
+        ),
+        ({"name": "qlora", "init": "pissa"}, {}, "4-bit"),
+        ({"name": "lora", "lr_ratio": 16.0}, {"train": {"optimizer": "adafactor"}}, "LoRA+"),
+        ({"name": "ia3", "targets": ["k_proj"], "feedforward": ["down_proj"]}, {}, "add down_proj"),
+        ("lora", {"train": {"batch_size": 8, "micro_batch": 3}}, "try micro_batch: 2"),
+        ("lora", {"train": {"epochs": 1.0, "max_steps": 5}}, "epochs beside max_steps"),
+        (
+            "lora",
+            {"data": {"train": "x.jsonl", "eval": None}, "train": {"early_stopping": {"patience": 2}}},
+            "early stopping without data.eval",
+        ),
+        (
+            "lora",
+            {"data": {"train": "x.jsonl", "eval": None}, "evaluate": {"metric": "exact_match"}},
+            "a metric without data.eval",
+        ),
+        ("lora", {"data": {"train": "x.txt", "format": "text", "mask": "completion"}}, "no completion"),
+    ],
+)
+def test_conflicts_are_told(method, sections, said):
+    found = problems(method, **sections)
+    assert len(found) == 1
+    assert said in found[0]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "prefix", "ia3"])
+def test_plain_methods_are_consistent(method):
+    assert problems(method) == []
+
+
+def test_command_line_overrides_epochs_without_conflict(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("base: o/m\nmethod: lora\ndata: {train: x.jsonl}\ntrain: {epochs: 2}\n")
+    assert check(load(path, ["train.max_steps=5"])) == []

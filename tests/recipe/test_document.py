@@ -1,0 +1,108 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftkit.errors import UserError
+from peftkit.recipe.document import parse_text, parse_value, read_document
+
+
+def refuse(text: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_text(text, name="r.yaml")
+    return str(caught.value)
+
+
+def test_lines_of_keys():
+    document = parse_text("base: x\nmethod:\n  name: lora\n  rank: 8\n", name="r.yaml")
+    assert document.data == {"base": "x", "method": {"name": "lora", "rank": 8}}
+    assert document.lines[("method", "rank")] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("5.0e-4", 5e-4),
+        ("1_000", 1000),
+        ("off", "off"),
+        ("no", "no"),
+        ("true", True),
+        ("null", None),
+        ("", None),
+        ("12:30:00", "12:30:00"),
+        ("2024-01-01", "2024-01-01"),
+        ("'8'", "8"),
+        ("[q, v]", ["q", "v"]),
+        ("5%", "5%"),
+        (".inf", float("inf")),
+        ("-3", -3),
+    ],
+)
+def test_values_are_typed_as_yaml_1_2(text, value):
+    assert parse_value(text) == value
+
+
+@given(st.integers() | st.floats(allow_nan=False) | st.booleans())
+def test_numbers_round_trip(value):
+    text = str(value).lower() if isinstance(value, bool) else repr(value).replace("inf", ".inf")
+    assert parse_value(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "an empty file"),
+        ("# only a comment\n", "an empty file"),
+        ("- a\n- b\n", "a list"),
+        ("just text", "a single value"),
+        ("a: 1\nb:\n\tc: 2\n", "r.yaml:3: got a tab"),
+        ("a: 1\nb: 2\na: 3\n", "r.yaml:3: got the key a again"),
+        (
+            "a: !!python/object/apply:os.system [id]\n",
+            "r.yaml:1: got the tag !!python/object/apply:os.system",
+        ),
+        ("a: &x {b: 1}\nc:\n  <<: *x\n", "merge key"),
+        ("a: [1, 2\n", "not YAML"),
+    ],
+)
+def test_bad_text_is_told_with_its_line(text, said):
+    assert said in refuse(text)
+
+
+def test_alias_bomb_is_refused():
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 8)
+    )
+    assert "aliases" in refuse(bomb)
+
+
+def test_deep_nesting_is_refused():
+    assert "too deep" in refuse("a: " + "[" * 5000 + "]" * 5000)
+
+
+def test_self_reference_is_refused():
+    assert refuse("a: &x [*x]\n")
+
+
+def test_all_problems_at_once():
+    text = refuse("a: 1\na: 2\nb: !!python/name:os.system x\n")
+    assert "a again" in text
+    assert "tag" in text
+
+
+def test_files_that_cannot_be_recipes(tmp_path):
+    (tmp_path / "good.yaml").write_text("a: 1")
+    for path, said in ((tmp_path, "a folder"), (tmp_path / "god.yaml", "there is: good.yaml")):
+        with pytest.raises(UserError, match=said):
+            read_document(path)
+    (tmp_path / "latin.yaml").write_bytes(b"a: 1\nb: caf\xe9\n")
+    with pytest.raises(UserError, match=r"latin.yaml:2: got the byte 0xe9"):
+        read_document(tmp_path / "latin.yaml")
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_parsed_or_refused(text):
+    try:
+        assert isinstance(parse_text(text, name="r.yaml").data, dict)
+    except UserError as error:
+        assert error.problems

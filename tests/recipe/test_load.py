@@ -1,0 +1,137 @@
+import pytest
+
+from peftkit.errors import UserError
+from peftkit.recipe import load
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+GOOD = "base: org/model\nmethod:\n  name: lora\n  rank: 8\ndata:\n  train: rows.jsonl\n"
+
+
+def refuse(source, overrides=()):
+    with pytest.raises(UserError) as caught:
+        load(source, overrides)
+    return caught.value
+
+
+def test_short_forms_and_defaults(tmp_path):
+    loaded = load(write(tmp_path / "r.yaml", "base: org/model\nmethod: ia3\ndata: {train: rows.jsonl}\n"))
+    assert loaded.recipe.base.id == "org/model"
+    assert loaded.recipe.method.name == "ia3"
+    assert loaded.recipe.train.epochs == 3.0
+
+
+def test_paths_are_relative_to_the_file_that_states_them(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "base.yaml", GOOD)
+    child = write(tmp_path / "sub" / "child.yaml", "extends: ../base.yaml\ndata:\n  eval: held.jsonl\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    recipe = load(child, ["data.train=here.jsonl"]).recipe
+    assert recipe.data.train == [str(tmp_path / "elsewhere" / "here.jsonl")]
+    assert recipe.data.eval == str(tmp_path / "sub" / "held.jsonl")
+    assert load(child).recipe.data.train == [str(tmp_path / "rows.jsonl")]
+
+
+def test_sources_tell_file_line_and_layer(tmp_path):
+    write(tmp_path / "base.yaml", GOOD)
+    child = write(tmp_path / "child.yaml", "extends: base.yaml\nmethod:\n  rank: 32\n")
+    loaded = load(child, ["seed=7"])
+    assert str(loaded.source(("method", "rank"))) == f"{child}:3"
+    assert str(loaded.source(("method", "name"))) == f"{tmp_path / 'base.yaml'}:3 (extends)"
+    assert str(loaded.source(("seed",))) == "command line"
+    assert loaded.source(("train", "epochs")) is None
+    assert loaded.recipe.method.rank == 32
+
+
+def test_another_method_replaces_the_inherited_section(tmp_path):
+    write(tmp_path / "base.yaml", GOOD)
+    child = write(tmp_path / "child.yaml", "extends: base.yaml\nmethod: {name: prefix, virtual_tokens: 5}\n")
+    assert load(child).recipe.method.virtual_tokens == 5
+    assert load(child, ["method=full"]).recipe.method.name == "full"
+
+
+def test_circles_and_missing_parents(tmp_path):
+    write(tmp_path / "a.yaml", "extends: b.yaml\n")
+    write(tmp_path / "b.yaml", "extends: a.yaml\n")
+    assert "a.yaml -> b.yaml -> a.yaml" in str(refuse(tmp_path / "a.yaml"))
+    write(tmp_path / "c.yaml", "extends: nowhere.yaml\n")
+    assert "c.yaml:1 extends" in str(refuse(tmp_path / "c.yaml"))
+    write(tmp_path / "d.yaml", "extends: [a.yaml]\n")
+    assert "the path of a recipe" in str(refuse(tmp_path / "d.yaml"))
+
+
+def test_errors_name_file_line_key_got_expected_and_fix(tmp_path):
+    path = write(tmp_path / "r.yaml", GOOD.replace("rank: 8", "rank: -8"))
+    [problem] = refuse(path).problems
+    assert problem.where == f"{path}:4 method.rank"
+    assert problem.got == "-8"
+    assert problem.expected == "a number greater than 0"
+    assert problem.fix == "try rank: 16"
+
+
+def test_all_problems_at_once(tmp_path):
+    text = (
+        "base: org/model\nmethod:\n  name: lora\n  rnk: 8\n  dropout: two\ndata:\n  trian: x.jsonl\n"
+        "train:\n  learning_rat: 1\n  epochs: -1\n"
+    )
+    said = str(refuse(write(tmp_path / "r.yaml", text)))
+    for expected in (
+        "r.yaml:4 method.rnk",
+        "did you mean rank?",
+        "r.yaml:5 method.dropout",
+        "'two'",
+        "data.train: got nothing",
+        "did you mean train?",
+        "r.yaml:9 train.learning_rat",
+        "did you mean learning_rate?",
+        "r.yaml:10 train.epochs",
+    ):
+        assert expected in said
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("method.rank='16'", "got '16', expected an integer"),
+        ("method.rank=true", "got true, expected an integer"),
+        ("method.rank=1.5", "got 1.5, expected an integer"),
+        ("method.name=lroa", "did you mean lora?"),
+        ("method=lroa", "did you mean lora?"),
+        ("rank=8", "method.rank"),
+        ("train.precision=bf61", "did you mean bf16?"),
+        ("train.learning_rate=fast", "expected auto or a number"),
+        ("train.gradient_checkpointing=maybe", "expected auto or true or false"),
+        ("data.mask=answers", "completion"),
+        ("train=5", "expected a mapping"),
+        ("method.targets=3", "text or a list"),
+        ("nonsense", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("data.eval=150%", "not a percentage"),
+        ("method.also_train=[embedings]", "embeddings"),
+    ],
+)
+def test_wrong_values_on_the_command_line(tmp_path, override, said):
+    assert said in str(refuse(write(tmp_path / "r.yaml", GOOD), [override]))
+
+
+def test_missing_sections_are_named(tmp_path):
+    said = str(refuse(write(tmp_path / "r.yaml", "seed: 1\n")))
+    for section in ("base", "method", "data"):
+        assert f"{section}: got nothing" in said
+    assert "no method.name" in str(refuse(write(tmp_path / "s.yaml", GOOD.replace("  name: lora\n", ""))))
+
+
+def test_dicts_and_recipes_load_too(tmp_path):
+    source = {"base": "org/model", "method": "full", "data": {"train": str(tmp_path / "x.jsonl")}}
+    loaded = load(source)
+    assert load(loaded.recipe).recipe == loaded.recipe
+    assert source["base"] == "org/model"
+
+
+def test_shipped_recipes_load_by_name():
+    assert load("quickstart").recipe.base.id == "embedded:smollm2-135m-instruct"

@@ -1,0 +1,69 @@
+import json
+
+import pytest
+import yaml
+
+from peftkit.errors import UserError
+from peftkit.recipe import load
+from peftkit.recipe.json_schema import recipe_schema
+from peftkit.recipe.schema import Recipe
+from peftkit.recipe.shipped import find_shipped, list_shipped, new_recipe, show_shipped, shipped_folder
+
+WANTED = {
+    "quickstart", "qlora-llama8b", "lora-llama8b", "full-llama8b", "prefix-llama8b", "ia3-llama8b",
+    "qlora-mistral7b", "qlora-qwen7b", "qlora-gemma9b", "lora-phi", "qlora-llama70b",
+}
+
+
+def test_all_promised_recipes_are_shipped_each_with_a_title():
+    assert WANTED <= {recipe.name for recipe in list_shipped()}
+    assert all(recipe.title for recipe in list_shipped())
+
+
+@pytest.mark.parametrize("shipped", list_shipped(), ids=lambda s: s.name)
+def test_every_knob_has_a_comment(shipped):
+    for line in shipped.path.read_text().splitlines():
+        if line and not line.startswith("#") and not line.endswith(":"):
+            assert "#" in line, line
+
+
+def test_schema_file_is_current_and_accepts_the_shipped_recipes():
+    written = json.loads((shipped_folder() / "recipe.schema.json").read_text())
+    assert written == recipe_schema(), "run: peftkit schema > recipes/recipe.schema.json"
+    jsonschema = pytest.importorskip("jsonschema")
+    for shipped in list_shipped():
+        jsonschema.validate(yaml.safe_load(shipped.path.read_text()), written)
+
+
+def test_editors_find_the_schema():
+    for shipped in list_shipped():
+        assert "yaml-language-server: $schema=recipe.schema.json" in shipped.path.read_text()
+
+
+def test_show_find_and_new(tmp_path, monkeypatch):
+    assert "smollm2" in show_shipped("quickstart")
+    with pytest.raises(UserError, match="did you mean quickstart"):
+        show_shipped("quikstart")
+    monkeypatch.chdir(tmp_path)
+    assert find_shipped("quickstart").name == "quickstart.yaml"
+    (tmp_path / "quickstart").mkdir()
+    assert find_shipped("quickstart") is None
+    (tmp_path / "new.yaml").write_text(new_recipe("org/model", "prefix"))
+    assert load(tmp_path / "new.yaml").recipe.method.name == "prefix"
+
+
+def test_the_set_of_recipe_keys_is_frozen():
+    """Adding a key is a decision: document it, then list it here."""
+    def keys(section):
+        return sorted(section.model_fields)
+
+    fields = Recipe.model_fields
+    assert sorted(fields) == ["base", "data", "evaluate", "method", "seed", "task", "train"]
+    assert keys(fields["base"].annotation) == ["id", "revision", "trust_remote_code"]
+    assert keys(fields["data"].annotation) == ["columns", "eval", "format", "mask", "train", "truncation"]
+    assert keys(fields["train"].annotation) == [
+        "batch_size", "checkpoint_steps", "early_stopping", "epochs", "eval_steps", "gradient_checkpointing",
+        "learning_rate", "max_grad_norm", "max_length", "max_steps", "micro_batch", "optimizer", "precision",
+        "schedule", "weight_decay",
+    ]
+    assert keys(fields["evaluate"].annotation) == ["max_examples", "max_new_tokens", "metric"]

@@ -1,0 +1,49 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from peftkit import interrupt
+from peftkit.errors import Interrupted
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_first_signal_asks(number, code):
+    with interrupt.listening():
+        assert not interrupt.requested()
+        os.kill(os.getpid(), number)
+        assert interrupt.requested()
+        with pytest.raises(Interrupted, match="here") as caught:
+            interrupt.stop_if_requested("here")
+    assert caught.value.exit_code == code
+    assert not interrupt.requested()
+
+
+def test_second_signal_exits_at_once():
+    program = (
+        "import os, signal\nfrom peftkit import interrupt\nwith interrupt.listening():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('alive')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 143
+    assert "alive" not in done.stdout
+
+
+def test_other_threads_keep_their_handlers():
+    failures = []
+
+    def work():
+        try:
+            with interrupt.listening():
+                pass
+        except Exception as error:  # noqa: BLE001  whatever it is, the test reports it
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failures == []

@@ -1,0 +1,128 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftkit.errors import UserError
+from peftkit.rundir import MANIFEST, RunDir, publish_folder, verify_folder, write_text
+
+
+def published(tmp_path: Path) -> Path:
+    folder = tmp_path / "step-000001"
+    with publish_folder(folder, step=1) as staging:
+        (staging / "a.bin").write_bytes(b"weights")
+        (staging / "sub").mkdir()
+        (staging / "sub" / "b.json").write_text("{}")
+    return folder
+
+
+def test_published_folder_verifies(tmp_path):
+    folder = published(tmp_path)
+    assert verify_folder(folder) == []
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest["step"] == 1
+    assert set(manifest["files"]) == {"a.bin", "sub/b.json"}
+
+
+def test_exception_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), publish_folder(tmp_path / "x") as staging:
+        (staging / "half").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / "a.bin").write_bytes(b"weightz"), "changed after it was written"),
+        (lambda f: (f / "a.bin").write_bytes(b"w"), "has 1 bytes, not 7"),
+        (lambda f: (f / "a.bin").unlink(), "is missing"),
+        (lambda f: (f / MANIFEST).unlink(), "is incomplete"),
+        (lambda f: (f / MANIFEST).write_text("{"), "unreadable"),
+    ],
+)
+def test_damage_is_found(tmp_path, damage, said):
+    folder = published(tmp_path)
+    damage(folder)
+    assert said in verify_folder(folder)[0]
+
+
+def test_sizes_alone_miss_flipped_bytes_but_find_cuts(tmp_path):
+    folder = published(tmp_path)
+    (folder / "a.bin").write_bytes(b"weightz")
+    assert verify_folder(folder, hashes=False) == []
+    (folder / "a.bin").write_bytes(b"")
+    assert verify_folder(folder, hashes=False)
+
+
+def test_write_text_keeps_the_old_file_when_it_fails(tmp_path):
+    target = tmp_path / "plan.json"
+    write_text(target, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(target, "\ud800")
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_create_refuses_a_run_a_full_folder_and_a_file(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match=r"already holds a run.*peftkit resume"):
+        RunDir.create(tmp_path / "run")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep me")
+    with pytest.raises(UserError, match="not empty"):
+        RunDir.create(tmp_path / "notes")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a file"):
+        RunDir.create(tmp_path / "file")
+
+
+def test_open_wants_a_run(tmp_path):
+    with pytest.raises(UserError, match=r"without plan\.json"):
+        RunDir.open(tmp_path)
+    with pytest.raises(UserError, match="nothing there"):
+        RunDir.open(tmp_path / "absent")
+
+
+@given(
+    st.lists(
+        st.dictionaries(
+            st.text(min_size=1).filter(lambda k: k not in {"event", "self"}),
+            st.integers() | st.text() | st.none(),
+            max_size=3,
+        ),
+        max_size=5,
+    )
+)
+def test_events_come_back_as_written(tmp_path_factory, records):
+    run = RunDir(tmp_path_factory.mktemp("run"))
+    for record in records:
+        run.emit("step", **record)
+    assert run.events() == [{"event": "step", **record} for record in records]
+
+
+def test_event_cut_by_a_kill_is_left_out_and_dropped(tmp_path):
+    run = RunDir(tmp_path)
+    run.emit("step", step=1)
+    with run.events_file.open("a") as file:
+        file.write('{"event": "st')
+    assert run.events() == [{"event": "step", "step": 1}]
+    run.drop_cut_event()
+    run.emit("step", step=2)
+    assert [e["step"] for e in run.events()] == [1, 2]
+
+
+def test_newest_checkpoint_passes_over_damaged_ones(tmp_path):
+    run = RunDir(tmp_path)
+    for step in (10, 20, 30):
+        with publish_folder(run.checkpoint(step), step=step) as staging:
+            (staging / "w").write_text(str(step))
+    (run.checkpoint(30) / "w").write_text("99")
+    run.checkpoint(40).mkdir()
+    newest, skipped = run.newest_checkpoint()
+    assert newest == run.checkpoint(20)
+    assert len(skipped) == 2
+    assert "step-000040 is incomplete" in skipped[0]

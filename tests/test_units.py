@@ -1,0 +1,27 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftkit.units import parse_share, show_bytes, show_count, show_percent, show_seconds
+
+
+@given(st.integers(0, 100))
+def test_share_reads_what_people_write(percent):
+    assert parse_share(f"{percent}%") == pytest.approx(percent / 100)
+    assert parse_share(f" {percent} % ") == pytest.approx(percent / 100)
+
+
+@pytest.mark.parametrize("text", ["5", "%", "-1%", "101%", "five%", ""])
+def test_share_refuses_the_rest(text):
+    with pytest.raises(ValueError, match="percentage"):
+        parse_share(text)
+
+
+def test_numbers_as_people_read_them():
+    assert show_bytes(512) == "512 B"
+    assert show_bytes(3 * 2**30) == "3.00 GiB"
+    assert show_count(1234567) == "1,234,567"
+    assert show_percent(0.0353) == "3.53 %"
+    assert show_percent(0.00007) == "0.007 %"
+    assert show_seconds(75) == "1 min 15 s"
+    assert show_seconds(7200) == "2 h 00 min"
