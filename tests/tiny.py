@@ -19,6 +19,7 @@ _LLAMA_LIKE = {
 }
 _SPECIAL: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "gpt_neox": {k: v for k, v in _LLAMA_LIKE.items() if k != "num_key_value_heads"},
     "gemma": {**_LLAMA_LIKE, "head_dim": 32},
     "gemma2": {**_LLAMA_LIKE, "head_dim": 32},
     "gemma3_text": {**_LLAMA_LIKE, "head_dim": 32},

@@ -20,18 +20,18 @@ ATTENTION_ROLES = ("q", "k", "v", "o", "qkv")
 
 def _attention(bias: bool | str = False, o_bias: bool | str = False) -> tuple[Linear, ...]:
     return (
-        Linear("q_proj", "q", "hidden", "q", bias),
-        Linear("k_proj", "k", "hidden", "kv", bias),
-        Linear("v_proj", "v", "hidden", "kv", bias),
-        Linear("o_proj", "o", "q", "hidden", o_bias),
+        Linear("self_attn.q_proj", "q", "hidden", "q", bias),
+        Linear("self_attn.k_proj", "k", "hidden", "kv", bias),
+        Linear("self_attn.v_proj", "v", "hidden", "kv", bias),
+        Linear("self_attn.o_proj", "o", "q", "hidden", o_bias),
     )
 
 
 def _gated(bias: bool | str = False) -> tuple[Linear, ...]:
     return (
-        Linear("gate_proj", "gate", "hidden", "ffn", bias),
-        Linear("up_proj", "up", "hidden", "ffn", bias),
-        Linear("down_proj", "down", "ffn", "hidden", bias),
+        Linear("mlp.gate_proj", "gate", "hidden", "ffn", bias),
+        Linear("mlp.up_proj", "up", "hidden", "ffn", bias),
+        Linear("mlp.down_proj", "down", "ffn", "hidden", bias),
     )
 
 
@@ -100,12 +100,12 @@ FAMILIES: tuple[Family, ...] = (
         ("phi",),
         "model.layers.{i}",
         (
-            Linear("q_proj", "q", "hidden", "q", True),
-            Linear("k_proj", "k", "hidden", "kv", True),
-            Linear("v_proj", "v", "hidden", "kv", True),
+            Linear("self_attn.q_proj", "q", "hidden", "q", True),
+            Linear("self_attn.k_proj", "k", "hidden", "kv", True),
+            Linear("self_attn.v_proj", "v", "hidden", "kv", True),
             Linear("self_attn.dense", "o", "q", "hidden", True),
-            Linear("fc1", "up", "hidden", "ffn", True),
-            Linear("fc2", "down", "ffn", "hidden", True),
+            Linear("mlp.fc1", "up", "hidden", "ffn", True),
+            Linear("mlp.fc2", "down", "ffn", "hidden", True),
         ),
         ia3_targets=("k_proj", "v_proj", "fc2"),
         ia3_feedforward=("fc2",),
@@ -119,10 +119,10 @@ FAMILIES: tuple[Family, ...] = (
         ("phi3",),
         "model.layers.{i}",
         (
-            Linear("qkv_proj", "qkv", "hidden", "q+kv+kv"),
-            Linear("o_proj", "o", "q", "hidden"),
-            Linear("gate_up_proj", "gate_up", "hidden", "ffn+ffn"),
-            Linear("down_proj", "down", "ffn", "hidden"),
+            Linear("self_attn.qkv_proj", "qkv", "hidden", "q+kv+kv"),
+            Linear("self_attn.o_proj", "o", "q", "hidden"),
+            Linear("mlp.gate_up_proj", "gate_up", "hidden", "ffn+ffn"),
+            Linear("mlp.down_proj", "down", "ffn", "hidden"),
         ),
         ia3_targets=("qkv_proj", "down_proj"),
         ia3_feedforward=("down_proj",),
@@ -132,9 +132,9 @@ FAMILIES: tuple[Family, ...] = (
         ("gpt2",),
         "transformer.h.{i}",
         (
-            Linear("c_attn", "qkv", "hidden", "q+kv+kv", True),
+            Linear("attn.c_attn", "qkv", "hidden", "q+kv+kv", True),
             Linear("attn.c_proj", "o", "q", "hidden", True),
-            Linear("c_fc", "up", "hidden", "ffn", True),
+            Linear("mlp.c_fc", "up", "hidden", "ffn", True),
             Linear("mlp.c_proj", "down", "ffn", "hidden", True),
         ),
         ia3_targets=("c_attn", "mlp.c_proj"),
@@ -149,6 +149,7 @@ FAMILIES: tuple[Family, ...] = (
             "num_layers": "n_layer",
             "hidden": "n_embd",
             "heads": "n_head",
+            "kv_heads": "n_head",
             "ffn": "n_inner",
             "positions": "n_positions",
         },
@@ -158,16 +159,16 @@ FAMILIES: tuple[Family, ...] = (
         ("gpt_neox",),
         "gpt_neox.layers.{i}",
         (
-            Linear("query_key_value", "qkv", "hidden", "q+kv+kv", "attention_bias"),
+            Linear("attention.query_key_value", "qkv", "hidden", "q+kv+kv", "attention_bias"),
             Linear("attention.dense", "o", "q", "hidden", "attention_bias"),
-            Linear("dense_h_to_4h", "up", "hidden", "ffn", True),
-            Linear("dense_4h_to_h", "down", "ffn", "hidden", True),
+            Linear("mlp.dense_h_to_4h", "up", "hidden", "ffn", True),
+            Linear("mlp.dense_4h_to_h", "down", "ffn", "hidden", True),
         ),
         ia3_targets=("query_key_value", "dense_4h_to_h"),
         ia3_feedforward=("dense_4h_to_h",),
         embeddings="embed_in",
-        head="embed_out",
         final_norm="final_layer_norm",
         norm_bias=True,
+        config_keys={"kv_heads": "num_attention_heads"},
     ),
 )

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer that stands in every block. `d_in` and `d_out` name entries of `Dims`, joined by '+'."""
+    """A linear layer that stands in every block.
+
+    `name` is its path inside the block; `d_in` and `d_out` name entries of `Dims`, joined by '+'.
+    """
 
     name: str
     role: str
@@ -42,12 +45,23 @@ class Family:
     tied_by_default: bool = False
     config_keys: Mapping[str, str] = field(default_factory=dict)
 
+    def target(self, linear: Linear) -> str:
+        """The shortest ending that names this layer and no other: 'q_proj', but 'mlp.c_proj' in GPT-2."""
+        last = linear.name.rsplit(".", 1)[-1]
+        twins = [other for other in self.linears if other.name.rsplit(".", 1)[-1] == last]
+        return last if len(twins) == 1 else linear.name
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What names every linear layer of a block."""
+        return tuple(self.target(linear) for linear in self.linears)
+
     @property
     def roles(self) -> dict[str, tuple[str, ...]]:
-        """Role -> module names, in block order."""
+        """Role -> target names, in block order."""
         found: dict[str, tuple[str, ...]] = {}
         for linear in self.linears:
-            found[linear.role] = (*found.get(linear.role, ()), linear.name)
+            found[linear.role] = (*found.get(linear.role, ()), self.target(linear))
         return found
 
 

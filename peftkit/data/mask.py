@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from peftkit.data.template import Rendered, Span, adds_bos
@@ -44,20 +45,47 @@ def _without_tail(
     return kept if kept and ids[kept[-1]] in special else learnt
 
 
+Encoded = tuple[list[int], list[tuple[int, int]]]
+
+
+def _encode(batch: Sequence[Rendered], tokenizer: Any) -> list[Encoded]:
+    """Ids and character offsets of each text.
+
+    Where a token would straddle the start of an answer, that text is encoded in pieces that end there: at
+    inference the prompt is encoded alone, and training must see the same prompt tokens.
+    """
+    joint = tokenizer([r.text for r in batch], add_special_tokens=False, return_offsets_mapping=True)
+    found: list[Encoded] = []
+    for rendered, ids, offsets in zip(batch, joint["input_ids"], joint["offset_mapping"], strict=True):
+        starts = {span.start for span in rendered.answers}
+        if any(start < cut < end for start, end in offsets for cut in starts):
+            found.append(_encode_in_pieces(rendered, tokenizer))
+        else:
+            found.append((list(ids), list(offsets)))
+    return found
+
+
+def _encode_in_pieces(rendered: Rendered, tokenizer: Any) -> Encoded:
+    cuts = sorted({0, *(span.start for span in rendered.answers), len(rendered.text)})
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for start, end in pairwise(cuts):
+        piece = tokenizer(rendered.text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+        ids.extend(piece["input_ids"])
+        offsets.extend((a + start, b + start) for a, b in piece["offset_mapping"])
+    return ids, offsets
+
+
 def tokenize(batch: Sequence[Rendered], tokenizer: Any, *, mask: str) -> list[Tokenized]:
     """Ids and labels of rendered examples.
 
     A token is learnt where its characters overlap an answer span. Each answer ends in an end-of-turn or end
     token that is learnt too; where the text brings none, the tokenizer's end token is added.
     """
-    encoded = tokenizer([r.text for r in batch], add_special_tokens=False, return_offsets_mapping=True)
     special = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     found = []
-    for rendered, encoded_ids, offsets in zip(
-        batch, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
-        ids = list(encoded_ids)
+    for rendered, (ids, offsets) in zip(batch, _encode(batch, tokenizer), strict=True):
         labels = [IGNORED] * len(ids)
         for span in _learnt_spans(rendered, mask):
             inside = [i for i, (start, end) in enumerate(offsets) if end > span.start and start < span.end]
@@ -66,7 +94,7 @@ def tokenize(batch: Sequence[Rendered], tokenizer: Any, *, mask: str) -> list[To
             for i in inside:
                 labels[i] = ids[i]
         last = next((i for i in reversed(range(len(ids))) if labels[i] != IGNORED), None)
-        if last is not None and not any(ids[i] in special for i in range(last, len(ids))):
+        if last is not None and not any(token in special for token in ids[last:]):
             ids.append(tokenizer.eos_token_id)
             labels.append(tokenizer.eos_token_id)
         if bos and ids[:1] != bos:

@@ -68,7 +68,8 @@ def _count_also(options: LoraOptions, shape: ModelShape) -> dict[str, int]:
         if isinstance(item, TokenRows):
             found["tokens"] = len(set(item.tokens)) * dims.hidden
         elif item == "norms":
-            found["norms"] = (dims.num_layers * len(family.norms) + 1) * norm
+            heads = 2 * dims.head_dim if family.qk_norm else 0
+            found["norms"] = dims.num_layers * (len(family.norms) * norm + heads) + norm
         elif item == "head":
             found["head"] = table + (dims.vocab if family.head_bias else 0)
         else:
@@ -95,7 +96,7 @@ def peft(options: LoraOptions, shape: ModelShape | None, targets: tuple[str, ...
         names = {
             "embeddings": (family.embeddings,),
             "head": (family.head,),
-            "norms": (*family.norms, family.final_norm),
+            "norms": (*family.norms, family.final_norm, *(("q_norm", "k_norm") if family.qk_norm else ())),
         }
         arguments["modules_to_save"] = [name for item in whole for name in names[item]]
         if shape and shape.tied_embeddings and {"embeddings", "head"} & set(whole):
@@ -115,7 +116,7 @@ def default_targets(family: Family | None) -> tuple[tuple[str, ...] | str, str]:
     reason = "all linear layers: modules matter more than rank (Dettmers et al. 2023; Schulman et al. 2025)"
     if family is None:
         return "all-linear", reason
-    return tuple(linear.name for linear in family.linears), reason
+    return family.targets, reason
 
 
 METHOD = Method(

@@ -54,7 +54,7 @@ def resolve_targets(wanted: str | Sequence[str], family: Family, where: str) -> 
     `wanted` is "attention", "all-linear", a role, a name, or a list of roles and names.
     """
     items = [wanted] if isinstance(wanted, str) else list(wanted)
-    every = tuple(linear.name for linear in family.linears)
+    every = family.targets
     found: list[str] = []
     problems: list[Problem] = []
     for item in items:
@@ -65,7 +65,7 @@ def resolve_targets(wanted: str | Sequence[str], family: Family, where: str) -> 
         elif item in family.roles:
             found.extend(family.roles[item])
         else:
-            full = [f"{family.block.format(i=0)}.{name}" for name in every]
+            full = [f"{family.block.format(i=0)}.{linear.name}" for linear in family.linears]
             known = [*full, f"x.{family.embeddings}", f"x.{family.head}"]
             bad = [] if _is_numbered(item) else unmatched(known, [item], where)
             roles = f"; roles of {family.name}: {', '.join(family.roles)}"

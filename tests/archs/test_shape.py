@@ -17,7 +17,9 @@ PUBLISHED_TOTALS = {
 
 
 def test_known_models_have_their_published_totals():
-    assert {name: shape_from_config(config).num_parameters for name, config in KNOWN.items()} == PUBLISHED_TOTALS
+    assert {
+        name: shape_from_config(config).num_parameters for name, config in KNOWN.items()
+    } == PUBLISHED_TOTALS
     assert shape_from_config(EMBEDDED["smollm2-135m-instruct"].config).num_parameters == 134_515_008
 
 
@@ -31,13 +33,21 @@ def test_shapes_equal_those_of_the_real_model(model_type):
         model = AutoModelForCausalLM.from_config(config)
     shape = shape_from_config(config.to_dict())
     assert shape.num_parameters == sum(p.numel() for p in model.parameters())
-    linears = {name: module for name, module in model.named_modules() if type(module).__name__ in {"Linear", "Conv1D"}}
-    linears = {name: module for name, module in linears.items() if module is not model.get_output_embeddings()}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__ in {"Linear", "Conv1D"}
+    }
+    linears = {
+        name: module for name, module in linears.items() if module is not model.get_output_embeddings()
+    }
     assert {m.name for m in shape.modules} == set(linears)
     for module in shape.modules:
         real = linears[module.name]
         assert module.num_parameters == sum(p.numel() for p in real.parameters())
-        sides = tuple(real.weight.shape) if type(real).__name__ == "Conv1D" else tuple(real.weight.shape)[::-1]
+        sides = (
+            tuple(real.weight.shape) if type(real).__name__ == "Conv1D" else tuple(real.weight.shape)[::-1]
+        )
         assert (module.d_in, module.d_out) == sides
 
 

@@ -26,7 +26,9 @@ METHOD_CASES = {
 
 def plan_of(method, config, device):
     shape = shape_from_config(config)
-    loaded = load({"base": "org/model", "method": method, "data": {"train": "x.jsonl"}, "train": {"max_length": 64}})
+    loaded = load(
+        {"base": "org/model", "method": method, "data": {"train": "x.jsonl"}, "train": {"max_length": 64}}
+    )
     return make_plan(loaded, Facts(device, ModelFacts("org/model", "hub", config["model_type"], shape), None))
 
 
@@ -41,12 +43,8 @@ def test_planned_equals_counted(model_type, case, cpu):
     assert plan.method.num_trainable == trainable
     counted = trainable_by_role(wrapped, model_type)
     assert {k: v for k, v in plan.method.trainable_by_role.items() if v} == counted
-    assert total == plan.method.num_parameters + (trainable if plan.method.peft else 0) - _copied(case, counted)
-
-
-def _copied(case, counted):
-    """PEFT's total leaves out the frozen original of a module that is trained as a copy."""
-    return 0 if case != "norms" else 0 * counted["norms"]
+    adds = plan.method.peft is not None
+    assert total == plan.method.num_parameters + (trainable if adds else 0)
 
 
 def test_every_method_is_registered_under_its_own_name():

@@ -74,14 +74,17 @@ def test_precision_by_device():
     assert plan("full", device=GPU).base.dtype == "float32"
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    ({"device": replace(GPU, supports_bf16=False), "train": {"precision": "bf16"}}, "no bf16 units"),
-    ({"device": CPU, "train": {"precision": "fp16"}}, "fp16 training needs a GPU"),
-    ({"method": "qlora", "device": replace(CPU, has_bitsandbytes=False)}, "pip install 'peftkit[qlora]'"),
-    ({"device": CPU, "train": {"optimizer": "paged_adamw_8bit"}}, "needs a CUDA GPU"),
-    ({"train": {"max_length": 200_000}}, "at most 131072"),
-    ({"method": {"name": "lora", "targets": ["gate", "qq_proj"]}}, "qq_proj"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"device": replace(GPU, supports_bf16=False), "train": {"precision": "bf16"}}, "no bf16 units"),
+        ({"device": CPU, "train": {"precision": "fp16"}}, "fp16 training needs a GPU"),
+        ({"method": "qlora", "device": replace(CPU, has_bitsandbytes=False)}, "pip install 'peftkit[qlora]'"),
+        ({"device": CPU, "train": {"optimizer": "paged_adamw_8bit"}}, "needs a CUDA GPU"),
+        ({"train": {"max_length": 200_000}}, "at most 131072"),
+        ({"method": {"name": "lora", "targets": ["gate", "qq_proj"]}}, "qq_proj"),
+    ],
+)
 def test_conflicts_with_the_device_or_model_are_told(arguments, said):
     arguments = dict(arguments)
     assert said in refuse(arguments.pop("method", "lora"), **arguments)
@@ -110,8 +113,9 @@ def test_sources_and_reasons(tmp_path):
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "prefix", "ia3"])
 def test_plan_survives_json(method):
     made = plan(method)
-    again = Plan.from_json(json.loads(json.dumps(made.to_json())))
-    assert again.to_json() == json.loads(json.dumps(made.to_json()))
+    text = json.dumps(made.to_json())
+    again = Plan.from_json(json.loads(text))
+    assert json.loads(json.dumps(again.to_json())) == json.loads(text)
     assert again.train == made.train
     assert again.method.peft == made.method.peft
     assert again.method.num_trainable == made.method.num_trainable

@@ -14,12 +14,15 @@ def test_groups_and_roles():
     assert resolve_targets(["q", "q_proj", "q"], LLAMA, "w") == (("q_proj",), [])
 
 
-@pytest.mark.parametrize(("family", "wanted", "said"), [
-    (LLAMA, ["q_prj"], "q_proj"),
-    (LLAMA, ["c_attn"], "which matches no module"),
-    (GPT2, ["gate"], "roles of GPT-2: qkv, o, up, down"),
-    (LLAMA, "w1", "roles of Llama"),
-])
+@pytest.mark.parametrize(
+    ("family", "wanted", "said"),
+    [
+        (LLAMA, ["q_prj"], "q_proj"),
+        (LLAMA, ["c_attn"], "which matches no module"),
+        (GPT2, ["gate"], "roles of GPT-2: qkv, o, up, down"),
+        (LLAMA, "w1", "roles of Llama"),
+    ],
+)
 def test_a_target_that_matches_nothing_is_an_error_with_the_nearest_names(family, wanted, said):
     _, [problem] = resolve_targets(wanted, family, "recipe.yaml:5 method.targets")
     assert said in str(problem)

@@ -10,8 +10,17 @@ from peftkit.recipe.schema import Recipe
 from peftkit.recipe.shipped import find_shipped, list_shipped, new_recipe, show_shipped, shipped_folder
 
 WANTED = {
-    "quickstart", "qlora-llama8b", "lora-llama8b", "full-llama8b", "prefix-llama8b", "ia3-llama8b",
-    "qlora-mistral7b", "qlora-qwen7b", "qlora-gemma9b", "lora-phi", "qlora-llama70b",
+    "quickstart",
+    "qlora-llama8b",
+    "lora-llama8b",
+    "full-llama8b",
+    "prefix-llama8b",
+    "ia3-llama8b",
+    "qlora-mistral7b",
+    "qlora-qwen7b",
+    "qlora-gemma9b",
+    "lora-phi",
+    "qlora-llama70b",
 }
 
 
@@ -54,6 +63,7 @@ def test_show_find_and_new(tmp_path, monkeypatch):
 
 def test_the_set_of_recipe_keys_is_frozen():
     """Adding a key is a decision: document it, then list it here."""
+
     def keys(section):
         return sorted(section.model_fields)
 
@@ -62,8 +72,20 @@ def test_the_set_of_recipe_keys_is_frozen():
     assert keys(fields["base"].annotation) == ["id", "revision", "trust_remote_code"]
     assert keys(fields["data"].annotation) == ["columns", "eval", "format", "mask", "train", "truncation"]
     assert keys(fields["train"].annotation) == [
-        "batch_size", "checkpoint_steps", "early_stopping", "epochs", "eval_steps", "gradient_checkpointing",
-        "learning_rate", "max_grad_norm", "max_length", "max_steps", "micro_batch", "optimizer", "precision",
-        "schedule", "weight_decay",
+        "batch_size",
+        "checkpoint_steps",
+        "early_stopping",
+        "epochs",
+        "eval_steps",
+        "gradient_checkpointing",
+        "learning_rate",
+        "max_grad_norm",
+        "max_length",
+        "max_steps",
+        "micro_batch",
+        "optimizer",
+        "precision",
+        "schedule",
+        "weight_decay",
     ]
     assert keys(fields["evaluate"].annotation) == ["max_examples", "max_new_tokens", "metric"]

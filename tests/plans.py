@@ -1,0 +1,22 @@
+"""Plans for tests: the tiny model on a CPU."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from peftkit.archs import shape_from_config
+from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Plan, make_plan
+from peftkit.recipe import load
+from tests.conftest import TINY_LLAMA
+
+CPU = DeviceFacts("cpu", "a CPU", 24 * 2**30, True, True)
+
+
+def cpu_plan(method: Any = "lora", *, rows: int = 24, **sections: Any) -> Plan:
+    """The plan of a recipe on the tiny Llama."""
+    config = json.loads((TINY_LLAMA / "config.json").read_text())
+    sections.setdefault("train", {"max_length": 64})
+    loaded = load({"base": str(TINY_LLAMA), "method": method, "data": {"train": "x.jsonl"}, **sections})
+    model = ModelFacts(str(TINY_LLAMA), "folder", "llama", shape_from_config(config))
+    return make_plan(loaded, Facts(CPU, model, DataFacts(rows, 6, "chat")))
