@@ -50,6 +50,7 @@ def load_tokenizer(source: str, plan: BasePlan) -> Any:
 def load_model(source: str, plan: BasePlan, *, device: str) -> Any:
     """The base with its weights. Raises UserError where it cannot be loaded."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -62,7 +63,7 @@ def load_model(source: str, plan: BasePlan, *, device: str) -> Any:
             device_map={"": 0 if device == "cuda" else device},
             quantization_config=quantization_config(plan),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             Problem(
                 f"base {plan.id}",

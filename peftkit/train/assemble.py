@@ -29,28 +29,42 @@ class Training:
 
     trainer: Any
     run_dir: RunDir
+    plan: Plan
     checkpoint: Path | None
-    progress: Progress
+    record: Record
 
-    def evaluate(self) -> float:
-        """Evaluation loss of the model as it is now, in nats per learnt token."""
-        return float(self.trainer.evaluate()["eval_loss"])
+    def evaluate(self, *, step: int | None = None) -> float:
+        """Evaluation loss of the model as it is now, in nats per learnt token, recorded for `step`."""
+        self.record.evaluated_step = step
+        try:
+            return float(self.trainer.evaluate()["eval_loss"])
+        finally:
+            self.record.evaluated_step = None
 
     def run(self) -> int:
         """Train. Returns the step at which training ended."""
-        handover = self.run_dir.path / ".handover"
-        resume = None
-        if self.checkpoint is not None:
-            resume = str(handover_folder(self.checkpoint, self.trainer.model, handover))
+        if self.checkpoint is None:
+            self.trainer.train()
+            return int(self.trainer.state.global_step)
+        self._catch_up(self.checkpoint)
+        handover = handover_folder(self.checkpoint, self.run_dir.path / ".handover")
         try:
-            self.trainer.train(resume_from_checkpoint=resume)
+            self.trainer.train(resume_from_checkpoint=str(handover))
         finally:
             shutil.rmtree(handover, ignore_errors=True)
         return int(self.trainer.state.global_step)
 
+    def _catch_up(self, checkpoint: Path) -> None:
+        """Make the evaluation that was due at the checkpoint's step, where the stop came before it."""
+        step = int(read_json(checkpoint / "trainer_state.json")["global_step"])
+        due = step % self.plan.train.eval_steps == 0 and self.trainer.eval_dataset is not None
+        if due and self.record.progress.last_step < step:
+            load_trained(self.trainer.model, checkpoint)
+            self.evaluate(step=step)
+
     def take_best(self) -> int | None:
         """Put the best checkpoint's tensors into the model, unless the last step is the best."""
-        best = self.progress.best_step
+        best = self.record.progress.best_step
         if best is None or best == self.trainer.state.global_step:
             return best
         load_trained(self.trainer.model, self.run_dir.checkpoint(best))
@@ -74,7 +88,8 @@ def assemble(
     if checkpoint is not None:
         progress = Progress(**read_json(checkpoint / "state.json")["progress"])
         callbacks.append(Restore(checkpoint))
-    callbacks.append(Record(run, plan, emit, progress))
+    record = Record(run, plan, emit, progress)
+    callbacks.append(record)
     optimizer = None
     if plan.method.lr_ratio is not None:
         optimizer = build_loraplus_optimizer(model, plan)
@@ -88,4 +103,4 @@ def assemble(
         callbacks=callbacks,
         optimizer=optimizer,
     )
-    return Training(trainer, run, checkpoint, progress)
+    return Training(trainer, run, plan, checkpoint, record)

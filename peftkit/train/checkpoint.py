@@ -45,7 +45,11 @@ def _optimizer_tensors(model: Any, optimizer: Any) -> tuple[dict[str, torch.Tens
     return tensors, values
 
 
-def _random_states() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+RandomStates = tuple[dict[str, torch.Tensor], dict[str, Any]]
+
+
+def random_states() -> RandomStates:
+    """The random states of torch, Python and numpy, as tensors and JSON values."""
     python, numpy_state = random.getstate(), np.random.get_state(legacy=True)
     assert isinstance(numpy_state, tuple)
     tensors = {
@@ -61,10 +65,24 @@ def _random_states() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, values
 
 
+def restore_random_states(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+    """Put back what `random_states` took."""
+    torch.set_rng_state(tensors["torch"].to(torch.uint8))
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"].to(torch.uint8))
+    version, words, gauss = values["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, position, has_gauss, cached = values["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+
+
 def write_checkpoint(
     run: RunDir, *, model: Any, optimizer: Any, scheduler: Any, state: Any, progress: Mapping[str, Any]
 ) -> Path:
-    """Publish the checkpoint of `state.global_step`, unless it stands already. Returns its folder."""
+    """Publish the checkpoint of `state.global_step`, unless it stands already. Returns its folder.
+
+    `randoms` are the random states to keep, where they are not those of now.
+    """
     folder = run.checkpoint(state.global_step)
     if folder.exists():
         return folder
@@ -73,7 +91,7 @@ def write_checkpoint(
         save_file(trained, staging / "trained.safetensors")
         tensors, values = _optimizer_tensors(model, optimizer)
         save_file(tensors, staging / "optimizer.safetensors")
-        random_tensors, random_values = _random_states()
+        random_tensors, random_values = randoms or random_states()
         save_file(random_tensors, staging / "random.safetensors")
         plain = {key: value for key, value in scheduler.state_dict().items() if isinstance(value, _PLAIN)}
         write_json(
@@ -107,13 +125,16 @@ def load_trained(model: Any, folder: Path) -> None:
 class Restore(TrainerCallback):
     """Puts a checkpoint's state back: tensors and schedule at the start, random states at the first step.
 
-    The random states come last because the Trainer draws numbers of its own while it skips to the step.
+    The random states come last because the Trainer draws numbers of its own while it skips to the step: at
+    the first step, or before the epoch's data loader is made where the checkpoint ended an epoch.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.state: dict[str, Any] = read_json(folder / "state.json")
         self.random_pending = True
+        epoch = read_json(folder / "trainer_state.json")["epoch"]
+        self.at_epoch_end = abs(epoch - round(epoch)) < 1e-9
 
     def on_train_begin(
         self,
@@ -141,23 +162,27 @@ class Restore(TrainerCallback):
         for group, rate in zip(inner.param_groups, self.state["schedule"]["_last_lr"], strict=True):
             group["lr"] = rate
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.at_epoch_end:  # the next epoch's data loader draws from the random state
+            self._put_back()
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not self.random_pending:
-            return
-        self.random_pending = False
-        tensors, values = load_file(self.folder / "random.safetensors"), self.state["random"]
-        torch.set_rng_state(tensors["torch"].to(torch.uint8))
-        if "cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["cuda"].to(torch.uint8))
-        version, words, gauss = values["python"]
-        random.setstate((version, tuple(words), gauss))
-        kind, position, has_gauss, cached = values["numpy"]
-        np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+        self._put_back()
+
+    def _put_back(self) -> None:
+        if self.random_pending:
+            self.random_pending = False
+            restore_random_states(load_file(self.folder / "random.safetensors"), self.state["random"])
 
 
-def handover_folder(checkpoint: Path, model: Any, folder: Path) -> Path:
-    """A folder that the Trainer resumes from: its state as JSON, and weights that `Restore` overwrites."""
-    model.save_pretrained(folder, safe_serialization=True)
+def handover_folder(checkpoint: Path, folder: Path) -> Path:
+    """A folder that the Trainer agrees to resume from: its state as JSON, and no weights.
+
+    The Trainer wants a weights file and loads it without asking for completeness: an empty one leaves the
+    model alone, whatever the method, and `Restore` puts the trained tensors back by name.
+    """
+    folder.mkdir(exist_ok=True)
+    save_file({}, folder / "model.safetensors")
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     write_json(folder / "trainer_state.json", state)
     return folder

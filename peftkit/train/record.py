@@ -13,7 +13,12 @@ from peftkit import interrupt
 from peftkit.model.hardware import memory_used
 from peftkit.plan import Plan
 from peftkit.rundir import RunDir
-from peftkit.train.checkpoint import rotate, write_checkpoint
+from peftkit.train.checkpoint import (
+    random_states,
+    restore_random_states,
+    rotate,
+    write_checkpoint,
+)
 
 Emit = Callable[..., None]
 
@@ -25,9 +30,11 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     num_without_gain: int = 0
+    last_step: int = 0  # of the last evaluation
 
     def note(self, loss: float, step: int, min_delta: float) -> bool:
         """Take in an evaluation loss. Returns whether it is the best so far."""
+        self.last_step = step
         if self.best_loss is None or loss < self.best_loss - min_delta:
             self.best_loss, self.best_step, self.num_without_gain = loss, step, 0
             return True
@@ -44,6 +51,8 @@ class Record(TrainerCallback):
         self.step_seconds = 0.0
         self.num_tokens = 0.0
         self.parts: dict[str, Any] = {}
+        self.random_before_evaluation: Any = None
+        self.evaluated_step: int | None = None  # for an evaluation outside the Trainer's loop
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         self._keep(parts)
@@ -63,6 +72,8 @@ class Record(TrainerCallback):
             state.global_step % self.plan.train.checkpoint_steps == 0 and state.global_step < state.max_steps
         ):
             self._checkpoint(state)
+        if state.global_step % self.plan.train.eval_steps == 0:
+            self.random_before_evaluation = random_states()
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -84,17 +95,22 @@ class Record(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **parts: Any) -> Any:
         self._keep(parts)
+        if self.random_before_evaluation is not None:
+            # evaluation draws random numbers: put them back, so that training is the same without it
+            restore_random_states(*self.random_before_evaluation)
+            self.random_before_evaluation = None
         loss = float(metrics["eval_loss"])
-        if state.global_step == 0:
+        step = state.global_step if self.evaluated_step is None else self.evaluated_step
+        if step == 0:
             self.emit("eval", step=0, loss=loss, best=False)
             return control
-        best = self.progress.note(loss, state.global_step, self.plan.train.min_delta)
-        self.emit("eval", step=state.global_step, loss=loss, best=best)
-        if best:
+        best = self.progress.note(loss, step, self.plan.train.min_delta)
+        self.emit("eval", step=step, loss=loss, best=best)
+        if best and not self.run.checkpoint(step).exists():
             self._checkpoint(state)
         patience = self.plan.train.patience
         if patience is not None and self.progress.num_without_gain >= patience:
-            self.emit("early_stop", step=state.global_step, patience=patience)
+            self.emit("early_stop", step=step, patience=patience)
             control.should_training_stop = True
         return control
 
@@ -116,6 +132,7 @@ class Record(TrainerCallback):
             scheduler=self.parts["lr_scheduler"],
             state=state,
             progress=asdict(self.progress),
+            randoms=self.random_before_evaluation,
         )
         rotate(self.run, self.progress.best_step)
         self.emit("checkpoint", step=state.global_step, path=str(folder.relative_to(self.run.path)))

@@ -1,0 +1,146 @@
+"""A run that is stopped and resumed ends byte for byte where an uninterrupted run ends."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import peftkit
+from peftkit.errors import Interrupted, UserError
+from peftkit.rundir import RunDir
+
+METHODS = {
+    "lora": {"name": "lora", "rank": 4, "dropout": 0.2},
+    "lora+": {"name": "lora", "rank": 4, "lr_ratio": 4.0},
+    "dora": {"name": "lora", "rank": 2, "dora": True},
+    "pissa": {"name": "lora", "rank": 2, "init": "pissa"},
+    "embeddings": {"name": "lora", "rank": 2, "also_train": ["embeddings"]},
+    "qlora": {"name": "qlora", "rank": 4, "dropout": 0.1},
+    "prefix": {"name": "prefix", "virtual_tokens": 3},
+    "prefix projection": {"name": "prefix", "virtual_tokens": 3, "projection": True},
+    "ia3": {"name": "ia3"},
+    "full": {"name": "full"},
+}
+
+
+@pytest.fixture
+def long_recipe(recipe):
+    """12 steps over a bit more than two epochs, with accumulation, warm-up and evaluation."""
+    recipe["train"].update(max_steps=12, eval_steps=4, checkpoint_steps=3)
+    return recipe
+
+
+def stopping_at(step, number=signal.SIGTERM):
+    def observe(event):
+        if event["event"] == "step" and event["step"] == step:
+            os.kill(os.getpid(), number)
+
+    return observe
+
+
+def weights(summary):
+    [file] = summary.result.glob("*model.safetensors")
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_stopped_and_resumed_equals_uninterrupted(case, long_recipe, tmp_path):
+    source = {**long_recipe, "method": METHODS[case]}
+    whole = peftkit.finetune(source, out=tmp_path / "whole")
+    with pytest.raises(Interrupted, match="peftkit resume") as caught:
+        peftkit.finetune(source, out=tmp_path / "cut", observer=stopping_at(7))
+    assert caught.value.exit_code == 143
+    assert RunDir(tmp_path / "cut").checkpoint_steps()[-1] in (7, 8)
+    assert not (tmp_path / "cut" / "adapter").exists()
+    resumed = peftkit.resume_run(tmp_path / "cut")
+    assert weights(resumed) == weights(whole)
+    assert resumed.loss_last == whole.loss_last
+    assert resumed.eval_loss_after == whole.eval_loss_after
+    assert resumed.num_steps == 12
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 8, 9, 10])
+def test_any_step_is_a_good_place_to_stop(step, long_recipe, tmp_path):
+    """18 rows in batches of 4: steps 5 and 10 end an epoch, 4 and 8 are evaluated, dropout draws at each."""
+    source = {**long_recipe, "method": METHODS["lora"]}
+    whole = peftkit.finetune(source, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        peftkit.finetune(source, out=tmp_path / "cut", observer=stopping_at(step))
+    resumed = peftkit.resume_run(tmp_path / "cut")
+    assert weights(resumed) == weights(whole)
+    assert resumed.eval_loss_after == whole.eval_loss_after
+
+
+def test_damaged_newest_checkpoint_is_passed_over(long_recipe, tmp_path):
+    whole = peftkit.finetune(long_recipe, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        peftkit.finetune(long_recipe, out=tmp_path / "cut", observer=stopping_at(7, signal.SIGINT))
+    run = RunDir(tmp_path / "cut")
+    newest = run.checkpoint(run.checkpoint_steps()[-1])
+    data = bytearray((newest / "trained.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "trained.safetensors").write_bytes(data)
+    told = []
+    resumed = peftkit.resume_run(run.path, observer=told.append)
+    assert [e for e in told if e["event"] == "warning" and "changed after it was written" in e["text"]]
+    assert weights(resumed) == weights(whole)
+
+
+def test_stopped_before_the_first_checkpoint_starts_over(long_recipe, tmp_path):
+    whole = peftkit.finetune(long_recipe, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        peftkit.finetune(long_recipe, out=tmp_path / "cut", observer=stopping_at(7))
+    shutil.rmtree(tmp_path / "cut" / "checkpoints")
+    assert weights(peftkit.resume_run(tmp_path / "cut")) == weights(whole)
+
+
+def test_changed_data_and_finished_runs_are_refused(long_recipe, chats, tmp_path):
+    with pytest.raises(Interrupted):
+        peftkit.finetune(long_recipe, out=tmp_path / "cut", observer=stopping_at(7))
+    before = chats.read_text()
+    chats.write_text(before.replace("number 3", "number 33"))
+    with pytest.raises(UserError, match="data that changed"):
+        peftkit.resume_run(tmp_path / "cut")
+    chats.write_text(before)
+    peftkit.resume_run(tmp_path / "cut")
+    with pytest.raises(UserError, match="finished"):
+        peftkit.resume_run(tmp_path / "cut")
+
+
+def test_old_checkpoints_are_rotated_by_step(long_recipe, tmp_path):
+    long_recipe["train"].update(checkpoint_steps=1)
+    peftkit.finetune(long_recipe, out=tmp_path / "run")
+    steps = RunDir(tmp_path / "run").checkpoint_steps()
+    assert len(steps) <= 4
+    assert 11 in steps or 12 in steps
+
+
+@pytest.mark.slow
+def test_kill_nine_and_resume_from_the_command_line(long_recipe, tmp_path):
+    """No handler runs on SIGKILL: what stands on disk must be enough."""
+    path = tmp_path / "recipe.yaml"
+    long_recipe["train"].update(max_steps=40, checkpoint_steps=5, eval_steps=20)
+    path.write_text(yaml.safe_dump(long_recipe))
+    whole = peftkit.finetune(path, out=tmp_path / "whole")
+    command = [sys.executable, "-m", "peftkit", "finetune", str(path), "--out", str(tmp_path / "cut")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    run = RunDir(tmp_path / "cut")
+    while process.poll() is None and len(run.checkpoint_steps()) < 2:
+        pass
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(
+        [sys.executable, "-m", "peftkit", "resume", str(run.path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stderr
+    assert weights(peftkit.summarize_run(run.path)) == weights(whole)
