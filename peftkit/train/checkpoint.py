@@ -77,7 +77,14 @@ def restore_random_states(tensors: Mapping[str, torch.Tensor], values: Mapping[s
 
 
 def write_checkpoint(
-    run: RunDir, *, model: Any, optimizer: Any, scheduler: Any, state: Any, progress: Mapping[str, Any]
+    run: RunDir,
+    *,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    state: Any,
+    progress: Mapping[str, Any],
+    randoms: RandomStates | None = None,
 ) -> Path:
     """Publish the checkpoint of `state.global_step`, unless it stands already. Returns its folder.
 
