@@ -1,0 +1,201 @@
+"""The command line as a person meets it: exit codes, messages, no traceback, and what is imported."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from peftkit.cli import COMMANDS, main
+from tests.conftest import ROOT
+
+PEFTKIT = [sys.executable, "-m", "peftkit"]
+
+
+def run(*arguments, cwd=ROOT, **options):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*PEFTKIT, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
+        timeout=120,
+        **options,
+    )
+
+
+def refuse(*arguments, **options):
+    done = run(*arguments, **options)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def recipe_file(recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+BAD_FILES = {
+    "misspelled key": (
+        "base: a/b\nmethod: {name: lora, rnk: 8}\ndata: {train: x.jsonl}\n",
+        "did you mean rank?",
+    ),
+    "wrong type": (
+        "base: a/b\nmethod: {name: lora, rank: eight}\ndata: {train: x.jsonl}\n",
+        "expected  an integer",
+    ),
+    "negative rank": (
+        "base: a/b\nmethod: {name: lora, rank: -8}\ndata: {train: x.jsonl}\n",
+        "greater than 0",
+    ),
+    "empty": ("", "an empty file"),
+    "a list": ("- base\n", "a list"),
+    "tabs": ("base: a/b\nmethod:\n\tname: lora\n", "a tab"),
+    "duplicate keys": ("base: a/b\nbase: c/d\n", "the key base again"),
+    "python tag": ("base: !!python/object/apply:os.system ['touch pwned']\n", "tags can run code"),
+    "unknown method": ("base: a/b\nmethod: lroa\ndata: {train: x.jsonl}\n", "did you mean lora?"),
+    "unknown base": (
+        "base: no-such-owner/no-such-model\nmethod: lora\ndata: {train: x.jsonl}\n",
+        "HF_HUB_OFFLINE",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_recipes(case, tmp_path):
+    text, said = BAD_FILES[case]
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert said in refuse("finetune", "recipe.yaml", cwd=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml"]
+
+
+def test_bad_paths(tmp_path, recipe_file):
+    assert "a folder" in refuse("finetune", tmp_path)
+    assert "no such file" in refuse("finetune", "nowhere.yaml")
+    assert "expected  a run directory" in refuse("resume", tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert "without weights" in refuse("finetune", recipe_file, f"base={tmp_path / 'model'}")
+
+
+def test_bad_data(tmp_path, recipe_file):
+    def with_data(name, text):
+        (tmp_path / name).write_text(text)
+        return refuse("finetune", recipe_file, f"data.train={tmp_path / name}", "--out", tmp_path / "run")
+
+    assert "which is not there" in refuse("finetune", recipe_file, "data.train=/none.jsonl")
+    assert "no rows" in with_data("empty.jsonl", "")
+    assert "bad.jsonl:2" in with_data("bad.jsonl", '{"text": "x"}\n{oops\n')
+    assert "the columns foo" in with_data("wrong.jsonl", '{"foo": 1}\n')
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_folder_that_holds_something(tmp_path, recipe_file):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json").write_text("{}")
+    assert "peftkit resume" in refuse("finetune", recipe_file, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "plan.json").read_text() == "{}"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="dropping permissions needs root")
+def test_output_folder_that_cannot_be_written(tmp_path, recipe_file):
+    """Root may write anywhere, so a file stands where a folder would have to be."""
+    (tmp_path / "file").write_text("")
+    assert "no permission to write" in refuse("finetune", recipe_file, "--out", tmp_path / "file" / "run")
+
+
+def test_llama_8b_where_it_cannot_run_ends_at_once_with_the_reason():
+    started = time.monotonic()
+    said = refuse("finetune", "recipes/qlora-llama8b.yaml")
+    assert time.monotonic() - started < 10
+    assert "HF_HUB_OFFLINE" in said
+    assert "peftkit finetune recipes/quickstart.yaml" in said
+    assert not (ROOT / "runs" / "qlora-llama8b").exists()
+
+
+def test_dry_run_tells_every_decision_and_imports_no_torch():
+    program = (
+        "import sys; from peftkit.cli import main; code = main(['finetune', 'recipes/quickstart.yaml', "
+        "'method.rank=32', '--dry-run']); print('heavy', sorted({'torch', 'transformers', 'peft', 'trl', "
+        "'datasets'} & set(sys.modules))); raise SystemExit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "heavy []" in done.stdout
+    for line in (
+        "method.rank",
+        "command line",
+        "recipes/quickstart.yaml:",
+        "default",
+        "decided",
+        "2 x rank",
+        "9,768,960 of 144,283,968",
+    ):
+        assert line in done.stdout
+
+
+def test_help_lists_the_commands_and_imports_nothing_heavy():
+    program = (
+        "import sys\nfrom peftkit.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit: pass\n"
+        "print('heavy', sorted({'torch', 'pydantic', 'yaml', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "heavy []" in done.stdout
+    assert all(command.name in done.stdout for command in COMMANDS)
+
+
+def test_every_command_has_its_function():
+    from peftkit.cli import commands
+
+    assert all(callable(getattr(commands, command.name)) for command in COMMANDS)
+
+
+def test_recipes_schema_and_env(capsys):
+    assert main(["recipes", "list"]) == 0
+    assert "quickstart" in capsys.readouterr().out
+    assert main(["recipes", "new", "org/model", "lora"]) == 0
+    assert "base: org/model" in capsys.readouterr().out
+    assert main(["recipes", "new", "org/model", "lroa"]) == 2
+    assert "did you mean lora?" in capsys.readouterr().err
+    assert main(["recipes", "show"]) == 2
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "peftkit recipe"
+    assert main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["versions"]["torch"]
+
+
+def test_train_interrupt_resume_and_generate_from_the_command_line(recipe_file, tmp_path):
+    out = tmp_path / "run"
+    command = [*PEFTKIT, "finetune", str(recipe_file), "train.max_steps=400", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if line.startswith("step 1/"):
+            process.send_signal(2)
+            break
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 130
+    assert "Traceback" not in rest
+    assert f"peftkit resume {out}" in rest
+    plan = json.loads((out / "plan.json").read_text())
+    plan["train"]["num_steps"] = 30  # the rest of 400 steps proves nothing more
+    (out / "plan.json").write_text(json.dumps(plan))
+    resumed = run("resume", out)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from step" in resumed.stderr
+    assert f"peftkit generate {out}" in resumed.stdout
+    answered = run("generate", out, "Say alpha number 0")
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stdout.strip()
