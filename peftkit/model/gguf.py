@@ -50,6 +50,7 @@ def converted_folder(base: Base, where: str) -> Path:
     return folder
 
 
+_PROBE = "It's 12345 things:\n\n  def f(x):\treturn x  # naïve 你好 🎉 DON'T\r\n"
 _HEADER_KEYS = {
     "num_hidden_layers": "block_count",
     "hidden_size": "embedding_length",
@@ -134,3 +135,20 @@ def _convert(path: Path, folder: Path, where: str) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _check_tokenizer(tokenizer, folder, where)
+
+
+def _check_tokenizer(tokenizer: Any, folder: Path, where: str) -> None:
+    """The saved tokenizer must cut text as the GGUF's: transformers picks its class by the model type."""
+    from transformers import AutoTokenizer
+
+    saved = AutoTokenizer.from_pretrained(folder)
+    if saved(_PROBE)["input_ids"] != tokenizer(_PROBE)["input_ids"]:
+        raise UserError(
+            Problem(
+                where,
+                "a GGUF tokenizer that transformers reloads with other rules",
+                "tokens that survive saving",
+                "use the model's safetensors folder instead",
+            )
+        )
