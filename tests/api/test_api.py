@@ -1,0 +1,30 @@
+import pytest
+
+import peftkit
+from peftkit.errors import UserError
+
+
+def test_names_are_imported_on_first_use():
+    assert set(peftkit.__all__) <= set(dir(peftkit))
+    for name in peftkit.__all__:
+        assert getattr(peftkit, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        peftkit.nonsense  # noqa: B018
+
+
+def test_a_path_a_dict_and_a_recipe_make_the_same_plan(recipe):
+    loaded = peftkit.load_recipe(recipe)
+    plans = [peftkit.make_plan(source) for source in (recipe, loaded, loaded.recipe)]
+    assert plans[0].method == plans[1].method == plans[2].method
+    assert plans[0].train.num_steps == 6
+
+
+def test_overrides_reach_the_plan(recipe):
+    assert peftkit.make_plan(recipe, ["method.rank=8"]).method.peft.arguments["r"] == 8
+
+
+def test_summaries_want_a_run(tmp_path):
+    with pytest.raises(UserError):
+        peftkit.summarize_run(tmp_path)
+    with pytest.raises(UserError):
+        peftkit.generate(tmp_path, ["x"])

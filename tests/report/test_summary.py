@@ -1,0 +1,63 @@
+import json
+
+from peftkit.report import read_summary
+from peftkit.rundir import RunDir
+from tests.plans import cpu_plan
+
+
+def made(tmp_path, *events):
+    run = RunDir(tmp_path)
+    (tmp_path / "plan.json").write_text(json.dumps(cpu_plan().to_json()))
+    (tmp_path / "environment.json").write_text(json.dumps({"device": {"name": "a CPU"}}))
+    for event in events:
+        run.emit(**event)
+    return read_summary(run)
+
+
+def step(number, loss, **more):
+    return {
+        "event": "step",
+        "at_seconds": number,
+        "step": number,
+        "loss": loss,
+        "step_seconds": 1.0,
+        "tokens_per_second": 100.0,
+        "memory": {"peak_resident_bytes": 10},
+        **more,
+    }
+
+
+def test_unfinished_run_says_how_to_go_on(tmp_path):
+    summary = made(tmp_path, step(1, 2.0), step(2, 1.0))
+    assert summary.result is None
+    assert summary.next_commands == (f"peftkit resume {tmp_path}",)
+    assert (summary.loss_first, summary.loss_last) == (2.0, 1.0)
+    assert dict(summary.rows())["result"] == "none yet"
+
+
+def test_steps_trained_twice_count_once(tmp_path):
+    summary = made(tmp_path, step(1, 2.0), step(2, 9.0), step(2, 1.5), step(3, 1.0))
+    assert summary.num_steps == 3
+    assert summary.train_seconds == 3.0
+
+
+def test_loss_after_is_that_of_what_was_published(tmp_path):
+    evals = [
+        {"event": "eval", "at_seconds": s, "step": s, "loss": loss, "best": True}
+        for s, loss in ((0, 5.0), (2, 1.0), (4, 3.0))
+    ]
+    done = {
+        "event": "done",
+        "at_seconds": 9.0,
+        "step": 4,
+        "published_step": 2,
+        "result": "adapter",
+        "memory": {},
+    }
+    summary = made(tmp_path, *evals, step(4, 1.0), done)
+    assert (summary.eval_loss_before, summary.eval_loss_after) == (5.0, 1.0)
+    assert summary.total_seconds == 9.0
+
+
+def test_nothing_but_a_plan(tmp_path):
+    assert made(tmp_path).num_steps == 0
