@@ -36,7 +36,7 @@ train: {{max_steps: {steps}, batch_size: 8, micro_batch: 8, learning_rate: 2.0e-
 
 
 def make_model(folder: Path) -> Path:
-    """A random Llama of about 12M parameters with the tiny model's tokenizer."""
+    """A random Llama of about 15M parameters with the tiny model's tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -113,7 +113,8 @@ def test_commands_in_the_readme_exist():
 
     known = {command.name for command in COMMANDS}
     text = (ROOT / "README.md").read_text()
-    used = set(re.findall(r"^\s*(?:\.venv/bin/)?peftkit (\w+)", text, flags=re.MULTILINE))
+    blocks = "\n".join(text.split("```")[1::2])
+    used = set(re.findall(r"^(?:\.venv/bin/)?peftkit (\w+)", blocks, flags=re.MULTILINE))
     assert used
     assert used <= known
 
