@@ -93,9 +93,21 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, letting overrides stand anywhere: argparse alone takes them only right after the recipe."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    options = [text for text in rest if text.startswith("-")]
+    if options or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(options or rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     _quiet_libraries()
     from peftkit.cli import commands
     from peftkit.errors import Interrupted, UserError

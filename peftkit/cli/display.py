@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import sys
 import time
 import warnings
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from peftkit.units import show_bytes, show_count, show_percent
+from peftkit.units import show_bytes, show_count, show_percent, show_seconds
 
 _PHASES = {"base": "base", "data": "reading", "model": "loading", "metric": "measuring", "publish": "writing"}
 _PLAIN_SECONDS = 5.0
@@ -83,20 +84,22 @@ class PlainDisplay:
     def __init__(self) -> None:
         self.last_line = 0.0
         self.num_steps = 0
+        self.step_seconds: list[float] = []
 
     def show(self, event: dict[str, Any]) -> None:
         if event["event"] == "train_begin":
             self.num_steps = event["num_steps"]
         if event["event"] == "step":
+            self.step_seconds.append(event["step_seconds"])
             due = time.monotonic() - self.last_line >= _PLAIN_SECONDS
             if due or event["step"] in {1, self.num_steps}:
                 self.last_line = time.monotonic()
                 rate = event["tokens_per_second"]
-                left = (self.num_steps - event["step"]) * event["step_seconds"]
+                left = (self.num_steps - event["step"]) * statistics.fmean(self.step_seconds[-20:])
                 print(
                     f"step {event['step']}/{self.num_steps}: loss {event['loss']:.4f}, "
                     f"{rate or 0:,.0f} tokens/s, learning rate {event['learning_rate']:.2e}, "
-                    f"memory {_memory(event)}, {left:.0f} s left",
+                    f"memory {_memory(event)}, {show_seconds(left)} left",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -84,6 +84,11 @@ def read_examples(
     train = examples_of(rows, name)
     if isinstance(eval_source, str):
         is_file = is_data_path(eval_source)
+        if not is_file and any(is_data_path(source) for source in sources):
+            expected = "a file or a share: only hub datasets have splits"
+            raise UserError(
+                Problem(f"{where} data.eval", repr(eval_source), expected, "for example eval: 5%")
+            )
         held_rows = read_rows(
             [eval_source] if is_file else sources,
             where=f"{where} data.eval",

@@ -61,6 +61,7 @@ class Method:
     default_targets: Callable[[Family | None], tuple[tuple[str, ...] | str, str]]
     has_targets: bool = True
     quantized: bool = False
+    trains_base: bool = False
     mergeable: bool = True
     allows_checkpointing: bool = True
     allows_packing: bool = True

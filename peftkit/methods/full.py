@@ -37,5 +37,6 @@ METHOD = Method(
     learning_rate=learning_rate,
     default_targets=no_targets,
     has_targets=False,
+    trains_base=True,
     mergeable=False,
 )

@@ -127,6 +127,11 @@ def trainable_tensors(model: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def non_finite(model: Any) -> list[str]:
+    """Names of trained tensors that hold NaN or infinity."""
+    return [name for name, tensor in trainable_tensors(model).items() if not bool(tensor.isfinite().all())]
+
+
 def save_start(model: Any, plan: Plan, folder: Path) -> None:
     """Keep the adapter's start for methods that subtract it from the base (PiSSA, OLoRA)."""
     if needs_start(plan) and not folder.exists():

@@ -73,13 +73,9 @@ def _precision(d: _Decisions, facts: Facts, method: Method) -> tuple[str, str | 
         best, why = "fp32", f"on {device.kind} it is exact and was measured faster than bf16 (docs/design.md)"
     precision = d.keep("train.precision", wanted, best, why)
     autocast = precision if device.kind == "cuda" and precision != "fp32" else None
-    keep_master = not method.has_targets and method.name == "full" and wanted == "auto"
-    dtype = (
-        "float32"
-        if keep_master or (precision == "fp16" and method.name == "full")
-        else _TORCH_NAMES[precision]
-    )
-    return dtype, autocast
+    if method.trains_base and (wanted == "auto" or precision == "fp16"):
+        return "float32", autocast  # small updates vanish in 16-bit weights
+    return _TORCH_NAMES[precision], autocast
 
 
 def _base(d: _Decisions, facts: Facts, method: Method) -> tuple[BasePlan, str | None]:
@@ -184,6 +180,7 @@ def _data(d: _Decisions, facts: Facts) -> DataPlan:
     shape = facts.model.shape
     d.keep("data.train", data.train)
     d.keep("data.eval", data.eval)
+    d.keep("data.columns", dict(data.columns))
     found = facts.data.format if facts.data else None
     kind = d.keep("data.format", data.format, found, "from the columns of the data")
     mask = data.mask
@@ -279,6 +276,7 @@ def _train(d: _Decisions, facts: Facts, method: Method, autocast: str | None) ->
     )
     saves = d.keep("train.checkpoint_steps", train.checkpoint_steps, eval_steps, "with each evaluation")
     stopping = train.early_stopping
+    d.keep("train.early_stopping", stopping.model_dump() if stopping else None)
     return TrainPlan(
         num_steps=steps,
         num_warmup_steps=math.ceil((steps or 0) * train.schedule.warmup),
@@ -309,7 +307,9 @@ def make_plan(loaded: LoadedRecipe, facts: Facts) -> Plan:
     method_plan = _method(d, facts, method)
     data = _data(d, facts)
     train = _train(d, facts, method, autocast)
-    d.keep("evaluate.metric", recipe.evaluate.metric)
+    for name in ("metric", "max_examples", "max_new_tokens"):
+        d.keep(f"evaluate.{name}", getattr(recipe.evaluate, name))
+    d.keep("task", recipe.task, "causal-lm", "the only task so far")
     d.keep("seed", recipe.seed)
     if d.problems:
         raise UserError(d.problems)

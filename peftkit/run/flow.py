@@ -97,10 +97,14 @@ def _open(
     source = loadable(base, loaded.where(("base", "id")))
     interrupt.stop_if_requested("interrupted before training; nothing was written")
     examples = examples or read(loaded)
+    plan_device = facts.device.kind
     facts = Facts(detect_device(), converted_facts(base, source), data_facts(examples))
     plan = make_plan(loaded, facts)
     tokenizer = load_tokenizer(source, plan.base)
     observer({"event": "phase", "name": "data", "detail": ", ".join(Path(t).name for t in plan.data.train)})
+    if facts.device.kind != plan_device:
+        text = f"the driver shows a {plan_device} device, but torch uses {facts.device.name}"
+        observer({"event": "warning", "text": f"{text}: is the right torch installed?"})
     prepared = prepare(examples, tokenizer, plan.data)
     rows = DataFacts(len(prepared.train), len(prepared.eval), plan.data.format)
     plan = make_plan(loaded, replace(facts, data=rows))
@@ -119,7 +123,20 @@ def _write_inputs(loaded: LoadedRecipe, stage: _Stage, facts: Facts) -> None:
 
 
 def _train_and_publish(stage: _Stage, *, checkpoint: Path | None) -> Summary:
-    """Load, wrap, measure, train, publish the best, measure again."""
+    """Everything from loading to publishing; a stop on the way says how to go on."""
+    try:
+        _go(stage, checkpoint=checkpoint)
+    except Interrupted as error:
+        steps = stage.run.checkpoint_steps()
+        stage.emit("interrupted", step=steps[-1] if steps else 0)
+        kept = f"with a checkpoint of step {steps[-1]}" if steps else "before the first checkpoint"
+        text = f"stopped {kept}. Go on with: peftkit resume {stage.run.path}"
+        raise Interrupted(text, exit_code=error.exit_code) from None
+    return read_summary(stage.run)
+
+
+def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
+    """Load, wrap, measure, train, measure again, publish the best."""
     from transformers import set_seed
 
     from peftkit.model import adapter
@@ -128,17 +145,7 @@ def _train_and_publish(stage: _Stage, *, checkpoint: Path | None) -> Summary:
     from peftkit.train import assemble
 
     plan, run, prepared = stage.plan, stage.run, stage.prepared
-    stage.emit(
-        "data",
-        num_train=len(prepared.train),
-        num_eval=len(prepared.eval),
-        num_tokens=prepared.num_tokens,
-        num_learnt=prepared.num_learnt,
-        num_dropped=prepared.num_dropped,
-        num_cut=prepared.num_cut,
-        default_template=prepared.default_template,
-    )
-    stage.emit("phase", name="model", detail=plan.method.name)
+    _tell_start(stage)
     set_seed(plan.seed)
     model = load_model(stage.source, plan.base, device=plan.device)
     model = adapter.attach(model, plan, stage.tokenizer, eva_batches=_batches(stage))
@@ -162,18 +169,48 @@ def _train_and_publish(stage: _Stage, *, checkpoint: Path | None) -> Summary:
     else:
         stage.emit("resume", step=int(checkpoint.name.removeprefix("step-")))
     step = training.run()
-    if interrupt.requested() and step < (plan.train.num_steps or 0):
-        _raise_interrupted(stage, step)
+    if step < (plan.train.num_steps or 0):
+        interrupt.stop_if_requested()
     if prepared.eval and _last_eval_step(run) != step:
-        training.evaluate()
-    best = training.take_best()
+        training.evaluate(step=step)
+    published_step = training.take_best(step)
+    _refuse_non_finite(stage, model)
+    _measure(stage, model, "after")
     stage.emit("phase", name="publish", detail="adapter" if plan.method.peft else "model")
     target = run.adapter if plan.method.peft else run.model
-    with publish_folder(target, step=best or step, base=plan.base.id) as folder:
+    with publish_folder(target, step=published_step, base=plan.base.id) as folder:
         adapter.save_result(model, plan, stage.tokenizer, folder, start=run.path / "adapter_start")
-    _measure(stage, model, "after")
-    stage.emit("done", step=step, published_step=best or step, result=target.name, memory=memory_used())
-    return read_summary(run)
+    stage.emit("done", step=step, published_step=published_step, result=target.name, memory=memory_used())
+
+
+def _tell_start(stage: _Stage) -> None:
+    """What goes in, before anything is loaded."""
+    plan, prepared = stage.plan, stage.prepared
+    stage.emit(
+        "data",
+        num_train=len(prepared.train),
+        num_eval=len(prepared.eval),
+        num_tokens=prepared.num_tokens,
+        num_learnt=prepared.num_learnt,
+        num_dropped=prepared.num_dropped,
+        num_cut=prepared.num_cut,
+        default_template=prepared.default_template,
+    )
+    if plan.base.trust_remote_code:
+        stage.emit("warning", text=f"code that comes with {plan.base.id} runs, as the recipe allows")
+    stage.emit("phase", name="model", detail=plan.method.name)
+
+
+def _refuse_non_finite(stage: _Stage, model: Any) -> None:
+    """Nothing that is not a number is ever published."""
+    from peftkit.model.adapter import non_finite
+
+    names = non_finite(model)
+    if names:
+        where = f"{stage.run.path}, train.learning_rate {stage.plan.train.learning_rate:g}"
+        got = f"{len(names)} trained tensors with NaN or infinity (for example {names[0]})"
+        fix = f"training diverged: try a learning rate of {stage.plan.train.learning_rate / 10:g}"
+        raise UserError(Problem(where, got, "finite weights", fix))
 
 
 def _batches(stage: _Stage) -> list[dict[str, Any]]:
@@ -235,17 +272,6 @@ def _measure(stage: _Stage, model: Any, when: str) -> None:
 def _last_eval_step(run: RunDir) -> int | None:
     steps = [event["step"] for event in run.events() if event["event"] == "eval"]
     return steps[-1] if steps else None
-
-
-def _raise_interrupted(stage: _Stage, step: int) -> None:
-    stage.emit("interrupted", step=step)
-    try:
-        interrupt.stop_if_requested()
-    except Interrupted as error:
-        raise Interrupted(
-            f"stopped after step {step}, with a checkpoint. Go on with: peftkit resume {stage.run.path}",
-            exit_code=error.exit_code,
-        ) from None
 
 
 def resume(path: Path, *, observer: Observer = lambda event: None) -> Summary:

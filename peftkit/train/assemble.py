@@ -46,7 +46,9 @@ class Training:
         if self.checkpoint is None:
             self.trainer.train()
             return int(self.trainer.state.global_step)
-        self._catch_up(self.checkpoint)
+        step = self._catch_up(self.checkpoint)
+        if self.record.stopped_early:
+            return step
         handover = handover_folder(self.checkpoint, self.run_dir.path / ".handover")
         try:
             self.trainer.train(resume_from_checkpoint=str(handover))
@@ -54,19 +56,20 @@ class Training:
             shutil.rmtree(handover, ignore_errors=True)
         return int(self.trainer.state.global_step)
 
-    def _catch_up(self, checkpoint: Path) -> None:
+    def _catch_up(self, checkpoint: Path) -> int:
         """Make the evaluation that was due at the checkpoint's step, where the stop came before it."""
         step = int(read_json(checkpoint / "trainer_state.json")["global_step"])
         due = step % self.plan.train.eval_steps == 0 and self.trainer.eval_dataset is not None
         if due and self.record.progress.last_step < step:
             load_trained(self.trainer.model, checkpoint)
             self.evaluate(step=step)
+        return step
 
-    def take_best(self) -> int | None:
+    def take_best(self, last_step: int) -> int:
         """Put the best checkpoint's tensors into the model, unless the last step is the best."""
         best = self.record.progress.best_step
-        if best is None or best == self.trainer.state.global_step:
-            return best
+        if best is None or best == last_step:
+            return last_step
         load_trained(self.trainer.model, self.run_dir.checkpoint(best))
         return best
 

@@ -53,6 +53,7 @@ class Record(TrainerCallback):
         self.parts: dict[str, Any] = {}
         self.random_before_evaluation: Any = None
         self.evaluated_step: int | None = None  # for an evaluation outside the Trainer's loop
+        self.stopped_early = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         self._keep(parts)
@@ -111,7 +112,7 @@ class Record(TrainerCallback):
         patience = self.plan.train.patience
         if patience is not None and self.progress.num_without_gain >= patience:
             self.emit("early_stop", step=step, patience=patience)
-            control.should_training_stop = True
+            control.should_training_stop = self.stopped_early = True
         return control
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -144,6 +144,15 @@ def test_dry_run_tells_every_decision_and_imports_no_torch():
         assert line in done.stdout
 
 
+def test_overrides_may_stand_anywhere_and_unknown_options_are_refused(recipe_file, capsys):
+    assert main(["finetune", str(recipe_file), "--dry-run", "method.rank=7", "seed=5"]) == 0
+    assert "7" in capsys.readouterr().out
+    for arguments in (["finetune", str(recipe_file), "--dry-rum"], ["schema", "extra"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+
+
 def test_help_lists_the_commands_and_imports_nothing_heavy():
     program = (
         "import sys\nfrom peftkit.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit: pass\n"

@@ -29,7 +29,7 @@ def test_every_method_trains_and_its_result_loads_in_plain_libraries(case, recip
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    recipe = {**recipe, "method": METHODS[case]}
+    recipe = {**recipe, "method": METHODS[case], "evaluate": {"metric": "exact_match", "max_new_tokens": 4}}
     recipe["train"] = {**recipe["train"], "max_steps": 12, "eval_steps": 6}
     if case in {"prefix", "ia3"}:
         recipe["train"]["learning_rate"] = 3e-2
@@ -138,6 +138,21 @@ def test_one_row_trains_without_evaluation(recipe, tmp_path):
     summary = peftkit.finetune(recipe, out=tmp_path / "run")
     assert summary.eval_loss_after is None
     assert summary.num_steps == 6
+
+
+def test_diverged_training_publishes_nothing(recipe, tmp_path):
+    recipe["train"].update(learning_rate=1e30, max_grad_norm=1e30)
+    recipe["data"]["eval"] = None
+    recipe["train"]["eval_steps"] = "auto"
+    with pytest.raises(UserError, match="NaN or infinity"):
+        peftkit.finetune(recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_split_of_a_file_is_refused(recipe, tmp_path):
+    recipe["data"]["eval"] = "test"
+    with pytest.raises(UserError, match="only hub datasets have splits"):
+        peftkit.finetune(recipe, out=tmp_path / "run")
 
 
 def test_generate_answers_from_a_run(recipe, tmp_path):

@@ -75,6 +75,16 @@ def test_any_step_is_a_good_place_to_stop(step, long_recipe, tmp_path):
     assert resumed.eval_loss_after == whole.eval_loss_after
 
 
+def test_a_stop_just_before_early_stopping_ends_the_same(long_recipe, tmp_path):
+    long_recipe["train"].update(max_steps=40, eval_steps=2, learning_rate=0.3, early_stopping={"patience": 2})
+    whole = peftkit.finetune(long_recipe, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        peftkit.finetune(long_recipe, out=tmp_path / "cut", observer=stopping_at(whole.num_steps))
+    resumed = peftkit.resume_run(tmp_path / "cut")
+    assert weights(resumed) == weights(whole)
+    assert resumed.num_steps == whole.num_steps
+
+
 def test_damaged_newest_checkpoint_is_passed_over(long_recipe, tmp_path):
     whole = peftkit.finetune(long_recipe, out=tmp_path / "whole")
     with pytest.raises(Interrupted):
