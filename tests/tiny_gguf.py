@@ -71,6 +71,7 @@ def add_tokens(writer: Any, architecture: str, size: int, tokenizer_file: Path) 
         writer.add_token_scores([-float(i) for i in range(size)])
         writer.add_token_types([*kinds, *[5] * (size - len(kinds))])
         writer.add_bos_token_id(2)
+        writer.add_unk_token_id(3)
     else:
         spec = json.loads(tokenizer_file.read_text())
         special = {token["id"] for token in spec["added_tokens"]}

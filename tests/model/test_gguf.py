@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from peftkit.errors import Interrupted, UserError
 from peftkit.model.gguf import converted_folder, header_config
@@ -51,6 +53,11 @@ def test_converted_base_has_equal_logits_and_tokens(pair):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     architecture, original, path = pair
+    if architecture == "gemma2" and Version(transformers.__version__) < Version("5.23"):
+        # older versions reload a Gemma tokenizer from GGUF with other merges: told, never trained on
+        with pytest.raises(UserError, match="reloads with other rules"):
+            converted_folder(find(path), "base")
+        return
     folder = converted_folder(find(path), "base")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert model.config.model_type == architecture
