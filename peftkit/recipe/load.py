@@ -194,5 +194,8 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise UserError(explain(error, data, lambda key: _where(sources, name, key))) from None
-    loaded = LoadedRecipe(recipe, sources, name, text)
-    return LoadedRecipe(anchored(recipe, loaded), sources, name, text)
+
+    def folder(*key: str) -> Path:
+        return sources[key].folder if key in sources else Path.cwd()
+
+    return LoadedRecipe(anchored(recipe, folder), sources, name, text)

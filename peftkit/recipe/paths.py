@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from peftkit.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from peftkit.recipe.load import LoadedRecipe
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
@@ -29,13 +26,8 @@ def _absolute(text: str, folder: Path) -> str:
     return str((folder / Path(text).expanduser()).resolve())
 
 
-def anchored(recipe: Recipe, loaded: LoadedRecipe) -> Recipe:
-    """The recipe with every path made absolute."""
-
-    def folder(*key: str) -> Path:
-        source = loaded.source(key)
-        return source.folder if source else Path.cwd()
-
+def anchored(recipe: Recipe, folder: Callable[..., Path]) -> Recipe:
+    """The recipe with every path made absolute; `folder(*key)` is what a key's paths are relative to."""
     base, data = recipe.base, recipe.data
     if is_model_path(base.id, folder("base", "id")):
         base = base.model_copy(update={"id": _absolute(base.id, folder("base", "id"))})

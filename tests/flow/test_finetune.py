@@ -140,6 +140,21 @@ def test_one_row_trains_without_evaluation(recipe, tmp_path):
     assert summary.num_steps == 6
 
 
+def test_a_gguf_file_is_a_base(recipe, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny_gguf import write_gguf
+
+    monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path / "cache"))
+    model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
+    recipe["base"] = str(write_gguf(tmp_path / "tiny.gguf", model, "llama", TINY_LLAMA / "tokenizer.json"))
+    assert peftkit.make_plan(recipe).method.num_trainable > 0
+    assert not (tmp_path / "cache").exists()
+    summary = peftkit.finetune(recipe, out=tmp_path / "run")
+    assert summary.eval_loss_after < summary.eval_loss_before
+    assert len(peftkit.generate(summary.path, ["Say alpha number 0"], max_new_tokens=3)) == 1
+
+
 def test_diverged_training_publishes_nothing(recipe, tmp_path):
     recipe["train"].update(learning_rate=1e30, max_grad_norm=1e30)
     recipe["data"]["eval"] = None
