@@ -207,6 +207,14 @@ class RunDir:
         found = (_CHECKPOINT.match(path.name) for path in self.checkpoints.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
+    def set_damaged_aside(self) -> None:
+        """Rename checkpoints that do not verify, so that they are neither trusted nor in the way."""
+        for step in self.checkpoint_steps():
+            folder = self.checkpoint(step)
+            if verify_folder(folder):
+                aside = tempfile.mkdtemp(dir=self.checkpoints, prefix=f"damaged-{folder.name}-")
+                folder.replace(aside)
+
     def newest_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that verifies, and why newer ones were passed over."""
         skipped: list[str] = []

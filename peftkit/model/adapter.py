@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from peftkit.archs import family_of
 from peftkit.errors import Problem, UserError
 from peftkit.plan.plan import MethodPlan, Plan
 from peftkit.plan.targets import unmatched
-from peftkit.rundir import write_json
+from peftkit.rundir import publish_folder
 
 _CHANGES_BASE = ("pissa", "olora")
 
@@ -36,10 +35,16 @@ def _token_ids(tokenizer: Any, tokens: Iterable[str]) -> list[int]:
 
 def _check_targets(model: Any, method: MethodPlan) -> None:
     """Every named target must match a module of the real model: PEFT drops those that match nothing."""
-    if isinstance(method.target_modules, str):
-        return
-    names = [name for name, _ in model.named_modules() if name]
-    problems = unmatched(names, method.target_modules, "method.targets")
+    arguments = method.peft.arguments if method.peft else {}
+    problems = unmatched(
+        [name for name, _ in model.named_parameters()],
+        arguments.get("target_parameters", ()),
+        "method.target_parameters",
+        what="parameter",
+    )
+    if not isinstance(method.target_modules, str):
+        names = [name for name, _ in model.named_modules() if name]
+        problems += unmatched(names, method.target_modules, "method.targets")
     if problems:
         raise UserError(problems)
 
@@ -137,7 +142,8 @@ def save_start(model: Any, plan: Plan, folder: Path) -> None:
     if needs_start(plan) and not folder.exists():
         # PEFT's recipe: the start is saved as an ordinary LoRA, to be subtracted at the end
         model.peft_config["default"].init_lora_weights = True
-        model.save_pretrained(folder, safe_serialization=True)
+        with publish_folder(folder) as staging:
+            model.save_pretrained(staging, safe_serialization=True)
         model.peft_config["default"].init_lora_weights = plan.method.peft.arguments["init_lora_weights"]  # type: ignore[union-attr]
 
 
@@ -159,10 +165,6 @@ def save_result(model: Any, plan: Plan, tokenizer: Any, folder: Path, *, start: 
     tokenizer.save_pretrained(folder)
     card = folder / "README.md"
     card.unlink(missing_ok=True)  # PEFT's template of a card: placeholders that say nothing of this run
-    config_file = folder / "adapter_config.json"
-    if config_file.exists():
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        write_json(config_file, config)
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
@@ -183,5 +185,5 @@ def build_loraplus_optimizer(model: Any, plan: Plan) -> Any:
         optimizer_cls=torch.optim.AdamW,
         lr=plan.train.learning_rate,
         loraplus_lr_ratio=plan.method.lr_ratio,
-        weight_decay=plan.train.weight_decay,
+        loraplus_weight_decay=plan.train.weight_decay,
     )

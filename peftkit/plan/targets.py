@@ -23,8 +23,10 @@ def targeted(modules: Sequence[Module], targets: Names | str) -> tuple[Module, .
     return tuple(module for module in modules if any(matches(module.name, name) for name in targets))
 
 
-def unmatched(names: Sequence[str], targets: Sequence[str], where: str) -> list[Problem]:
-    """A problem for each target that reaches none of the module `names`."""
+def unmatched(
+    names: Sequence[str], targets: Sequence[str], where: str, *, what: str = "module"
+) -> list[Problem]:
+    """A problem for each target that reaches none of the `names`."""
     endings = sorted(
         {
             ".".join(name.split(".")[-depth:])
@@ -40,8 +42,8 @@ def unmatched(names: Sequence[str], targets: Sequence[str], where: str) -> list[
             problems.append(
                 Problem(
                     where,
-                    f"{target!r}, which matches no module",
-                    "a module of the model",
+                    f"{target!r}, which matches no {what}",
+                    f"a {what} of the model",
                     f"nearest: {', '.join(close)}",
                 )
             )

@@ -47,6 +47,22 @@ def _lora_conflicts(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
             yield Problem(
                 loaded.where(("method", "init")), f"{method.init} with target_parameters", "default"
             )
+    if method.init in CHANGES_BASE and (method.dora or method.also_train):
+        with_what = "dora" if method.dora else "also_train"
+        yield Problem(
+            loaded.where(("method", "init")),
+            f"{method.init} with {with_what}",
+            "default",
+            f"PEFT converts only A and B of such an adapter: what {with_what} trains would be lost",
+        )
+    tokens = [item for item in method.also_train if not isinstance(item, str)]
+    if tokens and "embeddings" in method.also_train:
+        yield Problem(
+            loaded.where(("method", "also_train")),
+            "tokens beside embeddings",
+            "one of them",
+            "training the embeddings trains every token's row",
+        )
     if METHODS[method.name].quantized and method.init in CHANGES_BASE:
         yield Problem(
             loaded.where(("method", "init")),

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from peftkit.errors import Problem, UserError
 from peftkit.plan import Plan
 from peftkit.rundir import RunDir, read_json
 from peftkit.units import show_bytes, show_count, show_percent, show_seconds
@@ -103,9 +104,20 @@ def _final_steps(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+def read_plan(run: RunDir) -> Plan:
+    """The plan of a run. Raises UserError where plan.json cannot be read."""
+    try:
+        return Plan.from_json(read_json(run.path / "plan.json"))
+    except (ValueError, KeyError, TypeError) as error:
+        where = str(run.path / "plan.json")
+        raise UserError(
+            Problem(where, f"a plan that cannot be read ({error})", "the plan of a run")
+        ) from None
+
+
 def read_summary(run: RunDir) -> Summary:
     """The summary of a run, finished or not."""
-    plan = Plan.from_json(read_json(run.path / "plan.json"))
+    plan = read_plan(run)
     events, device = run.events(), read_json(run.path / "environment.json")["device"]["name"]
     steps = _final_steps(events)
     evals = {event["step"]: event["loss"] for event in events if event["event"] == "eval"}

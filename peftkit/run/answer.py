@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peftkit.errors import Problem, UserError
-from peftkit.plan import Plan
-from peftkit.rundir import RunDir, read_json
+from peftkit.report import read_plan
+from peftkit.rundir import RunDir
 
 
 def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
@@ -16,7 +16,7 @@ def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[s
     Raises UserError where the run has no result yet, or the base cannot be had any more.
     """
     run = RunDir.open(path)
-    plan = Plan.from_json(read_json(run.path / "plan.json"))
+    plan = read_plan(run)
     result = run.adapter if plan.method.peft else run.model
     if not result.is_dir():
         raise UserError(

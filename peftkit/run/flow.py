@@ -16,7 +16,7 @@ from peftkit.data.prepare import Examples, Prepared, prepare
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 from peftkit.plan import DataFacts, Facts, Plan, make_plan
 from peftkit.recipe import LoadedRecipe, load
-from peftkit.report import Summary, read_summary
+from peftkit.report import Summary, read_plan, read_summary
 from peftkit.run.environment import data_sha256, environment
 from peftkit.run.facts import (
     converted_facts,
@@ -164,15 +164,12 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
     )
     if checkpoint is None:
         _measure(stage, model, "before")
-        if prepared.eval:
-            training.evaluate()
+        training.measure_start()
     else:
         stage.emit("resume", step=int(checkpoint.name.removeprefix("step-")))
     step = training.run()
     if step < (plan.train.num_steps or 0):
         interrupt.stop_if_requested()
-    if prepared.eval and _last_eval_step(run) != step:
-        training.evaluate(step=step)
     published_step = training.take_best(step)
     _refuse_non_finite(stage, model)
     _measure(stage, model, "after")
@@ -269,18 +266,13 @@ def _measure(stage: _Stage, model: Any, when: str) -> None:
     stage.emit("metric", when=when, name=wanted.metric, value=score, num_examples=len(pairs), samples=samples)
 
 
-def _last_eval_step(run: RunDir) -> int | None:
-    steps = [event["step"] for event in run.events() if event["event"] == "eval"]
-    return steps[-1] if steps else None
-
-
 def resume(path: Path, *, observer: Observer = lambda event: None) -> Summary:
     """Go on with a run from its newest checkpoint that verifies, or from the start where there is none.
 
     Raises UserError where there is nothing to go on with, or where the data changed since.
     """
     run = RunDir.open(path)
-    plan = Plan.from_json(read_json(run.path / "plan.json"))
+    plan = read_plan(run)
     if (run.adapter if plan.method.peft else run.model).exists():
         raise UserError(
             Problem(
@@ -298,8 +290,10 @@ def resume(path: Path, *, observer: Observer = lambda event: None) -> Summary:
     with interrupt.listening():
         for fault in skipped:
             observer({"event": "warning", "text": f"{fault}: passed over"})
+        run.set_damaged_aside()
         stage = _open(loaded, facts, examples, base, run, observer)
         stage.plan = plan
+        stage.started -= max((event.get("at_seconds", 0.0) for event in run.events()), default=0.0)
         before = read_json(run.path / "environment.json")["data_sha256"]
         if data_sha256(stage.prepared.train) != before:
             raise UserError(

@@ -10,9 +10,11 @@ from typing import Any
 
 from peftkit.data import to_dataset
 from peftkit.data.mask import Tokenized
+from peftkit.errors import PeftkitError
+from peftkit.evaluate.losses import mean_token_loss
 from peftkit.model.adapter import build_loraplus_optimizer
 from peftkit.plan import Plan
-from peftkit.rundir import RunDir, read_json
+from peftkit.rundir import RunDir, read_json, verify_folder
 from peftkit.train.checkpoint import Restore, handover_folder, load_trained
 from peftkit.train.objectives import sft
 from peftkit.train.record import Emit, Progress, Record
@@ -33,13 +35,10 @@ class Training:
     checkpoint: Path | None
     record: Record
 
-    def evaluate(self, *, step: int | None = None) -> float:
-        """Evaluation loss of the model as it is now, in nats per learnt token, recorded for `step`."""
-        self.record.evaluated_step = step
-        try:
-            return float(self.trainer.evaluate()["eval_loss"])
-        finally:
-            self.record.evaluated_step = None
+    def measure_start(self) -> None:
+        """Evaluation loss before the first step."""
+        if self.record.evaluate is not None:
+            self.record.measure(self.trainer.model, 0)
 
     def run(self) -> int:
         """Train. Returns the step at which training ended."""
@@ -47,7 +46,8 @@ class Training:
             self.trainer.train()
             return int(self.trainer.state.global_step)
         step = self._catch_up(self.checkpoint)
-        if self.record.stopped_early:
+        if self.record.stops_early or step >= (self.plan.train.num_steps or 0):
+            load_trained(self.trainer.model, self.checkpoint)
             return step
         handover = handover_folder(self.checkpoint, self.run_dir.path / ".handover")
         try:
@@ -59,10 +59,11 @@ class Training:
     def _catch_up(self, checkpoint: Path) -> int:
         """Make the evaluation that was due at the checkpoint's step, where the stop came before it."""
         step = int(read_json(checkpoint / "trainer_state.json")["global_step"])
-        due = step % self.plan.train.eval_steps == 0 and self.trainer.eval_dataset is not None
+        last = step >= (self.plan.train.num_steps or 0)
+        due = self.record.evaluate is not None and (last or step % self.plan.train.eval_steps == 0)
         if due and self.record.progress.last_step < step:
             load_trained(self.trainer.model, checkpoint)
-            self.evaluate(step=step)
+            self.record.measure(self.trainer.model, step)
         return step
 
     def take_best(self, last_step: int) -> int:
@@ -70,7 +71,11 @@ class Training:
         best = self.record.progress.best_step
         if best is None or best == last_step:
             return last_step
-        load_trained(self.trainer.model, self.run_dir.checkpoint(best))
+        folder = self.run_dir.checkpoint(best)
+        faults = verify_folder(folder)
+        if faults:
+            raise PeftkitError(f"the best checkpoint cannot be published: {'; '.join(faults)}")
+        load_trained(self.trainer.model, folder)
         return best
 
 
@@ -91,17 +96,24 @@ def assemble(
     if checkpoint is not None:
         progress = Progress(**read_json(checkpoint / "state.json")["progress"])
         callbacks.append(Restore(checkpoint))
-    record = Record(run, plan, emit, progress)
+
+    def evaluate(wrapped: Any) -> float:
+        return mean_token_loss(
+            wrapped,
+            held_out,
+            pad_id=tokenizer.pad_token_id,
+            batch_size=max(8, plan.train.micro_batch) if plan.device == "cpu" else plan.train.micro_batch,
+            autocast=plan.train.autocast,
+        )
+
+    record = Record(run, plan, emit, progress, evaluate if held_out else None)
     callbacks.append(record)
-    optimizer = None
-    if plan.method.lr_ratio is not None:
-        optimizer = build_loraplus_optimizer(model, plan)
+    optimizer = build_loraplus_optimizer(model, plan) if plan.method.lr_ratio is not None else None
     trainer = sft.trainer(
         model,
         plan,
         tokenizer,
         train=to_dataset(rows_of(train)),
-        held_out=to_dataset(rows_of(held_out)) if held_out else None,
         output_dir=run.path,
         callbacks=callbacks,
         optimizer=optimizer,

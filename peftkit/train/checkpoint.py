@@ -86,19 +86,14 @@ def write_checkpoint(
     progress: Mapping[str, Any],
     randoms: RandomStates | None = None,
 ) -> Path:
-    """Publish the checkpoint of `state.global_step`, unless it stands already. Returns its folder.
-
-    `randoms` are the random states to keep, where they are not those of now.
-    """
+    """Publish the checkpoint of `state.global_step`. Returns its folder."""
     folder = run.checkpoint(state.global_step)
-    if folder.exists():
-        return folder
     with publish_folder(folder, step=state.global_step) as staging:
         trained = {name: p.detach().cpu().contiguous() for name, p in trainable_tensors(model).items()}
         save_file(trained, staging / "trained.safetensors")
         tensors, values = _optimizer_tensors(model, optimizer)
         save_file(tensors, staging / "optimizer.safetensors")
-        random_tensors, random_values = randoms or random_states()
+        random_tensors, random_values = random_states()
         save_file(random_tensors, staging / "random.safetensors")
         plain = {key: value for key, value in scheduler.state_dict().items() if isinstance(value, _PLAIN)}
         write_json(
@@ -158,10 +153,12 @@ class Restore(TrainerCallback):
         held = {id(p) for group in inner.param_groups for p in group["params"]}
         if any(id(p) not in held for p in live.values()):
             raise PeftkitError("the optimizer does not hold the tensors that are trained")
+        on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
         for key, tensor in load_file(self.folder / "optimizer.safetensors").items():
             name, field = key.rsplit("|", 1)
-            # Adam's step counts stay on the CPU, as torch keeps them; moments follow their parameter
-            inner.state[live[name]][field] = tensor if tensor.ndim == 0 else tensor.to(live[name].device)
+            # a plain Adam keeps its step counts on the CPU, a fused one beside the parameter
+            stays = tensor.ndim == 0 and not on_device
+            inner.state[live[name]][field] = tensor if stays else tensor.to(live[name].device)
         for key, value in self.state["optimizer"].items():
             name, field = key.rsplit("|", 1)
             inner.state[live[name]][field] = value

@@ -1,7 +1,8 @@
-"""What happens during training becomes events, checkpoints and, when asked, a clean stop."""
+"""What happens during training becomes events, evaluations, checkpoints and, when asked, a clean stop."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,17 +11,14 @@ from typing import Any
 from transformers import TrainerCallback
 
 from peftkit import interrupt
+from peftkit.errors import Interrupted
 from peftkit.model.hardware import memory_used
 from peftkit.plan import Plan
 from peftkit.rundir import RunDir
-from peftkit.train.checkpoint import (
-    random_states,
-    restore_random_states,
-    rotate,
-    write_checkpoint,
-)
+from peftkit.train.checkpoint import rotate, write_checkpoint
 
 Emit = Callable[..., None]
+Evaluate = Callable[[Any], float]
 
 
 @dataclass
@@ -29,57 +27,89 @@ class Progress:
 
     best_loss: float | None = None
     best_step: int | None = None
+    patience_loss: float | None = None  # what the next loss must beat by min_delta
     num_without_gain: int = 0
     last_step: int = 0  # of the last evaluation
 
     def note(self, loss: float, step: int, min_delta: float) -> bool:
-        """Take in an evaluation loss. Returns whether it is the best so far."""
+        """Take in an evaluation loss. Returns whether it is the best so far; NaN never is."""
         self.last_step = step
-        if self.best_loss is None or loss < self.best_loss - min_delta:
-            self.best_loss, self.best_step, self.num_without_gain = loss, step, 0
+        if self.patience_loss is None or loss < self.patience_loss - min_delta:
+            self.patience_loss, self.num_without_gain = loss if math.isfinite(loss) else None, 0
+        else:
+            self.num_without_gain += 1
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.best_loss, self.best_step = loss, step
             return True
-        self.num_without_gain += 1
         return False
 
 
 class Record(TrainerCallback):
-    """Emits step and eval events, writes checkpoints, stops early or on a signal."""
+    """Emits events, evaluates when due, writes checkpoints, stops early or on a signal.
 
-    def __init__(self, run: RunDir, plan: Plan, emit: Emit, progress: Progress) -> None:
+    `evaluate` takes the model and returns the loss on held-out rows; None where there are none.
+    """
+
+    def __init__(
+        self, run: RunDir, plan: Plan, emit: Emit, progress: Progress, evaluate: Evaluate | None
+    ) -> None:
         self.run, self.plan, self.emit, self.progress = run, plan, emit, progress
+        self.evaluate = evaluate
         self.step_started = time.monotonic()
         self.step_seconds = 0.0
         self.num_tokens = 0.0
         self.parts: dict[str, Any] = {}
-        self.random_before_evaluation: Any = None
-        self.evaluated_step: int | None = None  # for an evaluation outside the Trainer's loop
-        self.stopped_early = False
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the recipe's patience is spent."""
+        patience = self.plan.train.patience
+        return patience is not None and self.progress.num_without_gain >= patience
+
+    def measure(self, model: Any, step: int) -> bool:
+        """Evaluate and record the loss for `step`. Returns whether it is the best so far."""
+        assert self.evaluate is not None
+        loss = self.evaluate(model)
+        best = step > 0 and self.progress.note(loss, step, self.plan.train.min_delta)
+        self.emit("eval", step=step, loss=loss, best=best)
+        if self.stops_early:
+            self.emit("early_stop", step=step, patience=self.plan.train.patience)
+        return best
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        self._keep(parts)
+        self.parts = {name: parts[name] for name in ("model", "optimizer", "lr_scheduler")}
         self.emit("train_begin", step=state.global_step, num_steps=state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step_started = time.monotonic()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> Any:
-        self._keep(parts)
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step_seconds = time.monotonic() - self.step_started
-        if interrupt.requested():
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> Any:
+        """The Trainer logs each step right after it: here the step is complete."""
+        if not logs or "loss" not in logs:
+            return control
+        self._tell_step(state, logs)
+        step, last = state.global_step, state.global_step >= state.max_steps
+        if step % self.plan.train.checkpoint_steps == 0 and not last:
+            self._checkpoint(state)
+        if self.evaluate is not None and (last or step % self.plan.train.eval_steps == 0):
+            try:
+                best = self.measure(self.parts["model"], step)
+            except Interrupted:
+                self._checkpoint(state)
+                raise
+            if best:
+                self._checkpoint(state)
+            if self.stops_early:
+                control.should_training_stop = True
+        if interrupt.requested() and not last:
             self._checkpoint(state)
             control.should_training_stop = True
-            control.should_evaluate = False
-        elif (
-            state.global_step % self.plan.train.checkpoint_steps == 0 and state.global_step < state.max_steps
-        ):
-            self._checkpoint(state)
-        if state.global_step % self.plan.train.eval_steps == 0:
-            self.random_before_evaluation = random_states()
         return control
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
+    def _tell_step(self, state: Any, logs: Any) -> None:
         tokens = float(logs.get("num_tokens", 0.0))
         rate = (tokens - self.num_tokens) / self.step_seconds if self.step_seconds and tokens else None
         self.num_tokens = tokens
@@ -94,38 +124,9 @@ class Record(TrainerCallback):
             memory=memory_used(),
         )
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **parts: Any) -> Any:
-        self._keep(parts)
-        if self.random_before_evaluation is not None:
-            # evaluation draws random numbers: put them back, so that training is the same without it
-            restore_random_states(*self.random_before_evaluation)
-            self.random_before_evaluation = None
-        loss = float(metrics["eval_loss"])
-        step = state.global_step if self.evaluated_step is None else self.evaluated_step
-        if step == 0:
-            self.emit("eval", step=0, loss=loss, best=False)
-            return control
-        best = self.progress.note(loss, step, self.plan.train.min_delta)
-        self.emit("eval", step=step, loss=loss, best=best)
-        if best and not self.run.checkpoint(step).exists():
-            self._checkpoint(state)
-        patience = self.plan.train.patience
-        if patience is not None and self.progress.num_without_gain >= patience:
-            self.emit("early_stop", step=step, patience=patience)
-            control.should_training_stop = self.stopped_early = True
-        return control
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if interrupt.requested() and state.global_step > 0 and self.parts:
-            self._checkpoint(state)
-            interrupt.stop_if_requested("interrupted during evaluation")
-
-    def _keep(self, parts: dict[str, Any]) -> None:
-        for name in ("model", "optimizer", "lr_scheduler"):
-            if parts.get(name) is not None:
-                self.parts[name] = parts[name]
-
     def _checkpoint(self, state: Any) -> None:
+        if self.run.checkpoint(state.global_step).exists():
+            return
         folder = write_checkpoint(
             self.run,
             model=self.parts["model"],
@@ -133,7 +134,6 @@ class Record(TrainerCallback):
             scheduler=self.parts["lr_scheduler"],
             state=state,
             progress=asdict(self.progress),
-            randoms=self.random_before_evaluation,
         )
         rotate(self.run, self.progress.best_step)
         self.emit("checkpoint", step=state.global_step, path=str(folder.relative_to(self.run.path)))

@@ -8,8 +8,10 @@ from typing import Any
 
 from peftkit.plan import Plan
 
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
-def arguments(plan: Plan, *, output_dir: Path, evaluates: bool) -> Any:
+
+def arguments(plan: Plan, *, output_dir: Path) -> Any:
     """trl.SFTConfig for a plan. The Trainer saves nothing: its checkpoints hold pickles and can be cut."""
     from trl import SFTConfig
 
@@ -25,20 +27,18 @@ def arguments(plan: Plan, *, output_dir: Path, evaluates: bool) -> Any:
         fp16=train.autocast == "fp16",
         max_steps=train.num_steps,
         warmup_steps=train.num_warmup_steps,
-        lr_scheduler_type=train.schedule,
+        lr_scheduler_type=_SCHEDULES[train.schedule],
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         optim=train.optimizer,
         max_grad_norm=train.max_grad_norm,
         per_device_train_batch_size=train.micro_batch,
-        per_device_eval_batch_size=max(8, train.micro_batch) if plan.device == "cpu" else train.micro_batch,
         gradient_accumulation_steps=train.accumulation,
         gradient_checkpointing=train.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
         logging_strategy="steps",
         logging_steps=1,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=train.eval_steps if evaluates else None,
+        eval_strategy="no",  # ours weighs every token alike and draws no random numbers
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -54,7 +54,6 @@ def trainer(
     tokenizer: Any,
     *,
     train: Any,
-    held_out: Any,
     output_dir: Path,
     callbacks: Sequence[Any],
     optimizer: Any,
@@ -66,9 +65,8 @@ def trainer(
 
     made = SFTTrainer(
         model=model,
-        args=arguments(plan, output_dir=output_dir, evaluates=held_out is not None),
+        args=arguments(plan, output_dir=output_dir),
         train_dataset=train,
-        eval_dataset=held_out,
         processing_class=tokenizer,
         callbacks=list(callbacks),
         optimizers=(optimizer, None),
