@@ -28,6 +28,7 @@ class Example:
 
     where: str
     messages: tuple[Message, ...] = ()
+    num_given: int = 0  # leading turns that are prompt, whoever speaks
     prompt: str = ""
     completion: str = ""
 
@@ -71,6 +72,8 @@ def _messages(turns: Any, name: str) -> tuple[Message, ...]:
         if not isinstance(content, str):
             raise _BadRow(f"a turn whose content is {type(content).__name__}", "text")
         found.append({"role": _ROLES[role], "content": content})
+    if found[0]["role"] == "assistant":
+        raise _BadRow("a chat that begins with assistant", "a user or system turn first")
     if found[-1]["role"] != "assistant":
         raise _BadRow(f"a chat that ends with {found[-1]['role']}", "an assistant turn to learn at the end")
     if not found[-1]["content"].strip():
@@ -86,7 +89,8 @@ def _chat(row: Row) -> Example:
 def _prompt_completion(row: Row) -> Example:
     prompt, completion = row.fields.get("prompt"), row.fields.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return Example(row.where, messages=_messages([*prompt, *completion], "prompt and completion"))
+        turns = _messages([*prompt, *completion], "prompt and completion")
+        return Example(row.where, messages=turns, num_given=len(prompt))
     return Example(
         row.where, prompt=_string(row.fields, "prompt"), completion=_string(row.fields, "completion")
     )

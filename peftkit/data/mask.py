@@ -45,6 +45,23 @@ def _without_tail(
     return kept if kept and ids[kept[-1]] in special else learnt
 
 
+def _ends(
+    ids: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    text: str,
+    last: int,
+    special: frozenset[int],
+) -> bool:
+    """Whether the text ends in a special token at or after `last`, or before it with only blanks between."""
+    if any(token in special for token in ids[last:]):
+        return True
+    while last > 0 and not text[slice(*offsets[last])].strip():
+        last -= 1
+        if ids[last] in special:
+            return True
+    return False
+
+
 Encoded = tuple[list[int], list[tuple[int, int]]]
 
 
@@ -94,7 +111,7 @@ def tokenize(batch: Sequence[Rendered], tokenizer: Any, *, mask: str) -> list[To
             for i in inside:
                 labels[i] = ids[i]
         last = next((i for i in reversed(range(len(ids))) if labels[i] != IGNORED), None)
-        if last is not None and not any(token in special for token in ids[last:]):
+        if last is not None and not _ends(ids, offsets, rendered.text, last, special):
             ids.append(tokenizer.eos_token_id)
             labels.append(tokenizer.eos_token_id)
         if bos and ids[:1] != bos:

@@ -71,9 +71,9 @@ def render(example: Example, tokenizer: Any) -> Rendered:
     text = _apply(tokenizer, example.messages, ask=False, where=example.where)
     answers = []
     for i, message in enumerate(example.messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or i < example.num_given:
             continue
-        before = _apply(tokenizer, example.messages[:i], ask=True, where=example.where) if i else ""
+        before = _apply(tokenizer, example.messages[:i], ask=True, where=example.where)
         after = _apply(tokenizer, example.messages[: i + 1], ask=False, where=example.where)
         if not (after.startswith(before) and text.startswith(after)):
             raise UserError(

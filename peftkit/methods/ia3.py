@@ -15,7 +15,9 @@ class Ia3Options(Options):
 
     name: Literal["ia3"]
     targets: Targets = "auto"
-    feedforward: list[str] | None = Field(None, description="targets scaled at their input, not output")
+    feedforward: list[str] | None = Field(
+        None, description="module names among the targets that are scaled at their input, not output"
+    )
 
 
 def _feedforward(options: Ia3Options, shape: ModelShape | None) -> tuple[str, ...]:
@@ -38,7 +40,7 @@ def peft(options: Ia3Options, shape: ModelShape | None, targets: tuple[str, ...]
         "IA3Config",
         {
             "target_modules": targets if isinstance(targets, str) else list(targets),
-            "feedforward_modules": [name for name in _feedforward(options, shape) if name in targets],
+            "feedforward_modules": [name for name in targets if name.endswith(_feedforward(options, shape))],
         },
     )
 

@@ -54,8 +54,9 @@ def load_model(source: str, plan: BasePlan, *, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, told = AutoModelForCausalLM.from_pretrained(
             source,
+            output_loading_info=True,
             revision=plan.revision,
             trust_remote_code=plan.trust_remote_code,
             use_safetensors=True,
@@ -63,7 +64,7 @@ def load_model(source: str, plan: BasePlan, *, device: str) -> Any:
             device_map={"": 0 if device == "cuda" else device},
             quantization_config=quantization_config(plan),
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             Problem(
                 f"base {plan.id}",
@@ -71,6 +72,16 @@ def load_model(source: str, plan: BasePlan, *, device: str) -> Any:
                 "a causal language model with safetensors weights",
             )
         ) from error
+    missing = sorted(told["missing_keys"])
+    if missing:
+        raise UserError(
+            Problem(
+                f"base {plan.id}",
+                f"weights without {len(missing)} tensors (for example {missing[0]})",
+                "all of the model's weights",
+                "transformers would start them from random numbers",
+            )
+        )
     after_loading(model)
     return model
 

@@ -20,7 +20,7 @@ from peftkit.plan.plan import (
     Plan,
     TrainPlan,
 )
-from peftkit.plan.targets import resolve_targets, targeted
+from peftkit.plan.targets import resolve_targets, targeted, unmatched
 from peftkit.recipe import LoadedRecipe, check
 
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -133,14 +133,31 @@ def _targets(d: _Decisions, facts: Facts, method: Method) -> tuple[str, ...] | s
         d.keep("method.targets", items)
         return tuple(items)
     names, problems = resolve_targets(wanted, family, d.where("method.targets"))
+    if facts.model.shape is not None:
+        full = [module.name for module in facts.model.shape.modules]
+        numbered = [name for name in names if any(part.isdigit() for part in name.split("."))]
+        problems += unmatched(full, numbered, d.where("method.targets"))
     d.problems.extend(problems)
     d.keep("method.targets", list(names))
     return names
 
 
+def _feedforward(d: _Decisions, targets: tuple[str, ...] | str) -> None:
+    """IA3 scales inputs only of modules that are targeted; PEFT would drop the others without a word."""
+    for name in getattr(d.loaded.recipe.method, "feedforward", None) or ():
+        if not any(target == name or target.endswith(f".{name}") for target in targets):
+            d.refuse(
+                "method.feedforward",
+                f"{name!r}, which is not among the targets",
+                f"one of {', '.join(targets)}",
+                f"add {name} to method.targets",
+            )
+
+
 def _method(d: _Decisions, facts: Facts, method: Method) -> MethodPlan:
     options, shape = d.loaded.recipe.method, facts.model.shape
     targets = _targets(d, facts, method)
+    _feedforward(d, targets)
     d.keep("method.name", method.name)
     shown = {"name", "targets", "alpha"}
     for name in type(options).model_fields:

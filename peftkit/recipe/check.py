@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 from peftkit.errors import Problem
 from peftkit.methods import METHODS
-from peftkit.methods.ia3 import Ia3Options
 from peftkit.methods.lora import CHANGES_BASE, LoraOptions
 from peftkit.recipe.load import LoadedRecipe
 from peftkit.recipe.schema import Recipe
@@ -87,19 +86,6 @@ def _loraplus_optimizer(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Proble
         )
 
 
-def _feedforward_is_targeted(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
-    method = recipe.method
-    if isinstance(method, Ia3Options) and method.feedforward is not None and isinstance(method.targets, list):
-        for name in method.feedforward:
-            if name not in method.targets:
-                yield Problem(
-                    loaded.where(("method", "feedforward")),
-                    repr(name),
-                    "names that are also in method.targets",
-                    f"add {name} to method.targets",
-                )
-
-
 def _micro_batch_divides(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     batch, micro = recipe.train.batch_size, recipe.train.micro_batch
     if isinstance(batch, int) and isinstance(micro, int) and batch % micro:
@@ -157,7 +143,6 @@ RULES: tuple[Rule, ...] = (
     _prefix_without_checkpointing,
     _lora_conflicts,
     _loraplus_optimizer,
-    _feedforward_is_targeted,
     _micro_batch_divides,
     _without_effect,
 )

@@ -17,6 +17,7 @@ from peftkit.recipe.paths import is_data_path
 from peftkit.units import show_bytes
 
 _WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+_STATE_BYTES = {"adamw_bnb_8bit": 2.0, "paged_adamw_8bit": 0.0, "adafactor": 0.1, "sgd": 0.0}
 _NF4_BYTES = 0.53  # 4.127 bits and the layers that stay unquantized, roughly
 
 
@@ -81,9 +82,9 @@ def memory_problems(plan: Plan, facts: Facts) -> list[Problem]:
     if num is None:
         return []
     per_weight = _NF4_BYTES if plan.base.quant_type else _WEIGHT_BYTES[plan.base.dtype]
-    if plan.method.peft is None:
-        per_weight += 12.0  # gradients and Adam's two moments
     needed = num * per_weight
+    if plan.method.peft is None:  # gradients and the optimizer's states, for every weight
+        needed += num * (per_weight + _STATE_BYTES.get(plan.train.optimizer, 2 * per_weight))
     if needed <= facts.device.memory_bytes:
         return []
     fix = (

@@ -37,6 +37,10 @@ def test_every_way_of_writing_a_chat_is_the_same_chat():
     assert one({"prompt": [USER], "completion": [ANSWER]}).messages == expected
 
 
+def test_turns_of_the_prompt_are_counted():
+    assert one({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}).num_given == 3
+
+
 def test_instruction_with_input_and_system():
     example = one({"instruction": "add", "input": "1 2", "output": "3", "system": "be brief"})
     assert [m["content"] for m in example.messages] == ["be brief", "add\n\n1 2", "3"]
@@ -48,6 +52,7 @@ def test_instruction_with_input_and_system():
         ({"messages": []}, "messages is empty"),
         ({"messages": "hi"}, "messages is str"),
         ({"messages": [USER]}, "ends with user"),
+        ({"messages": [ANSWER, USER, ANSWER]}, "begins with assistant"),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "empty answer"),
         ({"messages": [{"role": "boss", "content": "x"}]}, "the role 'boss'"),
         ({"messages": [{"role": "user", "content": None}, ANSWER]}, "content is NoneType"),

@@ -51,6 +51,20 @@ def test_blanks_after_the_end_token_are_not_learnt(tokenizer):
     assert learnt(chatml, chat("hi", "hello\n", "more", "yes")) == "hello\n<|end|>yes<|end|>"
 
 
+def test_prompt_turns_are_never_learnt_whoever_speaks(tokenizer):
+    turns = [("user", "a"), ("assistant", "PROMPT"), ("user", "b"), ("assistant", "done")]
+    example = Example("w", messages=tuple({"role": r, "content": c} for r, c in turns), num_given=3)
+    assert learnt(tokenizer, example) == "done<|end|>"
+
+
+def test_everything_learnt_has_one_end_token(tokenizer):
+    from copy import deepcopy
+
+    chatml = deepcopy(tokenizer)
+    chatml.chat_template = CHATML
+    assert learnt(chatml, chat("hi", "yo"), "all").count("<|end|>") == 2  # one for each turn
+
+
 def test_prompt_completion_learns_the_completion_and_an_end_token(tokenizer):
     assert (
         learnt(tokenizer, Example("w", prompt="def f(x):\n", completion="    return x"))

@@ -95,3 +95,24 @@ def test_tokenizer_without_end_token_is_refused(tmp_path):
     (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="without an end token"):
         load_tokenizer(str(tmp_path / "m"), cpu_plan().base)
+
+
+def test_missing_weights_are_not_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(TINY_LLAMA, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    whole = len(tensors)
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    assert len(tensors) == whole - 1
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"without 1 tensors .*layers\.0\.self_attn\.q_proj"):
+        load_model(str(tmp_path / "m"), cpu_plan().base, device="cpu")
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    shutil.copytree(TINY_LLAMA, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "intermediate_size": 256}))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(str(tmp_path / "m"), cpu_plan().base, device="cpu")

@@ -10,6 +10,7 @@ from peftkit.errors import UserError
 from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Plan, make_plan
 from peftkit.recipe import load
 from peftkit.recipe.shipped import list_shipped
+from peftkit.run.facts import memory_problems
 
 LLAMA = ModelFacts("m", "hub", "llama", shape_from_config(KNOWN["meta-llama/Llama-3.1-8B"]))
 GPU = DeviceFacts("cuda", "NVIDIA H100", 85_000_000_000, True, True)
@@ -36,6 +37,7 @@ def test_every_shipped_recipe_resolves_without_weights_or_network(shipped):
     base = locate(loaded.recipe.base.id, revision=None, where="base", need_weights=False)
     made = make_plan(loaded, Facts(GPU, base.facts(), DataFacts(600, 100, "chat")))
     assert made.method.num_trainable > 0
+    assert memory_problems(made, Facts(GPU, base.facts(), None)) == []
     assert "auto" not in [decision.value for decision in made.decisions]
     assert shipped.title
 
@@ -88,6 +90,18 @@ def test_precision_by_device():
 def test_conflicts_with_the_device_or_model_are_told(arguments, said):
     arguments = dict(arguments)
     assert said in refuse(arguments.pop("method", "lora"), **arguments)
+
+
+def test_ia3_scales_inputs_of_what_is_targeted_only():
+    made = plan({"name": "ia3", "targets": ["k", "down"], "feedforward": ["down_proj"]})
+    assert made.method.peft.arguments["feedforward_modules"] == ["down_proj"]
+    assert "not among the targets" in refuse({"name": "ia3", "feedforward": ["bogus"]})
+    assert "not among the targets" in refuse({"name": "ia3", "targets": ["k"], "feedforward": ["down_proj"]})
+
+
+def test_a_layer_that_is_not_there_is_told_before_loading():
+    assert "matches no module" in refuse({"name": "lora", "targets": ["layers.99.self_attn.q_proj"]})
+    assert plan({"name": "lora", "targets": ["layers.3.self_attn.q_proj"]}).method.num_trainable > 0
 
 
 def test_unknown_family_needs_names_for_roles():

@@ -24,7 +24,9 @@ def problems(method, **sections):
         ),
         ({"name": "qlora", "init": "pissa"}, {}, "4-bit"),
         ({"name": "lora", "lr_ratio": 16.0}, {"train": {"optimizer": "adafactor"}}, "LoRA+"),
-        ({"name": "ia3", "targets": ["k_proj"], "feedforward": ["down_proj"]}, {}, "add down_proj"),
+        ({"name": "lora", "init": "pissa", "dora": True}, {}, "would be lost"),
+        ({"name": "lora", "init": "olora", "also_train": ["norms"]}, {}, "would be lost"),
+        ({"name": "lora", "also_train": ["embeddings", {"tokens": ["a"]}]}, {}, "every token's row"),
         ("lora", {"train": {"batch_size": 8, "micro_batch": 3}}, "try micro_batch: 2"),
         ("lora", {"train": {"epochs": 1.0, "max_steps": 5}}, "epochs beside max_steps"),
         (
