@@ -24,7 +24,9 @@ def load_recipe(source: RecipeLike, overrides: Sequence[str] = ()) -> LoadedReci
 
     `overrides` are dotted key=value texts, typed as in YAML. Raises UserError with every problem found.
     """
-    return source if isinstance(source, LoadedRecipe) else load(source, overrides)
+    if not isinstance(source, LoadedRecipe):
+        return load(source, overrides)
+    return load(source.recipe, overrides) if overrides else source
 
 
 def make_plan(source: RecipeLike, overrides: Sequence[str] = ()) -> Plan:

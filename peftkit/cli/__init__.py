@@ -110,14 +110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     _quiet_libraries()
     from peftkit.cli import commands
-    from peftkit.errors import Interrupted, UserError
+    from peftkit.errors import PeftkitError, UserError
 
     try:
         return int(getattr(commands, arguments.command)(arguments))
     except UserError as error:
         commands.tell_problems(error)
         return error.exit_code
-    except Interrupted as error:
+    except PeftkitError as error:
         print(f"peftkit: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 
@@ -33,28 +35,22 @@ def print_plan(plan: Plan) -> None:
         )
         table.add_row(decision.key, value, decision.source, decision.reason)
     console.print(table)
-    if plan.method.trainable_by_role and plan.method.num_parameters:
+    method = plan.method
+    if method.trainable_by_role and method.num_trainable and method.num_parameters:
+        added = method.num_trainable if method.peft else 0
         console.print()
         console.print(
-            _parameters(
-                plan.method.trainable_by_role,
-                plan.method.num_trainable or 0,
-                plan.method.num_parameters,
-                plan.method.peft is not None,
-            )
+            _parameters(method.trainable_by_role, method.num_trainable, method.num_parameters + added)
         )
 
 
-def _parameters(by_role: object, num_trainable: int, num_base: int, adds: bool) -> Table:
-    total = num_base + num_trainable if adds else num_base
+def _parameters(by_role: Mapping[str, int], num_trainable: int, num_total: int) -> Table:
     table = _table("trainable", "parameters")
     table.columns[1].justify = "right"
-    for role, count in dict(by_role).items():  # type: ignore[call-overload]
+    for role, count in by_role.items():
         table.add_row(role, show_count(count))
-    table.add_row(
-        "in all",
-        f"{show_count(num_trainable)} of {show_count(total)} ({show_percent(num_trainable / total)})",
-    )
+    share = show_percent(num_trainable / max(1, num_total))
+    table.add_row("in all", f"{show_count(num_trainable)} of {show_count(num_total)} ({share})")
     return table
 
 
@@ -65,6 +61,8 @@ def print_summary(summary: Summary) -> None:
     table.show_header = False
     for name, value in summary.rows():
         table.add_row(name, value)
+    console.print(_parameters(summary.trainable_by_role, summary.num_trainable, summary.num_total))
+    console.print()
     console.print(table)
     console.print("\nnext")
     for command in summary.next_commands:

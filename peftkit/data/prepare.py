@@ -162,13 +162,16 @@ def prepare(examples: Examples, tokenizer: Any, plan: DataPlan) -> Prepared:
                 for row in silent[:20]
             ]
         )
-    held = list(zip(examples.eval, _tokenized(examples.eval, tokenizer, plan), strict=True))
-    fitting = [(example, row) for example, row in held if len(row.input_ids) <= plan.max_length]
+    held, held_dropped, held_cut = _fit(_tokenized(examples.eval, tokenizer, plan), plan)
+    if examples.eval and not held:
+        got = f"held-out rows that are all longer than {plan.max_length} tokens"
+        raise UserError(Problem("data.eval", got, "rows that fit", "raise train.max_length"))
+    kept = {row.where for row in held}
     return Prepared(
         train=tuple(train),
-        eval=tuple(row for _, row in fitting),
-        eval_examples=tuple(example for example, _ in fitting),
-        num_dropped=dropped + len(held) - len(fitting),
-        num_cut=cut,
+        eval=tuple(held),
+        eval_examples=tuple(example for example in examples.eval if example.where in kept),
+        num_dropped=dropped + held_dropped,
+        num_cut=cut + held_cut,
         default_template=default_template,
     )

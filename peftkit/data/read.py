@@ -48,7 +48,7 @@ def _jsonl(path: Path) -> list[Row]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(
                 Problem(f"{path}:{number}", f"a line that is not JSON ({error})", "one JSON object")
             )
@@ -84,6 +84,7 @@ def _json(path: Path) -> list[Row]:
 
 
 def _csv(path: Path) -> list[Row]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
     reader = csv.reader(
         io.StringIO(_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ","
     )

@@ -14,7 +14,7 @@ from peftkit.archs import Family, ModelShape, Module
 class Options(BaseModel):
     """Base of all recipe sections: unknown keys are refused, types are strict, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class TokenRows(Options):
@@ -25,7 +25,7 @@ class TokenRows(Options):
 
 AlsoTrain = Literal["embeddings", "head", "norms"] | TokenRows
 Targets = Annotated[
-    str | list[str],
+    str | Annotated[list[str], Field(min_length=1)],
     Field(
         description="auto, attention, all-linear, a role (q, k, v, o, gate, up, down), a module name, "
         "or a list of roles and module names"

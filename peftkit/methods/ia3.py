@@ -36,13 +36,11 @@ def count(options: Ia3Options, shape: ModelShape, modules: tuple[Module, ...]) -
 
 def peft(options: Ia3Options, shape: ModelShape | None, targets: tuple[str, ...] | str) -> PeftSpec:
     """peft.IA3Config. Targets and feedforward_modules always go together: PEFT would scale outputs else."""
-    return PeftSpec(
-        "IA3Config",
-        {
-            "target_modules": targets if isinstance(targets, str) else list(targets),
-            "feedforward_modules": [name for name in targets if name.endswith(_feedforward(options, shape))],
-        },
-    )
+    inputs = _feedforward(options, shape)
+    if isinstance(targets, str):
+        return PeftSpec("IA3Config", {"target_modules": targets, "feedforward_modules": list(inputs)})
+    chosen = [name for name in targets if name.endswith(inputs)]
+    return PeftSpec("IA3Config", {"target_modules": list(targets), "feedforward_modules": chosen})
 
 
 def learning_rate(num_parameters: int) -> tuple[float, str]:

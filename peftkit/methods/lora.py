@@ -63,17 +63,18 @@ def _count_also(options: LoraOptions, shape: ModelShape) -> dict[str, int]:
     assert family is not None
     norm = dims.hidden * (2 if family.norm_bias else 1)
     table = dims.vocab * dims.hidden
+    whole = {item for item in options.also_train if isinstance(item, str)}
+    tokens = {token for item in options.also_train if isinstance(item, TokenRows) for token in item.tokens}
     found = {}
-    for item in options.also_train:
-        if isinstance(item, TokenRows):
-            found["tokens"] = len(set(item.tokens)) * dims.hidden
-        elif item == "norms":
-            heads = 2 * dims.head_dim if family.qk_norm else 0
-            found["norms"] = dims.num_layers * (len(family.norms) * norm + heads) + norm
-        elif item == "head":
-            found["head"] = table + (dims.vocab if family.head_bias else 0)
-        else:
-            found["embeddings"] = table
+    if tokens:
+        found["tokens"] = len(tokens) * dims.hidden
+    if "norms" in whole:
+        heads = 2 * dims.head_dim if family.qk_norm else 0
+        found["norms"] = dims.num_layers * (len(family.norms) * norm + heads) + norm
+    if "embeddings" in whole or ("head" in whole and shape.tied_embeddings):
+        found["embeddings"] = table  # tied to the head, it is trained once
+    if "head" in whole and not shape.tied_embeddings:
+        found["head"] = table + (dims.vocab if family.head_bias else 0)
     return found
 
 

@@ -28,7 +28,14 @@ class Base:
 
     def facts(self) -> ModelFacts:
         """What the plan needs to know."""
-        shape = shape_from_config(self.config) if self.config else None
+        try:
+            shape = shape_from_config(self.config) if self.config else None
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(
+                Problem(
+                    f"base {self.id}", f"a config.json with missing or absurd sizes ({error})", "its sizes"
+                )
+            ) from None
         model_type = str(self.config["model_type"]) if self.config and "model_type" in self.config else None
         return ModelFacts(self.id, self.kind, model_type, shape)
 
@@ -79,6 +86,9 @@ def _folder(path: Path, where: str) -> Base:
         raise UserError(
             Problem(str(config_file), f"text that is not JSON ({error})", "a configuration")
         ) from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        expected = "a configuration with model_type"
+        raise UserError(Problem(str(config_file), "no model_type", expected, "is this a model's folder?"))
     if not any(path.glob("*.safetensors")):
         pickles = sorted(p.name for p in path.glob("*.bin"))
         got = f"the folder {path} with {pickles[0]} only" if pickles else f"the folder {path} without weights"
@@ -89,6 +99,23 @@ def _folder(path: Path, where: str) -> Base:
         )
         raise UserError(Problem(where, got, "weights as *.safetensors", fix))
     return Base(str(path), "folder", path, config)
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached, asked once and briefly: its client would retry for half a minute."""
+    import socket
+    from urllib.parse import urlsplit
+
+    if os.environ.get("HF_HUB_OFFLINE", "") not in {"", "0"}:
+        return False
+    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        with socket.create_connection((address.hostname or "", port), timeout=3):
+            return True
+    except OSError:
+        return proxied  # through a proxy, only the client can tell
 
 
 def _hub(model_id: str, revision: str | None, where: str) -> Base:
@@ -109,7 +136,10 @@ def _hub(model_id: str, revision: str | None, where: str) -> Base:
         return UserError(Problem(where, f"{model_id!r}, {got}", "a base that can be loaded here", fix))
 
     try:
-        config = json.loads(Path(hf_hub_download(model_id, "config.json", revision=revision)).read_text())
+        cached = hf_hub_download(
+            model_id, "config.json", revision=revision, local_files_only=not _hub_answers()
+        )
+        config = json.loads(Path(cached).read_text())
     except GatedRepoError:
         raise refuse(
             "which is gated and not open to you",

@@ -201,6 +201,10 @@ def _data(d: _Decisions, facts: Facts) -> DataPlan:
     found = facts.data.format if facts.data else None
     kind = d.keep("data.format", data.format, found, "from the columns of the data")
     mask = data.mask
+    if kind == "text" and mask != "all" and d.loaded.source(("data", "mask")) and data.format == "auto":
+        d.refuse(
+            "data.mask", f"{mask} on raw text", "all", "raw text has no completion: every token is learnt"
+        )
     if kind == "text":
         mask = "all"
         d.made.append(Decision("data.mask", "all", "decided", "raw text: every token is learnt"))
@@ -267,11 +271,12 @@ def _train(d: _Decisions, facts: Facts, method: Method, autocast: str | None) ->
     d.keep("train.schedule.kind", train.schedule.kind)
     d.keep("train.schedule.warmup", train.schedule.warmup)
     on_gpu = facts.device.kind == "cuda"
+    plus = getattr(d.loaded.recipe.method, "lr_ratio", None) is not None  # LoRA+ builds a plain AdamW
     optimizer = d.keep(
         "train.optimizer",
         train.optimizer,
-        "adamw_torch_fused" if on_gpu else "adamw_torch",
-        "fused on a GPU" if on_gpu else "plain AdamW",
+        "adamw_torch_fused" if on_gpu and not plus else "adamw_torch",
+        "fused on a GPU" if on_gpu and not plus else "plain AdamW",
     )
     if ("bnb" in optimizer or "paged" in optimizer) and not on_gpu:
         d.refuse("train.optimizer", f"{optimizer} on {facts.device.kind}", "auto", "it needs a CUDA GPU")

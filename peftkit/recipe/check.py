@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from peftkit.errors import Problem
 from peftkit.methods import METHODS
 from peftkit.methods.lora import CHANGES_BASE, LoraOptions
+from peftkit.methods.prefix import PrefixOptions
 from peftkit.recipe.load import LoadedRecipe
 from peftkit.recipe.schema import Recipe
 
@@ -86,6 +87,16 @@ def _loraplus_optimizer(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Proble
         )
 
 
+def _prefix_projection(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
+    method = recipe.method
+    if isinstance(method, PrefixOptions) and method.projection_hidden and not method.projection:
+        yield Problem(
+            loaded.where(("method", "projection_hidden")),
+            "a width without projection",
+            "projection: true, or no width",
+        )
+
+
 def _micro_batch_divides(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     batch, micro = recipe.train.batch_size, recipe.train.micro_batch
     if isinstance(batch, int) and isinstance(micro, int) and batch % micro:
@@ -100,15 +111,15 @@ def _micro_batch_divides(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Probl
 def _without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     """A setting that would change nothing is told, not dropped."""
     train, data = recipe.train, recipe.data
-    epochs, max_steps = loaded.sources.get(("train", "epochs")), loaded.sources.get(("train", "max_steps"))
-    if epochs and max_steps and epochs.layer == max_steps.layer and train.max_steps is not None:
+    epochs, max_steps = (loaded.sources.get(("train", key)) for key in ("epochs", "max_steps"))
+    if epochs and max_steps and train.max_steps is not None and epochs.rank >= max_steps.rank:
         yield Problem(
             loaded.where(("train", "epochs")),
-            "epochs beside max_steps",
+            f"epochs beside max_steps ({max_steps.where})",
             "one of them",
-            "remove the one that you do not mean",
+            "remove the one that you do not mean, or set train.max_steps: null",
         )
-    if data.eval is None:
+    if not data.eval:
         if train.early_stopping is not None:
             yield Problem(
                 loaded.where(("train", "early_stopping")),
@@ -143,6 +154,7 @@ RULES: tuple[Rule, ...] = (
     _prefix_without_checkpointing,
     _lora_conflicts,
     _loraplus_optimizer,
+    _prefix_projection,
     _micro_batch_divides,
     _without_effect,
 )

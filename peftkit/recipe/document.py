@@ -161,6 +161,24 @@ def parse_value(text: str) -> Any:
     return value
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that this module would read as something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *_Loader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
+def dump_text(data: dict[str, Any]) -> str:
+    """YAML text that `parse_text` reads back as the same values."""
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False))
+
+
 def read_document(path: Path) -> Document:
     """Read and parse a recipe file. Raises UserError where it is no readable YAML mapping."""
     name = str(path)

@@ -27,11 +27,7 @@ class Source:
     kind: str  # "recipe" | "extends" | "command line" | "python"
     where: str
     folder: Path
-
-    @property
-    def layer(self) -> str:
-        """The file, or the command line, that states the value."""
-        return self.where.rsplit(":", 1)[0]
+    rank: int = 0  # later layers have higher ranks and lie over earlier ones
 
     def __str__(self) -> str:
         return {"recipe": self.where, "extends": f"{self.where} (extends)"}.get(self.kind, self.kind)
@@ -148,7 +144,11 @@ def _overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]
                 short = _SHORT_FORMS.get(part)
                 section[part] = {short: section[part]} if short and part in section else {}
             section = section[part]
-        section[parts[-1]] = typed
+        last, short = parts[-1], _SHORT_FORMS.get(parts[-1])
+        if len(parts) == 1 and short and isinstance(section.get(last), dict) and isinstance(typed, str):
+            section[last][short] = typed
+        else:
+            section[last] = typed
     return found, problems
 
 
@@ -178,17 +178,19 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
         path = find_shipped(str(source)) or Path(source)
         name = str(path)
         chain = _chain(path)
-        for document, where in chain:
+        for rank, (document, where) in enumerate(chain):
             _long_form(document.data, document.lines)
             kind = "recipe" if where == path else "extends"
-            layer = {k: Source(kind, f"{where}:{line}", where.parent) for k, line in document.lines.items()}
+            layer = {
+                k: Source(kind, f"{where}:{line}", where.parent, rank) for k, line in document.lines.items()
+            }
             _merge(data, document.data, sources, layer)
         text = path.read_text(encoding="utf-8-sig")
     typed, problems = _overrides(overrides)
     if problems:
         raise UserError(problems)
     _long_form(typed, {})
-    command = Source("command line", "command line", Path.cwd())
+    command = Source("command line", "command line", Path.cwd(), 1_000_000)
     _merge(data, typed, sources, {k: command for k in _keys(typed) if k})
     try:
         recipe = Recipe.model_validate(data)

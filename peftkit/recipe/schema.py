@@ -47,7 +47,9 @@ class Base(Options):
 class Data(Options):
     """What is learnt from, and what is held out."""
 
-    train: str | list[str] = Field(description="file, list of files, or hub id")
+    train: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="file, list of files, or hub id"
+    )
     eval: Annotated[str | Share | None, BeforeValidator(_share)] = Field(
         0.05, description="file, hub split, a share of train such as 5%, or null"
     )
@@ -116,7 +118,7 @@ class Recipe(Options):
     task: Literal["auto", "causal-lm"] = "auto"
     train: Train = Train()
     evaluate: Evaluation = Evaluation()
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="before")
     @classmethod

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftkit.errors import Problem, UserError, did_you_mean
+from peftkit.recipe.document import dump_text
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -57,9 +58,9 @@ def show_shipped(name: str) -> str:
 
 
 _NEW = """\
+# {method} of {base}. Completion in your editor: peftkit schema > recipe.schema.json
 # yaml-language-server: $schema=recipe.schema.json
-# {title}
-base: {base}
+base: {quoted}
 method:
   name: {method}
 data:
@@ -72,4 +73,5 @@ train:
 
 def new_recipe(base: str, method: str) -> str:
     """The text of a new recipe for a model and a method."""
-    return _NEW.format(title=f"{method} of {base}", base=base, method=method)
+    quoted = dump_text({"base": base}).removeprefix("base: ").strip()
+    return _NEW.format(base=" ".join(base.split()), quoted=quoted, method=method)

@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from peftkit import interrupt
 from peftkit.data.prepare import Examples, Prepared, prepare
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 from peftkit.plan import DataFacts, Facts, Plan, make_plan
 from peftkit.recipe import LoadedRecipe, load
+from peftkit.recipe.document import dump_text
 from peftkit.report import Summary, read_plan, read_summary
 from peftkit.run.environment import data_sha256, environment
 from peftkit.run.facts import (
@@ -55,6 +54,7 @@ class _Stage:
     tokenizer: Any
     source: str
     prepared: Prepared
+    chats: bool
     observer: Observer
     started: float
 
@@ -108,14 +108,13 @@ def _open(
     prepared = prepare(examples, tokenizer, plan.data)
     rows = DataFacts(len(prepared.train), len(prepared.eval), plan.data.format)
     plan = make_plan(loaded, replace(facts, data=rows))
-    return _Stage(run, plan, tokenizer, source, prepared, observer, started)
+    chats = bool(examples.train[0].messages)
+    return _Stage(run, plan, tokenizer, source, prepared, chats, observer, started)
 
 
 def _write_inputs(loaded: LoadedRecipe, stage: _Stage, facts: Facts) -> None:
     """As given, resolved, decided, and with what. plan.json last: it is what makes the folder a run."""
-    resolved = yaml.safe_dump(
-        loaded.recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True
-    )
+    resolved = dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
     write_text(stage.run.path / "recipe.yaml", loaded.text or resolved)
     write_text(stage.run.path / "resolved.yaml", resolved)
     write_json(stage.run.path / "environment.json", environment(facts.device, stage.prepared.train))
@@ -192,6 +191,7 @@ def _tell_start(stage: _Stage) -> None:
         num_dropped=prepared.num_dropped,
         num_cut=prepared.num_cut,
         default_template=prepared.default_template,
+        chats=stage.chats,
     )
     if plan.base.trust_remote_code:
         stage.emit("warning", text=f"code that comes with {plan.base.id} runs, as the recipe allows")

@@ -23,6 +23,12 @@ def test_overrides_reach_the_plan(recipe):
     assert peftkit.make_plan(recipe, ["method.rank=8"]).method.peft.arguments["r"] == 8
 
 
+def test_overrides_of_a_loaded_recipe_count(recipe):
+    loaded = peftkit.load_recipe(recipe)
+    assert peftkit.load_recipe(loaded, ["train.max_steps=1"]).recipe.train.max_steps == 1
+    assert peftkit.load_recipe(loaded) is loaded
+
+
 def test_summaries_want_a_run(tmp_path):
     with pytest.raises(UserError):
         peftkit.summarize_run(tmp_path)

@@ -59,6 +59,19 @@ def test_all_rows_too_long(tmp_path, tokenizer):
         prepare(examples(tmp_path, ROWS), tokenizer, plan(max_length=4))
 
 
+def test_held_out_rows_follow_the_same_rule(tmp_path, tokenizer):
+    from dataclasses import replace
+
+    rows = examples(tmp_path, ROWS)
+    split = replace(rows, train=rows.train[:1], eval=rows.train[1:])
+    prepared = prepare(split, tokenizer, plan(truncation="keep_end"))
+    assert [len(prepared.eval), len(prepared.eval_examples), prepared.num_cut] == [2, 2, 1]
+    dropped = prepare(split, tokenizer, plan())
+    assert [len(dropped.eval), len(dropped.eval_examples), dropped.num_dropped] == [1, 1, 1]
+    with pytest.raises(UserError, match="held-out rows that are all longer"):
+        prepare(replace(rows, train=rows.train[:1], eval=rows.train[1:2]), tokenizer, plan())
+
+
 def test_rows_that_learn_nothing_are_errors(tmp_path, tokenizer):
     rows = [chat("hi", "long answer " * 30)]
     prepared = prepare(examples(tmp_path, rows), tokenizer, plan(truncation="keep_end"))

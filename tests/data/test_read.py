@@ -49,6 +49,13 @@ def test_csv_and_tsv(tmp_path):
     assert "b.csv:3: got 1 cells, expected 2" in refuse(tmp_path / "b.csv")
 
 
+def test_large_cells_and_deep_lines(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + "x" * 200_000 + "\n")
+    assert len(read(tmp_path / "a.csv")[0].fields["text"]) == 200_000
+    (tmp_path / "a.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
+    assert "a.jsonl:1" in refuse(tmp_path / "a.jsonl")
+
+
 def test_json_parquet_and_text(tmp_path):
     import pyarrow
     import pyarrow.parquet

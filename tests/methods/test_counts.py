@@ -47,6 +47,15 @@ def test_planned_equals_counted(model_type, case, cpu):
     assert total == plan.method.num_parameters + (trainable if adds else 0)
 
 
+@pytest.mark.parametrize("also", [["embeddings"], ["head"], ["embeddings", "head"]])
+@pytest.mark.parametrize("model_type", ["llama", "gemma", "gpt2"])
+def test_tied_tables_are_counted_once(model_type, also, cpu):
+    model = tiny_model(model_type)
+    method = {"name": "lora", "rank": 2, "also_train": also}
+    plan = plan_of(method, model.config.to_dict(), cpu)
+    assert plan.method.num_trainable == count_parameters(attach(model, plan, tokenizer=None))[0]
+
+
 def test_every_method_is_registered_under_its_own_name():
     assert {name: method.name for name, method in METHODS.items()} == {name: name for name in METHODS}
     assert set(METHODS) == {"full", "lora", "qlora", "prefix", "ia3"}

@@ -36,13 +36,40 @@ def test_folder_is_found_with_its_shapes():
 )
 def test_folders_that_are_no_models(tmp_path, files, said):
     for name in files:
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text('{"model_type": "llama"}')
     assert said in refuse(tmp_path)
 
 
 def test_broken_config_is_told(tmp_path):
     (tmp_path / "config.json").write_text("{")
     assert "not JSON" in refuse(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"model_type": 3}'])
+def test_config_without_model_type_is_told(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    assert "no model_type" in refuse(tmp_path)
+
+
+def test_config_without_sizes_is_told(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="missing or absurd sizes"):
+        find(tmp_path).facts()
+
+
+def test_the_hub_is_asked_briefly(monkeypatch):
+    import time
+
+    from peftkit.model import locate as module
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    started = time.monotonic()
+    assert not module._hub_answers()
+    assert time.monotonic() - started < 4
 
 
 def test_missing_paths_and_unknown_names(tmp_path):

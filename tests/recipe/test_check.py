@@ -39,6 +39,12 @@ def problems(method, **sections):
             {"data": {"train": "x.jsonl", "eval": None}, "evaluate": {"metric": "exact_match"}},
             "a metric without data.eval",
         ),
+        (
+            "lora",
+            {"data": {"train": "x.jsonl", "eval": 0}, "evaluate": {"metric": "exact_match"}},
+            "a metric without",
+        ),
+        ({"name": "prefix", "projection_hidden": 8}, {}, "a width without projection"),
         ("lora", {"data": {"train": "x.txt", "format": "text", "mask": "completion"}}, "no completion"),
     ],
 )
@@ -51,6 +57,14 @@ def test_conflicts_are_told(method, sections, said):
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "prefix", "ia3"])
 def test_plain_methods_are_consistent(method):
     assert problems(method) == []
+
+
+def test_a_setting_that_a_lower_layer_silences_is_told(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("base: o/m\nmethod: lora\ndata: {train: x.jsonl}\ntrain: {max_steps: 60}\n")
+    [problem] = check(load(path, ["train.epochs=2"]))
+    assert f"epochs beside max_steps ({path}:4)" in str(problem)
+    assert check(load(path, ["train.epochs=2", "train.max_steps=null"])) == []
 
 
 def test_command_line_overrides_epochs_without_conflict(tmp_path):

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkit.errors import UserError
-from peftkit.recipe.document import parse_text, parse_value, read_document
+from peftkit.recipe.document import dump_text, parse_text, parse_value, read_document
 
 
 def refuse(text: str) -> str:
@@ -82,6 +82,23 @@ def test_deep_nesting_is_refused():
 
 def test_self_reference_is_refused():
     assert refuse("a: &x [*x]\n")
+
+
+simple = (
+    st.text(max_size=12) | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
+)
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=8), simple | st.lists(simple, max_size=3), max_size=5))
+def test_what_is_dumped_is_read_back(data):
+    data.pop("<<", None)
+    if data:
+        assert parse_text(dump_text(data), name="r.yaml").data == data
+
+
+@pytest.mark.parametrize("text", ["12345e67", "1e-4", "off", "null", "1_000", "12:30", "~", "5%", "<<"])
+def test_texts_that_look_like_something_else_stay_texts(text):
+    assert parse_text(dump_text({"a": text}), name="r.yaml").data == {"a": text}
 
 
 def test_all_problems_at_once():

@@ -119,6 +119,30 @@ def test_wrong_values_on_the_command_line(tmp_path, override, said):
     assert said in str(refuse(write(tmp_path / "r.yaml", GOOD), [override]))
 
 
+def test_overrides_may_come_in_any_order(tmp_path):
+    path = write(tmp_path / "r.yaml", GOOD)
+    for overrides in (["method.rank=64", "method=qlora"], ["method=qlora", "method.rank=64"]):
+        assert (load(path, overrides).recipe.method.name, load(path, overrides).recipe.method.rank) == (
+            "qlora",
+            64,
+        )
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.epochs=.inf",
+        "train.learning_rate=.inf",
+        "train.learning_rate=.nan",
+        "seed=4294967296",
+        "data.train=[]",
+        "method.targets=[]",
+    ],
+)
+def test_absurd_values_are_refused(tmp_path, override):
+    assert refuse(write(tmp_path / "r.yaml", GOOD), [override]).problems
+
+
 def test_missing_sections_are_named(tmp_path):
     said = str(refuse(write(tmp_path / "r.yaml", "seed: 1\n")))
     for section in ("base", "method", "data"):

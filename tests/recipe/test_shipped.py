@@ -59,6 +59,8 @@ def test_show_find_and_new(tmp_path, monkeypatch):
     assert find_shipped("quickstart") is None
     (tmp_path / "new.yaml").write_text(new_recipe("org/model", "prefix"))
     assert load(tmp_path / "new.yaml").recipe.method.name == "prefix"
+    (tmp_path / "odd.yaml").write_text(new_recipe("a: b #c", "lora"))
+    assert load(tmp_path / "odd.yaml").recipe.base.id == "a: b #c"
 
 
 def test_the_set_of_recipe_keys_is_frozen():
