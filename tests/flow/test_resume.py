@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -141,7 +142,7 @@ def test_kill_nine_and_resume_from_the_command_line(long_recipe, tmp_path):
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     run = RunDir(tmp_path / "cut")
     while process.poll() is None and len(run.checkpoint_steps()) < 2:
-        pass
+        time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     done = subprocess.run(
