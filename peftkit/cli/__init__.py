@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peftkit import __version__
-
-Handler = Callable[[argparse.Namespace], int]
 
 
 @dataclass(frozen=True)
@@ -24,6 +22,13 @@ class Command:
 
 def _arg(*names: str, **options: object) -> tuple[tuple[str, ...], dict[str, object]]:
     return names, options
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}, expected a positive integer")
+    return value
 
 
 _RECIPE = _arg("recipe", metavar="RECIPE", help="recipe file, or the name of a shipped recipe")
@@ -51,7 +56,7 @@ COMMANDS: tuple[Command, ...] = (
         (
             _arg("run", metavar="RUN"),
             _arg("prompts", metavar="PROMPT", nargs="+"),
-            _arg("--max-new-tokens", metavar="N", type=int, default=128),
+            _arg("--max-new-tokens", metavar="N", type=_positive, default=128),
         ),
     ),
     Command(

@@ -190,7 +190,7 @@ def read_rows(sources: Sequence[str], *, where: str, split: str = "train") -> li
                 else "paths in a recipe are relative to the recipe's folder"
             )
             raise UserError(Problem(where, f"{source}, which is not there", "a data file", fix))
-        reader = _READERS.get(path.suffix)
+        reader = _READERS.get(path.suffix.lower())
         if reader is None:
             raise UserError(Problem(where, source, f"a file of a known kind: {', '.join(_READERS)}"))
         found = reader(path)

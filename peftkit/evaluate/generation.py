@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from peftkit import interrupt
@@ -30,7 +30,6 @@ def generate_answers(
     *,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """One greedy answer per prompt, without special tokens, in the order of the prompts.
 
@@ -63,8 +62,6 @@ def generate_answers(
             )
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text
-            if on_progress is not None:
-                on_progress(min(start + _BATCH, len(order)), len(order))
     finally:
         model.train(was_training)
     return answers

@@ -59,12 +59,9 @@ class Method:
     peft: Callable[[Any, ModelShape | None, tuple[str, ...] | str], PeftSpec | None]
     learning_rate: Callable[[int], tuple[float, str]]
     default_targets: Callable[[Family | None], tuple[tuple[str, ...] | str, str]]
-    has_targets: bool = True
     quantized: bool = False
     trains_base: bool = False
-    mergeable: bool = True
     allows_checkpointing: bool = True
-    allows_packing: bool = True
 
 
 def by_role(modules: tuple[Module, ...], size: Callable[[Module], int]) -> dict[str, int]:

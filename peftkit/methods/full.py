@@ -36,7 +36,5 @@ METHOD = Method(
     peft=peft,
     learning_rate=learning_rate,
     default_targets=no_targets,
-    has_targets=False,
     trains_base=True,
-    mergeable=False,
 )

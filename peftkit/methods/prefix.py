@@ -54,8 +54,5 @@ METHOD = Method(
     peft=peft,
     learning_rate=learning_rate,
     default_targets=no_targets,
-    has_targets=False,
-    mergeable=False,
     allows_checkpointing=False,
-    allows_packing=False,
 )

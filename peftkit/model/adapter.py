@@ -185,5 +185,6 @@ def build_loraplus_optimizer(model: Any, plan: Plan) -> Any:
         optimizer_cls=torch.optim.AdamW,
         lr=plan.train.learning_rate,
         loraplus_lr_ratio=plan.method.lr_ratio,
+        loraplus_lr_embedding=plan.train.learning_rate,
         loraplus_weight_decay=plan.train.weight_decay,
     )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import platform
 import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -33,23 +36,32 @@ def _cpu() -> DeviceFacts:
     )
 
 
+def _nvidia() -> DeviceFacts | None:
+    """The GPU that CUDA would take first, as the driver's own tool tells it; None where there is none."""
+    tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if tool is None or visible in {"", "-1"}:
+        return None
+    chosen = ["-i", visible.split(",")[0]] if visible else []
+    query = [tool, *chosen, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        name, mebibytes, capability = (part.strip() for part in answer.stdout.splitlines()[0].split(","))
+        return DeviceFacts(
+            kind="cuda",
+            name=name,
+            memory_bytes=int(mebibytes) * 2**20,
+            supports_bf16=float(capability) >= _FAST_BF16_CAPABILITY,
+            has_bitsandbytes=_has_bitsandbytes(),
+        )
+    except (subprocess.SubprocessError, OSError, ValueError, IndexError):
+        return None  # torch has the last word, and a difference is told
+
+
 def detect_device_light() -> DeviceFacts:
-    """The device as the driver's own tool tells it: no torch is imported, so it answers at once."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return _cpu()
-    query = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
-    if answer.returncode or not answer.stdout.strip():
-        return _cpu()
-    name, mebibytes, capability = (part.strip() for part in answer.stdout.splitlines()[0].split(","))
-    return DeviceFacts(
-        kind="cuda",
-        name=name,
-        memory_bytes=int(mebibytes) * 2**20,
-        supports_bf16=float(capability) >= _FAST_BF16_CAPABILITY,
-        has_bitsandbytes=_has_bitsandbytes(),
-    )
+    """The device without importing torch, so that plans answer at once."""
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return replace(_cpu(), kind="mps", name="Apple GPU", supports_bf16=False)
+    return _nvidia() or _cpu()
 
 
 def detect_device() -> DeviceFacts:
@@ -65,6 +77,8 @@ def detect_device() -> DeviceFacts:
             supports_bf16=properties.major >= _FAST_BF16_CAPABILITY,
             has_bitsandbytes=_has_bitsandbytes(),
         )
+    if torch.backends.mps.is_available():
+        return replace(_cpu(), kind="mps", name="Apple GPU", supports_bf16=False)
     return _cpu()
 
 

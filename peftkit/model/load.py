@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
@@ -95,8 +94,3 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def is_local(source: str) -> bool:
-    """Whether `source` is a folder rather than a hub id."""
-    return Path(source).is_dir()

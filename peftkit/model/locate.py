@@ -128,6 +128,7 @@ def _hub(model_id: str, revision: str | None, where: str) -> Base:
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -149,9 +150,18 @@ def _hub(model_id: str, revision: str | None, where: str) -> Base:
         raise refuse(f"which has no revision {revision!r}", "check base.revision") from None
     except RepositoryNotFoundError:
         raise refuse("which the hub does not know (or it is private)", "check the name, or log in") from None
+    except RemoteEntryNotFoundError:
+        raise refuse(
+            "which has no config.json", "is it a repository of an adapter or of GGUF files?"
+        ) from None
     except HFValidationError:
         raise refuse("which is neither a folder nor a hub id", "a hub id reads owner/name") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "an error")
+        raise refuse(
+            f"for which the hub answered {status}", "try again later, or give a local folder"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
         offline = os.environ.get("HF_HUB_OFFLINE", "") not in {"", "0"}
         reason = (
             "which is not in the cache while HF_HUB_OFFLINE is set"

@@ -144,6 +144,8 @@ def _targets(d: _Decisions, facts: Facts, method: Method) -> tuple[str, ...] | s
 
 def _feedforward(d: _Decisions, targets: tuple[str, ...] | str) -> None:
     """IA3 scales inputs only of modules that are targeted; PEFT would drop the others without a word."""
+    if isinstance(targets, str):
+        return  # all linear layers of an unknown family: proven once the model is loaded
     for name in getattr(d.loaded.recipe.method, "feedforward", None) or ():
         if not any(target == name or target.endswith(f".{name}") for target in targets):
             d.refuse(
@@ -205,6 +207,10 @@ def _data(d: _Decisions, facts: Facts) -> DataPlan:
         d.refuse(
             "data.mask", f"{mask} on raw text", "all", "raw text has no completion: every token is learnt"
         )
+    if kind == "text" and d.loaded.recipe.evaluate.metric is not None:
+        d.refuse("evaluate.metric", "a metric on raw text", "null", "raw text has no answer to compare with")
+    if data.eval and facts.data and facts.data.num_eval == 0:
+        d.made.append(Decision("data.eval", None, "decided", "too few different rows to hold any out"))
     if kind == "text":
         mask = "all"
         d.made.append(Decision("data.mask", "all", "decided", "raw text: every token is learnt"))
@@ -301,7 +307,8 @@ def _train(d: _Decisions, facts: Facts, method: Method, autocast: str | None) ->
     d.keep("train.early_stopping", stopping.model_dump() if stopping else None)
     return TrainPlan(
         num_steps=steps,
-        num_warmup_steps=math.ceil((steps or 0) * train.schedule.warmup),
+        # the first step of a warm-up has rate 0, so a single step must have none
+        num_warmup_steps=min(math.ceil((steps or 0) * train.schedule.warmup), max(0, (steps or 0) - 1)),
         learning_rate=learning_rate,
         schedule=train.schedule.kind,
         max_grad_norm=train.max_grad_norm,

@@ -87,6 +87,18 @@ def _loraplus_optimizer(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Proble
         )
 
 
+def _loraplus_alone(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
+    method = recipe.method
+    if isinstance(method, LoraOptions) and method.lr_ratio is not None and (method.dora or method.also_train):
+        with_what = "dora" if method.dora else "also_train"
+        yield Problem(
+            loaded.where(("method", "lr_ratio")),
+            f"a ratio with {with_what}",
+            "one of them",
+            f"PEFT's LoRA+ would give what {with_what} trains the larger rate too",
+        )
+
+
 def _prefix_projection(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     method = recipe.method
     if isinstance(method, PrefixOptions) and method.projection_hidden and not method.projection:
@@ -154,6 +166,7 @@ RULES: tuple[Rule, ...] = (
     _prefix_without_checkpointing,
     _lora_conflicts,
     _loraplus_optimizer,
+    _loraplus_alone,
     _prefix_projection,
     _micro_batch_divides,
     _without_effect,

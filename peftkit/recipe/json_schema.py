@@ -16,7 +16,10 @@ def recipe_schema() -> dict[str, Any]:
         "anyOf": [{"type": "string"}, properties["base"]],
         "description": "hub id, folder, .gguf file or embedded:NAME; or a mapping",
     }
-    properties["method"] = {"anyOf": [{"enum": sorted(METHODS)}, properties["method"]]}
+    properties["method"] = {
+        "anyOf": [{"enum": sorted(METHODS)}, properties["method"]],
+        "description": "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()),
+    }
     properties["extends"] = {"type": "string", "description": "another recipe to inherit from"}
     for definition in schema["$defs"].values():
         for spec in definition.get("properties", {}).values():

@@ -152,6 +152,20 @@ def _overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]
     return found, problems
 
 
+def _drop_overruled_epochs(data: dict[str, Any], sources: dict[Key, Source]) -> None:
+    """`max_steps` of a later layer overrules `epochs` of an earlier one: the recipe then has no epochs."""
+    train = data.get("train")
+    epochs, steps = (sources.get(("train", key)) for key in ("epochs", "max_steps"))
+    if (
+        isinstance(train, dict)
+        and epochs
+        and steps
+        and epochs.rank < steps.rank
+        and train["max_steps"] is not None
+    ):
+        del train["epochs"], sources[("train", "epochs")]
+
+
 def _keys(data: Any, key: Key = ()) -> list[Key]:
     if not isinstance(data, Mapping):
         return [key]
@@ -192,6 +206,7 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     _long_form(typed, {})
     command = Source("command line", "command line", Path.cwd(), 1_000_000)
     _merge(data, typed, sources, {k: command for k in _keys(typed) if k})
+    _drop_overruled_epochs(data, sources)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:

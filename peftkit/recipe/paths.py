@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 def is_data_path(text: str) -> bool:
     """Whether a data source is a file rather than a hub id."""
-    return text.endswith(DATA_SUFFIXES) or text.startswith((".", "/", "~"))
+    return text.lower().endswith(DATA_SUFFIXES) or text.startswith((".", "/", "~"))
 
 
 def is_model_path(text: str, folder: Path) -> bool:
@@ -23,7 +24,7 @@ def is_model_path(text: str, folder: Path) -> bool:
 
 
 def _absolute(text: str, folder: Path) -> str:
-    return str((folder / Path(text).expanduser()).resolve())
+    return str((folder / os.path.expanduser(text)).resolve())  # noqa: PTH111  Path's raises for unknown users
 
 
 def anchored(recipe: Recipe, folder: Callable[..., Path]) -> Recipe:

@@ -15,6 +15,8 @@ def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[s
 
     Raises UserError where the run has no result yet, or the base cannot be had any more.
     """
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError(Problem("prompt", "an empty prompt", "text to answer"))
     run = RunDir.open(path)
     plan = read_plan(run)
     result = run.adapter if plan.method.peft else run.model

@@ -16,7 +16,7 @@ from peftkit.plan import DataFacts, Facts, Plan, make_plan
 from peftkit.recipe import LoadedRecipe, load
 from peftkit.recipe.document import dump_text
 from peftkit.report import Summary, read_plan, read_summary
-from peftkit.run.environment import data_sha256, environment
+from peftkit.run.environment import environment, fingerprints
 from peftkit.run.facts import (
     converted_facts,
     data_facts,
@@ -57,6 +57,10 @@ class _Stage:
     chats: bool
     observer: Observer
     started: float
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """Of the data and the base, as they are now."""
+        return fingerprints(self.source, self.prepared.train, self.prepared.eval)
 
     def emit(self, event: str, **fields: Any) -> None:
         """Write an event and show it."""
@@ -117,7 +121,7 @@ def _write_inputs(loaded: LoadedRecipe, stage: _Stage, facts: Facts) -> None:
     resolved = dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
     write_text(stage.run.path / "recipe.yaml", loaded.text or resolved)
     write_text(stage.run.path / "resolved.yaml", resolved)
-    write_json(stage.run.path / "environment.json", environment(facts.device, stage.prepared.train))
+    write_json(stage.run.path / "environment.json", environment(facts.device, stage.fingerprints()))
     write_json(stage.run.path / "plan.json", stage.plan.to_json())
 
 
@@ -266,6 +270,26 @@ def _measure(stage: _Stage, model: Any, when: str) -> None:
     stage.emit("metric", when=when, name=wanted.metric, value=score, num_examples=len(pairs), samples=samples)
 
 
+def _refuse_changes(stage: _Stage) -> None:
+    """Data or a base that changed would make another run of this one."""
+    before, now = read_json(stage.run.path / "environment.json")["fingerprints"], stage.fingerprints()
+    names = {"data": ", ".join(stage.plan.data.train), "base": stage.plan.base.id}
+    problems = [
+        Problem(
+            names[key],
+            f"a {key} that changed since the run began"
+            if key == "base"
+            else "data that changed since the run began",
+            "the same as then",
+            "restore it, or train anew with peftkit finetune",
+        )
+        for key in names
+        if before[key] != now[key]
+    ]
+    if problems:
+        raise UserError(problems)
+
+
 def resume(path: Path, *, observer: Observer = lambda event: None) -> Summary:
     """Go on with a run from its newest checkpoint that verifies, or from the start where there is none.
 
@@ -294,14 +318,5 @@ def resume(path: Path, *, observer: Observer = lambda event: None) -> Summary:
         stage = _open(loaded, facts, examples, base, run, observer)
         stage.plan = plan
         stage.started -= max((event.get("at_seconds", 0.0) for event in run.events()), default=0.0)
-        before = read_json(run.path / "environment.json")["data_sha256"]
-        if data_sha256(stage.prepared.train) != before:
-            raise UserError(
-                Problem(
-                    ", ".join(plan.data.train),
-                    "data that changed since the run began",
-                    "the same rows",
-                    "restore the data, or train anew with peftkit finetune",
-                )
-            )
+        _refuse_changes(stage)
         return _train_and_publish(stage, checkpoint=checkpoint)

@@ -96,6 +96,12 @@ def assemble(
     if checkpoint is not None:
         progress = Progress(**read_json(checkpoint / "state.json")["progress"])
         callbacks.append(Restore(checkpoint))
+        if progress.best_step is not None and verify_folder(run.checkpoint(progress.best_step)):
+            emit(
+                "warning",
+                text=f"the best checkpoint, of step {progress.best_step}, is lost: the search starts anew",
+            )
+            progress.best_step = progress.best_loss = None
 
     def evaluate(wrapped: Any) -> float:
         return mean_token_loss(

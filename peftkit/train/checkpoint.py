@@ -84,7 +84,6 @@ def write_checkpoint(
     scheduler: Any,
     state: Any,
     progress: Mapping[str, Any],
-    randoms: RandomStates | None = None,
 ) -> Path:
     """Publish the checkpoint of `state.global_step`. Returns its folder."""
     folder = run.checkpoint(state.global_step)

@@ -1,6 +1,7 @@
 """End to end on the tiny pretrained model: real libraries, real training."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -161,6 +162,8 @@ def test_diverged_training_publishes_nothing(recipe, tmp_path):
     recipe["train"]["eval_steps"] = "auto"
     with pytest.raises(UserError, match="NaN or infinity"):
         peftkit.finetune(recipe, out=tmp_path / "run")
+    losses = [e["loss"] for e in RunDir(tmp_path / "run").events() if e["event"] == "step"]
+    assert not all(math.isfinite(loss) for loss in losses), "a NaN is told as NaN"
     assert not (tmp_path / "run" / "adapter").exists()
 
 

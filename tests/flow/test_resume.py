@@ -1,5 +1,6 @@
 """A run that is stopped and resumed ends byte for byte where an uninterrupted run ends."""
 
+import json
 import os
 import shutil
 import signal
@@ -120,6 +121,38 @@ def test_changed_data_and_finished_runs_are_refused(long_recipe, chats, tmp_path
     peftkit.resume_run(tmp_path / "cut")
     with pytest.raises(UserError, match="finished"):
         peftkit.resume_run(tmp_path / "cut")
+
+
+def test_changed_held_out_rows_and_a_changed_base_are_refused(long_recipe, tmp_path):
+    from tests.conftest import TINY_LLAMA, chat, write_jsonl
+
+    shutil.copytree(TINY_LLAMA, tmp_path / "base")
+    held = write_jsonl(tmp_path / "held.jsonl", [chat("Say alpha number 99", "alpha alpha")])
+    long_recipe["base"] = str(tmp_path / "base")
+    long_recipe["data"]["eval"] = str(held)
+    with pytest.raises(Interrupted):
+        peftkit.finetune(long_recipe, out=tmp_path / "cut", observer=stopping_at(7))
+    held.write_text(held.read_text().replace("99", "98"))
+    config = tmp_path / "base" / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(UserError) as caught:
+        peftkit.resume_run(tmp_path / "cut")
+    assert len(caught.value.problems) == 2
+
+
+def test_a_lost_best_checkpoint_is_told_and_the_run_still_ends(long_recipe, tmp_path):
+    long_recipe["train"].update(max_steps=20, eval_steps=2, checkpoint_steps=1, learning_rate=0.3)
+    with pytest.raises(Interrupted):
+        peftkit.finetune(long_recipe, out=tmp_path / "cut", observer=stopping_at(9))
+    run = RunDir(tmp_path / "cut")
+    best = json.loads((run.checkpoint(run.checkpoint_steps()[-1]) / "state.json").read_text())["progress"][
+        "best_step"
+    ]
+    assert best != run.checkpoint_steps()[-1], "a rate of 0.3 makes an early step the best"
+    (run.checkpoint(best) / "trained.safetensors").write_bytes(b"")
+    told = []
+    assert peftkit.resume_run(run.path, observer=told.append).result is not None
+    assert [e for e in told if e["event"] == "warning" and "is lost" in e["text"]]
 
 
 def test_old_checkpoints_are_rotated_by_step(long_recipe, tmp_path):

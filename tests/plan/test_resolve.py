@@ -66,6 +66,19 @@ def test_batches_always_divide(rows, micro, epochs):
     assert 0 <= made.num_warmup_steps <= made.num_steps
 
 
+def test_a_single_step_has_no_warm_up():
+    made = plan(rows=16, train={"epochs": 1.0}).train
+    assert (made.num_steps, made.num_warmup_steps) == (1, 0)
+
+
+def test_a_metric_on_raw_text_is_refused():
+    loaded = load(
+        {"base": "o/m", "method": "lora", "data": {"train": "x.txt"}, "evaluate": {"metric": "exact_match"}}
+    )
+    with pytest.raises(UserError, match="raw text has no answer"):
+        make_plan(loaded, Facts(GPU, LLAMA, DataFacts(10, 2, "text")))
+
+
 def test_precision_by_device():
     assert plan(device=GPU).base.dtype == "bfloat16"
     assert plan(device=GPU).train.autocast == "bf16"

@@ -1,6 +1,7 @@
 import pytest
 
 from peftkit.recipe import check, load
+from peftkit.recipe.document import dump_text
 
 
 def problems(method, **sections):
@@ -24,6 +25,7 @@ def problems(method, **sections):
         ),
         ({"name": "qlora", "init": "pissa"}, {}, "4-bit"),
         ({"name": "lora", "lr_ratio": 16.0}, {"train": {"optimizer": "adafactor"}}, "LoRA+"),
+        ({"name": "lora", "lr_ratio": 4.0, "dora": True}, {}, "a ratio with dora"),
         ({"name": "lora", "init": "pissa", "dora": True}, {}, "would be lost"),
         ({"name": "lora", "init": "olora", "also_train": ["norms"]}, {}, "would be lost"),
         ({"name": "lora", "also_train": ["embeddings", {"tokens": ["a"]}]}, {}, "every token's row"),
@@ -65,6 +67,19 @@ def test_a_setting_that_a_lower_layer_silences_is_told(tmp_path):
     [problem] = check(load(path, ["train.epochs=2"]))
     assert f"epochs beside max_steps ({path}:4)" in str(problem)
     assert check(load(path, ["train.epochs=2", "train.max_steps=null"])) == []
+
+
+def test_what_was_accepted_is_accepted_again(tmp_path):
+    """A resolved recipe is what resume reads: it must not hold what a later layer overruled."""
+    path = tmp_path / "r.yaml"
+    path.write_text("base: o/m\nmethod: lora\ndata: {train: x.jsonl}\ntrain: {epochs: 2}\n")
+    loaded = load(path, ["train.max_steps=5"])
+    (tmp_path / "resolved.yaml").write_text(
+        dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
+    )
+    for again in (load(tmp_path / "resolved.yaml"), load(loaded.recipe), load(loaded.recipe, ["seed=1"])):
+        assert check(again) == []
+        assert again.recipe.train.max_steps == 5
 
 
 def test_command_line_overrides_epochs_without_conflict(tmp_path):

@@ -38,6 +38,7 @@ def arguments(plan: Plan, *, output_dir: Path) -> Any:
         gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
         logging_strategy="steps",
         logging_steps=1,
+        logging_nan_inf_filter=False,  # a NaN is told as NaN, not as the mean of the others
         eval_strategy="no",  # ours weighs every token alike and draws no random numbers
         max_length=None,
         packing=False,
