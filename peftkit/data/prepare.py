@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,14 +72,14 @@ def read_examples(
     wanted_format: str,
     columns: dict[str, str],
     seed: int,
-    where: str,
+    where: Callable[[tuple[str, ...]], str],
 ) -> Examples:
     """Read, detect the format, and split. Raises UserError with file and line for what does not fit."""
 
     def examples_of(rows: list[Row], name: str) -> list[Example]:
         return to_examples(rows, name)
 
-    rows = rename(read_rows(sources, where=f"{where} data.train"), columns)
+    rows = rename(read_rows(sources, where=where(("data", "train"))), columns)
     name = detect(rows) if wanted_format == "auto" else wanted_format
     train = examples_of(rows, name)
     if isinstance(eval_source, str):
@@ -87,11 +87,11 @@ def read_examples(
         if not is_file and any(is_data_path(source) for source in sources):
             expected = "a file or a share: only hub datasets have splits"
             raise UserError(
-                Problem(f"{where} data.eval", repr(eval_source), expected, "for example eval: 5%")
+                Problem(where(("data", "eval")), repr(eval_source), expected, "for example eval: 5%")
             )
         held_rows = read_rows(
             [eval_source] if is_file else sources,
-            where=f"{where} data.eval",
+            where=where(("data", "eval")),
             split="train" if is_file else eval_source,
         )
         return Examples(tuple(train), tuple(examples_of(rename(held_rows, columns), name)), name)

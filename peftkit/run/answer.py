@@ -41,7 +41,7 @@ def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[s
     else:
         base = locate(plan.base.id, revision=plan.base.revision, where="base")
         model = load_adapter(load_model(loadable(base, "base"), plan.base, device=device), result)
-    chats = any(event["event"] == "data" and event["chats"] for event in run.events())
+    chats = any(event["event"] == "data" and event.get("chats") for event in run.events())
     texts = []
     for prompt in prompts:
         turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": ""}) if chats else ()

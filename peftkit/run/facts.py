@@ -65,7 +65,7 @@ def read(loaded: LoadedRecipe) -> Examples:
         wanted_format=data.format,
         columns=dict(data.columns),
         seed=loaded.recipe.seed,
-        where=loaded.name,
+        where=loaded.where,
     )
 
 

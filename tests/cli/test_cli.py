@@ -91,6 +91,10 @@ def test_bad_data(tmp_path, recipe_file):
         return refuse("finetune", recipe_file, f"data.train={tmp_path / name}", "--out", tmp_path / "run")
 
     assert "which is not there" in refuse("finetune", recipe_file, "data.train=/none.jsonl")
+    text = recipe_file.read_text().replace("chats.jsonl", "gone.jsonl")
+    (tmp_path / "gone.yaml").write_text(text)
+    line = next(i for i, row in enumerate(text.splitlines(), start=1) if "gone.jsonl" in row)
+    assert f"gone.yaml:{line} data.train" in refuse("finetune", tmp_path / "gone.yaml")
     assert "no rows" in with_data("empty.jsonl", "")
     assert "bad.jsonl:2" in with_data("bad.jsonl", '{"text": "x"}\n{oops\n')
     assert "the columns foo" in with_data("wrong.jsonl", '{"foo": 1}\n')

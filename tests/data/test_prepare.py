@@ -18,7 +18,7 @@ def tokenizer():
 
 def examples(tmp_path, rows, share=0.0):
     path = write_jsonl(tmp_path / "d.jsonl", rows)
-    return read_examples([str(path)], share, wanted_format="auto", columns={}, seed=0, where="r.yaml")
+    return read_examples([str(path)], share, wanted_format="auto", columns={}, seed=0, where=".".join)
 
 
 def plan(**changes):
