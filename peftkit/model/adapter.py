@@ -8,11 +8,10 @@ from typing import Any
 
 from peftkit.archs import family_of
 from peftkit.errors import Problem, UserError
+from peftkit.methods.lora import CHANGES_BASE
 from peftkit.plan.plan import MethodPlan, Plan
 from peftkit.plan.targets import unmatched
 from peftkit.rundir import publish_folder
-
-_CHANGES_BASE = ("pissa", "olora")
 
 
 def _token_ids(tokenizer: Any, tokens: Iterable[str]) -> list[int]:
@@ -150,7 +149,7 @@ def save_start(model: Any, plan: Plan, folder: Path) -> None:
 def needs_start(plan: Plan) -> bool:
     """Whether the adapter only makes sense beside its start."""
     spec = plan.method.peft
-    return spec is not None and str(spec.arguments.get("init_lora_weights")).startswith(_CHANGES_BASE)
+    return spec is not None and spec.arguments.get("init_lora_weights") in CHANGES_BASE
 
 
 def save_result(model: Any, plan: Plan, tokenizer: Any, folder: Path, *, start: Path) -> None:

@@ -286,6 +286,13 @@ def _train(d: _Decisions, facts: Facts, method: Method, autocast: str | None) ->
     )
     if ("bnb" in optimizer or "paged" in optimizer) and not on_gpu:
         d.refuse("train.optimizer", f"{optimizer} on {facts.device.kind}", "auto", "it needs a CUDA GPU")
+    if ("bnb" in optimizer or "paged" in optimizer) and not facts.device.has_bitsandbytes:
+        d.refuse(
+            "train.optimizer",
+            f"{optimizer} without bitsandbytes",
+            "an installed bitsandbytes",
+            "pip install 'peftkit[qlora]', or leave it at auto",
+        )
     checkpointing = d.keep(
         "train.gradient_checkpointing",
         train.gradient_checkpointing,

@@ -12,7 +12,7 @@ from typing import Any
 from peftkit import interrupt
 from peftkit.data.prepare import Examples, Prepared, prepare
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
-from peftkit.plan import DataFacts, Facts, Plan, make_plan
+from peftkit.plan import DataFacts, DeviceFacts, Facts, Plan, make_plan
 from peftkit.recipe import LoadedRecipe, load
 from peftkit.recipe.document import dump_text
 from peftkit.report import Summary, read_plan, read_summary
@@ -45,12 +45,13 @@ def dry_run(loaded: LoadedRecipe) -> Plan:
     return make_plan(loaded, facts)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Stage:
     """What the steps below hand to each other."""
 
     run: RunDir
     plan: Plan
+    device: DeviceFacts
     tokenizer: Any
     source: str
     prepared: Prepared
@@ -83,7 +84,7 @@ def finetune(
         with interrupt.listening():
             observer({"event": "phase", "name": "base", "detail": plan.base.id})
             stage = _open(loaded, facts, examples, base, run, observer)
-            _write_inputs(loaded, stage, facts)
+            _write_inputs(loaded, stage)
             return _train_and_publish(stage, checkpoint=None)
     finally:
         with suppress(OSError):
@@ -113,15 +114,15 @@ def _open(
     rows = DataFacts(len(prepared.train), len(prepared.eval), plan.data.format)
     plan = make_plan(loaded, replace(facts, data=rows))
     chats = bool(examples.train[0].messages)
-    return _Stage(run, plan, tokenizer, source, prepared, chats, observer, started)
+    return _Stage(run, plan, facts.device, tokenizer, source, prepared, chats, observer, started)
 
 
-def _write_inputs(loaded: LoadedRecipe, stage: _Stage, facts: Facts) -> None:
+def _write_inputs(loaded: LoadedRecipe, stage: _Stage) -> None:
     """As given, resolved, decided, and with what. plan.json last: it is what makes the folder a run."""
     resolved = dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
     write_text(stage.run.path / "recipe.yaml", loaded.text or resolved)
     write_text(stage.run.path / "resolved.yaml", resolved)
-    write_json(stage.run.path / "environment.json", environment(facts.device, stage.fingerprints()))
+    write_json(stage.run.path / "environment.json", environment(stage.device, stage.fingerprints()))
     write_json(stage.run.path / "plan.json", stage.plan.to_json())
 
 
@@ -277,9 +278,7 @@ def _refuse_changes(stage: _Stage) -> None:
     problems = [
         Problem(
             names[key],
-            f"a {key} that changed since the run began"
-            if key == "base"
-            else "data that changed since the run began",
+            f"{key} that changed since the run began",
             "the same as then",
             "restore it, or train anew with peftkit finetune",
         )
@@ -293,7 +292,7 @@ def _refuse_changes(stage: _Stage) -> None:
 def resume(path: Path, *, observer: Observer = lambda event: None) -> Summary:
     """Go on with a run from its newest checkpoint that verifies, or from the start where there is none.
 
-    Raises UserError where there is nothing to go on with, or where the data changed since.
+    Raises UserError where there is nothing to go on with, or where data or base changed since.
     """
     run = RunDir.open(path)
     plan = read_plan(run)
@@ -316,7 +315,7 @@ def resume(path: Path, *, observer: Observer = lambda event: None) -> Summary:
             observer({"event": "warning", "text": f"{fault}: passed over"})
         run.set_damaged_aside()
         stage = _open(loaded, facts, examples, base, run, observer)
-        stage.plan = plan
-        stage.started -= max((event.get("at_seconds", 0.0) for event in run.events()), default=0.0)
+        spent = max((event.get("at_seconds", 0.0) for event in run.events()), default=0.0)
+        stage = replace(stage, plan=plan, started=stage.started - spent)
         _refuse_changes(stage)
         return _train_and_publish(stage, checkpoint=checkpoint)

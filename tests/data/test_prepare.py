@@ -73,10 +73,21 @@ def test_held_out_rows_follow_the_same_rule(tmp_path, tokenizer):
 
 
 def test_rows_that_learn_nothing_are_errors(tmp_path, tokenizer):
+    from copy import deepcopy
+
+    deaf = deepcopy(tokenizer)
+    deaf.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(UserError, match=r"d\.jsonl:1: got a row in which no token is learnt"):
+        prepare(examples(tmp_path, ROWS[:1]), deaf, plan())
+
+
+def test_an_answer_longer_than_the_limit_keeps_its_end(tmp_path, tokenizer):
     rows = [chat("hi", "long answer " * 30)]
     prepared = prepare(examples(tmp_path, rows), tokenizer, plan(truncation="keep_end"))
-    assert prepared.train[0].num_learnt == 32
-    assert prepared.num_tokens == 32
+    assert (prepared.num_learnt, prepared.num_tokens, prepared.num_cut) == (32, 32, 1)
+    assert prepared.train[0].input_ids[-1] == tokenizer.eos_token_id
 
 
 @given(

@@ -96,6 +96,10 @@ def test_precision_by_device():
         ({"device": CPU, "train": {"precision": "fp16"}}, "fp16 training needs a GPU"),
         ({"method": "qlora", "device": replace(CPU, has_bitsandbytes=False)}, "pip install 'peftkit[qlora]'"),
         ({"device": CPU, "train": {"optimizer": "paged_adamw_8bit"}}, "needs a CUDA GPU"),
+        (
+            {"device": replace(GPU, has_bitsandbytes=False), "train": {"optimizer": "adamw_bnb_8bit"}},
+            "without bitsandbytes",
+        ),
         ({"train": {"max_length": 200_000}}, "at most 131072"),
         ({"method": {"name": "lora", "targets": ["gate", "qq_proj"]}}, "qq_proj"),
     ],
