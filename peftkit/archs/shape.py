@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from peftkit.archs.families import FAMILIES
-from peftkit.archs.family import Dims, Family, Linear, ModelShape, Module
+from peftkit.archs.family import Dims, Family, Linear, ModelShape, Module, Part, Task, Tensor
+from peftkit.archs.sizes import Config, Sizes
 
-Config = Mapping[str, Any]
 _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
-_USUAL_KEYS = {
-    "num_layers": "num_hidden_layers",
-    "hidden": "hidden_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "ffn": "intermediate_size",
-    "positions": "max_position_embeddings",
-}
-_BIAS_DEFAULTS = {"gpt_neox": {"attention_bias": True}}
 
 
 def family_of(model_type: str) -> Family | None:
@@ -26,75 +16,113 @@ def family_of(model_type: str) -> Family | None:
     return _BY_TYPE.get(model_type)
 
 
-def _dims(config: Config, family: Family) -> Dims:
-    def size(name: str) -> int | None:
-        value = config.get(family.config_keys.get(name, _USUAL_KEYS[name]))
-        return None if value is None else int(value)
+def task_of(family: Family, wanted: str) -> Task | None:
+    """The task to train: as wanted, or the family's own first one; None where the family has no such head."""
+    if wanted == "auto":
+        return next(iter(family.heads))
+    return next((task for task in family.heads if task == wanted), None)
 
-    hidden, heads, num_layers = size("hidden"), size("heads"), size("num_layers")
-    if hidden is None or heads is None or num_layers is None:
-        raise KeyError(f"config.json of a {family.name} model without hidden size, heads or layers")
-    head_dim = int(config.get("head_dim") or hidden // heads)
-    kv_heads = size("kv_heads") or heads
-    return Dims(
-        num_layers=num_layers,
-        hidden=hidden,
-        q=heads * head_dim,
-        kv=kv_heads * head_dim,
-        ffn=size("ffn") or 4 * hidden,
-        vocab=int(config["vocab_size"]),
-        head_dim=head_dim,
-        positions=size("positions") or 0,
+
+def _dims(sizes: Sizes) -> Dims:
+    names = ("hidden", "heads", "kv_heads", "q", "kv", "ffn", "vocab", "head_dim", "positions")
+    found = {name: sizes[name] for name in names}
+    layers = sizes["layers"]
+    for name, value in {**found, "layers": layers}.items():
+        if value < 1 and name != "positions":
+            raise ValueError(f"{name} is {value}")
+    return Dims(num_layers=layers, **found)
+
+
+def _has_bias(linear: Linear, sizes: Sizes) -> bool:
+    return linear.bias if isinstance(linear.bias, bool) else bool(sizes.key(linear.bias))
+
+
+def _module(linear: Linear, block: str, sizes: Sizes) -> Module:
+    return Module(
+        name=f"{block}.{linear.name}",
+        role=linear.role,
+        d_in=sizes[linear.d_in],
+        d_out=sizes[linear.d_out],
+        bias=_has_bias(linear, sizes),
+        num=sizes[linear.num] if linear.num else 0,
+        blocked=linear.blocked,
+        by_parameter=linear.by_parameter,
     )
 
 
-def _has_bias(linear: Linear, config: Config) -> bool:
-    if isinstance(linear.bias, bool):
-        return linear.bias
-    default = _BIAS_DEFAULTS.get(str(config["model_type"]), {}).get(linear.bias, False)
-    return bool(config.get(linear.bias, default))
+def _blocks(family: Family, sizes: Sizes) -> Iterable[tuple[str, Part]]:
+    """(block path, part) for every layer of every stack."""
+    for stack in family.stacks:
+        num_layers = sizes[stack.layers]
+        kinds = stack.kinds(sizes) if stack.kinds else [frozenset[str]()] * num_layers
+        if len(kinds) != num_layers:
+            raise ValueError(f"{num_layers} layers, but the kinds of {len(kinds)}")
+        for i in range(num_layers):
+            for part in stack.parts:
+                if not part.kind or part.kind in kinds[i]:
+                    yield stack.block.format(i=i), part
 
 
-def _num_outside_linears(family: Family, dims: Dims, *, tied: bool) -> int:
-    """Embeddings, head and norms."""
-    norm = dims.hidden * (2 if family.norm_bias else 1)
-    total = dims.vocab * dims.hidden
-    if not tied:
-        total += dims.vocab * dims.hidden + (dims.vocab if family.head_bias else 0)
-    if family.learned_positions:
-        total += dims.positions * dims.hidden
-    per_block = len(family.norms) * norm + (2 * dims.head_dim if family.qk_norm else 0)
-    return total + dims.num_layers * per_block + norm
+def _tables(family: Family, task: Task, sizes: Sizes, *, tied: bool) -> list[Tensor]:
+    """Embeddings, and the head that the task puts on top."""
+    vocab = sizes["vocab*hidden"]
+    found = [Tensor(family.embeddings, "embeddings", vocab)]
+    if task in {"causal-lm", "seq2seq"}:
+        if not tied:
+            found.append(Tensor(family.head, "head", vocab + (sizes["vocab"] if family.head_bias else 0)))
+        elif family.head_bias:
+            found.append(Tensor(family.head, "head", sizes["vocab"]))
+    found += [Tensor(w.name, w.role, sizes[w.size]) for w in family.heads[task].weights]
+    return found
 
 
-def shape_from_config(config: Config, *, source: str = "config.json") -> ModelShape | None:
-    """Shapes of a model of a known family; None where the family has no entry.
+def shape_of(
+    family: Family, config: Config, *, task: str = "auto", source: str = "config.json"
+) -> ModelShape:
+    """Shapes of a model of a family.
 
-    Raises KeyError where the configuration lacks a size that the family needs.
+    `config` may hold `num_labels` (2 where it does not), which classification heads depend on.
+    Raises KeyError where the configuration lacks a size, ValueError where one is absurd or the family has no
+    head for the task.
     """
-    family = family_of(str(config.get("model_type", "")))
-    if family is None:
-        return None
-    dims = _dims(config, family)
-    tied = bool(config.get("tie_word_embeddings", family.tied_by_default))
-    modules = tuple(
-        Module(
-            f"{family.block.format(i=i)}.{linear.name}",
-            linear.role,
-            dims.width(linear.d_in),
-            dims.width(linear.d_out),
-            _has_bias(linear, config),
-        )
-        for i in range(dims.num_layers)
-        for linear in family.linears
-    )
-    total = sum(module.num_parameters for module in modules) + _num_outside_linears(family, dims, tied=tied)
+    chosen = task_of(family, task)
+    if chosen is None:
+        raise ValueError(f"{family.name} has no {task} head: it has {', '.join(family.heads)}")
+    sizes = Sizes(config, family.sizes, {"num_labels": 2, **family.defaults})
+    dims = _dims(sizes)
+    lm = chosen in {"causal-lm", "seq2seq"}
+    tie_key = sizes.key("tie_word_embeddings")
+    tied = lm and (family.always_tied or (family.tied_by_default if tie_key is None else bool(tie_key)))
+    modules: list[Module] = []
+    tensors = _tables(family, chosen, sizes, tied=tied)
+    cache = state = num_cached = 0
+    for block, part in _blocks(family, sizes):
+        modules += [_module(linear, block, sizes) for linear in part.linears]
+        tensors += [Tensor(f"{block}.{w.name}", w.role, sizes[w.size]) for w in part.weights]
+        cache += sizes[part.cache] if part.cache else 0
+        state += sizes[part.state] if part.state else 0
+        num_cached += bool(part.cache)
+    tensors += [Tensor(w.name, w.role, sizes[w.size]) for w in family.outside]
+    key, default = family.activation
     return ModelShape(
-        family=family.name,
+        family=family,
         model_type=str(config["model_type"]),
+        task=chosen,
         dims=dims,
-        modules=modules,
-        num_parameters=total,
+        modules=tuple(modules),
+        tensors=tuple(tensors),
         tied_embeddings=tied,
+        cache_per_token=cache,
+        state_per_sequence=state,
+        num_cached_layers=num_cached,
+        activation=str(sizes.key(key) or default) if key else default,
         source=source,
     )
+
+
+def shape_from_config(
+    config: Mapping[str, object], *, task: str = "auto", source: str = "config.json"
+) -> ModelShape | None:
+    """Shapes of a model of a known family; None where the family has no entry. Raises as `shape_of`."""
+    family = family_of(str(config.get("model_type", "")))
+    return None if family is None else shape_of(family, config, task=task, source=source)

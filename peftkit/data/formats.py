@@ -24,17 +24,25 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: a chat (`messages`), a prompt with its completion, or raw text."""
+    """One training example: a chat (`messages`), a prompt with its completion, raw text, or classified text.
+
+    `tags` has one class per word of `words`, for token classification.
+    """
 
     where: str
     messages: tuple[Message, ...] = ()
     num_given: int = 0  # leading turns that are prompt, whoever speaks
     prompt: str = ""
     completion: str = ""
+    label: str = ""
+    words: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         """What makes two examples the same for splitting: their input."""
+        if self.words:
+            return " ".join(self.words)
         if self.messages:
             return "\n".join(m["content"] for m in self.messages if m["role"] != "assistant")
         return self.prompt or self.completion
@@ -107,6 +115,31 @@ def _instruction(row: Row) -> Example:
     return Example(row.where, messages=(*first, {"role": "user", "content": asked}, answer))
 
 
+def _class(value: Any, name: str) -> str:
+    """A class as text: whole numbers and text are classes, nothing else is."""
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise _BadRow(f"{name} is {value!r}", f"a class in {name}, as text or a whole number")
+    return str(value)
+
+
+def _classification(row: Row) -> Example:
+    return Example(
+        row.where, prompt=_string(row.fields, "text"), label=_class(row.fields.get("label"), "label")
+    )
+
+
+def _token_classification(row: Row) -> Example:
+    words, name = row.fields.get("tokens"), "tags" if "tags" in row.fields else "ner_tags"
+    tags = row.fields.get(name)
+    if not isinstance(words, list) or not isinstance(tags, list) or not words:
+        raise _BadRow(f"tokens and {name} that are not lists", f"a list of words and a list of {name}")
+    if len(words) != len(tags):
+        raise _BadRow(f"{len(words)} tokens with {len(tags)} {name}", "one tag for each token")
+    if not all(isinstance(word, str) and word.strip() for word in words):
+        raise _BadRow("a token that is empty or no text", "words as text")
+    return Example(row.where, words=tuple(words), tags=tuple(_class(tag, name) for tag in tags))
+
+
 def _text(row: Row) -> Example:
     return Example(row.where, completion=_string(row.fields, "text"))
 
@@ -123,6 +156,8 @@ FORMATS: dict[str, Format] = {
     "chat": Format((("messages",), ("conversations",)), _chat),
     "prompt-completion": Format((("prompt", "completion"),), _prompt_completion),
     "instruction": Format((("instruction", "output"),), _instruction),
+    "token-classification": Format((("tokens", "tags"), ("tokens", "ner_tags")), _token_classification),
+    "classification": Format((("text", "label"),), _classification),
     "text": Format((("text",),), _text),
 }
 
@@ -177,6 +212,15 @@ def rename(rows: Sequence[Row], columns: Mapping[str, str]) -> list[Row]:
         )
         for row in rows
     ]
+
+
+def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The classes that occur, sorted: numbers by value, text by alphabet; empty without classes."""
+    found = {example.label for example in examples if example.label}
+    found |= {tag for example in examples for tag in example.tags}
+    if found and all(label.lstrip("-").isdigit() for label in found):
+        return tuple(sorted(found, key=int))
+    return tuple(sorted(found))
 
 
 def to_examples(rows: Sequence[Row], name: str) -> list[Example]:

@@ -14,11 +14,16 @@ IGNORED = -100  # torch's cross entropy leaves these labels out
 
 @dataclass(frozen=True)
 class Tokenized:
-    """One example as ids and labels of equal length."""
+    """One example as ids and labels: of equal length for decoders and tags, a target or a class otherwise."""
 
     input_ids: list[int]
     labels: list[int]
     where: str
+
+    @property
+    def length(self) -> int:
+        """Tokens on the longer side."""
+        return max(len(self.input_ids), len(self.labels))
 
     @property
     def num_learnt(self) -> int:

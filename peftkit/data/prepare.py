@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftkit.data.formats import Example, detect, rename, to_examples
+from peftkit.archs import Task
+from peftkit.data.encode import ENCODERS
+from peftkit.data.formats import Example, detect, labels_of, rename, to_examples
 from peftkit.data.mask import Tokenized, tokenize
 from peftkit.data.read import Row, read_rows
 from peftkit.data.template import ensure_template, render
@@ -25,6 +27,11 @@ class Examples:
     train: tuple[Example, ...]
     eval: tuple[Example, ...]
     format: str
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes of both sets, sorted."""
+        return labels_of((*self.train, *self.eval))
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def read_examples(
 
 def _fit(rows: list[Tokenized], plan: DataPlan) -> tuple[list[Tokenized], int, int]:
     """(rows that fit, dropped, cut) under the truncation policy. Never silent: both counts are reported."""
-    long = [row for row in rows if len(row.input_ids) > plan.max_length]
+    long = [row for row in rows if row.length > plan.max_length]
     if not long:
         return rows, 0, 0
     if plan.truncation == "error":
@@ -109,7 +116,7 @@ def _fit(rows: list[Tokenized], plan: DataPlan) -> tuple[list[Tokenized], int, i
             [
                 Problem(
                     row.where,
-                    f"{len(row.input_ids)} tokens",
+                    f"{row.length} tokens",
                     f"at most {plan.max_length}",
                     "raise train.max_length or set data.truncation: drop",
                 )
@@ -117,7 +124,7 @@ def _fit(rows: list[Tokenized], plan: DataPlan) -> tuple[list[Tokenized], int, i
             ]
         )
     if plan.truncation == "drop":
-        return [row for row in rows if len(row.input_ids) <= plan.max_length], len(long), 0
+        return [row for row in rows if row.length <= plan.max_length], len(long), 0
     cut = [
         Tokenized(row.input_ids[-plan.max_length :], row.labels[-plan.max_length :], row.where)
         for row in rows
@@ -125,22 +132,35 @@ def _fit(rows: list[Tokenized], plan: DataPlan) -> tuple[list[Tokenized], int, i
     return cut, 0, len(long)
 
 
-def _tokenized(examples: Sequence[Example], tokenizer: Any, plan: DataPlan) -> list[Tokenized]:
+def _tokenized(
+    examples: Sequence[Example], tokenizer: Any, plan: DataPlan, task: Task, labels: Sequence[str]
+) -> list[Tokenized]:
     rows: list[Tokenized] = []
+    ids = {label: number for number, label in enumerate(labels)}
     for start in range(0, len(examples), _CHUNK):
-        rendered = [render(example, tokenizer) for example in examples[start : start + _CHUNK]]
-        rows.extend(tokenize(rendered, tokenizer, mask=plan.mask))
+        chunk = examples[start : start + _CHUNK]
+        if task == "causal-lm":
+            rows.extend(tokenize([render(e, tokenizer) for e in chunk], tokenizer, mask=plan.mask))
+        else:
+            rows.extend(ENCODERS[task](chunk, tokenizer, ids))
     return rows
 
 
-def prepare(examples: Examples, tokenizer: Any, plan: DataPlan) -> Prepared:
+def prepare(
+    examples: Examples,
+    tokenizer: Any,
+    plan: DataPlan,
+    *,
+    task: Task = "causal-lm",
+    labels: Sequence[str] = (),
+) -> Prepared:
     """Render, tokenize, mask and fit. Raises UserError where no row is left to learn from."""
     chats = any(example.messages for example in (*examples.train[:1], *examples.eval[:1]))
-    default_template = chats and ensure_template(tokenizer)
-    raw = _tokenized(examples.train, tokenizer, plan)
+    default_template = chats and task == "causal-lm" and ensure_template(tokenizer)
+    raw = _tokenized(examples.train, tokenizer, plan, task, labels)
     train, dropped, cut = _fit(raw, plan)
     if not train:
-        longest, shortest = max(len(r.input_ids) for r in raw), min(len(r.input_ids) for r in raw)
+        longest, shortest = max(r.length for r in raw), min(r.length for r in raw)
         raise UserError(
             Problem(
                 "train.max_length",
@@ -162,7 +182,7 @@ def prepare(examples: Examples, tokenizer: Any, plan: DataPlan) -> Prepared:
                 for row in silent[:20]
             ]
         )
-    held, held_dropped, held_cut = _fit(_tokenized(examples.eval, tokenizer, plan), plan)
+    held, held_dropped, held_cut = _fit(_tokenized(examples.eval, tokenizer, plan, task, labels), plan)
     if examples.eval and not held:
         got = f"held-out rows that are all longer than {plan.max_length} tokens"
         raise UserError(Problem("data.eval", got, "rows that fit", "raise train.max_length"))

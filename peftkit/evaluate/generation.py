@@ -8,11 +8,11 @@ from typing import Any
 from peftkit import interrupt
 from peftkit.data.template import adds_bos
 
-_BATCH = 20
 
-
-def _encode(prompts: Sequence[str], tokenizer: Any) -> Any:
-    """Left-padded ids: the prompt must end where the answer begins."""
+def _encode(prompts: Sequence[str], tokenizer: Any, *, encoder: bool) -> Any:
+    """Left-padded for decoders, whose prompt must end where the answer begins; right-padded for encoders."""
+    if encoder:
+        return tokenizer(list(prompts), return_tensors="pt", padding=True)
     bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
     texts = [text if not bos or text.startswith(bos) else bos + text for text in prompts]
     side = tokenizer.padding_side
@@ -30,6 +30,8 @@ def generate_answers(
     *,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
+    batch_size: int = 20,
+    use_cache: bool = True,
 ) -> list[str]:
     """One greedy answer per prompt, without special tokens, in the order of the prompts.
 
@@ -39,18 +41,22 @@ def generate_answers(
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
+    encoder = bool(model.config.is_encoder_decoder)
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), _BATCH):
+        for start in range(0, len(order), batch_size):
             interrupt.stop_if_requested("interrupted while generating")
-            chosen = order[start : start + _BATCH]
-            inputs = _encode([prompts[i] for i in chosen], tokenizer).to(model.device)
+            chosen = order[start : start + batch_size]
+            inputs = _encode([prompts[i] for i in chosen], tokenizer, encoder=encoder).to(model.device)
+            if encoder:
+                inputs.pop("token_type_ids", None)
             with torch.no_grad():
                 output = model.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
+                    use_cache=use_cache,
                     temperature=None,
                     top_p=None,
                     top_k=None,
@@ -58,7 +64,7 @@ def generate_answers(
                     pad_token_id=tokenizer.pad_token_id,
                 )
             texts = tokenizer.batch_decode(
-                output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+                output if encoder else output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text

@@ -2,59 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peftkit import interrupt
 from peftkit.data.mask import IGNORED, Tokenized
 
 
-def collate(rows: Sequence[Tokenized], pad_id: int) -> dict[str, Any]:
-    """Right-padded tensors of shape (rows, longest): input_ids, attention_mask, labels."""
-    import torch
+def collate(rows: Sequence[Tokenized], pad_id: int, *, task: str = "causal-lm") -> dict[str, Any]:
+    """Right-padded tensors of shape (rows, longest): input_ids, attention_mask, labels.
 
-    longest = max(len(row.input_ids) for row in rows)
-
-    def padded(values: list[int], fill: int) -> list[int]:
-        return values + [fill] * (longest - len(values))
-
-    return {
-        "input_ids": torch.tensor([padded(row.input_ids, pad_id) for row in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(row.input_ids), 0) for row in rows]),
-        "labels": torch.tensor([padded(row.labels, IGNORED) for row in rows]),
-    }
-
-
-def mean_token_loss(
-    model: Any, rows: Sequence[Tokenized], *, pad_id: int, batch_size: int, autocast: str | None = None
-) -> float:
-    """Cross entropy in nats, summed over learnt tokens and divided by their number.
-
-    The model's training mode is restored, no random number is drawn, and a signal is heard between batches.
-    Raises ValueError where no token is learnt.
+    The labels of classification have shape (rows,), those of seq2seq the length of the longest target.
     """
     import torch
 
-    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    longest = max(len(row.input_ids) for row in rows)
+    longest_labels = max(len(row.labels) for row in rows)
+
+    def padded(values: list[int], fill: int, length: int) -> list[int]:
+        return values + [fill] * (length - len(values))
+
+    labels = (
+        [row.labels[0] for row in rows]
+        if task == "classification"
+        else [padded(row.labels, IGNORED, longest_labels) for row in rows]
+    )
+    return {
+        "input_ids": torch.tensor([padded(row.input_ids, pad_id, longest) for row in rows]),
+        "attention_mask": torch.tensor([padded([1] * len(row.input_ids), 0, longest) for row in rows]),
+        "labels": torch.tensor(labels),
+    }
+
+
+def batches(
+    model: Any, rows: Sequence[Tokenized], *, pad_id: int, batch_size: int, task: str, autocast: str | None
+) -> Iterator[tuple[list[int], dict[str, Any], Any]]:
+    """(positions in `rows`, batch, output) of the model in evaluation mode, rows of like length together.
+
+    The model's training mode is restored, no random number is drawn, and a signal is heard between batches.
+    """
+    import torch
+
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(autocast or "")
     was_training = model.training
     model.eval()
-    total, num_tokens = 0.0, 0
     try:
-        for start in range(0, len(ordered), batch_size):
+        for start in range(0, len(order), batch_size):
             interrupt.stop_if_requested("interrupted while evaluating")
-            batch = {
-                k: v.to(model.device) for k, v in collate(ordered[start : start + batch_size], pad_id).items()
-            }
-            # the first token is never predicted, so its label never counts
-            count = int((batch["labels"][:, 1:] != IGNORED).sum())
-            if count == 0:
-                continue
+            chosen = order[start : start + batch_size]
+            made = collate([rows[i] for i in chosen], pad_id, task=task)
+            batch = {key: value.to(model.device) for key, value in made.items()}
             with torch.no_grad(), torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
-                total += float(model(**batch).loss) * count
-            num_tokens += count
+                yield chosen, batch, model(**batch)
     finally:
         model.train(was_training)
-    if num_tokens == 0:
+
+
+def mean_token_loss(
+    model: Any,
+    rows: Sequence[Tokenized],
+    *,
+    pad_id: int,
+    batch_size: int,
+    task: str = "causal-lm",
+    autocast: str | None = None,
+) -> float:
+    """Cross entropy in nats, summed over what is learnt (tokens, classes, tags) and divided by their number.
+
+    Raises ValueError where nothing is learnt.
+    """
+    total, num_learnt = 0.0, 0
+    for _, batch, output in batches(
+        model, rows, pad_id=pad_id, batch_size=batch_size, task=task, autocast=autocast
+    ):
+        # a decoder never predicts its first token, so that label never counts
+        labels = batch["labels"][:, 1:] if task == "causal-lm" else batch["labels"]
+        count = int((labels != IGNORED).sum())
+        if count:
+            total += float(output.loss) * count
+            num_learnt += count
+    if num_learnt == 0:
         raise ValueError("no learnt token in the held-out rows")
-    return total / num_tokens
+    return total / num_learnt
+
+
+def predict(
+    model: Any,
+    rows: Sequence[Tokenized],
+    *,
+    pad_id: int,
+    batch_size: int,
+    task: str,
+    autocast: str | None = None,
+) -> list[list[int]]:
+    """The likeliest classes: one per row, or one per tagged token of a row, in the order of `rows`."""
+    found: list[list[int]] = [[] for _ in rows]
+    for chosen, batch, output in batches(
+        model, rows, pad_id=pad_id, batch_size=batch_size, task=task, autocast=autocast
+    ):
+        best = output.logits.argmax(-1)
+        for position, row in enumerate(chosen):
+            if task == "classification":
+                found[row] = [int(best[position])]
+            else:
+                kept = batch["labels"][position] != IGNORED
+                found[row] = [int(value) for value in best[position][kept]]
+    return found

@@ -1,14 +1,14 @@
-"""What every fine-tuning method says of itself. One file per method builds one `Method`."""
+"""What a method says about itself. One file per method builds one `Method`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from peftkit.archs import Family, ModelShape, Module
+from peftkit.archs import ModelShape, Module
 
 
 class Options(BaseModel):
@@ -27,8 +27,8 @@ AlsoTrain = Literal["embeddings", "head", "norms"] | TokenRows
 Targets = Annotated[
     str | Annotated[list[str], Field(min_length=1)],
     Field(
-        description="auto, attention, all-linear, a role (q, k, v, o, gate, up, down), a module name, "
-        "or a list of roles and module names"
+        description="auto, attention, all-linear, experts, a role (q, k, v, o, gate, up, down, ...), "
+        "a module name, or a list of these"
     ),
 ]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -44,24 +44,54 @@ class PeftSpec:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """What is adapted: the modules of the shape, and how PEFT is told of them.
+
+    `names` are endings that match exactly the ordinary modules, `parameters` those of weights that PEFT
+    reaches as parameters (fused experts).
+    """
+
+    modules: tuple[Module, ...] = ()
+    names: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """What is wrong between a method's option and a model. `key` is the option's name."""
+
+    key: str
+    got: str
+    expected: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
 class Method:
     """One fine-tuning method.
 
-    `options` is the recipe section; `count` predicts trainable parameters by role for the targeted
-    modules of a shape; `peft` names the PEFT class and arguments (None: no adapter);
-    `learning_rate` gives the default and its source for a model of so many parameters.
+    `options` is the recipe section; `count` predicts trainable parameters by role for what is selected;
+    `peft` names the PEFT class and arguments (None: no adapter); `default_roles` gives the roles adapted
+    where the recipe says auto, and why; `conflicts` finds what an option and a model cannot have together;
+    `refuses` says why the method cannot work on a model at all. `nearest` is what to use instead.
     """
 
     name: str
     summary: str
     options: type[Options]
-    count: Callable[[Any, ModelShape, tuple[Module, ...]], dict[str, int]]
-    peft: Callable[[Any, ModelShape | None, tuple[str, ...] | str], PeftSpec | None]
+    count: Callable[[Any, ModelShape, Selection], dict[str, int]]
+    peft: Callable[[Any, ModelShape, Selection], PeftSpec | None]
     learning_rate: Callable[[int], tuple[float, str]]
-    default_targets: Callable[[Family | None], tuple[tuple[str, ...] | str, str]]
+    default_roles: Callable[[ModelShape], tuple[tuple[str, ...], str]] | None = None
+    conflicts: Callable[[Any, ModelShape, Selection], Iterator[Conflict]] = lambda *_: iter(())
+    refuses: Callable[[ModelShape], str] = lambda shape: ""
+    nearest: str = "lora"
     quantized: bool = False
     trains_base: bool = False
+    reaches_parameters: bool = False  # fused experts
     allows_checkpointing: bool = True
+    virtual_tokens: bool = False  # prepends learned tokens, keys or values
+    mergeable: bool = True
 
 
 def by_role(modules: tuple[Module, ...], size: Callable[[Module], int]) -> dict[str, int]:
@@ -72,6 +102,23 @@ def by_role(modules: tuple[Module, ...], size: Callable[[Module], int]) -> dict[
     return counts
 
 
-def no_targets(family: Family | None) -> tuple[tuple[str, ...] | str, str]:
-    """For methods that wrap no modules."""
-    return (), "this method adapts no single modules"
+def linear_roles(shape: ModelShape) -> tuple[tuple[str, ...], str]:
+    """The usual default: every linear layer that can be adapted as a layer."""
+    if any(module.by_parameter or module.in_experts for module in shape.modules):
+        return (
+            "attention",
+        ), "attention: the routed experts are many and fused (targets: [experts] adapts them)"
+    reason = "all linear layers: modules matter more than rank (Dettmers et al. 2023; Schulman et al. 2025)"
+    return ("all-linear",), reason
+
+
+def count_head(shape: ModelShape) -> dict[str, int]:
+    """The task's own head, which starts from nothing and is trained whole beside any adapter."""
+    head = sum(tensor.num_parameters for tensor in shape.tensors if tensor.role == "head")
+    return {"head": head} if shape.family.heads[shape.task].modules else {}
+
+
+def head_arguments(shape: ModelShape) -> dict[str, Any]:
+    """PEFT's argument that trains and saves the task's head."""
+    modules = shape.family.heads[shape.task].modules
+    return {"modules_to_save": list(modules)} if modules else {}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from peftkit.archs import ModelShape, Module
-from peftkit.methods.base import Method, Options, PeftSpec, by_role, no_targets
+from peftkit.archs import ModelShape
+from peftkit.methods.base import Method, Options, PeftSpec, Selection, by_role
 
 
 class FullOptions(Options):
@@ -14,13 +14,13 @@ class FullOptions(Options):
     name: Literal["full"]
 
 
-def count(options: FullOptions, shape: ModelShape, modules: tuple[Module, ...]) -> dict[str, int]:
-    """All parameters: the blocks' linear layers by role, the rest together."""
+def count(options: FullOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:
+    """All parameters: linear layers and experts by role, embeddings, norms, routers and states together."""
     counts = by_role(shape.modules, lambda module: module.num_parameters)
-    return {**counts, "embeddings, head and norms": shape.num_parameters - sum(counts.values())}
+    return {**counts, "the rest": shape.num_parameters - sum(counts.values())}
 
 
-def peft(options: FullOptions, shape: ModelShape | None, targets: tuple[str, ...] | str) -> PeftSpec | None:
+def peft(options: FullOptions, shape: ModelShape, selection: Selection) -> PeftSpec | None:
     return None
 
 
@@ -35,6 +35,5 @@ METHOD = Method(
     count=count,
     peft=peft,
     learning_rate=learning_rate,
-    default_targets=no_targets,
     trains_base=True,
 )

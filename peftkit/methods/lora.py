@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field
 
-from peftkit.archs import Family, ModelShape, Module, family_of
+from peftkit.archs import ModelShape
 from peftkit.methods.base import (
     AlsoTrain,
+    Conflict,
     Method,
     Options,
     PeftSpec,
     PositiveFloat,
     PositiveInt,
+    Selection,
     Targets,
     TokenRows,
     by_role,
+    count_head,
+    head_arguments,
+    linear_roles,
 )
+from peftkit.methods.ln import norm_names
 
 # Our name -> PEFT's init_lora_weights.
 INITS: dict[str, bool | str] = {
@@ -29,6 +36,7 @@ INITS: dict[str, bool | str] = {
     "eva": "eva",
 }
 CHANGES_BASE = ("pissa", "olora")  # they subtract their start from the base weights
+_TIES_KNOWN = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 
 
 class LoraOptions(Options):
@@ -39,7 +47,6 @@ class LoraOptions(Options):
     alpha: PositiveFloat | None = Field(None, description="scale numerator; 2 x rank unless given")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     targets: Targets = "auto"
-    target_parameters: list[str] = Field([], description="names of parameters (fused experts) to adapt")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
     dora: bool = Field(False, description="train magnitude and direction apart (Liu et al. 2024)")
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "default"
@@ -51,34 +58,37 @@ class LoraOptions(Options):
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
-def count(options: LoraOptions, shape: ModelShape, modules: tuple[Module, ...]) -> dict[str, int]:
-    """rank x (d_in + d_out) per module; DoRA adds d_out magnitudes; then what `also_train` adds."""
+def count(options: LoraOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:
+    """rank x (d_in + d_out) per matrix; DoRA adds d_out magnitudes; then what `also_train` adds."""
     magnitudes = 1 if options.dora else 0
-    counts = by_role(modules, lambda m: options.rank * (m.d_in + m.d_out) + magnitudes * m.d_out)
-    return {**counts, **_count_also(options, shape)}
+    counts = by_role(
+        selection.modules,
+        lambda m: max(1, m.num) * options.rank * (m.d_in + m.d_out) + magnitudes * m.d_out,
+    )
+    return {**counts, **_count_also(options, shape), **count_head(shape)}
+
+
+def _whole(options: LoraOptions) -> list[str]:
+    return [item for item in options.also_train if isinstance(item, str)]
 
 
 def _count_also(options: LoraOptions, shape: ModelShape) -> dict[str, int]:
-    dims, family = shape.dims, family_of(shape.model_type)
-    assert family is not None
-    norm = dims.hidden * (2 if family.norm_bias else 1)
-    table = dims.vocab * dims.hidden
-    whole = {item for item in options.also_train if isinstance(item, str)}
+    by_kind = shape.by_role()
+    whole = set(_whole(options))
     tokens = {token for item in options.also_train if isinstance(item, TokenRows) for token in item.tokens}
     found = {}
     if tokens:
-        found["tokens"] = len(tokens) * dims.hidden
+        found["tokens"] = len(tokens) * shape.dims.hidden
     if "norms" in whole:
-        heads = 2 * dims.head_dim if family.qk_norm else 0
-        found["norms"] = dims.num_layers * (len(family.norms) * norm + heads) + norm
+        found["norms"] = by_kind["norms"]
     if "embeddings" in whole or ("head" in whole and shape.tied_embeddings):
-        found["embeddings"] = table  # tied to the head, it is trained once
+        found["embeddings"] = by_kind["embeddings"]  # tied to the head, it is trained once
     if "head" in whole and not shape.tied_embeddings:
-        found["head"] = table + (dims.vocab if family.head_bias else 0)
+        found["head"] = by_kind["head"]
     return found
 
 
-def peft(options: LoraOptions, shape: ModelShape | None, targets: tuple[str, ...] | str) -> PeftSpec:
+def peft(options: LoraOptions, shape: ModelShape, selection: Selection) -> PeftSpec:
     """peft.LoraConfig. Token rows are filled in once the tokenizer is there."""
     arguments: dict[str, Any] = {
         "r": options.rank,
@@ -87,22 +97,52 @@ def peft(options: LoraOptions, shape: ModelShape | None, targets: tuple[str, ...
         "use_rslora": options.rslora,
         "use_dora": options.dora,
         "init_lora_weights": INITS[options.init],
-        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "target_modules": list(selection.names),
+        **head_arguments(shape),
     }
-    if options.target_parameters:
-        arguments["target_parameters"] = list(options.target_parameters)
-    family = family_of(shape.model_type) if shape else None
-    whole = [item for item in options.also_train if isinstance(item, str)]
-    if whole and family is not None:
-        names = {
-            "embeddings": (family.embeddings,),
-            "head": (family.head,),
-            "norms": (*family.norms, family.final_norm, *(("q_norm", "k_norm") if family.qk_norm else ())),
-        }
-        arguments["modules_to_save"] = [name for item in whole for name in names[item]]
-        if shape and shape.tied_embeddings and {"embeddings", "head"} & set(whole):
+    if selection.parameters:
+        arguments["target_parameters"] = list(selection.parameters)
+    whole = _whole(options)
+    if whole:
+        family = shape.family
+        names = {"embeddings": [family.embeddings], "head": [family.head], "norms": norm_names(shape)}
+        saved = [*arguments.get("modules_to_save", ()), *(name for item in whole for name in names[item])]
+        arguments["modules_to_save"] = list(dict.fromkeys(saved))
+        if shape.tied_embeddings and {"embeddings", "head"} & set(whole):
             arguments["ensure_weight_tying"] = True
     return PeftSpec("LoraConfig", arguments)
+
+
+def conflicts(options: LoraOptions, shape: ModelShape, selection: Selection) -> Iterator[Conflict]:
+    """What PEFT cannot do on weights that it reaches as parameters, and does wrongly on tied tables."""
+    if selection.parameters:
+        what = f"with {selection.parameters[0]}, which PEFT reaches as a parameter"
+        for key, value, fix in (
+            ("dropout", options.dropout, "set dropout: 0, or leave these modules out"),
+            ("dora", options.dora, "set dora: false, or leave these modules out"),
+        ):
+            if value:
+                yield Conflict(key, f"{str(value).lower()} {what}", str(type(value)(0)).lower(), fix)
+        if options.init not in {"default", "gaussian"}:
+            yield Conflict("init", f"{options.init} {what}", "default")
+    head = shape.family.heads[shape.task].modules
+    if "head" in options.also_train and head:
+        yield Conflict(
+            "also_train",
+            "head",
+            "no head here",
+            f"the {shape.task} head ({', '.join(head)}) is always trained",
+        )
+    if "norms" in options.also_train and "ln" in shape.family.refuses:
+        yield Conflict("also_train", "norms", "no norms here", shape.family.refuses["ln"])
+    table = {"embeddings", "head"} & set(_whole(options))
+    if table and shape.tied_embeddings and shape.family.embeddings not in _TIES_KNOWN:
+        yield Conflict(
+            "also_train",
+            f"{sorted(table)[0]} of a model whose {shape.family.embeddings} is tied to its head",
+            "{tokens: [...]} or neither",
+            "PEFT copies this tied table and the copy would not be used on both sides",
+        )
 
 
 def learning_rate(num_parameters: int) -> tuple[float, str]:
@@ -113,13 +153,6 @@ def learning_rate(num_parameters: int) -> tuple[float, str]:
     return 1e-4, "the QLoRA paper's value for 33B and 65B (Dettmers et al. 2023, table 9)"
 
 
-def default_targets(family: Family | None) -> tuple[tuple[str, ...] | str, str]:
-    reason = "all linear layers: modules matter more than rank (Dettmers et al. 2023; Schulman et al. 2025)"
-    if family is None:
-        return "all-linear", reason
-    return family.targets, reason
-
-
 METHOD = Method(
     name="lora",
     summary="low-rank adapters on linear layers",
@@ -127,5 +160,7 @@ METHOD = Method(
     count=count,
     peft=peft,
     learning_rate=learning_rate,
-    default_targets=default_targets,
+    default_roles=linear_roles,
+    conflicts=conflicts,
+    reaches_parameters=True,
 )

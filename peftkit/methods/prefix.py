@@ -6,8 +6,16 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from peftkit.archs import ModelShape, Module
-from peftkit.methods.base import Method, Options, PeftSpec, PositiveInt, no_targets
+from peftkit.archs import ModelShape
+from peftkit.methods.base import (
+    Method,
+    Options,
+    PeftSpec,
+    PositiveInt,
+    Selection,
+    count_head,
+    head_arguments,
+)
 
 
 class PrefixOptions(Options):
@@ -19,26 +27,29 @@ class PrefixOptions(Options):
     projection_hidden: PositiveInt | None = Field(None, description="width of that MLP; kv size unless given")
 
 
-def count(options: PrefixOptions, shape: ModelShape, modules: tuple[Module, ...]) -> dict[str, int]:
+def count(options: PrefixOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:
     """tokens x layers x (keys + values); with projection: embedding and a two-layer MLP with biases."""
     dims = shape.dims
     table = dims.num_layers * 2 * dims.kv
     if not options.projection:
-        return {"prefix": options.virtual_tokens * table}
+        return {"prefix": options.virtual_tokens * table, **count_head(shape)}
     inner = options.projection_hidden or dims.kv
     mlp = (dims.kv * inner + inner) + (inner * table + table)
-    return {"prefix": options.virtual_tokens * dims.kv, "projection": mlp}
+    return {"prefix": options.virtual_tokens * dims.kv, "projection": mlp, **count_head(shape)}
 
 
-def peft(options: PrefixOptions, shape: ModelShape | None, targets: tuple[str, ...] | str) -> PeftSpec:
-    """peft.PrefixTuningConfig; PEFT reads layers and key-value heads from the model's configuration."""
+def peft(options: PrefixOptions, shape: ModelShape, selection: Selection) -> PeftSpec:
+    """peft.PrefixTuningConfig, with the geometry given: PEFT would guess it wrongly for MQA and MPT."""
     arguments: dict[str, Any] = {
         "num_virtual_tokens": options.virtual_tokens,
         "prefix_projection": options.projection,
+        "num_layers": shape.dims.num_layers,
+        "num_attention_heads": shape.dims.kv_heads,
+        "token_dim": shape.dims.kv,
+        **head_arguments(shape),
     }
     if options.projection:
-        inner = options.projection_hidden or (shape.dims.kv if shape else None)
-        arguments["encoder_hidden_size"] = inner
+        arguments["encoder_hidden_size"] = options.projection_hidden or shape.dims.kv
     return PeftSpec("PrefixTuningConfig", arguments)
 
 
@@ -53,6 +64,8 @@ METHOD = Method(
     count=count,
     peft=peft,
     learning_rate=learning_rate,
-    default_targets=no_targets,
+    nearest="prompt",
     allows_checkpointing=False,
+    virtual_tokens=True,
+    mergeable=False,
 )

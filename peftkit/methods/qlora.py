@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 
-from peftkit.methods.lora import METHOD as LORA
+from peftkit.archs import ModelShape
+from peftkit.methods import lora
+from peftkit.methods.base import Conflict, Selection
 from peftkit.methods.lora import LoraOptions
 
 
@@ -19,4 +22,23 @@ class QloraOptions(LoraOptions):
     double_quant: bool = Field(True, description="quantize the quantization constants too")
 
 
-METHOD = replace(LORA, name="qlora", summary="LoRA over a 4-bit base", options=QloraOptions, quantized=True)
+def conflicts(options: QloraOptions, shape: ModelShape, selection: Selection) -> Iterator[Conflict]:
+    """LoRA's, and: experts in 4-bit are out of PEFT's reach, which would leave them out without a word."""
+    yield from lora.conflicts(options, shape, selection)
+    if selection.parameters:
+        yield Conflict(
+            "targets",
+            f"{selection.parameters[0]} of a 4-bit base",
+            "modules that are layers of their own",
+            "fused weights in 4-bit cannot carry LoRA: adapt attention, or use method lora",
+        )
+
+
+METHOD = replace(
+    lora.METHOD,
+    name="qlora",
+    summary="LoRA over a 4-bit base",
+    options=QloraOptions,
+    quantized=True,
+    conflicts=conflicts,
+)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peftkit.archs import family_of
+from peftkit.archs import place_of
 from peftkit.errors import Problem, UserError
 from peftkit.methods.lora import CHANGES_BASE
 from peftkit.plan.plan import MethodPlan, Plan
@@ -34,18 +34,20 @@ def _token_ids(tokenizer: Any, tokens: Iterable[str]) -> list[int]:
 
 def _check_targets(model: Any, method: MethodPlan) -> None:
     """Every named target must match a module of the real model: PEFT drops those that match nothing."""
-    arguments = method.peft.arguments if method.peft else {}
-    problems = unmatched(
-        [name for name, _ in model.named_parameters()],
-        arguments.get("target_parameters", ()),
-        "method.target_parameters",
-        what="parameter",
-    )
-    if not isinstance(method.target_modules, str):
-        names = [name for name, _ in model.named_modules() if name]
-        problems += unmatched(names, method.target_modules, "method.targets")
+    parameters = [name for name, _ in model.named_parameters()]
+    modules = [name for name, _ in model.named_modules() if name]
+    problems = unmatched(modules, method.target_modules, "method.targets")
+    problems += unmatched(parameters, method.target_parameters, "method.targets", what="parameter")
     if problems:
         raise UserError(problems)
+
+
+PEFT_TASKS = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+}
 
 
 def _peft_config(model: Any, plan: Plan, tokenizer: Any) -> Any:
@@ -60,7 +62,19 @@ def _peft_config(model: Any, plan: Plan, tokenizer: Any) -> Any:
     if arguments.get("init_lora_weights") == "eva":
         # rho 1 keeps every rank as planned; PEFT's default would move rank between layers
         arguments["eva_config"] = peft.EvaConfig(rho=1.0)
-    return getattr(peft, spec.class_name)(task_type="CAUSAL_LM", **arguments)
+    if spec.class_name == "AdaLoraConfig":
+        arguments |= _budget(plan.train.num_steps or 1)
+    return getattr(peft, spec.class_name)(task_type=PEFT_TASKS[plan.base.task], **arguments)
+
+
+def _budget(num_steps: int) -> dict[str, int]:
+    """AdaLoRA's schedule: a tenth of the run at full rank, pruned until three fifths, then left alone."""
+    return {
+        "total_step": num_steps,
+        "tinit": num_steps // 10,
+        "tfinal": num_steps - num_steps * 6 // 10,
+        "deltaT": max(1, num_steps // 100),
+    }
 
 
 def _embedding_name(model: Any) -> str:
@@ -100,35 +114,59 @@ def count_parameters(model: Any) -> tuple[int, int]:
     return trainable, sum(p.numel() for p in model.parameters())
 
 
-def trainable_by_role(model: Any, model_type: str | None) -> dict[str, int]:
+def trainable_by_role(model: Any, plan: Plan) -> dict[str, int]:
     """Counted trainable parameters by module role, in model order."""
-    family = family_of(model_type or "")
-    linears = family.linears if family else ()
     counts: dict[str, int] = {}
+    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "")
+    table = _embedding_name(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            role = _role(f".{name}", {linear.name: linear.role for linear in linears}, family)
+            role = _role(name, plan, table=table, head=head.rsplit(".", 1)[-1])
             counts[role] = counts.get(role, 0) + parameter.numel()
     return counts
 
 
-def _role(name: str, roles: Mapping[str, str], family: Any) -> str:
-    found = next((role for module, role in roles.items() if f".{module}." in name), None)
+def _role(name: str, plan: Plan, *, table: str, head: str) -> str:
+    """The role of a trained tensor, by its name."""
+    place = place_of(f".{name}.")
+    found = next((role for module, role in plan.method.roles.items() if f".{module}." in place), None)
     if found is not None:
         return found
+    if plan.method.peft is None:
+        return "the rest"
+    if ".lora_" in name and plan.method.target_parameters:
+        return _expert_role(place, plan)
+    parts = set(name.split("."))
     if "trainable_tokens" in name:
         return "tokens"
-    if ".prompt_encoder." in name:
-        return "projection" if ".transform." in name else "prefix"
-    if "modules_to_save" in name and family is not None:
-        saved = name.split(".modules_to_save.", maxsplit=1)[0].rsplit(".", 1)[-1]
-        return {family.embeddings: "embeddings", family.head: "head"}.get(saved, "norms")
-    return "embeddings, head and norms" if "lora_" not in name else name.split(".")[-4]
+    if "prompt_encoder" in parts:
+        return "projection" if "transform" in parts else plan.method.name
+    if parts & {*plan.base.head_modules, head}:
+        return "head"
+    return "embeddings" if table in parts else "norms"
+
+
+def _expert_role(place: str, plan: Plan) -> str:
+    """PEFT nests its wrappers of several parameters of one module: the outermost is the last one named."""
+    inner = place.count(".base_layer.")
+    experts = [role for module, role in plan.method.roles.items() if role.startswith("experts")]
+    return experts[-1 - inner] if inner < len(experts) else experts[0]
 
 
 def trainable_tensors(model: Any) -> dict[str, Any]:
     """Name -> parameter, for all that is trained, in model order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def wrapped_storages(model: Any) -> list[list[str]]:
+    """Names of adapted modules, grouped by the storage of the weight behind them."""
+    groups: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        weight = getattr(base, "weight", None)
+        if weight is not None and not hasattr(base, "base_layer") and weight.device.type != "meta":
+            groups.setdefault(weight.data_ptr(), []).append(name)
+    return list(groups.values())
 
 
 def non_finite(model: Any) -> list[str]:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import interrupt
-from peftkit.archs import EMBEDDED
 from peftkit.errors import Problem, UserError
-from peftkit.model.locate import Base, cache_folder
+from peftkit.model.locate import Base, cache_folder, check_pin
 from peftkit.rundir import publish_folder, sha256_of, verify_folder, write_json
 
 _FORMAT = 1  # raise when what is written changes, so that older conversions are not reused
@@ -22,16 +21,8 @@ def converted_folder(base: Base, where: str) -> Path:
     """
     assert base.path is not None
     digest = sha256_of(base.path)
-    name = base.id.removeprefix("embedded:")
-    if base.kind == "embedded" and digest != EMBEDDED[name].sha256:
-        raise UserError(
-            Problem(
-                where,
-                f"{base.path} with sha256 {digest[:12]}...",
-                f"the pinned file {EMBEDDED[name].sha256[:12]}...",
-                EMBEDDED[name].pip_line,
-            )
-        )
+    if base.kind == "embedded":
+        check_pin(base, where)
     folder = cache_folder() / "bases" / f"{base.path.stem}-{digest[:16]}-v{_FORMAT}"
     if not verify_folder(folder, hashes=False):
         return folder

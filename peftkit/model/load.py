@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
+from peftkit.archs import Task
 from peftkit.errors import Problem, UserError
 from peftkit.model.gguf import converted_folder
-from peftkit.model.locate import Base
-from peftkit.model.quantize import after_loading, quantization_config
+from peftkit.model.inspect import AUTO_CLASSES
+from peftkit.model.locate import Base, check_pin
+from peftkit.model.quantize import after_loading, mended_loading, quantization_config
 from peftkit.plan.plan import BasePlan
 
 
 def loadable(base: Base, where: str) -> str:
     """What `from_pretrained` takes: a hub id, or a folder (GGUF files are converted first)."""
-    if base.kind in {"gguf", "embedded"}:
+    if base.path is not None and base.path.suffix == ".gguf":
         return str(converted_folder(base, where))
+    if base.kind == "embedded":
+        check_pin(base, where)
     return base.id if base.path is None else str(base.path)
 
 
@@ -32,7 +37,7 @@ def load_tokenizer(source: str, plan: BasePlan) -> Any:
                 f"base {plan.id}", f"no tokenizer ({_first_line(error)})", "a tokenizer beside the weights"
             )
         ) from error
-    if tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and plan.task in {"causal-lm", "seq2seq"}:
         raise UserError(
             Problem(
                 f"base {plan.id}",
@@ -41,37 +46,44 @@ def load_tokenizer(source: str, plan: BasePlan) -> Any:
                 "without one the model never learns to stop",
             )
         )
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UserError(
+            Problem(f"base {plan.id}", "a tokenizer without padding or end token", "a padding token")
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # labels are masked by position, so the end stays learnt
     return tokenizer
 
 
 def load_model(source: str, plan: BasePlan, *, device: str) -> Any:
-    """The base with its weights. Raises UserError where it cannot be loaded."""
+    """The base with its weights and the task's head. Raises UserError where it cannot be loaded."""
     import torch
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
+    auto = getattr(transformers, AUTO_CLASSES[cast(Task, plan.task)])
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(
-            source,
-            output_loading_info=True,
-            revision=plan.revision,
-            trust_remote_code=plan.trust_remote_code,
-            use_safetensors=True,
-            dtype=getattr(torch, plan.dtype),
-            device_map={"": 0 if device == "cuda" else device},
-            quantization_config=quantization_config(plan),
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        with mended_loading(plan):
+            model, told = auto.from_pretrained(
+                source,
+                config=_config(source, plan),
+                output_loading_info=True,
+                revision=plan.revision,
+                trust_remote_code=plan.trust_remote_code,
+                use_safetensors=True,
+                dtype=getattr(torch, plan.dtype),
+                device_map={"": 0 if device == "cuda" else device},
+                quantization_config=quantization_config(plan),
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             Problem(
                 f"base {plan.id}",
                 f"a model that cannot be loaded ({_first_line(error)})",
-                "a causal language model with safetensors weights",
+                f"a model for {plan.task} with safetensors weights",
             )
         ) from error
-    missing = sorted(told["missing_keys"])
+    missing = sorted(key for key in told["missing_keys"] if not _starts_fresh(key, plan))
     if missing:
         raise UserError(
             Problem(
@@ -81,13 +93,61 @@ def load_model(source: str, plan: BasePlan, *, device: str) -> Any:
                 "transformers would start them from random numbers",
             )
         )
-    after_loading(model)
+    after_loading(model, plan)
     return model
+
+
+def _starts_fresh(key: str, plan: BasePlan) -> bool:
+    """Whether a tensor belongs to the task's head, which a base does not bring."""
+    return bool(set(key.split(".")) & set(plan.head_modules))
+
+
+def _config(source: str, plan: BasePlan) -> Any:
+    """The configuration with the plan's overrides: labels, a stretched RoPE, what the family needs."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        source, revision=plan.revision, trust_remote_code=plan.trust_remote_code
+    )
+    values: dict[str, Any] = dict(plan.overrides)
+    scaling = values.pop("rope_scaling", None)
+    if scaling:
+        values |= rope_values(config.to_dict(), scaling)
+    if plan.labels:
+        names = dict(enumerate(plan.labels))
+        values |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    config.update(values)
+    return config
+
+
+def rope_values(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' `rope_parameters` for a kind of scaling, keeping the base frequency.
+
+    Families with two kinds of layers (Gemma 3) hold one set per kind; the sliding ones see no long context.
+    """
+    stretched = {"rope_type": scaling["kind"], "factor": float(scaling["factor"])}
+    if scaling["kind"] == "yarn":
+        stretched["original_max_position_embeddings"] = scaling["trained"]
+    old = config.get("rope_parameters") or {}
+    nested = all(isinstance(value, Mapping) for value in old.values()) and old
+    if nested:
+        new: Any = {
+            kind: {**set_, **stretched} if "full" in kind else dict(set_) for kind, set_ in old.items()
+        }
+    else:
+        kept = {key: old[key] for key in ("rope_theta", "partial_rotary_factor") if key in old}
+        new = {**kept, **stretched}
+    positions = (
+        {}
+        if scaling["kind"] == "dynamic"
+        else {"max_position_embeddings": int(scaling["trained"] * scaling["factor"])}
+    )
+    return {"rope_parameters": new, **positions}
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     """Token ids that end an answer: the generation config's and the tokenizer's."""
-    known = model.generation_config.eos_token_id
+    known = model.generation_config.eos_token_id if model.generation_config else None
     ids = known if isinstance(known, list) else [known] if known is not None else []
     return list(dict.fromkeys([*ids, tokenizer.eos_token_id]))
 

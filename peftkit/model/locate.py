@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from peftkit.archs import EMBEDDED, KNOWN, Embedded, shape_from_config
+from peftkit.archs import EMBEDDED, KNOWN, Embedded
 from peftkit.errors import Problem, UserError, did_you_mean
-from peftkit.plan import ModelFacts
+from peftkit.rundir import sha256_of
 
 Kind = Literal["hub", "folder", "gguf", "embedded"]
 _TRY_HERE = "what runs here without a hub: peftkit finetune recipes/quickstart.yaml"
@@ -19,25 +19,12 @@ _TRY_HERE = "what runs here without a hub: peftkit finetune recipes/quickstart.y
 
 @dataclass(frozen=True)
 class Base:
-    """A base that was found. `config` is None where only loading can tell (a hub model not cached yet)."""
+    """A base that was found. `config` is None for a GGUF file whose header was not read yet."""
 
     id: str
     kind: Kind
     path: Path | None
     config: dict[str, Any] | None
-
-    def facts(self) -> ModelFacts:
-        """What the plan needs to know."""
-        try:
-            shape = shape_from_config(self.config) if self.config else None
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise UserError(
-                Problem(
-                    f"base {self.id}", f"a config.json with missing or absurd sizes ({error})", "its sizes"
-                )
-            ) from None
-        model_type = str(self.config["model_type"]) if self.config and "model_type" in self.config else None
-        return ModelFacts(self.id, self.kind, model_type, shape)
 
 
 def cache_folder() -> Path:
@@ -69,8 +56,42 @@ def embedded_file(name: str, where: str) -> tuple[Embedded, Path]:
     return entry, path
 
 
-def _folder(path: Path, where: str) -> Base:
+def check_pin(base: Base, where: str) -> None:
+    """Raises UserError where an embedded model's file is not the pinned one."""
+    entry, path = embedded_file(base.id.removeprefix("embedded:"), where)
+    digest = sha256_of(path)
+    if digest != entry.sha256:
+        got, wanted = f"{path} with sha256 {digest[:12]}...", f"the pinned file {entry.sha256[:12]}..."
+        raise UserError(Problem(where, got, wanted, entry.pip_line))
+
+
+_LITGPT = ("lit_model.pth", "lit_config.json")
+
+
+def _config_file(path: Path, where: str) -> dict[str, Any]:
+    """A config.json read and found to be one."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(Problem(str(path), f"text that is not JSON ({error})", "a configuration")) from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        expected = "a configuration with model_type"
+        raise UserError(Problem(str(path), "no model_type", expected, "is this a model's folder?"))
+    return config
+
+
+def _folder(path: Path, where: str, *, need_weights: bool) -> Base:
     config_file = path / "config.json"
+    lit = next((path / name for name in _LITGPT if (path / name).is_file()), None)
+    if lit is not None:
+        raise UserError(
+            Problem(
+                where,
+                f"{path}, a LitGPT checkpoint ({lit.name} is a pickle, which can run code)",
+                "a Hugging Face folder with *.safetensors",
+                f"litgpt convert_from_litgpt {path} OUT; save OUT/model.pth as safetensors, give that folder",
+            )
+        )
     if not config_file.is_file():
         raise UserError(
             Problem(
@@ -80,16 +101,8 @@ def _folder(path: Path, where: str) -> Base:
                 "a Hugging Face model folder holds config.json, weights and a tokenizer",
             )
         )
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            Problem(str(config_file), f"text that is not JSON ({error})", "a configuration")
-        ) from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        expected = "a configuration with model_type"
-        raise UserError(Problem(str(config_file), "no model_type", expected, "is this a model's folder?"))
-    if not any(path.glob("*.safetensors")):
+    config = _config_file(config_file, where)
+    if need_weights and not any(path.glob("*.safetensors")):
         pickles = sorted(p.name for p in path.glob("*.bin"))
         got = f"the folder {path} with {pickles[0]} only" if pickles else f"the folder {path} without weights"
         fix = (
@@ -182,14 +195,18 @@ def locate(model_id: str, *, revision: str | None, where: str, need_weights: boo
         entry, path = (
             embedded_file(name, where) if need_weights or name not in EMBEDDED else (EMBEDDED[name], None)
         )
+        if path is not None and path.suffix == ".safetensors":
+            path = path.parent
         return Base(model_id, "embedded", path, entry.config)
     path = Path(model_id)
     if model_id.endswith(".gguf"):
         if not path.is_file():
             raise UserError(Problem(where, f"{model_id}, which is not there", "a .gguf file"))
         return Base(model_id, "gguf", path, None)
+    if path.name == "config.json" and path.is_file() and not need_weights:
+        return Base(model_id, "folder", path.parent, _config_file(path, where))
     if path.is_dir():
-        return _folder(path, where)
+        return _folder(path, where, need_weights=need_weights)
     if path.is_absolute():
         raise UserError(Problem(where, f"{model_id}, which is not there", "a model folder or a .gguf file"))
     if not need_weights and model_id in KNOWN:

@@ -1,11 +1,14 @@
-"""The 4-bit base: bitsandbytes' configuration, and what must be mended after loading."""
+"""The 4-bit base: bitsandbytes' configuration, fused experts, and what must be mended around loading."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from peftkit.model.mends import bnb_cpu_repack
+from peftkit.model.mends import bnb_cpu_repack, falcon_linear
 from peftkit.plan.plan import BasePlan
+from peftkit.plan.targets import matches
 
 
 def quantization_config(base: BasePlan) -> Any:
@@ -20,9 +23,58 @@ def quantization_config(base: BasePlan) -> Any:
         bnb_4bit_quant_type=base.quant_type,
         bnb_4bit_use_double_quant=base.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, base.compute_dtype),
+        # a list replaces the library's own, so it is given only where something must be added to it
+        llm_int8_skip_modules=list(base.skip_4bit) or None,
     )
 
 
-def after_loading(model: Any) -> None:
-    """Mend a freshly quantized model. Call it again after anything that makes new 4-bit layers."""
+@contextmanager
+def mended_loading(base: BasePlan) -> Iterator[None]:
+    """What has to hold while a model is loaded in 4-bit."""
+    if base.quant_type is None:
+        yield
+        return
+    with falcon_linear.mended():
+        yield
+
+
+def after_loading(model: Any, base: BasePlan) -> None:
+    """Quantize fused experts and mend the layers. Call it again after anything that makes 4-bit layers."""
+    if base.quant_type is None:
+        return
+    _quantize_experts(model, base)
     bnb_cpu_repack.mend(model)
+
+
+def _quantize_experts(model: Any, base: BasePlan) -> None:
+    """Experts are 3-D parameters, which transformers leaves alone: most of a mixture stands in them."""
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    for name, module in list(model.named_modules()):
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.ndim == 3 and any(matches(f"{name}.{key}", ending) for ending in base.experts_4bit):
+                replace_parameter_4bit(
+                    module, key, quant_type=base.quant_type, compress_statistics=base.double_quant
+                )
+
+
+def coverage(model: Any) -> float:
+    """The share of parameters that is held in 4-bit, counted on the loaded model."""
+    from torch.nn.utils.parametrize import is_parametrized
+
+    held = total = 0
+    for module in model.modules():
+        parametrized = is_parametrized(module)
+        for parameter in module.parameters(recurse=False):
+            state = getattr(parameter, "quant_state", None)
+            num = state.shape.numel() if state is not None else parameter.numel()
+            held += num if state is not None else 0
+            total += num
+        if parametrized:
+            for chain in module.parametrizations.values():
+                num = chain[0].quant_state.shape.numel()
+                held, total = (
+                    held + num,
+                    total + num - sum(p.numel() for p in chain.parameters(recurse=False)),
+                )
+    return held / total

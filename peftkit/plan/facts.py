@@ -21,12 +21,11 @@ class DeviceFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The base: where it stands and, for known families, its shapes."""
+    """The base: where it stands, and its shapes with the head of the task on top."""
 
     id: str
     kind: Literal["hub", "folder", "gguf", "embedded"]
-    model_type: str | None
-    shape: ModelShape | None
+    shape: ModelShape
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class DataFacts:
     num_train: int
     num_eval: int
     format: str
+    labels: tuple[str, ...] = ()  # of classification, sorted
 
 
 @dataclass(frozen=True)

@@ -33,19 +33,27 @@ class BasePlan:
     quant_type: str | None  # 4-bit data type, or None
     double_quant: bool
     compute_dtype: Dtype
+    task: str  # which head is put on top
+    labels: tuple[str, ...]  # of a classifier, in the order of its outputs
+    head_modules: tuple[str, ...]  # may be missing from the weights: they start from nothing
+    skip_4bit: tuple[str, ...]  # modules kept out of 4-bit; empty: what the library keeps out
+    experts_4bit: tuple[str, ...]  # fused expert parameters to quantize, by their endings
+    overrides: Mapping[str, Any]  # of the configuration, at loading
 
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """The method with targets resolved. `trainable_by_role` is None where shapes are not known yet."""
+    """The method with targets resolved. `trainable_by_role` is None only in a plan that is refused."""
 
     name: str
     peft: PeftSpec | None
-    target_modules: tuple[str, ...] | str
+    target_modules: tuple[str, ...]
+    target_parameters: tuple[str, ...]
     token_rows: tuple[str, ...]
     lr_ratio: float | None
     trainable_by_role: Mapping[str, int] | None
-    num_parameters: int | None
+    num_parameters: int
+    roles: Mapping[str, str]  # path of a module with * for numbers -> its role
 
     @property
     def num_trainable(self) -> int | None:
@@ -89,11 +97,13 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class EvaluatePlan:
-    """What is measured beside the loss."""
+    """What is measured beside the loss. `generation_batch` prompts are answered at once."""
 
     metric: str | None
     max_examples: int
     max_new_tokens: int
+    generation_batch: int
+    use_cache: bool
 
 
 @dataclass(frozen=True)
@@ -119,11 +129,14 @@ class Plan:
         method = dict(value["method"])
         if method["peft"] is not None:
             method["peft"] = PeftSpec(**method["peft"])
-        for key in ("target_modules", "token_rows"):
-            method[key] = tuple(method[key]) if isinstance(method[key], list) else method[key]
+        for key in ("target_modules", "target_parameters", "token_rows"):
+            method[key] = tuple(method[key])
+        base = dict(value["base"])
+        for key in ("labels", "head_modules", "skip_4bit", "experts_4bit"):
+            base[key] = tuple(base[key])
         data = {**value["data"], "train": tuple(value["data"]["train"])}
         return cls(
-            base=BasePlan(**value["base"]),
+            base=BasePlan(**base),
             method=MethodPlan(**method),
             data=DataPlan(**data),
             train=TrainPlan(**value["train"]),

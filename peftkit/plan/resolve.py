@@ -3,55 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
 
-from peftkit.archs import family_of
-from peftkit.errors import Problem, UserError
-from peftkit.methods import METHODS, Method, TokenRows
-from peftkit.methods.lora import LoraOptions
+from peftkit.errors import UserError
+from peftkit.methods import METHODS, Method
+from peftkit.methods.qlora import QloraOptions
+from peftkit.plan.context import context_problems, rope_overrides
+from peftkit.plan.decisions import Decisions
 from peftkit.plan.facts import Facts
-from peftkit.plan.plan import (
-    BasePlan,
-    DataPlan,
-    Decision,
-    EvaluatePlan,
-    MethodPlan,
-    Plan,
-    TrainPlan,
-)
-from peftkit.plan.targets import resolve_targets, targeted, unmatched
+from peftkit.plan.method import LOW_COVERAGE, coverage, largest_rest, method_plan
+from peftkit.plan.plan import BasePlan, DataPlan, Decision, EvaluatePlan, Plan, TrainPlan
+from peftkit.plan.targets import select
+from peftkit.plan.task import METRICS, metric_of
 from peftkit.recipe import LoadedRecipe, check
 
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _EVALS_PER_RUN = 5
 
 
-@dataclass
-class _Decisions:
-    """Collects decisions and problems while the plan is made."""
-
-    loaded: LoadedRecipe
-    made: list[Decision] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-    def keep(self, dotted: str, value: Any, decided: Any = None, reason: str = "") -> Any:
-        """Record `value` as written or default; where it is "auto" or None, record `decided` instead."""
-        source = self.loaded.source(tuple(dotted.split(".")))
-        if (value is None or value == "auto") and decided is not None:
-            self.made.append(Decision(dotted, decided, "decided", reason))
-            return decided
-        self.made.append(Decision(dotted, value, str(source) if source else "default"))
-        return value
-
-    def where(self, dotted: str) -> str:
-        return self.loaded.where(tuple(dotted.split(".")))
-
-    def refuse(self, dotted: str, got: str, expected: str, fix: str = "") -> None:
-        self.problems.append(Problem(self.where(dotted), got, expected, fix))
-
-
-def _precision(d: _Decisions, facts: Facts, method: Method) -> tuple[str, str | None]:
+def _precision(d: Decisions, facts: Facts, method: Method) -> tuple[str, str | None]:
     """The dtype of the base's weights, and autocast."""
     wanted, device = d.loaded.recipe.train.precision, facts.device
     if wanted == "bf16" and device.kind == "cuda" and not device.supports_bf16:
@@ -78,157 +47,105 @@ def _precision(d: _Decisions, facts: Facts, method: Method) -> tuple[str, str | 
     return _TORCH_NAMES[precision], autocast
 
 
-def _base(d: _Decisions, facts: Facts, method: Method) -> tuple[BasePlan, str | None]:
-    recipe = d.loaded.recipe
+def _base(d: Decisions, facts: Facts, method: Method) -> tuple[BasePlan, str | None]:
+    recipe, shape = d.loaded.recipe, facts.model.shape
     d.keep("base.id", recipe.base.id)
     if recipe.base.revision is not None:
         d.keep("base.revision", recipe.base.revision)
     if recipe.base.trust_remote_code:
-        d.keep("base.trust_remote_code", True, reason="code that comes with the model will run")
-    if method.quantized and not facts.device.has_bitsandbytes:
-        d.refuse(
-            "method.name",
-            "qlora without bitsandbytes",
-            "an installed bitsandbytes",
-            "pip install 'peftkit[qlora]', or use method lora",
-        )
-    if method.quantized and facts.device.kind == "mps":
-        d.refuse("method.name", "qlora on mps", "a CUDA GPU or a CPU", "use method lora")
+        d.keep("base.trust_remote_code", True)
     dtype, autocast = _precision(d, facts, method)
-    quant = (recipe.method.quant_type, recipe.method.double_quant) if method.quantized else (None, False)  # type: ignore[union-attr]
+    skip, experts = _four_bit(d, facts, method) if method.quantized else ((), ())
+    overrides = {**shape.family.overrides, **rope_overrides(d, shape)}
+    for key, value in shape.family.overrides.items():
+        d.decide(f"base.config.{key}", value, next(t for t in shape.family.mind if key in t))
+    quantized = recipe.method if isinstance(recipe.method, QloraOptions) else None
     return BasePlan(
         id=recipe.base.id,
         kind=facts.model.kind,
         revision=recipe.base.revision,
         trust_remote_code=recipe.base.trust_remote_code,
         dtype=dtype,
-        quant_type=quant[0],
-        double_quant=quant[1],
+        quant_type=quantized.quant_type if quantized else None,
+        double_quant=bool(quantized and quantized.double_quant),
         compute_dtype=dtype,
+        task=shape.task,
+        labels=facts.data.labels if facts.data else (),
+        head_modules=shape.family.heads[shape.task].modules,
+        skip_4bit=skip,
+        experts_4bit=experts,
+        overrides=overrides,
     ), autocast
 
 
-def _targets(d: _Decisions, facts: Facts, method: Method) -> tuple[str, ...] | str:
-    wanted = getattr(d.loaded.recipe.method, "targets", None)
-    family = family_of(facts.model.model_type or "")
-    if wanted is None:
-        return ()
-    if wanted == "auto":
-        decided, reason = method.default_targets(family)
-        if not decided:
-            d.refuse("method.targets", "auto", "module names", reason)
-        d.keep("method.targets", wanted, decided if isinstance(decided, str) else list(decided), reason)
-        return decided
-    if family is None:
-        if wanted == "all-linear":
-            return str(d.keep("method.targets", wanted))
-        items = [wanted] if isinstance(wanted, str) else wanted
-        if "attention" in items:
-            d.refuse(
-                "method.targets",
-                "attention",
-                "module names",
-                f"the family {facts.model.model_type!r} is not known here: name its modules",
-            )
-        d.keep("method.targets", items)
-        return tuple(items)
-    names, problems = resolve_targets(wanted, family, d.where("method.targets"))
-    if facts.model.shape is not None:
-        full = [module.name for module in facts.model.shape.modules]
-        numbered = [name for name in names if any(part.isdigit() for part in name.split("."))]
-        problems += unmatched(full, numbered, d.where("method.targets"))
-    d.problems.extend(problems)
-    d.keep("method.targets", list(names))
-    return names
-
-
-def _feedforward(d: _Decisions, targets: tuple[str, ...] | str) -> None:
-    """IA3 scales inputs only of modules that are targeted; PEFT would drop the others without a word."""
-    if isinstance(targets, str):
-        return  # all linear layers of an unknown family: proven once the model is loaded
-    for name in getattr(d.loaded.recipe.method, "feedforward", None) or ():
-        if not any(target == name or target.endswith(f".{name}") for target in targets):
-            d.refuse(
-                "method.feedforward",
-                f"{name!r}, which is not among the targets",
-                f"one of {', '.join(targets)}",
-                f"add {name} to method.targets",
-            )
-
-
-def _method(d: _Decisions, facts: Facts, method: Method) -> MethodPlan:
-    options, shape = d.loaded.recipe.method, facts.model.shape
-    targets = _targets(d, facts, method)
-    _feedforward(d, targets)
-    d.keep("method.name", method.name)
-    shown = {"name", "targets", "alpha"}
-    for name in type(options).model_fields:
-        if name not in shown:
-            d.keep(f"method.{name}", getattr(options, name))
-    rows: tuple[str, ...] = ()
-    if isinstance(options, LoraOptions):
-        d.keep("method.alpha", options.alpha, options.scale_alpha, "2 x rank")
-        rows = tuple(
-            dict.fromkeys(
-                token for item in options.also_train if isinstance(item, TokenRows) for token in item.tokens
-            )
+def _four_bit(d: Decisions, facts: Facts, method: Method) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(modules kept out of 4-bit, fused experts put into it); says how much of the model 4-bit covers."""
+    shape, device = facts.model.shape, facts.device
+    if not device.has_bitsandbytes:
+        d.refuse(
+            "method.name",
+            "qlora without bitsandbytes",
+            "an installed bitsandbytes",
+            "pip install 'peftkit[qlora]', or use method lora",
         )
-        if options.also_train and shape is None and any(isinstance(i, str) for i in options.also_train):
+    if device.kind == "mps":
+        d.refuse("method.name", "qlora on mps", "a CUDA GPU or a CPU", "use method lora")
+    share = coverage(shape)
+    text = "linear layers and fused experts; the rest stays as it is"
+    if share < LOW_COVERAGE:
+        text = f"little: most of this model is {largest_rest(shape)}, which 4-bit does not hold"
+    d.decide("base.in_4bit", f"{100 * share:.1f} %", text)
+    head = shape.family.heads[shape.task].modules
+    skip = (*shape.family.skip_4bit, *(head or (shape.family.head,)))
+    if not shape.family.skip_4bit and not head:
+        skip = ()
+    if shape.family.skip_4bit:
+        d.decide(
+            "base.kept_out_of_4bit", list(skip), "this family reads these weights in a way that 4-bit breaks"
+        )
+    experts = select([m for m in shape.modules if m.in_experts], shape, as_parameters=True).parameters
+    return skip, experts
+
+
+def _mask(d: Decisions, facts: Facts, kind: str) -> str:
+    """Which tokens count in the loss."""
+    data, task = d.loaded.recipe.data, facts.model.shape.task
+    written = d.loaded.source(("data", "mask"))
+    if task != "causal-lm":
+        if written:
             d.refuse(
-                "method.also_train",
-                "embeddings, head or norms",
-                "a known family",
-                f"the family {facts.model.model_type!r} is not known here",
+                "data.mask", f"a mask for {task}", "no mask", "only decoders learn a part of what they read"
             )
-    counted = None
-    if shape is not None and not d.problems:
-        counted = method.count(options, shape, targeted(shape.modules, targets))
-    return MethodPlan(
-        name=method.name,
-        peft=method.peft(options, shape, targets),
-        target_modules=targets,
-        token_rows=rows,
-        lr_ratio=getattr(options, "lr_ratio", None),
-        trainable_by_role=counted,
-        num_parameters=shape.num_parameters if shape else None,
-    )
+        return "all"
+    if kind != "text":
+        return str(d.keep("data.mask", data.mask))
+    if data.mask != "all" and written and data.format == "auto":
+        fix = "raw text has no completion: every token is learnt"
+        d.refuse("data.mask", f"{data.mask} on raw text", "all", fix)
+    d.decide("data.mask", "all", "raw text: every token is learnt")
+    return "all"
 
 
-def _data(d: _Decisions, facts: Facts) -> DataPlan:
+def _data(d: Decisions, facts: Facts) -> DataPlan:
     data, train = d.loaded.recipe.data, d.loaded.recipe.train
-    shape = facts.model.shape
     d.keep("data.train", data.train)
     d.keep("data.eval", data.eval)
     d.keep("data.columns", dict(data.columns))
     found = facts.data.format if facts.data else None
-    kind = d.keep("data.format", data.format, found, "from the columns of the data")
-    mask = data.mask
-    if kind == "text" and mask != "all" and d.loaded.source(("data", "mask")) and data.format == "auto":
-        d.refuse(
-            "data.mask", f"{mask} on raw text", "all", "raw text has no completion: every token is learnt"
-        )
-    if kind == "text" and d.loaded.recipe.evaluate.metric is not None:
-        d.refuse("evaluate.metric", "a metric on raw text", "null", "raw text has no answer to compare with")
+    kind = str(d.keep("data.format", data.format, found, "from the columns of the data"))
     if data.eval and facts.data and facts.data.num_eval == 0:
-        d.made.append(Decision("data.eval", None, "decided", "too few different rows to hold any out"))
-    if kind == "text":
-        mask = "all"
-        d.made.append(Decision("data.mask", "all", "decided", "raw text: every token is learnt"))
-    else:
-        d.keep("data.mask", data.mask)
+        d.decide("data.eval", None, "too few different rows to hold any out")
+    mask = _mask(d, facts, kind)
     truncation = d.keep("data.truncation", data.truncation, "drop", "a cut answer teaches to stop early")
+    if truncation == "keep_end" and facts.model.shape.task != "causal-lm":
+        fix = "an encoder needs the start that its special tokens mark"
+        d.refuse("data.truncation", f"keep_end for {facts.model.shape.task}", "drop or error", fix)
     max_length = d.keep("train.max_length", train.max_length)
-    if shape is not None and shape.dims.positions and max_length > shape.dims.positions:
-        d.refuse(
-            "train.max_length",
-            str(max_length),
-            f"at most {shape.dims.positions}",
-            "the model was trained on no more positions",
-        )
+    context_problems(d, facts.model.shape, max_length)
     return DataPlan(
         train=tuple(data.train),
         eval=data.eval,
-        format=str(kind),
+        format=kind,
         columns=dict(data.columns),
         mask=mask,
         truncation=str(truncation),
@@ -236,7 +153,33 @@ def _data(d: _Decisions, facts: Facts) -> DataPlan:
     )
 
 
-def _batch(d: _Decisions, facts: Facts) -> tuple[int, int]:
+def _evaluate(d: Decisions, facts: Facts, method: Method) -> EvaluatePlan:
+    """The metric, and how answers are generated where the family needs care."""
+    wanted, shape = d.loaded.recipe.evaluate, facts.model.shape
+    family = shape.family
+    metric = d.keep("evaluate.metric", wanted.metric, *metric_of(shape.task))
+    if metric in {"auto", "none"}:
+        metric = None
+    if metric is not None and metric not in METRICS[shape.task]:
+        known = ", ".join(METRICS[shape.task])
+        d.refuse("evaluate.metric", f"{metric} for {shape.task}", f"one of {known}")
+    if metric is not None and facts.data and facts.data.format == "text":
+        d.refuse("evaluate.metric", "a metric on raw text", "null", "raw text has no answer to compare with")
+    for name in ("max_examples", "max_new_tokens"):
+        d.keep(f"evaluate.{name}", getattr(wanted, name))
+    if not family.batches_generation:
+        d.decide(
+            "evaluate.generation_batch", 1, f"cached decoding of several prompts is wrong on {family.name}"
+        )
+    use_cache = family.cached_prompts or not method.virtual_tokens
+    if not use_cache:
+        d.decide("evaluate.use_cache", False, f"PEFT would prepend the prompt at every step on {family.name}")
+    return EvaluatePlan(
+        metric, wanted.max_examples, wanted.max_new_tokens, 20 if family.batches_generation else 1, use_cache
+    )
+
+
+def _batch(d: Decisions, facts: Facts) -> tuple[int, int]:
     """Examples per step and per forward pass."""
     train = d.loaded.recipe.train
     rows = facts.data.num_train if facts.data else None
@@ -248,7 +191,7 @@ def _batch(d: _Decisions, facts: Facts) -> tuple[int, int]:
     return batch, micro
 
 
-def _steps(d: _Decisions, facts: Facts, batch: int) -> int | None:
+def _steps(d: Decisions, facts: Facts, batch: int) -> int | None:
     train = d.loaded.recipe.train
     rows = facts.data.num_train if facts.data else None
     if train.max_steps is not None:
@@ -268,9 +211,9 @@ def _steps(d: _Decisions, facts: Facts, batch: int) -> int | None:
     return steps
 
 
-def _train(d: _Decisions, facts: Facts, method: Method, autocast: str | None) -> TrainPlan:
+def _train(d: Decisions, facts: Facts, method: Method, autocast: str | None) -> TrainPlan:
     train, shape = d.loaded.recipe.train, facts.model.shape
-    rate, why = method.learning_rate(shape.num_parameters if shape else 8_000_000_000)
+    rate, why = method.learning_rate(shape.num_parameters)
     batch, micro = _batch(d, facts)
     steps = _steps(d, facts, batch)
     learning_rate = d.keep("train.learning_rate", train.learning_rate, rate, why)
@@ -336,28 +279,25 @@ def _train(d: _Decisions, facts: Facts, method: Method, autocast: str | None) ->
 def make_plan(loaded: LoadedRecipe, facts: Facts) -> Plan:
     """Decide everything. Raises UserError with every conflict between recipe, device, model and data."""
     recipe = loaded.recipe
-    d = _Decisions(loaded)
+    d = Decisions(loaded)
     d.problems.extend(check(loaded))
     method = METHODS[recipe.method.name]
+    d.keep("task", recipe.task, facts.model.shape.task, "what this family and this data are for")
     base, autocast = _base(d, facts, method)
-    method_plan = _method(d, facts, method)
     data = _data(d, facts)
     train = _train(d, facts, method, autocast)
-    for name in ("metric", "max_examples", "max_new_tokens"):
-        d.keep(f"evaluate.{name}", getattr(recipe.evaluate, name))
-    d.keep("task", recipe.task, "causal-lm", "the only task so far")
+    evaluate = _evaluate(d, facts, method)
+    chosen = method_plan(d, facts.model.shape)
     d.keep("seed", recipe.seed)
     if d.problems:
         raise UserError(d.problems)
     return Plan(
         base=base,
-        method=method_plan,
+        method=chosen,
         data=data,
         train=train,
         device=facts.device.kind,
         seed=recipe.seed,
-        evaluate=EvaluatePlan(
-            recipe.evaluate.metric, recipe.evaluate.max_examples, recipe.evaluate.max_new_tokens
-        ),
+        evaluate=evaluate,
         decisions=tuple(d.made),
     )

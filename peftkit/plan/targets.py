@@ -1,26 +1,18 @@
-"""`method.targets` to module names: roles, groups and explicit names, each proven to match something."""
+"""`method.targets` to modules of the model: roles, groups and names, each proven to match something."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peftkit.archs import Family, Module
-from peftkit.archs.families import ATTENTION_ROLES
+from peftkit.archs import ATTENTION_ROLES, EXPERT_ROLES, ModelShape, Module, shortest_names
+from peftkit.archs.family import NOT_BY_DEFAULT
 from peftkit.errors import Problem, nearest
-
-Names = tuple[str, ...]
+from peftkit.methods import Method, Selection
 
 
 def matches(module_name: str, target: str) -> bool:
     """PEFT's rule for a list of targets: the whole name, or an ending at a dot."""
     return module_name == target or module_name.endswith(f".{target}")
-
-
-def targeted(modules: Sequence[Module], targets: Names | str) -> tuple[Module, ...]:
-    """The modules that `targets` reaches."""
-    if targets == "all-linear":
-        return tuple(modules)
-    return tuple(module for module in modules if any(matches(module.name, name) for name in targets))
 
 
 def unmatched(
@@ -50,34 +42,92 @@ def unmatched(
     return problems
 
 
-def resolve_targets(wanted: str | Sequence[str], family: Family, where: str) -> tuple[Names, list[Problem]]:
-    """Module names for what the recipe asks, for a known family, and what is wrong with it.
+def _weight(module: Module) -> str:
+    """The parameter behind a module that PEFT is to reach as a parameter."""
+    return module.name if module.in_experts else f"{module.name}.weight"
 
-    `wanted` is "attention", "all-linear", a role, a name, or a list of roles and names.
-    """
-    items = [wanted] if isinstance(wanted, str) else list(wanted)
-    every = family.targets
-    found: list[str] = []
+
+def select(modules: Sequence[Module], shape: ModelShape, *, as_parameters: bool) -> Selection:
+    """How PEFT is told of these modules. `as_parameters`: its LoRA renames fused experts, so take weights."""
+    by_weight = [m for m in modules if m.in_experts or (as_parameters and m.by_parameter)]
+    by_name = [m for m in modules if m not in by_weight]
+    others = [tensor.name for tensor in shape.tensors]
+    everything = [module.name for module in shape.modules] + others
+    weights = [_weight(module) for module in shape.modules]
+    return Selection(
+        tuple(modules),
+        shortest_names([m.name for m in by_name], everything),
+        shortest_names([_weight(m) for m in by_weight], weights),
+    )
+
+
+def _group(item: str, shape: ModelShape) -> list[Module] | None:
+    """The modules of a group or role; None where `item` is neither."""
+    free = [m for m in shape.modules if not m.blocked]
+    if item == "all-linear":
+        return [m for m in free if m.role not in NOT_BY_DEFAULT]
+    if item == "attention":
+        return [m for m in free if m.role in ATTENTION_ROLES or m.role.startswith("ssm_in")]
+    if item == "experts":
+        return [m for m in free if m.role in EXPERT_ROLES]
+    roles = {m.role for m in shape.modules}
+    return [m for m in shape.modules if m.role == item] if item in roles else None
+
+
+def _tables(shape: ModelShape) -> dict[str, str]:
+    """Embeddings and head by name: they stand outside the blocks and are trained another way."""
+    return {shape.family.embeddings: "embeddings", shape.family.head: "head"}
+
+
+def _no_such(item: str, shape: ModelShape, where: str) -> Problem:
+    roles = ", ".join(dict.fromkeys(m.role for m in shape.modules if not m.blocked))
+    names = [module.name for module in shape.modules]
+    [problem] = unmatched(names, [item], where)
+    fix = f"roles of {shape.family.name}: {roles}; {problem.fix}"
+    return Problem(where, problem.got, "a role or module of the model", fix)
+
+
+def _named(item: str, shape: ModelShape, where: str) -> tuple[list[Module], list[Problem]]:
+    """The modules under an explicit name, and what is wrong with it."""
+    found = [m for m in shape.modules if matches(m.name, item)]
+    table = next((kind for name, kind in _tables(shape).items() if name == item), None)
+    if table is not None:
+        fix = f"also_train: [{table}] trains it whole" + (
+            "; {tokens: [...]} trains single rows and keeps the tie" if shape.tied_embeddings else ""
+        )
+        return [], [Problem(where, f"{item!r}, the model's {table}", "a layer inside the blocks", fix)]
+    if not found:
+        return [], [_no_such(item, shape, where)]
+    return found, []
+
+
+def resolve_targets(
+    wanted: str | Sequence[str], shape: ModelShape, method: Method, where: str
+) -> tuple[list[Module], list[Problem]]:
+    """The modules that the recipe asks for, in model order, and what is wrong with the request."""
+    chosen: set[str] = set()
     problems: list[Problem] = []
-    for item in items:
-        if item == "all-linear":
-            found.extend(every)
-        elif item == "attention":
-            found.extend(name for role in ATTENTION_ROLES for name in family.roles.get(role, ()))
-        elif item in family.roles:
-            found.extend(family.roles[item])
-        else:
-            full = [f"{family.block.format(i=0)}.{linear.name}" for linear in family.linears]
-            known = [*full, f"x.{family.embeddings}", f"x.{family.head}"]
-            bad = [] if _is_numbered(item) else unmatched(known, [item], where)
-            roles = f"; roles of {family.name}: {', '.join(family.roles)}"
-            problems.extend(
-                Problem(p.where, p.got, "a role or module of the model", p.fix + roles) for p in bad
+    for item in [wanted] if isinstance(wanted, str) else wanted:
+        group = _group(item, shape)
+        modules, bad = (group, []) if group is not None else _named(item, shape, where)
+        problems += bad
+        if group == []:
+            problems.append(_no_such(item, shape, where))
+        blocked = [m for m in modules if m.blocked]
+        if blocked:
+            fix = "leave it out; the default targets are those that work"
+            problems.append(
+                Problem(where, f"{item!r}: {blocked[0].blocked}", "modules that can be adapted", fix)
             )
-            found.append(item)
-    return tuple(dict.fromkeys(found)), problems
-
-
-def _is_numbered(name: str) -> bool:
-    """Names a single layer (layers.3.self_attn.q_proj): proven once the model is loaded."""
-    return any(part.isdigit() for part in name.split("."))
+        fused = [m for m in modules if m.in_experts]
+        if fused and not method.reaches_parameters:
+            problems.append(
+                Problem(
+                    where,
+                    f"{item!r} with {method.name}",
+                    "layers of their own",
+                    f"{fused[0].role} is a fused parameter, which only LoRA reaches: use method lora",
+                )
+            )
+        chosen |= {m.name for m in modules}
+    return [m for m in shape.modules if m.name in chosen], problems

@@ -28,25 +28,6 @@ def _lora_conflicts(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     method = recipe.method
     if not isinstance(method, LoraOptions):
         return
-    if method.target_parameters:
-        if method.dropout:
-            yield Problem(
-                loaded.where(("method", "dropout")),
-                f"{method.dropout} with target_parameters",
-                "0",
-                "PEFT has no dropout on parameters: set dropout: 0 or name modules",
-            )
-        if method.dora:
-            yield Problem(
-                loaded.where(("method", "dora")),
-                "true with target_parameters",
-                "false",
-                "PEFT has no DoRA on parameters",
-            )
-        if method.init in (*CHANGES_BASE, "eva"):
-            yield Problem(
-                loaded.where(("method", "init")), f"{method.init} with target_parameters", "default"
-            )
     if method.init in CHANGES_BASE and (method.dora or method.also_train):
         with_what = "dora" if method.dora else "also_train"
         yield Problem(
@@ -146,7 +127,7 @@ def _without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
                 "auto",
                 "set data.eval: 5%",
             )
-        if recipe.evaluate.metric is not None:
+        if recipe.evaluate.metric not in {None, "auto"}:
             yield Problem(
                 loaded.where(("evaluate", "metric")),
                 "a metric without data.eval",

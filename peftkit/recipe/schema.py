@@ -9,23 +9,34 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from peftkit.methods import METHODS, Options
+from peftkit.methods import Options
+from peftkit.methods.adalora import AdaloraOptions
 from peftkit.methods.base import PositiveFloat, PositiveInt
 from peftkit.methods.full import FullOptions
 from peftkit.methods.ia3 import Ia3Options
+from peftkit.methods.ln import LnOptions
 from peftkit.methods.lora import LoraOptions
+from peftkit.methods.oft import OftOptions
 from peftkit.methods.prefix import PrefixOptions
+from peftkit.methods.prompt import PromptOptions
 from peftkit.methods.qlora import QloraOptions
+from peftkit.methods.vera import VeraOptions
 from peftkit.units import parse_share
 
 Auto = Literal["auto"]
 AnyMethod = Annotated[
-    FullOptions | LoraOptions | QloraOptions | PrefixOptions | Ia3Options, Field(discriminator="name")
+    FullOptions
+    | LoraOptions
+    | QloraOptions
+    | PrefixOptions
+    | Ia3Options
+    | PromptOptions
+    | VeraOptions
+    | OftOptions
+    | AdaloraOptions
+    | LnOptions,
+    Field(discriminator="name"),
 ]
-assert {
-    kind.model_fields["name"].annotation.__args__[0]  # type: ignore[union-attr]
-    for kind in (FullOptions, LoraOptions, QloraOptions, PrefixOptions, Ia3Options)
-} == set(METHODS)
 
 
 def _share(value: Any) -> Any:
@@ -36,12 +47,23 @@ def _share(value: Any) -> Any:
 Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_share)]
 
 
+class RopeScaling(Options):
+    """Rotary positions stretched beyond the trained ones."""
+
+    kind: Literal["linear", "dynamic", "yarn"] = Field(
+        "yarn",
+        description="linear: positions divided; dynamic: NTK, grows with the length; yarn: by wavelength",
+    )
+    factor: float = Field(ge=1, description="how many times the trained context length")
+
+
 class Base(Options):
     """The model to start from."""
 
     id: str = Field(description="hub id, folder, .gguf file, or embedded:NAME")
     revision: str | None = Field(None, description="commit, tag or branch on the hub")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    rope_scaling: RopeScaling | None = Field(None, description="a longer context, for families with RoPE")
 
 
 class Data(Options):
@@ -53,7 +75,9 @@ class Data(Options):
     eval: Annotated[str | Share | None, BeforeValidator(_share)] = Field(
         0.05, description="file, hub split, a share of train such as 5%, or null"
     )
-    format: Literal["auto", "chat", "prompt-completion", "instruction", "text"] = "auto"
+    format: Literal[
+        "auto", "chat", "prompt-completion", "instruction", "classification", "token-classification", "text"
+    ] = "auto"
     columns: dict[str, str] = Field({}, description="our field name -> your column name")
     mask: Literal["completion", "assistant", "last-turn", "all"] = Field(
         "completion", description="tokens that count in the loss; on chats, completion means assistant turns"
@@ -102,8 +126,10 @@ class Train(Options):
 class Evaluation(Options):
     """What is measured besides the loss."""
 
-    metric: Literal["exact_match"] | None = Field(
-        None, description="exact_match: the greedy answer equals the reference, before and after training"
+    metric: Literal["auto", "exact_match", "token_f1", "accuracy", "macro_f1", "entity_f1"] | None = Field(
+        "auto",
+        description="measured before and after training. exact_match, token_f1: of greedy answers; accuracy, "
+        "macro_f1: of classes; entity_f1: of tagged spans; auto: accuracy or entity_f1 for classes",
     )
     max_examples: PositiveInt = Field(100, description="held-out examples that the metric looks at")
     max_new_tokens: PositiveInt = Field(32, description="length of generated answers")
@@ -115,7 +141,7 @@ class Recipe(Options):
     base: Base
     method: AnyMethod
     data: Data
-    task: Literal["auto", "causal-lm"] = "auto"
+    task: Literal["auto", "causal-lm", "seq2seq", "classification", "token-classification"] = "auto"
     train: Train = Train()
     evaluate: Evaluation = Evaluation()
     seed: int = Field(0, ge=0, lt=2**32)

@@ -11,6 +11,7 @@ from peftkit.errors import Problem, UserError
 from peftkit.model.gguf import header_config
 from peftkit.model.hardware import detect_device_light
 from peftkit.model.locate import Base, locate
+from peftkit.model.shapes import shape_of_base
 from peftkit.plan import DataFacts, Facts, ModelFacts, Plan
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.paths import is_data_path
@@ -24,17 +25,25 @@ _NF4_BYTES = 0.53  # 4.127 bits and the layers that stay unquantized, roughly
 def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
     """Facts without torch, weights or network where the shapes are known here. Local data is read."""
     recipe = loaded.recipe
-    base = _with_header(
-        locate(
-            recipe.base.id,
-            revision=recipe.base.revision,
-            where=loaded.where(("base", "id")),
-            need_weights=False,
-        ),
-        loaded,
-    )
+    where = loaded.where(("base", "id"))
+    base = locate(recipe.base.id, revision=recipe.base.revision, where=where, need_weights=False)
+    if base.kind == "gguf" and base.path is not None:
+        base = replace(base, config=header_config(base.path, where))
     examples = read(loaded) if all(is_data_path(name) for name in recipe.data.train) else None
-    return Facts(detect_device_light(), base.facts(), data_facts(examples)), examples
+    return Facts(detect_device_light(), model_facts(loaded, base, examples), data_facts(examples)), examples
+
+
+def model_facts(loaded: LoadedRecipe, base: Base, examples: Examples | None) -> ModelFacts:
+    """The base's shape with the head that task and data ask for."""
+    shape = shape_of_base(
+        base,
+        task=loaded.recipe.task,
+        data_format=examples.format if examples else None,
+        num_labels=len(examples.labels) if examples else 0,
+        trust_remote_code=loaded.recipe.base.trust_remote_code,
+        where=loaded.where(("base", "id")),
+    )
+    return ModelFacts(base.id, base.kind, shape)
 
 
 def find_base(loaded: LoadedRecipe) -> Base:
@@ -43,17 +52,12 @@ def find_base(loaded: LoadedRecipe) -> Base:
     return locate(recipe.base.id, revision=recipe.base.revision, where=loaded.where(("base", "id")))
 
 
-def _with_header(base: Base, loaded: LoadedRecipe) -> Base:
-    if base.kind != "gguf" or base.path is None:
-        return base
-    return replace(base, config=header_config(base.path, loaded.where(("base", "id"))))
-
-
-def converted_facts(base: Base, source: str) -> ModelFacts:
-    """Facts of the base as it will be loaded: the converted folder's configuration where there is one."""
+def converted(base: Base, source: str) -> Base:
+    """The base as it will be loaded: with the converted folder's configuration where there is one."""
     config_file = Path(source) / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else base.config
-    return replace(base, config=config).facts()
+    if not config_file.is_file():
+        return base
+    return replace(base, path=Path(source), config=json.loads(config_file.read_text(encoding="utf-8")))
 
 
 def read(loaded: LoadedRecipe) -> Examples:
@@ -73,14 +77,12 @@ def data_facts(examples: Examples | None) -> DataFacts | None:
     """Row counts of examples as they were read."""
     if examples is None:
         return None
-    return DataFacts(len(examples.train), len(examples.eval), examples.format)
+    return DataFacts(len(examples.train), len(examples.eval), examples.format, examples.labels)
 
 
 def memory_problems(plan: Plan, facts: Facts) -> list[Problem]:
     """What shows already that the run cannot start: weights that alone exceed the device's memory."""
     num = plan.method.num_parameters
-    if num is None:
-        return []
     per_weight = _NF4_BYTES if plan.base.quant_type else _WEIGHT_BYTES[plan.base.dtype]
     needed = num * per_weight
     if plan.method.peft is None:  # gradients and the optimizer's states, for every weight
@@ -110,7 +112,7 @@ def refuse_where_it_cannot_run(loaded: LoadedRecipe, plan: Plan, facts: Facts) -
         base = find_base(loaded)
     except UserError as error:
         problems.extend(error.problems)
-        big = (plan.method.num_parameters or 0) > 1_000_000_000
+        big = plan.method.num_parameters > 1_000_000_000
         if facts.device.kind == "cpu" and big:
             problems.append(
                 Problem(

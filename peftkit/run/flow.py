@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from peftkit.recipe.document import dump_text
 from peftkit.report import Summary, read_plan, read_summary
 from peftkit.run.environment import environment, fingerprints
 from peftkit.run.facts import (
-    converted_facts,
+    converted,
     data_facts,
     light_facts,
+    model_facts,
     read,
     refuse_where_it_cannot_run,
 )
+from peftkit.run.measure import measure
 from peftkit.rundir import RunDir, publish_folder, read_json, write_json, write_text
 
 Observer = Callable[[dict[str, Any]], None]
@@ -103,15 +105,17 @@ def _open(
     interrupt.stop_if_requested("interrupted before training; nothing was written")
     examples = examples or read(loaded)
     plan_device = facts.device.kind
-    facts = Facts(detect_device(), converted_facts(base, source), data_facts(examples))
+    facts = Facts(
+        detect_device(), model_facts(loaded, converted(base, source), examples), data_facts(examples)
+    )
     plan = make_plan(loaded, facts)
     tokenizer = load_tokenizer(source, plan.base)
     observer({"event": "phase", "name": "data", "detail": ", ".join(Path(t).name for t in plan.data.train)})
     if facts.device.kind != plan_device:
         text = f"the driver shows a {plan_device} device, but torch uses {facts.device.name}"
         observer({"event": "warning", "text": f"{text}: is the right torch installed?"})
-    prepared = prepare(examples, tokenizer, plan.data)
-    rows = DataFacts(len(prepared.train), len(prepared.eval), plan.data.format)
+    prepared = prepare(examples, tokenizer, plan.data, task=facts.model.shape.task, labels=plan.base.labels)
+    rows = DataFacts(len(prepared.train), len(prepared.eval), plan.data.format, plan.base.labels)
     plan = make_plan(loaded, replace(facts, data=rows))
     chats = bool(examples.train[0].messages)
     return _Stage(run, plan, facts.device, tokenizer, source, prepared, chats, observer, started)
@@ -166,6 +170,8 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
         emit=stage.emit,
         checkpoint=checkpoint,
     )
+    passed = training.preflight()
+    stage.emit("preflight", **asdict(passed))
     if checkpoint is None:
         _measure(stage, model, "before")
         training.measure_start()
@@ -230,8 +236,7 @@ def _tell_parameters(stage: _Stage, model: Any) -> None:
     from peftkit.model import adapter
 
     trainable, total = adapter.count_parameters(model)
-    config = model.config.to_dict()
-    by_role = adapter.trainable_by_role(model, config.get("model_type"))
+    by_role = adapter.trainable_by_role(model, stage.plan)
     stage.emit(
         "parameters",
         num_trainable=trainable,
@@ -246,29 +251,25 @@ def _tell_parameters(stage: _Stage, model: Any) -> None:
 def _measure(stage: _Stage, model: Any, when: str) -> None:
     """The recipe's metric on held-out examples, before or after training."""
     wanted = stage.plan.evaluate
-    examples = stage.prepared.eval_examples[: wanted.max_examples]
-    if wanted.metric is None or not examples:
+    if wanted.metric is None or not stage.prepared.eval_examples:
         return
-    from peftkit.data.template import render_prompt
-    from peftkit.evaluate.generation import generate_answers
-    from peftkit.evaluate.metrics import exact_match
-    from peftkit.model.load import eos_ids
-
-    pairs = [render_prompt(example, stage.tokenizer) for example in examples]
     stage.emit("phase", name="metric", detail=f"{wanted.metric} {when} training")
-    answers = generate_answers(
+    measured = measure(
         model,
         stage.tokenizer,
-        [prompt for prompt, _ in pairs],
-        max_new_tokens=wanted.max_new_tokens,
-        eos_token_ids=eos_ids(model, stage.tokenizer),
+        stage.plan,
+        stage.prepared.eval_examples[: wanted.max_examples],
+        stage.prepared.eval[: wanted.max_examples],
     )
-    score = exact_match(answers, [reference for _, reference in pairs])
-    samples = [
-        {"where": e.where, "answer": a, "reference": r}
-        for e, a, (_, r) in zip(examples[:5], answers, pairs, strict=False)
-    ]
-    stage.emit("metric", when=when, name=wanted.metric, value=score, num_examples=len(pairs), samples=samples)
+    stage.emit(
+        "metric",
+        when=when,
+        name=wanted.metric,
+        value=measured.scores[wanted.metric],
+        scores=measured.scores,
+        num_examples=measured.num_examples,
+        samples=measured.samples,
+    )
 
 
 def _refuse_changes(stage: _Stage) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PrinterCallback
+
 from peftkit.data import to_dataset
 from peftkit.data.mask import Tokenized
 from peftkit.errors import PeftkitError
@@ -15,8 +17,10 @@ from peftkit.evaluate.losses import mean_token_loss
 from peftkit.model.adapter import build_loraplus_optimizer
 from peftkit.plan import Plan
 from peftkit.rundir import RunDir, read_json, verify_folder
+from peftkit.train.budget import Budget
 from peftkit.train.checkpoint import Restore, handover_folder, load_trained
-from peftkit.train.objectives import sft
+from peftkit.train.objectives import sft, supervised
+from peftkit.train.preflight import Preflight, preflight
 from peftkit.train.record import Emit, Progress, Record
 
 
@@ -34,6 +38,13 @@ class Training:
     plan: Plan
     checkpoint: Path | None
     record: Record
+    rows: Sequence[Tokenized]
+    pad_id: int
+
+    def preflight(self) -> Preflight:
+        """Prove on the first rows that everything to be trained is reached by the loss."""
+        first = self.rows[: self.plan.train.micro_batch]
+        return preflight(self.trainer.model, self.plan, first, pad_id=self.pad_id)
 
     def measure_start(self) -> None:
         """Evaluation loss before the first step."""
@@ -109,13 +120,17 @@ def assemble(
             held_out,
             pad_id=tokenizer.pad_token_id,
             batch_size=max(8, plan.train.micro_batch) if plan.device == "cpu" else plan.train.micro_batch,
+            task=plan.base.task,
             autocast=plan.train.autocast,
         )
 
     record = Record(run, plan, emit, progress, evaluate if held_out else None)
     callbacks.append(record)
     optimizer = build_loraplus_optimizer(model, plan) if plan.method.lr_ratio is not None else None
-    trainer = sft.trainer(
+    if plan.method.name == "adalora":
+        callbacks.append(Budget())
+    build = sft.trainer if plan.base.task == "causal-lm" else supervised.trainer
+    trainer = build(
         model,
         plan,
         tokenizer,
@@ -124,4 +139,5 @@ def assemble(
         callbacks=callbacks,
         optimizer=optimizer,
     )
-    return Training(trainer, run, plan, checkpoint, record)
+    trainer.remove_callback(PrinterCallback)  # our own events are shown instead
+    return Training(trainer, run, plan, checkpoint, record, train, tokenizer.pad_token_id)

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from peftkit.errors import PeftkitError
 from peftkit.model.adapter import trainable_tensors
 from peftkit.rundir import RunDir, publish_folder, read_json, write_json
+from peftkit.train.budget import restore_scores, scores
 
 _KEPT = 2  # besides the best one
 _PLAIN = (bool, int, float, str, type(None), list)
@@ -92,6 +93,9 @@ def write_checkpoint(
         save_file(trained, staging / "trained.safetensors")
         tensors, values = _optimizer_tensors(model, optimizer)
         save_file(tensors, staging / "optimizer.safetensors")
+        budget = scores(model)
+        if budget:
+            save_file(budget, staging / "budget.safetensors")
         random_tensors, random_values = random_states()
         save_file(random_tensors, staging / "random.safetensors")
         plain = {key: value for key, value in scheduler.state_dict().items() if isinstance(value, _PLAIN)}
@@ -161,6 +165,8 @@ class Restore(TrainerCallback):
         for key, value in self.state["optimizer"].items():
             name, field = key.rsplit("|", 1)
             inner.state[live[name]][field] = value
+        budget = self.folder / "budget.safetensors"
+        restore_scores(model, load_file(budget) if budget.exists() else {})
         lr_scheduler.load_state_dict(self.state["schedule"])
         for group, rate in zip(inner.param_groups, self.state["schedule"]["_last_lr"], strict=True):
             group["lr"] = rate

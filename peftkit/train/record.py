@@ -110,7 +110,7 @@ class Record(TrainerCallback):
         return control
 
     def _tell_step(self, state: Any, logs: Any) -> None:
-        tokens = float(logs.get("num_tokens", 0.0))
+        tokens = float(logs.get("num_tokens") or state.num_input_tokens_seen)
         rate = (tokens - self.num_tokens) / self.step_seconds if self.step_seconds and tokens else None
         self.num_tokens = tokens
         self.emit(

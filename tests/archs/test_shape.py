@@ -3,56 +3,101 @@
 import pytest
 
 from peftkit.archs import EMBEDDED, FAMILIES, KNOWN, family_of, shape_from_config
-from tests.tiny import tiny_config
+from peftkit.archs.known import TOTALS
+from tests.tiny import LABELS, tiny_config
 
-PUBLISHED_TOTALS = {
-    "meta-llama/Llama-3.1-8B": 8_030_261_248,
-    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
-    "meta-llama/Llama-3.1-70B": 70_553_706_496,
-    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
-    "Qwen/Qwen2.5-7B": 7_615_616_512,
-    "google/gemma-2-9b": 9_241_705_984,
-    "microsoft/phi-2": 2_779_683_840,
-}
+CASES = [(t, task) for family in FAMILIES for t in family.model_types for task in family.heads]
 
 
-def test_known_models_have_their_published_totals():
-    assert {
-        name: shape_from_config(config).num_parameters for name, config in KNOWN.items()
-    } == PUBLISHED_TOTALS
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_models_have_their_published_totals(name):
+    assert shape_from_config(KNOWN[name]).num_parameters == TOTALS[name]
+
+
+def test_embedded_models_are_counted():
     assert shape_from_config(EMBEDDED["smollm2-135m-instruct"].config).num_parameters == 134_515_008
 
 
-@pytest.mark.parametrize("model_type", [t for family in FAMILIES for t in family.model_types])
-def test_shapes_equal_those_of_the_real_model(model_type):
+def real_linears(model):
+    """Linear layers inside the blocks, and 3-D parameters of experts."""
+    found = {
+        name: sum(p.numel() for p in module.parameters(recurse=False))
+        for name, module in model.named_modules()
+        if type(module).__name__ in {"Linear", "Conv1D", "FalconLinear"}
+        and any(part.isdigit() for part in name.split("."))
+        and "adapter_list" not in name
+    }
+    experts = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in name}
+    return {**found, **experts}
+
+
+@pytest.mark.parametrize(("model_type", "task"), CASES)
+def test_shapes_equal_those_of_the_real_model(model_type, task):
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
+
+    from peftkit.model.inspect import AUTO_CLASSES
 
     config = tiny_config(model_type)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    shape = shape_from_config(config.to_dict())
+        model = getattr(transformers, AUTO_CLASSES[task]).from_config(config)
+    shape = shape_from_config({**config.to_dict(), "num_labels": LABELS}, task=task)
     assert shape.num_parameters == sum(p.numel() for p in model.parameters())
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module).__name__ in {"Linear", "Conv1D"}
-    }
-    linears = {
-        name: module for name, module in linears.items() if module is not model.get_output_embeddings()
-    }
-    assert {m.name for m in shape.modules} == set(linears)
+    linears = real_linears(model)
+    if model_type == "zamba2":  # its shared block shows under every layer that uses it
+        linears = {n: num for n, num in linears.items() if not n.startswith("model.layers.2.shared")}
+    assert {m.name: m.num_parameters for m in shape.modules} == linears
+    modules = dict(model.named_modules())
     for module in shape.modules:
-        real = linears[module.name]
-        assert module.num_parameters == sum(p.numel() for p in real.parameters())
-        sides = (
-            tuple(real.weight.shape) if type(real).__name__ == "Conv1D" else tuple(real.weight.shape)[::-1]
-        )
-        assert (module.d_in, module.d_out) == sides
+        if not module.in_experts:
+            weight = modules[module.name].weight
+            sides = weight.shape if type(modules[module.name]).__name__ == "Conv1D" else weight.shape[::-1]
+            assert (module.d_in, module.d_out) == tuple(sides)
+    for tensor in shape.tensors:
+        if tensor.role == "norms":
+            assert sum(p.numel() for p in modules[tensor.name].parameters()) == tensor.num_parameters
 
 
-def test_unknown_family_has_no_shape_and_missing_sizes_are_told():
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size"])
+@pytest.mark.parametrize("value", [None, 0, -4, "many", 2**50, True, 1.5])
+def test_missing_and_absurd_sizes_are_told(key, value):
+    config = {**KNOWN["meta-llama/Llama-3.1-8B"], key: value}
+    with pytest.raises((KeyError, ValueError, TypeError)):
+        shape_from_config(config)
+
+
+def test_unknown_family_has_no_shape_and_a_missing_head_is_told():
     assert family_of("retnet") is None
     assert shape_from_config({"model_type": "retnet"}) is None
-    with pytest.raises(KeyError, match="without hidden size"):
-        shape_from_config({"model_type": "llama", "vocab_size": 10})
+    with pytest.raises(ValueError, match="T5 has no classification head"):
+        shape_from_config(KNOWN["google-t5/t5-base"], task="classification")
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("meta-llama/Llama-3.1-8B", "GQA"),
+        ("meta-llama/Llama-2-7b-hf", "MHA"),
+        ("tiiuae/falcon-7b", "MQA"),
+        ("deepseek-ai/DeepSeek-V3", "MLA"),
+        ("state-spaces/mamba-130m-hf", "none"),
+        ("ai21labs/Jamba-v0.1", "GQA + state"),
+        ("google-bert/bert-base-uncased", "MHA"),
+    ],
+)
+def test_attention_kinds(name, attention):
+    assert shape_from_config(KNOWN[name]).attention == attention
+
+
+def test_key_value_cache_of_llama_8b_is_the_known_number():
+    """32 layers x 2 x 8 heads x 128: 128 KiB a token in bf16."""
+    assert shape_from_config(KNOWN["meta-llama/Llama-3.1-8B"]).cache_per_token * 2 == 131_072
+
+
+def test_every_layer_has_a_known_role_and_a_unique_type():
+    from peftkit.archs import ROLES
+
+    types = [t for family in FAMILIES for t in family.model_types]
+    assert len(types) == len(set(types))
+    for family in FAMILIES:
+        assert set(family.roles) <= set(ROLES), family.name

@@ -1,0 +1,165 @@
+"""A model of no known family, told by the names and shapes of its layers: a guess that says it is one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from peftkit.archs.family import (
+    Dims,
+    Family,
+    Head,
+    Linear,
+    ModelShape,
+    Module,
+    Part,
+    Stack,
+    Task,
+    Tensor,
+    Weight,
+)
+from peftkit.archs.sizes import Config
+
+# (role, what the last part of a name says, what its parent must say), the first match counts
+_NAMES: tuple[tuple[str, str, str], ...] = (
+    ("qkv", r"(w_?)?qkv(_proj)?|c_attn|query_key_value|in_proj_qkv", ""),
+    ("gate_up", r"gate_up(_proj)?|w13", ""),
+    ("q", r"q(_proj|_lin)?|query|w_?q", ""),
+    ("k", r"k(_proj|_lin)?|key|w_?k", r"(?!.*(ffn|mlp|feed))"),
+    ("v", r"v(_proj|_lin)?|value|w_?v", r"(?!.*(ffn|mlp|feed))"),
+    ("o", r"o(_proj)?|out(_proj|_lin)?|w_?o|dense|c_proj|output", r"(?=.*(att|ret|mix))"),
+    ("router", r"router|gate", r"(?=.*(moe|expert|router))"),
+    ("gate", r"gate(_proj)?|w1|wi_0", r"(?=.*(ffn|mlp|feed|dense))"),
+    ("up", r"up(_proj)?|w3|wi(_1)?|fc_?1|c_fc|lin1|dense_h_to_4h|key", r"(?=.*(ffn|mlp|feed|dense|layer))"),
+    (
+        "down",
+        r"down(_proj)?|w2|wo|fc_?2|c_proj|lin2|dense_4h_to_h|value",
+        r"(?=.*(ffn|mlp|feed|dense|layer))",
+    ),
+    ("ssm_in", r"in_proj", ""),
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module or parameter of a model that was built without weights.
+
+    `kind` is "linear", "experts" (a 3-D parameter: num, and two sides), "norm", "embedding" or "other".
+    """
+
+    name: str
+    kind: str
+    num_parameters: int
+    d_in: int = 0
+    d_out: int = 0
+    bias: bool = False
+    num: int = 0
+
+
+def _numbered(name: str) -> tuple[str, str] | None:
+    """('model.layers.{i}', 'attn.q_proj') for 'model.layers.0.attn.q_proj'; None outside of blocks."""
+    found = re.match(r"(.*?\.)\d+\.(.+)", name)
+    return (f"{found[1]}{{i}}", found[2]) if found else None
+
+
+def role_of(layer: Layer, hidden: int) -> str:
+    """The role that a layer's name, or else its shape, suggests."""
+    if layer.kind == "experts":
+        return "experts_down" if "down" in layer.name or "w2" in layer.name else "experts_gate_up"
+    parent, _, last = layer.name.rpartition(".")
+    for role, own, place in _NAMES:
+        if re.fullmatch(own, last, re.IGNORECASE) and re.match(place, parent, re.IGNORECASE):
+            return role
+    if layer.d_in == hidden and layer.d_out > hidden:
+        return "up"
+    return "down" if layer.d_out == hidden and layer.d_in > hidden else "other"
+
+
+def _dims(config: Config, layers: Sequence[Layer], num_layers: int, table: Layer | None) -> Dims:
+    def size(*names: str, default: int) -> int:
+        found = next((config[name] for name in names if isinstance(config.get(name), int)), default)
+        return max(1, int(found))
+
+    width = table.d_out if table else max((layer.d_in for layer in layers), default=1)
+    hidden = size("hidden_size", "n_embd", "d_model", "dim", default=width)
+    heads = size("num_attention_heads", "n_head", "num_heads", "n_heads", default=1)
+    kv_heads = size("num_key_value_heads", default=heads)
+    head_dim = size("head_dim", default=max(1, hidden // heads))
+    return Dims(
+        num_layers=num_layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        q=heads * head_dim,
+        kv=kv_heads * head_dim,
+        ffn=size("intermediate_size", "n_inner", "d_ff", "ffn_dim", default=4 * hidden),
+        vocab=size("vocab_size", default=table.d_in if table else 1),
+        head_dim=head_dim,
+        positions=int(config.get("max_position_embeddings") or 0),
+    )
+
+
+def _tensors(layers: Sequence[Layer], tables: Mapping[str, str]) -> list[Tensor]:
+    roles = {"norm": "norms", "embedding": "positions"}
+    return [
+        Tensor(layer.name, tables.get(layer.name, roles.get(layer.kind, "states")), layer.num_parameters)
+        for layer in layers
+    ]
+
+
+def infer_shape(
+    config: Config, layers: Sequence[Layer], *, task: Task, embeddings: str, head: str, tied: bool
+) -> ModelShape:
+    """The shape of a model of no known family.
+
+    `embeddings` and `head` are the full names of its token table and of what the task puts on top. What its
+    layers attend to cannot be told from shapes, so nothing is claimed of caches, packing or prefixes.
+    """
+    inside = [layer for layer in layers if layer.kind in {"linear", "experts"} and _numbered(layer.name)]
+    listed = {layer.name for layer in inside}
+    blocks = {re.match(r"(.*?\.\d+)\.", layer.name)[1] for layer in inside}  # type: ignore[index]
+    table = next((layer for layer in layers if layer.name == embeddings), None)
+    dims = _dims(config, inside, max(1, len(blocks)), table)
+    modules = tuple(
+        Module(layer.name, role_of(layer, dims.hidden), layer.d_in, layer.d_out, layer.bias, num=layer.num)
+        for layer in inside
+    )
+    linears = {
+        _numbered(m.name)[1]: Linear(_numbered(m.name)[1], m.role, str(m.d_in), str(m.d_out))  # type: ignore[index]
+        for m in modules
+    }
+    places = list(dict.fromkeys(_numbered(m.name)[0] for m in modules))  # type: ignore[index]
+    tensors = _tensors(
+        [layer for layer in layers if layer.name not in listed], {embeddings: "embeddings", head: "head"}
+    )
+    lm = task in {"causal-lm", "seq2seq"}
+    on_top = Head((), ()) if lm else Head((Weight(head, "0", "head"),), (head.rsplit(".", 1)[-1],))
+    family = Family(
+        name=f"{config.get('model_type')} (inferred)",
+        model_types=(str(config.get("model_type")),),
+        stacks=tuple(Stack(place, (Part(tuple(linears.values())),)) for place in places),
+        heads={task: on_top},
+        embeddings=embeddings.rsplit(".", 1)[-1],
+        head=head.rsplit(".", 1)[-1],
+        positions="unknown",
+        refuses={"prefix": "no known family: how it keeps keys and values cannot be told from shapes"},
+        packs=False,
+        mind=("no known family: roles of its layers are inferred from their names and shapes",),
+        inferred=True,
+    )
+    shape = ModelShape(
+        family=family,
+        model_type=str(config.get("model_type")),
+        task=task,
+        dims=dims,
+        modules=modules,
+        tensors=tuple(tensors),
+        tied_embeddings=tied,
+        cache_per_token=0,
+        state_per_sequence=0,
+        num_cached_layers=0,
+        activation=str(config.get("hidden_act") or "unknown"),
+        source="the model, built without weights",
+    )
+    return shape if family.has_attention else replace(shape, family=replace(family, positions="none"))

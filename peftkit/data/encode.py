@@ -1,0 +1,66 @@
+"""Tokens and labels of tasks other than language modelling: targets, classes, tags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from peftkit.archs import Task
+from peftkit.data.formats import Example
+from peftkit.data.mask import IGNORED, Tokenized
+from peftkit.data.template import render_prompt
+
+Encoder = Callable[[Sequence[Example], Any, Mapping[str, int]], list[Tokenized]]
+
+
+def source_and_target(example: Example, tokenizer: Any) -> tuple[str, str]:
+    """What an encoder-decoder reads and what it is to write.
+
+    A chat is read through the model's template where it has one; a single question goes in as it is.
+    """
+    if example.messages and (tokenizer.chat_template or len(example.messages) > 2):
+        return render_prompt(example, tokenizer)
+    if example.messages:
+        return example.messages[0]["content"], example.messages[-1]["content"]
+    return example.prompt, example.completion
+
+
+def _seq2seq(examples: Sequence[Example], tokenizer: Any, ids: Mapping[str, int]) -> list[Tokenized]:
+    """Source ids, and target ids as labels; both end in the tokenizer's end token."""
+    pairs = [source_and_target(example, tokenizer) for example in examples]
+    sources = tokenizer([source for source, _ in pairs])["input_ids"]
+    targets = tokenizer(text_target=[target for _, target in pairs])["input_ids"]
+    end = tokenizer.eos_token_id
+    return [
+        Tokenized(list(s), list(t) if t and t[-1] == end else [*t, end], example.where)
+        for s, t, example in zip(sources, targets, examples, strict=True)
+    ]
+
+
+def _classes(examples: Sequence[Example], tokenizer: Any, ids: Mapping[str, int]) -> list[Tokenized]:
+    """The text's ids; the label is the class alone."""
+    texts = tokenizer([example.prompt for example in examples])["input_ids"]
+    return [
+        Tokenized(list(text), [ids[example.label]], example.where)
+        for text, example in zip(texts, examples, strict=True)
+    ]
+
+
+def _tags(examples: Sequence[Example], tokenizer: Any, ids: Mapping[str, int]) -> list[Tokenized]:
+    """The words' ids; a word's tag is learnt at its first token, its other tokens count nothing."""
+    encoded = tokenizer([list(example.words) for example in examples], is_split_into_words=True)
+    found = []
+    for number, example in enumerate(examples):
+        labels, last = [], None
+        for word in encoded.word_ids(number):
+            labels.append(ids[example.tags[word]] if word is not None and word != last else IGNORED)
+            last = word
+        found.append(Tokenized(list(encoded["input_ids"][number]), labels, example.where))
+    return found
+
+
+ENCODERS: Mapping[Task, Encoder] = {
+    "seq2seq": _seq2seq,
+    "classification": _classes,
+    "token-classification": _tags,
+}

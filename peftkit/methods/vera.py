@@ -1,0 +1,67 @@
+"""VeRA: shared random matrices, trained scaling vectors (Kopiczko et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from peftkit.archs import ModelShape
+from peftkit.methods.base import (
+    Method,
+    Options,
+    PeftSpec,
+    PositiveFloat,
+    PositiveInt,
+    Selection,
+    Targets,
+    by_role,
+    count_head,
+    head_arguments,
+    linear_roles,
+)
+
+
+class VeraOptions(Options):
+    """Random low-rank matrices shared by all layers; only their scalings are trained."""
+
+    name: Literal["vera"]
+    rank: PositiveInt = Field(256, description="rank of the shared random matrices")
+    targets: Targets = "auto"
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    d_initial: PositiveFloat = Field(0.1, description="start of the rank scalings")
+    seed: int = Field(0, ge=0, description="of the shared random matrices, which are not saved")
+
+
+def count(options: VeraOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:
+    """rank + d_out per module: the two scaling vectors (section 3.1 of the paper)."""
+    return {**by_role(selection.modules, lambda m: options.rank + m.d_out), **count_head(shape)}
+
+
+def peft(options: VeraOptions, shape: ModelShape, selection: Selection) -> PeftSpec:
+    """peft.VeraConfig; the random matrices come from the seed, so they need no place in the adapter."""
+    arguments = {
+        "r": options.rank,
+        "vera_dropout": options.dropout,
+        "d_initial": options.d_initial,
+        "projection_prng_key": options.seed,
+        "save_projection": True,
+        "target_modules": list(selection.names),
+        **head_arguments(shape),
+    }
+    return PeftSpec("VeraConfig", arguments)
+
+
+def learning_rate(num_parameters: int) -> tuple[float, str]:
+    return 4e-3, "the paper's instruction tuning of Llama (Kopiczko et al. 2024, appendix A)"
+
+
+METHOD = Method(
+    name="vera",
+    summary="trained scalings of shared random matrices",
+    options=VeraOptions,
+    count=count,
+    peft=peft,
+    learning_rate=learning_rate,
+    default_roles=linear_roles,
+)

@@ -1,0 +1,40 @@
+"""What collects decisions and problems while a plan is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftkit.errors import Problem
+from peftkit.plan.plan import Decision
+from peftkit.recipe import LoadedRecipe
+
+
+@dataclass
+class Decisions:
+    """Decisions and problems, in the order in which they are made."""
+
+    loaded: LoadedRecipe
+    made: list[Decision] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def keep(self, dotted: str, value: Any, decided: Any = None, reason: str = "") -> Any:
+        """Record `value` as written or default; where it is "auto" or None, record `decided` instead."""
+        source = self.loaded.source(tuple(dotted.split(".")))
+        if (value is None or value == "auto") and decided is not None:
+            self.made.append(Decision(dotted, decided, "decided", reason))
+            return decided
+        self.made.append(Decision(dotted, value, str(source) if source else "default"))
+        return value
+
+    def decide(self, dotted: str, value: Any, reason: str) -> None:
+        """Record what follows from the model or the data rather than from the recipe."""
+        self.made.append(Decision(dotted, value, "decided", reason))
+
+    def where(self, dotted: str) -> str:
+        """File, line and key, for messages."""
+        return self.loaded.where(tuple(dotted.split(".")))
+
+    def refuse(self, dotted: str, got: str, expected: str, fix: str = "") -> None:
+        """Record a problem with a key."""
+        self.problems.append(Problem(self.where(dotted), got, expected, fix))

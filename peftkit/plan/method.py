@@ -1,0 +1,132 @@
+"""The method's part of a plan: what is adapted, how PEFT is told, how many parameters that trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftkit.archs import ModelShape, Module, place_of
+from peftkit.archs.family import SHARED
+from peftkit.methods import METHODS, Method, Selection, TokenRows
+from peftkit.methods.lora import LoraOptions
+from peftkit.plan.applies import nearest_method, refusal
+from peftkit.plan.decisions import Decisions
+from peftkit.plan.plan import MethodPlan
+from peftkit.plan.targets import resolve_targets, select
+
+LOW_COVERAGE = 0.5  # below this share in 4-bit, QLoRA saves little
+
+
+def default_selection(method: Method, shape: ModelShape) -> Selection:
+    """What a method adapts where the recipe does not say."""
+    if method.default_roles is None:
+        return Selection()
+    roles, _ = method.default_roles(shape)
+    modules, _ = resolve_targets(roles, shape, method, "method.targets")
+    return select(modules, shape, as_parameters=method.reaches_parameters)
+
+
+def _selection(d: Decisions, shape: ModelShape, method: Method) -> Selection:
+    wanted = getattr(d.loaded.recipe.method, "targets", None)
+    if wanted is None or method.default_roles is None:
+        return Selection()
+    roles, reason = method.default_roles(shape)
+    if wanted == "auto" and not roles:
+        return Selection()
+    asked = roles if wanted == "auto" else wanted
+    modules, problems = resolve_targets(asked, shape, method, d.where("method.targets"))
+    d.problems.extend(problems)
+    chosen = select(modules, shape, as_parameters=method.reaches_parameters)
+    shown = [*chosen.names, *chosen.parameters]
+    if wanted == "auto":
+        d.keep("method.targets", wanted, shown, reason)
+    else:
+        d.keep("method.targets", shown)
+    _tell_left_out(d, shape, asked)
+    return chosen
+
+
+def _tell_left_out(d: Decisions, shape: ModelShape, asked: Any) -> None:
+    """Layers that a group would mean, left out for a reason of the family: each reason once."""
+    if "all-linear" not in ([asked] if isinstance(asked, str) else asked):
+        return
+    reasons: dict[str, list[str]] = {}
+    for module in shape.modules:
+        if module.blocked:
+            last = module.name.rsplit(".", 1)[-1]
+            reasons.setdefault(module.blocked, [])
+            if last not in reasons[module.blocked]:
+                reasons[module.blocked].append(last)
+    if reasons:
+        names = [name for listed in reasons.values() for name in listed]
+        why = "; ".join(f"{', '.join(listed)}: {reason}" for reason, listed in reasons.items())
+        d.decide("method.left_out", names, why)
+
+
+def coverage(shape: ModelShape) -> float:
+    """The share of parameters that 4-bit stores: linear layers and fused experts."""
+    return sum(m.num_parameters for m in shape.modules if _in_4bit(m, shape)) / shape.num_parameters
+
+
+def _in_4bit(module: Module, shape: ModelShape) -> bool:
+    skipped = module.name.rsplit(".", 1)[-1] in shape.family.skip_4bit
+    return not skipped and module.blocked != SHARED
+
+
+def largest_rest(shape: ModelShape) -> str:
+    """The role that holds most of what 4-bit leaves out."""
+    rest: dict[str, int] = {}
+    for module in shape.modules:
+        if not _in_4bit(module, shape):
+            rest[module.role] = rest.get(module.role, 0) + module.num_parameters
+    for tensor in shape.tensors:
+        rest[tensor.role] = rest.get(tensor.role, 0) + tensor.num_parameters
+    return max(rest, key=lambda role: rest[role])
+
+
+def _refuse_where_impossible(d: Decisions, shape: ModelShape, method: Method) -> bool:
+    reason = refusal(method, shape)
+    if not reason:
+        return False
+    instead = nearest_method(method, shape)
+    d.refuse(
+        "method.name",
+        f"{method.name} on {shape.family.name}",
+        f"a method that works on {shape.family.name}",
+        f"{reason}; the nearest that works: {instead}",
+    )
+    return True
+
+
+def method_plan(d: Decisions, shape: ModelShape) -> MethodPlan:
+    """Resolve targets, check every option against the model, count."""
+    options = d.loaded.recipe.method
+    method = METHODS[options.name]
+    impossible = _refuse_where_impossible(d, shape, method)
+    selection = Selection() if impossible else _selection(d, shape, method)
+    d.keep("method.name", method.name)
+    shown = {"name", "targets", "alpha"} if isinstance(options, LoraOptions) else {"name", "targets"}
+    for name in type(options).model_fields:
+        if name not in shown:
+            d.keep(f"method.{name}", getattr(options, name))
+    rows: tuple[str, ...] = ()
+    if isinstance(options, LoraOptions):
+        d.keep("method.alpha", options.alpha, options.scale_alpha, "2 x rank")
+        tokens = [t for item in options.also_train if isinstance(item, TokenRows) for t in item.tokens]
+        rows = tuple(dict.fromkeys(tokens))
+    if not impossible:
+        for conflict in method.conflicts(options, shape, selection):
+            d.refuse(f"method.{conflict.key}", conflict.got, conflict.expected, conflict.fix)
+    if shape.family.inferred:
+        d.decide("base.family", shape.family.name, shape.family.mind[0])
+    counted = None if d.problems else {k: v for k, v in method.count(options, shape, selection).items() if v}
+    return MethodPlan(
+        name=method.name,
+        peft=None if d.problems else method.peft(options, shape, selection),
+        target_modules=selection.names,
+        target_parameters=selection.parameters,
+        token_rows=rows,
+        lr_ratio=getattr(options, "lr_ratio", None),
+        trainable_by_role=counted,
+        num_parameters=shape.num_parameters,
+        roles={place_of(module.name): module.role for module in shape.modules},
+    )

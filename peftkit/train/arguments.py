@@ -1,0 +1,43 @@
+"""The Trainer's arguments that follow from a plan, whatever the task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peftkit.plan import Plan
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
+    """Arguments common to all trainers. They save nothing: their checkpoints hold pickles and can be cut."""
+    train = plan.train
+    assert train.num_steps is not None
+    return {
+        "output_dir": str(output_dir),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": plan.device == "cpu",
+        "bf16": train.autocast == "bf16",
+        "fp16": train.autocast == "fp16",
+        "max_steps": train.num_steps,
+        "warmup_steps": train.num_warmup_steps,
+        "lr_scheduler_type": _SCHEDULES[train.schedule],
+        "learning_rate": train.learning_rate,
+        "weight_decay": train.weight_decay,
+        "optim": train.optimizer,
+        "max_grad_norm": train.max_grad_norm,
+        "per_device_train_batch_size": train.micro_batch,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # a NaN is told as NaN, not as the mean of the others
+        "eval_strategy": "no",  # ours weighs every token alike and draws no random numbers
+        "dataloader_pin_memory": plan.device == "cuda",
+        "seed": plan.seed,
+        "data_seed": plan.seed,
+    }

@@ -1,0 +1,147 @@
+"""One real forward and backward before the first step: is what is to be trained reached by the loss?
+
+No optimizer step is made, and the random states are put back, so a run with it equals a run without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from peftkit.data.mask import Tokenized
+from peftkit.errors import Problem, UserError
+from peftkit.evaluate.losses import collate
+from peftkit.model.adapter import trainable_tensors, wrapped_storages
+from peftkit.plan import Plan
+from peftkit.train.checkpoint import random_states, restore_random_states
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the pass found. `num_waiting` tensors get a gradient only once others have moved from zero."""
+
+    loss: float
+    num_tensors: int
+    num_waiting: int
+    num_frozen: int
+
+
+def _sums(model: Any) -> dict[str, int]:
+    """A checksum of every frozen tensor's bytes."""
+    sums = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            flat = parameter.detach().contiguous().flatten()
+            sums[name] = int(flat.view(torch.uint8).to(torch.int32).sum(dtype=torch.int64))
+    return sums
+
+
+def _backward(model: Any, batch: dict[str, Any], plan: Plan) -> float:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.train.autocast or "")
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+        loss = model(**batch).loss
+    loss.backward()
+    return float(loss.detach())
+
+
+def _silent(model: Any) -> list[str]:
+    """Trained tensors whose gradient is missing or all zero."""
+    return [
+        name
+        for name, tensor in trainable_tensors(model).items()
+        if tensor.grad is None or not bool(tensor.grad.any())
+    ]
+
+
+def _wake(model: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Move every trained tensor a little from where it starts, and return the starts.
+
+    Half of an adapter starts at zero, and its other half gets no gradient until the first has moved.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kept = {}
+    with torch.no_grad():
+        for name, tensor in trainable_tensors(model).items():
+            kept[name] = tensor.detach().clone()
+            noise = torch.randn(tensor.shape, generator=generator) * 0.02
+            tensor.add_(noise.to(tensor.device, tensor.dtype))
+    return kept
+
+
+def _refuse(where: str, names: Sequence[str], what: str, fix: str) -> Problem:
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return Problem(where, f"{what}: {shown}", "training that reaches everything it is to train", fix)
+
+
+def preflight(model: Any, plan: Plan, rows: Sequence[Tokenized], *, pad_id: int) -> Preflight:
+    """Run the pass on `rows`. Raises UserError for what would train on nothing or change the base."""
+    saved = random_states()
+    frozen = _sums(model)
+    batch = collate(rows, pad_id, task=plan.base.task)
+    batch = {key: value.to(model.device) for key, value in batch.items()}
+    was_training = model.training
+    model.train()
+    kept: dict[str, torch.Tensor] = {}
+    try:
+        loss = _backward(model, batch, plan)
+        silent = waiting = _silent(model)
+        broken = [
+            n
+            for n, t in trainable_tensors(model).items()
+            if t.grad is not None and not t.grad.isfinite().all()
+        ]
+        if silent:
+            model.zero_grad(set_to_none=True)
+            kept = _wake(model, silent)
+            _backward(model, batch, plan)
+            silent = [name for name in _silent(model) if name in silent]
+    finally:
+        with torch.no_grad():
+            for name, tensor in trainable_tensors(model).items():
+                if name in kept:
+                    tensor.copy_(kept[name])
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+        restore_random_states(*saved)
+    changed = [name for name, value in _sums(model).items() if value != frozen[name]]
+    problems = _problems(plan, loss=loss, silent=silent, broken=broken, changed=changed)
+    problems += _shared(model)
+    if problems:
+        raise UserError(problems)
+    return Preflight(loss, len(trainable_tensors(model)), len(waiting), len(frozen))
+
+
+def _problems(
+    plan: Plan, *, loss: float, silent: list[str], broken: list[str], changed: list[str]
+) -> list[Problem]:
+    found = []
+    if not math.isfinite(loss):
+        fix = "look at the rows, or use precision bf16 or fp32"
+        found.append(Problem("train", f"a loss of {loss}", "a finite loss before the first step", fix))
+    elif broken:
+        found.append(_refuse("train.precision", broken, "gradients that are not finite", "use bf16 or fp32"))
+    if silent:
+        fix = "these layers are never called, or their weight is read past the adapter: leave them out"
+        found.append(
+            _refuse("method.targets", silent, f"{len(silent)} trained tensors without gradient", fix)
+        )
+    if changed:
+        fix = "please report this family: its base must not change"
+        found.append(_refuse("base", changed, "frozen tensors that a pass changed", fix))
+    return found
+
+
+def _shared(model: Any) -> list[Problem]:
+    """Adapted modules that stand on one storage: merging would add every adapter to it."""
+    fix = "target modules that are not shared between layers"
+    return [
+        _refuse("method.targets", names, "adapted modules that share one weight", fix)
+        for names in wrapped_storages(model)
+        if len(names) > 1
+    ]
