@@ -78,3 +78,12 @@ def cpu() -> Any:
     from peftkit.plan import DeviceFacts
 
     return DeviceFacts("cpu", "a CPU", 24 * 2**30, True, True)
+
+
+def save_tiny(folder: Path, model_type: str, task: str = "causal-lm", **changes: Any) -> tuple[Path, Any]:
+    """(folder with the tiny model's weights, its configuration as a dict)."""
+    from tests.tiny import tiny_model
+
+    model = tiny_model(model_type, task, **changes)
+    model.save_pretrained(folder / "base", safe_serialization=True)
+    return folder / "base", json.loads((folder / "base" / "config.json").read_text())

@@ -36,6 +36,7 @@ def cpu_plan(method: Any = "lora", *, rows: int = 24, **sections: Any) -> Plan:
     """The plan of a recipe on the tiny Llama."""
     config = json.loads((TINY_LLAMA / "config.json").read_text())
     sections.setdefault("train", {"max_length": 64})
-    loaded = load({"base": str(TINY_LLAMA), "method": method, "data": {"train": "x.jsonl"}, **sections})
+    source = {"base": str(TINY_LLAMA), "method": method, "data": {"train": "x.jsonl"}, **sections}
+    loaded = load(source)
     model = ModelFacts(str(TINY_LLAMA), "folder", shape_from_config(config))
     return make_plan(loaded, Facts(CPU, model, DataFacts(rows, 6, "chat")))

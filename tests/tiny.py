@@ -19,7 +19,7 @@ _BASE = {
 }
 _GQA = {**_BASE, "num_key_value_heads": 2}
 _HEAD = {**_GQA, "head_dim": 16}
-_GEMMA = {**_HEAD, "query_pre_attn_scalar": 16}
+_GEMMA = _HEAD
 _MAMBA = {**_IDS, "hidden_size": HIDDEN, "state_size": 8, "num_hidden_layers": 2}
 _HYBRID = {
     "mamba_n_heads": 8,

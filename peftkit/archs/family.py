@@ -74,10 +74,14 @@ class Stack:
 
 @dataclass(frozen=True)
 class Head:
-    """What a task puts on top. `modules` are the names that PEFT trains and saves whole beside an adapter."""
+    """What a task puts on top. `modules` are the names that PEFT trains and saves whole beside an adapter.
+
+    Beside a `container` (a module of modules under the one name that PEFT insists on) PEFT merges LoRA only.
+    """
 
     weights: tuple[Weight, ...]
     modules: tuple[str, ...]
+    container: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,8 +221,9 @@ class ModelShape:
     def by_role(self) -> dict[str, int]:
         """Parameters by role, in model order; sums to `num_parameters`."""
         counts: dict[str, int] = {}
-        for item in (*self.modules, *self.tensors):
-            counts[item.role] = counts.get(item.role, 0) + item.num_parameters
+        sizes = [(m.role, m.num_parameters) for m in self.modules]
+        for role, num in sizes + [(t.role, t.num_parameters) for t in self.tensors]:
+            counts[role] = counts.get(role, 0) + num
         return counts
 
     @property

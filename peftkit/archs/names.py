@@ -23,7 +23,7 @@ def shortest_names(chosen: Iterable[str], all_names: Iterable[str]) -> tuple[str
     for name in all_names:
         for ending in _endings(name):
             reached.setdefault(ending, set()).add(name)
-    found = {}
+    found: dict[str, None] = {}
     for name in chosen:
         ending = next(e for e in _endings(name) if reached.get(e, {name}) <= wanted)
         found[ending] = None

@@ -17,7 +17,7 @@ class LnOptions(Options):
 def norm_names(shape: ModelShape) -> list[str]:
     """Endings that name the norms and nothing else."""
     norms = [tensor.name for tensor in shape.tensors if tensor.role == "norms"]
-    others = [item.name for item in (*shape.tensors, *shape.modules)]
+    others = [tensor.name for tensor in shape.tensors] + [module.name for module in shape.modules]
     return list(shortest_names(norms, others))
 
 

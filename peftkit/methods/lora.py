@@ -47,6 +47,10 @@ class LoraOptions(Options):
     alpha: PositiveFloat | None = Field(None, description="scale numerator; 2 x rank unless given")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     targets: Targets = "auto"
+    target_parameters: list[str] = Field(
+        [],
+        description="names of parameters to adapt beside the targets",
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
     dora: bool = Field(False, description="train magnitude and direction apart (Liu et al. 2024)")
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "default"
@@ -117,15 +121,17 @@ def conflicts(options: LoraOptions, shape: ModelShape, selection: Selection) -> 
     """What PEFT cannot do on weights that it reaches as parameters, and does wrongly on tied tables."""
     if selection.parameters:
         what = f"with {selection.parameters[0]}, which PEFT reaches as a parameter"
-        for key, value, fix in (
-            ("dropout", options.dropout, "set dropout: 0, or leave these modules out"),
-            ("dora", options.dora, "set dora: false, or leave these modules out"),
-        ):
-            if value:
-                yield Conflict(key, f"{str(value).lower()} {what}", str(type(value)(0)).lower(), fix)
+        leave = "or leave these modules out"
+        if options.dropout:
+            yield Conflict("dropout", f"{options.dropout} {what}", "0", f"set dropout: 0, {leave}")
+        if options.dora:
+            yield Conflict("dora", f"true {what}", "false", f"set dora: false, {leave}")
         if options.init not in {"default", "gaussian"}:
             yield Conflict("init", f"{options.init} {what}", "default")
     head = shape.family.heads[shape.task].modules
+    if head and options.init in CHANGES_BASE:
+        fix = f"PEFT converts only A and B of such an adapter: the {shape.task} head would be lost"
+        yield Conflict("init", f"{options.init} with a head to train", "default", fix)
     if "head" in options.also_train and head:
         yield Conflict(
             "also_train",

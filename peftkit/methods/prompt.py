@@ -57,6 +57,12 @@ def learning_rate(num_parameters: int) -> tuple[float, str]:
     return 3e-2, "a tenth of the paper's 0.3 (Lester et al. 2021, section 3), which was for Adafactor"
 
 
+def refuses(shape: ModelShape) -> str:
+    """A token classifier's output would have the prompt's positions in it."""
+    tags = shape.task == "token-classification"
+    return "PEFT leaves the prompt's positions in a token classifier's output" if tags else ""
+
+
 METHOD = Method(
     name="prompt",
     summary="trained embeddings before the input",
@@ -64,6 +70,7 @@ METHOD = Method(
     count=count,
     peft=peft,
     learning_rate=learning_rate,
+    refuses=refuses,
     virtual_tokens=True,
     mergeable=False,
 )

@@ -141,7 +141,7 @@ def _role(name: str, plan: Plan, *, table: str, head: str) -> str:
         return "tokens"
     if "prompt_encoder" in parts:
         return "projection" if "transform" in parts else plan.method.name
-    if parts & {*plan.base.head_modules, head}:
+    if head in parts or any(f".{module}." in f".{name}" for module in plan.base.head_modules):
         return "head"
     return "embeddings" if table in parts else "norms"
 

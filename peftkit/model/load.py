@@ -99,7 +99,7 @@ def load_model(source: str, plan: BasePlan, *, device: str) -> Any:
 
 def _starts_fresh(key: str, plan: BasePlan) -> bool:
     """Whether a tensor belongs to the task's head, which a base does not bring."""
-    return bool(set(key.split(".")) & set(plan.head_modules))
+    return any(f".{name}." in f".{key}" for name in plan.head_modules)
 
 
 def _config(source: str, plan: BasePlan) -> Any:

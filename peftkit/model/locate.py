@@ -58,7 +58,9 @@ def embedded_file(name: str, where: str) -> tuple[Embedded, Path]:
 
 def check_pin(base: Base, where: str) -> None:
     """Raises UserError where an embedded model's file is not the pinned one."""
-    entry, path = embedded_file(base.id.removeprefix("embedded:"), where)
+    entry = EMBEDDED[base.id.removeprefix("embedded:")]
+    assert base.path is not None
+    path = base.path / Path(entry.file).name if base.path.is_dir() else base.path
     digest = sha256_of(path)
     if digest != entry.sha256:
         got, wanted = f"{path} with sha256 {digest[:12]}...", f"the pinned file {entry.sha256[:12]}..."
@@ -80,14 +82,14 @@ def _config_file(path: Path, where: str) -> dict[str, Any]:
     return config
 
 
-def _folder(path: Path, where: str, *, need_weights: bool) -> Base:
+def _folder(path: Path, where: str, *, shapes_alone: bool) -> Base:
     config_file = path / "config.json"
     lit = next((path / name for name in _LITGPT if (path / name).is_file()), None)
     if lit is not None:
         raise UserError(
             Problem(
                 where,
-                f"{path}, a LitGPT checkpoint ({lit.name} is a pickle, which can run code)",
+                f"{path}, a LitGPT checkpoint ({lit.name} is pickled and can run code)",
                 "a Hugging Face folder with *.safetensors",
                 f"litgpt convert_from_litgpt {path} OUT; save OUT/model.pth as safetensors, give that folder",
             )
@@ -102,7 +104,7 @@ def _folder(path: Path, where: str, *, need_weights: bool) -> Base:
             )
         )
     config = _config_file(config_file, where)
-    if need_weights and not any(path.glob("*.safetensors")):
+    if not shapes_alone and not any(path.glob("*.safetensors")):
         pickles = sorted(p.name for p in path.glob("*.bin"))
         got = f"the folder {path} with {pickles[0]} only" if pickles else f"the folder {path} without weights"
         fix = (
@@ -185,10 +187,13 @@ def _hub(model_id: str, revision: str | None, where: str) -> Base:
     return Base(model_id, "hub", None, config)
 
 
-def locate(model_id: str, *, revision: str | None, where: str, need_weights: bool = True) -> Base:
-    """Find a base. `need_weights=False` (plans, dry runs) settles for shapes that are known offline.
+def locate(
+    model_id: str, *, revision: str | None, where: str, need_weights: bool = True, shapes_alone: bool = False
+) -> Base:
+    """Find a base. `need_weights=False` (plans, dry runs) settles for hub models whose shapes are known.
 
-    Raises UserError, naming `where`, for what is not there or cannot be used.
+    `shapes_alone` also takes a folder without weights, or a config.json. Raises UserError, naming `where`,
+    for what is not there or cannot be used.
     """
     if model_id.startswith("embedded:"):
         name = model_id.removeprefix("embedded:")
@@ -203,10 +208,10 @@ def locate(model_id: str, *, revision: str | None, where: str, need_weights: boo
         if not path.is_file():
             raise UserError(Problem(where, f"{model_id}, which is not there", "a .gguf file"))
         return Base(model_id, "gguf", path, None)
-    if path.name == "config.json" and path.is_file() and not need_weights:
+    if shapes_alone and path.name == "config.json" and path.is_file():
         return Base(model_id, "folder", path.parent, _config_file(path, where))
     if path.is_dir():
-        return _folder(path, where, need_weights=need_weights)
+        return _folder(path, where, shapes_alone=shapes_alone)
     if path.is_absolute():
         raise UserError(Problem(where, f"{model_id}, which is not there", "a model folder or a .gguf file"))
     if not need_weights and model_id in KNOWN:

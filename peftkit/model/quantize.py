@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, cast
 
 from peftkit.model.mends import bnb_cpu_repack, falcon_linear
 from peftkit.plan.plan import BasePlan
@@ -54,7 +54,10 @@ def _quantize_experts(model: Any, base: BasePlan) -> None:
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.ndim == 3 and any(matches(f"{name}.{key}", ending) for ending in base.experts_4bit):
                 replace_parameter_4bit(
-                    module, key, quant_type=base.quant_type, compress_statistics=base.double_quant
+                    module,
+                    key,
+                    quant_type=cast(Literal["nf4", "fp4"], base.quant_type),
+                    compress_statistics=base.double_quant,
                 )
 
 
@@ -63,9 +66,13 @@ def coverage(model: Any) -> float:
     from torch.nn.utils.parametrize import is_parametrized
 
     held = total = 0
+    seen: set[int] = set()
     for module in model.modules():
         parametrized = is_parametrized(module)
         for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:  # tied
+                continue
+            seen.add(id(parameter))
             state = getattr(parameter, "quant_state", None)
             num = state.shape.numel() if state is not None else parameter.numel()
             held += num if state is not None else 0

@@ -47,7 +47,7 @@ def shape_of_base(
     """The base's shape with the head that task and data ask for.
 
     `source` is what transformers loads, where a model of no known family has to be looked at. Raises
-    UserError for a configuration that is absurd or no text model's, and for a task that the family has no head for.
+    UserError for a configuration that is absurd or no text model's, and for a task without a head.
     """
     refuse_other_senses(base, where)
     config = {**(base.config or {}), "num_labels": max(2, num_labels)}

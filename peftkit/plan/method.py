@@ -11,7 +11,7 @@ from peftkit.methods.lora import LoraOptions
 from peftkit.plan.applies import nearest_method, refusal
 from peftkit.plan.decisions import Decisions
 from peftkit.plan.plan import MethodPlan
-from peftkit.plan.targets import resolve_targets, select
+from peftkit.plan.targets import resolve_parameters, resolve_targets, select
 
 LOW_COVERAGE = 0.5  # below this share in 4-bit, QLoRA saves little
 
@@ -35,7 +35,11 @@ def _selection(d: Decisions, shape: ModelShape, method: Method) -> Selection:
     asked = roles if wanted == "auto" else wanted
     modules, problems = resolve_targets(asked, shape, method, d.where("method.targets"))
     d.problems.extend(problems)
-    chosen = select(modules, shape, as_parameters=method.reaches_parameters)
+    extra = getattr(d.loaded.recipe.method, "target_parameters", ())
+    named, problems = resolve_parameters(extra, shape, d.where("method.target_parameters"))
+    d.problems.extend(problems)
+    modules = [m for m in shape.modules if m in modules or m in named]
+    chosen = select(modules, shape, as_parameters=method.reaches_parameters, named=named)
     shown = [*chosen.names, *chosen.parameters]
     if wanted == "auto":
         d.keep("method.targets", wanted, shown, reason)
@@ -63,8 +67,9 @@ def _tell_left_out(d: Decisions, shape: ModelShape, asked: Any) -> None:
 
 
 def coverage(shape: ModelShape) -> float:
-    """The share of parameters that 4-bit stores: linear layers and fused experts."""
-    return sum(m.num_parameters for m in shape.modules if _in_4bit(m, shape)) / shape.num_parameters
+    """The share of parameters that 4-bit stores: matrices of linear layers and of fused experts."""
+    held = sum(max(1, m.num) * m.d_in * m.d_out for m in shape.modules if _in_4bit(m, shape))
+    return held / shape.num_parameters
 
 
 def _in_4bit(module: Module, shape: ModelShape) -> bool:

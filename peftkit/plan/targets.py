@@ -47,9 +47,14 @@ def _weight(module: Module) -> str:
     return module.name if module.in_experts else f"{module.name}.weight"
 
 
-def select(modules: Sequence[Module], shape: ModelShape, *, as_parameters: bool) -> Selection:
-    """How PEFT is told of these modules. `as_parameters`: its LoRA renames fused experts, so take weights."""
-    by_weight = [m for m in modules if m.in_experts or (as_parameters and m.by_parameter)]
+def select(
+    modules: Sequence[Module], shape: ModelShape, *, as_parameters: bool, named: Sequence[Module] = ()
+) -> Selection:
+    """How PEFT is told of these modules. `as_parameters`: its LoRA renames fused experts, so take weights.
+
+    `named` are modules that the recipe wants reached by their parameters.
+    """
+    by_weight = [m for m in modules if m.in_experts or m in named or (as_parameters and m.by_parameter)]
     by_name = [m for m in modules if m not in by_weight]
     others = [tensor.name for tensor in shape.tensors]
     everything = [module.name for module in shape.modules] + others
@@ -77,6 +82,15 @@ def _group(item: str, shape: ModelShape) -> list[Module] | None:
 def _tables(shape: ModelShape) -> dict[str, str]:
     """Embeddings and head by name: they stand outside the blocks and are trained another way."""
     return {shape.family.embeddings: "embeddings", shape.family.head: "head"}
+
+
+def resolve_parameters(
+    names: Sequence[str], shape: ModelShape, where: str
+) -> tuple[list[Module], list[Problem]]:
+    """The modules behind parameters that the recipe names."""
+    weights = {_weight(module): module for module in shape.modules}
+    found = [m for weight, m in weights.items() if any(matches(weight, name) for name in names)]
+    return found, unmatched(list(weights), names, where, what="parameter")
 
 
 def _no_such(item: str, shape: ModelShape, where: str) -> Problem:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from peftkit.archs import TASKS, Family, Task, task_of
 from peftkit.errors import Problem
 
@@ -36,7 +34,7 @@ def decide_task(wanted: str, data_format: str | None, family: Family | None, whe
         )
     asked = by_data or wanted
     if family is None:
-        return cast(Task, asked) if asked in TASKS else "causal-lm"
+        return next((task for task in TASKS if task == asked), "causal-lm")
     task = task_of(family, asked)
     if task is None:
         heads = ", ".join(family.heads)

@@ -101,3 +101,13 @@ def test_every_layer_has_a_known_role_and_a_unique_type():
     assert len(types) == len(set(types))
     for family in FAMILIES:
         assert set(family.roles) <= set(ROLES), family.name
+
+
+@pytest.mark.parametrize("model_type", [t for family in FAMILIES for t in family.model_types])
+def test_keys_that_a_config_leaves_out_have_the_defaults_of_transformers(model_type):
+    """Older hub files lack keys; transformers fills them in, and so must the family's entry."""
+    from tests.tiny import TINY
+
+    sparse = shape_from_config({**TINY[model_type], "model_type": model_type})
+    whole = shape_from_config(tiny_config(model_type, num_labels=2).to_dict())
+    assert (sparse.num_parameters, sparse.tied_embeddings) == (whole.num_parameters, whole.tied_embeddings)

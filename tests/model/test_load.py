@@ -6,12 +6,18 @@ import pytest
 from peftkit.errors import UserError
 from peftkit.model.load import eos_ids, load_model, load_tokenizer, loadable
 from peftkit.model.locate import locate
+from peftkit.model.shapes import shape_of_base
 from tests.conftest import TINY_LLAMA
 from tests.plans import cpu_plan
 
 
 def find(name, **options):
     return locate(str(name), revision=None, where="r.yaml:2 base.id", **options)
+
+
+def shape(base, **options):
+    options = {"task": "auto", "data_format": None, "num_labels": 0, "trust_remote_code": False, **options}
+    return shape_of_base(base, where="r.yaml:2 base.id", **options)
 
 
 def refuse(name):
@@ -22,7 +28,7 @@ def refuse(name):
 
 def test_folder_is_found_with_its_shapes():
     base = find(TINY_LLAMA)
-    assert (base.kind, base.facts().shape.num_parameters) == ("folder", 1_049_728)
+    assert (base.kind, shape(base).num_parameters) == ("folder", 1_049_728)
     assert loadable(base, "w") == str(TINY_LLAMA)
 
 
@@ -55,7 +61,7 @@ def test_config_without_sizes_is_told(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="missing or absurd sizes"):
-        find(tmp_path).facts()
+        shape(find(tmp_path))
 
 
 def test_a_hub_that_does_not_answer_is_told(monkeypatch):
@@ -84,7 +90,7 @@ def test_hub_model_while_offline_says_so_and_what_to_do():
 
 
 def test_known_shapes_serve_plans_offline():
-    assert find("meta-llama/Llama-3.1-8B", need_weights=False).facts().shape.num_parameters == 8_030_261_248
+    assert shape(find("meta-llama/Llama-3.1-8B", need_weights=False)).num_parameters == 8_030_261_248
 
 
 def test_missing_embedded_package_prints_the_pip_line(monkeypatch):
@@ -141,3 +147,59 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "intermediate_size": 256}))
     with pytest.raises(UserError, match="cannot be loaded"):
         load_model(str(tmp_path / "m"), cpu_plan().base, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "vit", "image_size": 224}, "a model for vision"),
+        ({"model_type": "gemma3", "vision_config": {}}, "its text part alone (gemma3_text)"),
+        ({"model_type": "whisper", "num_mel_bins": 80}, "a model for audio"),
+        ({"model_type": "llama", "hidden_size": -4, "num_attention_heads": 2}, "missing or absurd sizes"),
+        ({"model_type": "bert", "hidden_size": 64, "vocab_size": "many"}, "missing or absurd sizes"),
+    ],
+)
+def test_models_that_are_not_for_text_or_absurd_are_refused(tmp_path, config, said):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        shape(find(tmp_path, shapes_alone=True))
+    assert said in str(caught.value)
+
+
+def test_a_litgpt_checkpoint_is_refused_by_name(tmp_path):
+    (tmp_path / "lit_model.pth").write_bytes(b"")
+    assert "litgpt convert_from_litgpt" in refuse(tmp_path)
+
+
+def test_rope_is_stretched_without_losing_its_base_frequency():
+    from peftkit.model.load import rope_values
+
+    old = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    made = rope_values(old, {"kind": "yarn", "factor": 4, "trained": 128})
+    assert made["rope_parameters"] == {
+        "rope_theta": 5e5,
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
+    assert made["max_position_embeddings"] == 512
+    sliding = {"rope_type": "default", "rope_theta": 1e4}
+    nested = {"rope_parameters": {"sliding_attention": sliding, "full_attention": sliding}}
+    made = rope_values(nested, {"kind": "linear", "factor": 2, "trained": 128})["rope_parameters"]
+    assert made["sliding_attention"] == sliding
+    assert made["full_attention"]["factor"] == 2.0
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_a_stretched_base_reads_beyond_its_trained_positions(kind):
+    import torch
+
+    base = {"id": str(TINY_LLAMA), "rope_scaling": {"kind": kind, "factor": 2.0}}
+    plain, made = cpu_plan(), cpu_plan(base=base)
+    positions = json.loads((TINY_LLAMA / "config.json").read_text())["max_position_embeddings"]
+    long = torch.randint(3, 1000, (1, positions * 3 // 2))
+    with torch.no_grad():
+        scaled = load_model(str(TINY_LLAMA), made.base, device="cpu")(long).logits
+        unscaled = load_model(str(TINY_LLAMA), plain.base, device="cpu")(long).logits
+    assert torch.isfinite(scaled).all()
+    assert not torch.allclose(scaled[:, -1], unscaled[:, -1], atol=1e-3), "the setting must have an effect"

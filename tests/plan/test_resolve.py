@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from peftkit.archs import KNOWN, shape_from_config
 from peftkit.errors import UserError
+from peftkit.methods import METHODS
 from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Plan, make_plan
 from peftkit.recipe import load
 from peftkit.recipe.shipped import list_shipped
-from peftkit.run.facts import memory_problems
+from peftkit.run.facts import data_facts, memory_problems, model_facts, read
 
-LLAMA = ModelFacts("m", "hub", "llama", shape_from_config(KNOWN["meta-llama/Llama-3.1-8B"]))
+LLAMA = ModelFacts("m", "hub", shape_from_config(KNOWN["meta-llama/Llama-3.1-8B"]))
 GPU = DeviceFacts("cuda", "NVIDIA H100", 85_000_000_000, True, True)
 CPU = DeviceFacts("cpu", "a CPU", 24 * 2**30, True, True)
 
@@ -35,9 +36,11 @@ def test_every_shipped_recipe_resolves_without_weights_or_network(shipped):
 
     loaded = load(shipped.path)
     base = locate(loaded.recipe.base.id, revision=None, where="base", need_weights=False)
-    made = make_plan(loaded, Facts(GPU, base.facts(), DataFacts(600, 100, "chat")))
+    examples = read(loaded)
+    model = model_facts(loaded, base, examples)
+    made = make_plan(loaded, Facts(GPU, model, data_facts(examples)))
     assert made.method.num_trainable > 0
-    assert memory_problems(made, Facts(GPU, base.facts(), None)) == []
+    assert memory_problems(made, Facts(GPU, model, None)) == []
     assert "auto" not in [decision.value for decision in made.decisions]
     assert shipped.title
 
@@ -121,12 +124,97 @@ def test_a_layer_that_is_not_there_is_told_before_loading():
     assert plan({"name": "lora", "targets": ["layers.3.self_attn.q_proj"]}).method.num_trainable > 0
 
 
-def test_unknown_family_needs_names_for_roles():
-    unknown = ModelFacts("m", "folder", "retnet", None)
-    assert plan(model=unknown).method.target_modules == "all-linear"
-    assert "name its modules" in refuse({"name": "lora", "targets": "attention"}, model=unknown)
-    assert "no IA3 targets are known" in refuse("ia3", model=unknown)
-    assert plan({"name": "lora", "targets": ["wq"]}, model=unknown).method.target_modules == ("wq",)
+def test_a_method_that_cannot_work_is_refused_with_the_nearest_that_does():
+    mamba = ModelFacts("m", "hub", shape_from_config(KNOWN["state-spaces/mamba-130m-hf"]))
+    said = refuse("prefix", model=mamba)
+    assert "no attention, so there are no keys and values" in said
+    assert "the nearest that works: prompt" in said
+    gpt2 = ModelFacts("m", "hub", shape_from_config(KNOWN["openai-community/gpt2"]))
+    assert "the nearest that works: lora" in refuse("oft", model=gpt2, train={"max_length": 64})
+
+
+def test_changes_that_a_family_needs_are_decisions_with_a_reason():
+    def reasons(name, method="lora"):
+        model = ModelFacts("m", "hub", shape_from_config(KNOWN[name]))
+        made = plan(method, model=model, train={"max_length": 64})
+        return {d.key: d for d in made.decisions}
+
+    mamba = reasons("state-spaces/mamba-130m-hf")
+    assert mamba["method.targets"].value == ["in_proj"]
+    assert "never called" in mamba["method.left_out"].reason
+    mixtral = reasons("mistralai/Mixtral-8x7B-v0.1", "qlora")
+    assert "experts" in mixtral["method.targets"].reason
+    assert mixtral["base.in_4bit"].value == "99.4 %"
+    rwkv = reasons("RWKV/rwkv-4-169m-pile")
+    assert rwkv["evaluate.generation_batch"].value == 1
+    assert "rescale_every" in rwkv["base.config.rescale_every"].reason
+    assert reasons("state-spaces/mamba-130m-hf", "prompt")["evaluate.use_cache"].value is False
+
+
+def test_a_4bit_base_that_is_little_in_4bit_says_so():
+    model = ModelFacts("m", "hub", shape_from_config(KNOWN["Qwen/Qwen3-0.6B"]))
+    low = ModelFacts("m", "hub", shape_from_config({**KNOWN["google/gemma-3-1b-pt"], "num_hidden_layers": 2}))
+    [decision] = [d for d in plan("qlora", model=low).decisions if d.key == "base.in_4bit"]
+    assert "little: most of this model is embeddings" in decision.reason
+    [decision] = [d for d in plan("qlora", model=model).decisions if d.key == "base.in_4bit"]
+    assert "little" not in decision.reason
+
+
+def test_experts_cannot_have_dropout_dora_or_4bit():
+    model = ModelFacts("m", "hub", shape_from_config(KNOWN["mistralai/Mixtral-8x7B-v0.1"]))
+    for options, said in (
+        ({"dropout": 0.05}, "set dropout: 0"),
+        ({"dora": True}, "set dora: false"),
+        ({"init": "pissa"}, "expected default"),
+        ({"name": "qlora"}, "fused weights in 4-bit cannot carry LoRA"),
+    ):
+        method = {"name": "lora", "targets": ["attention", "experts"], **options}
+        assert said in refuse(method, model=model)
+
+
+def test_parameters_can_be_named():
+    model = ModelFacts("m", "hub", shape_from_config(KNOWN["mistralai/Mixtral-8x7B-v0.1"]))
+    method = {"name": "lora", "targets": "attention", "target_parameters": ["experts.down_proj"]}
+    assert plan(method, model=model).method.target_parameters == ("down_proj",)
+    assert "matches no parameter" in refuse({**method, "target_parameters": ["nothing"]}, model=model)
+
+
+def test_longer_rows_than_the_trained_positions_need_rope_scaling():
+    long = {"max_length": 200_000}
+    assert "rope_scaling: {kind: yarn, factor: 2}" in refuse(train=long)
+    source = {"base": {"id": "o/m", "rope_scaling": {"kind": "yarn", "factor": 2.0}}, "method": "lora"}
+    loaded = load({**source, "data": {"train": "x.jsonl"}, "train": long})
+    made = make_plan(loaded, Facts(GPU, LLAMA, None))
+    assert made.base.overrides["rope_scaling"] == {"kind": "yarn", "factor": 2.0, "trained": 131072}
+    gpt2 = ModelFacts("m", "hub", shape_from_config(KNOWN["openai-community/gpt2"]))
+    with pytest.raises(UserError, match="its positions are: learned"):
+        make_plan(loaded, Facts(GPU, gpt2, None))
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "data_format", "said"),
+    [
+        ("google-t5/t5-base", "causal-lm", "chat", "a task that it has a head for: seq2seq"),
+        ("google-bert/bert-base-uncased", "auto", "chat", "trained for classification"),
+        ("google-t5/t5-base", "auto", "classification", "a task that it has a head for: seq2seq"),
+        ("google-bert/bert-base-uncased", "seq2seq", "classification", "the data decides"),
+    ],
+)
+def test_task_data_and_family_must_agree(name, task, data_format, said):
+    from peftkit.archs import family_of
+    from peftkit.plan.task import decide_task
+
+    found = decide_task(task, data_format, family_of(KNOWN[name]["model_type"]), "recipe.yaml:3 task")
+    assert said in str(found)
+
+
+def test_masks_metrics_and_cuts_are_for_tasks_that_have_them():
+    t5 = ModelFacts("m", "hub", shape_from_config(KNOWN["google-t5/t5-base"]))
+    data = {"train": "x.jsonl", "mask": "all", "truncation": "keep_end"}
+    said = refuse(model=t5, data=data, evaluate={"metric": "accuracy"})
+    assert "no mask" in said
+    assert "an encoder needs the start" in said
+    assert "one of exact_match, token_f1" in said
 
 
 def test_sources_and_reasons(tmp_path):
@@ -141,7 +229,7 @@ def test_sources_and_reasons(tmp_path):
     assert by_key["train.max_grad_norm"].source == "default"
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora", "prefix", "ia3"])
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_plan_survives_json(method):
     made = plan(method)
     text = json.dumps(made.to_json())

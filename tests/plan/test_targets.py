@@ -1,37 +1,104 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from peftkit.archs import family_of
-from peftkit.plan.targets import matches, resolve_targets, unmatched
+from peftkit.archs import FAMILIES, KNOWN, shape_from_config, shortest_names
+from peftkit.methods import METHODS
+from peftkit.plan.targets import matches, resolve_targets, select, unmatched
+from tests.tiny import TINY
 
-LLAMA, GPT2 = family_of("llama"), family_of("gpt2")
+LLAMA = shape_from_config(KNOWN["meta-llama/Llama-3.2-1B"])
+GPT2 = shape_from_config(KNOWN["openai-community/gpt2"])
+MIXTRAL = shape_from_config(KNOWN["mistralai/Mixtral-8x7B-v0.1"])
+NEXT = shape_from_config(KNOWN["Qwen/Qwen3-Next-80B-A3B-Instruct"])
+BERT = shape_from_config(KNOWN["google-bert/bert-base-uncased"])
+JAMBA = shape_from_config(KNOWN["ai21labs/Jamba-v0.1"])
+
+
+def names(wanted, shape, method="lora"):
+    modules, problems = resolve_targets(wanted, shape, METHODS[method], "recipe.yaml:5 method.targets")
+    assert not problems
+    chosen = select(modules, shape, as_parameters=method == "lora")
+    return chosen.names, chosen.parameters
+
+
+def refused(wanted, shape, method="lora"):
+    _, problems = resolve_targets(wanted, shape, METHODS[method], "recipe.yaml:5 method.targets")
+    assert problems[0].where == "recipe.yaml:5 method.targets"
+    return str(problems[0])
 
 
 def test_groups_and_roles():
-    assert resolve_targets("attention", LLAMA, "w") == (("q_proj", "k_proj", "v_proj", "o_proj"), [])
-    assert resolve_targets(["q", "down"], LLAMA, "w") == (("q_proj", "down_proj"), [])
-    assert len(resolve_targets("all-linear", LLAMA, "w")[0]) == 7
-    assert resolve_targets(["qkv"], GPT2, "w") == (("c_attn",), [])
-    assert resolve_targets(["q", "q_proj", "q"], LLAMA, "w") == (("q_proj",), [])
+    assert names("attention", LLAMA)[0] == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert names(["q", "down"], LLAMA)[0] == ("q_proj", "down_proj")
+    assert len(names("all-linear", LLAMA)[0]) == 7
+    assert names(["qkv"], GPT2)[0] == ("c_attn",)
+    assert names(["q", "q_proj", "q"], LLAMA)[0] == ("q_proj",)
+    assert names("attention", GPT2)[0] == ("c_attn", "attn.c_proj")
+
+
+def test_experts_are_parameters_and_never_a_default():
+    assert names("all-linear", MIXTRAL) == (("q_proj", "k_proj", "v_proj", "o_proj"), ())
+    assert names("experts", MIXTRAL) == ((), ("gate_up_proj", "down_proj"))
+    assert "only LoRA reaches" in refused("experts", MIXTRAL, "ia3")
+    assert "which matches no module" in refused("router", MIXTRAL)
+
+
+def test_layers_that_peft_would_take_for_experts_are_reached_by_their_weights():
+    targets, parameters = names("all-linear", NEXT)
+    assert "in_proj_qkvz" in targets
+    assert parameters == ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    assert names("down", NEXT, "ia3")[0] == ("shared_expert.down_proj",)
+
+
+def test_an_ending_that_other_layers_share_is_written_out_by_layer():
+    targets, _ = names("down", BERT)
+    assert targets[:2] == ("0.output.dense", "1.output.dense")
+    assert names("all-linear", BERT)[0][:3] == ("query", "key", "value")
+
+
+def test_blocked_layers_are_refused_with_their_reason():
+    assert "never called" in refused("dt_proj", JAMBA)
+    assert "bypass an adapter" in refused(["out_proj"], JAMBA)
+    assert "in_proj" in names("all-linear", JAMBA)[0]
 
 
 @pytest.mark.parametrize(
-    ("family", "wanted", "said"),
+    ("shape", "wanted", "said"),
     [
         (LLAMA, ["q_prj"], "q_proj"),
         (LLAMA, ["c_attn"], "which matches no module"),
         (GPT2, ["gate"], "roles of GPT-2: qkv, o, up, down"),
         (LLAMA, "w1", "roles of Llama"),
+        (LLAMA, "lm_head", "also_train: [head]"),
+        (GPT2, "wte", "keeps the tie"),
     ],
 )
-def test_a_target_that_matches_nothing_is_an_error_with_the_nearest_names(family, wanted, said):
-    _, [problem] = resolve_targets(wanted, family, "recipe.yaml:5 method.targets")
-    assert said in str(problem)
-    assert problem.where == "recipe.yaml:5 method.targets"
+def test_a_target_that_cannot_be_is_an_error_with_the_way_out(shape, wanted, said):
+    assert said in refused(wanted, shape)
 
 
 def test_explicit_names_and_paths():
-    assert resolve_targets(["self_attn.q_proj", "embed_tokens"], LLAMA, "w")[1] == []
-    assert resolve_targets(["model.layers.1.self_attn.q_proj"], LLAMA, "w")[1] == []
+    assert names(["self_attn.q_proj"], LLAMA)[0] == ("q_proj",)
+    assert names(["model.layers.1.self_attn.q_proj"], LLAMA)[0] == ("1.self_attn.q_proj",)
     assert matches("model.layers.1.mlp.up_proj", "up_proj")
     assert not matches("model.layers.1.mlp.gate_up_proj", "up_proj")
     assert unmatched(["a.b.c"], ["b.c"], "w") == []
+
+
+SHAPES = [
+    shape_from_config({**TINY[t], "model_type": t})
+    for family in FAMILIES
+    for t in family.model_types
+    if t not in {"zamba2"}
+]
+
+
+@given(data=st.data())
+def test_shortest_names_match_exactly_what_is_chosen(data):
+    shape = data.draw(st.sampled_from(SHAPES))
+    everything = [module.name for module in shape.modules]
+    chosen = data.draw(st.sets(st.sampled_from(everything), min_size=1))
+    ordered = [name for name in everything if name in chosen]
+    found = shortest_names(ordered, everything)
+    assert [n for n in everything if any(matches(n, ending) for ending in found)] == ordered

@@ -13,16 +13,6 @@ def problems(method, **sections):
     ("method", "sections", "said"),
     [
         ("prefix", {"train": {"gradient_checkpointing": True}}, "gradient_checkpointing"),
-        (
-            {"name": "lora", "target_parameters": ["experts.down_proj"], "dropout": 0.1},
-            {},
-            "no dropout on parameters",
-        ),
-        (
-            {"name": "lora", "target_parameters": ["experts.down_proj"], "dora": True},
-            {},
-            "no DoRA on parameters",
-        ),
         ({"name": "qlora", "init": "pissa"}, {}, "4-bit"),
         ({"name": "lora", "lr_ratio": 16.0}, {"train": {"optimizer": "adafactor"}}, "LoRA+"),
         ({"name": "lora", "lr_ratio": 4.0, "dora": True}, {}, "a ratio with dora"),

@@ -71,7 +71,12 @@ def test_the_set_of_recipe_keys_is_frozen():
 
     fields = Recipe.model_fields
     assert sorted(fields) == ["base", "data", "evaluate", "method", "seed", "task", "train"]
-    assert keys(fields["base"].annotation) == ["id", "revision", "trust_remote_code"]
+    assert keys(fields["base"].annotation) == [
+        "id",
+        "revision",
+        "rope_scaling",
+        "trust_remote_code",
+    ]
     assert keys(fields["data"].annotation) == ["columns", "eval", "format", "mask", "train", "truncation"]
     assert keys(fields["train"].annotation) == [
         "batch_size",

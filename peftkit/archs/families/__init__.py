@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from peftkit.archs.families import dense, encoders, mixtures, states
+from peftkit.archs.families import dense, encoders, hybrids, mixtures, states
 from peftkit.archs.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     *dense.FAMILIES,
     *mixtures.FAMILIES,
     *states.FAMILIES,
+    *hybrids.FAMILIES,
     *encoders.FAMILIES,
 )
 ROLES: dict[str, str] = {

@@ -210,7 +210,7 @@ FAMILIES: tuple[Family, ...] = (
         "bert",
         {
             "classification": Head(
-                (Weight("bert.pooler.dense", _DENSE, "head"), _CLASSIFIER), ("pooler", "classifier")
+                (Weight("bert.pooler.dense", _DENSE, "head"), _CLASSIFIER), ("pooler.dense", "classifier")
             ),
             "token-classification": Head((_CLASSIFIER,), ("classifier",)),
         },
@@ -226,6 +226,7 @@ FAMILIES: tuple[Family, ...] = (
                     Weight("classifier.out_proj", _CLASSIFIER.size, "head"),
                 ),
                 ("classifier",),
+                container=True,
             ),
             "token-classification": Head((_CLASSIFIER,), ("classifier",)),
         },
@@ -292,8 +293,11 @@ FAMILIES: tuple[Family, ...] = (
                     ),
                     norms("mlp_norm"),
                     norms("attn_norm", kind="later"),
+                    Part(weights=(Weight("attn_norm", "0", "identity"),), kind="first"),
                 ),
-                kinds=lambda sizes: [frozenset({"later"} if i else ()) for i in range(sizes["layers"])],
+                kinds=lambda sizes: [
+                    frozenset({"later"} if i else {"first"}) for i in range(sizes["layers"])
+                ],
             ),
         ),
         {
@@ -303,7 +307,7 @@ FAMILIES: tuple[Family, ...] = (
                     Weight("head.norm", "hidden", "head"),
                     _CLASSIFIER,
                 ),
-                ("head", "classifier"),
+                ("head.dense", "head.norm", "classifier"),
             )
             for task in ("classification", "token-classification")
         },
@@ -311,6 +315,7 @@ FAMILIES: tuple[Family, ...] = (
         embeddings="tok_embeddings",
         norm="LayerNorm",
         activation=("hidden_activation", "gelu"),
+        refuses={"prefix": "transformers gives it no past keys and values"},
         packs=False,
         mind=(_WHOLE,),
     ),

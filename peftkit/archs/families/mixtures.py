@@ -80,7 +80,7 @@ _LATENT = (
             Linear("self_attn.o_proj", "o", "heads*v_head_dim", "hidden", "attention_bias"),
         ),
         (rms("self_attn.kv_a_layernorm", "kv_lora_rank"),),
-        cache=f"heads*({_Q_HEAD}+v_head_dim)",
+        cache="kv_lora_rank+qk_rope_head_dim",  # kept as latents
     ),
 )
 
@@ -101,7 +101,10 @@ def _deepseek_family(name: str, model_type: str, **defaults: object) -> Family:
         kinds=_deepseek,
         defaults=defaults,
         sizes={"head_dim": _Q_HEAD, "kv": "heads*head_dim", "kv_heads": "heads"},
-        refuses={"prefix": "its keys and values have different widths, and PEFT prepends equal ones"},
+        refuses={
+            "prefix": "its cache holds latents, and PEFT prepends keys and values",
+            "oft": "its cache makes empty inputs, which PEFT's OFT cannot reshape",
+        },
         mind=(_ROUTED,),
     )
 

@@ -18,8 +18,8 @@ def mended() -> Iterator[None]:
     from transformers.models.falcon import modeling_falcon
 
     kept = modeling_falcon.FalconLinear
-    modeling_falcon.FalconLinear = nn.Linear  # type: ignore[misc]
+    modeling_falcon.FalconLinear = nn.Linear
     try:
         yield
     finally:
-        modeling_falcon.FalconLinear = kept  # type: ignore[misc]
+        modeling_falcon.FalconLinear = kept

@@ -1,0 +1,33 @@
+from peftkit.model.mends import falcon_linear
+from peftkit.model.quantize import coverage
+from tests.conftest import save_tiny
+from tests.plans import plan_for
+
+
+def load(folder, plan):
+    from peftkit.model.load import load_model
+
+    return load_model(str(folder), plan.base, device="cpu")
+
+
+def test_the_fault_is_still_there(tmp_path):
+    """Once it is gone, delete the mend."""
+    from transformers import AutoModelForCausalLM
+
+    from peftkit.model.quantize import quantization_config
+
+    folder, config = save_tiny(tmp_path, "falcon")
+    plan = plan_for(config, "qlora")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config(plan.base))
+    assert coverage(model) == 0.0
+
+
+def test_mended_falcon_is_quantized_and_the_module_is_left_as_it_was(tmp_path):
+    from transformers.models.falcon import modeling_falcon
+
+    before = modeling_falcon.FalconLinear
+    folder, config = save_tiny(tmp_path, "falcon")
+    assert coverage(load(folder, plan_for(config, "qlora"))) > 0.7  # the rest is the token table
+    assert modeling_falcon.FalconLinear is before
+    with falcon_linear.mended():
+        assert modeling_falcon.FalconLinear is not before
