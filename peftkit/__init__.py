@@ -17,18 +17,38 @@ __version__ = "0.1.0"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from peftkit.api import finetune, generate, load_recipe, make_plan, resume_run, summarize_run
+    from peftkit.api import (
+        evaluate_run,
+        finetune,
+        generate,
+        inspect_model,
+        load_recipe,
+        make_plan,
+        resume_run,
+        summarize_run,
+    )
     from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 
-_API = ("finetune", "generate", "load_recipe", "make_plan", "resume_run", "summarize_run")
+_API = (
+    "evaluate_run",
+    "finetune",
+    "generate",
+    "inspect_model",
+    "load_recipe",
+    "make_plan",
+    "resume_run",
+    "summarize_run",
+)
 _ERRORS = ("Interrupted", "PeftkitError", "Problem", "UserError")
 __all__ = [
     "Interrupted",
     "PeftkitError",
     "Problem",
     "UserError",
+    "evaluate_run",
     "finetune",
     "generate",
+    "inspect_model",
     "load_recipe",
     "make_plan",
     "resume_run",

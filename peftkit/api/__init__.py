@@ -7,10 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.plan import Plan
+from peftkit.plan.inspection import Inspection
 from peftkit.recipe import LoadedRecipe, Recipe, load
 from peftkit.report import Summary, read_summary
+from peftkit.run.evaluate import Evaluation
 from peftkit.rundir import RunDir
 
+__all__ = [
+    "Evaluation",
+    "Inspection",
+    "Observer",
+    "RecipeLike",
+    "evaluate_run",
+    "finetune",
+    "generate",
+    "inspect_model",
+    "load_recipe",
+    "make_plan",
+    "resume_run",
+    "summarize_run",
+]
 RecipeLike = str | Path | Mapping[str, Any] | Recipe | LoadedRecipe
 Observer = Callable[[dict[str, Any]], None]
 
@@ -69,3 +85,25 @@ def generate(path: str | Path, prompts: Sequence[str], *, max_new_tokens: int = 
     from peftkit.run.answer import answer
 
     return answer(Path(path), prompts, max_new_tokens=max_new_tokens)
+
+
+def inspect_model(
+    model: str | Path, *, data: str | Path | None = None, trust_remote_code: bool = False
+) -> Inspection:
+    """What a model is, what it takes, and which methods can train it: no weights, and no torch where known.
+
+    `model` is a hub id, a folder, a config.json, a .gguf file or embedded:NAME. `data` is a file whose tokens
+    are compared with the compute-optimal number.
+    """
+    from peftkit.run.inspect import inspect
+
+    return inspect(str(model), data=Path(data) if data else None, trust_remote_code=trust_remote_code)
+
+
+def evaluate_run(
+    path: str | Path, *, data: str | Path | None = None, contexts: Sequence[int] = ()
+) -> Evaluation:
+    """Loss and metrics of a run or adapter on held-out rows or a file; with `contexts`, loss by position."""
+    from peftkit.run.evaluate import evaluate
+
+    return evaluate(Path(path), data=str(data) if data else None, contexts=contexts)

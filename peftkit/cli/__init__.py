@@ -31,6 +31,10 @@ def _positive(text: str) -> int:
     return value
 
 
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
 _RECIPE = _arg("recipe", metavar="RECIPE", help="recipe file, or the name of a shipped recipe")
 _OVERRIDES = _arg("overrides", metavar="key=value", nargs="*", help="dotted keys, values as in YAML")
 
@@ -49,6 +53,16 @@ COMMANDS: tuple[Command, ...] = (
             ),
         ),
     ),
+    Command(
+        "inspect",
+        "what a model is, what it takes, and which methods can train it",
+        (
+            _arg("model", metavar="MODEL", help="hub id, folder, config.json, .gguf file or embedded:NAME"),
+            _arg("--data", metavar="FILE", help="compare its tokens with the compute-optimal number"),
+            _arg("--trust-remote-code", action="store_true", help="run the model's own code to look at it"),
+            _arg("--json", action="store_true"),
+        ),
+    ),
     Command("resume", "go on with an interrupted run", (_arg("run", metavar="RUN"),)),
     Command(
         "generate",
@@ -57,6 +71,16 @@ COMMANDS: tuple[Command, ...] = (
             _arg("run", metavar="RUN"),
             _arg("prompts", metavar="PROMPT", nargs="+"),
             _arg("--max-new-tokens", metavar="N", type=_positive, default=128),
+        ),
+    ),
+    Command(
+        "eval",
+        "measure a result again: loss and metrics, or loss by position",
+        (
+            _arg("run", metavar="RUN|ADAPTER"),
+            _arg("--data", metavar="FILE", help="rows to measure on (default: those held out in the run)"),
+            _arg("--context", metavar="N,N,...", type=_lengths, default=(), help="loss by position"),
+            _arg("--json", action="store_true"),
         ),
     ),
     Command(
@@ -70,6 +94,9 @@ COMMANDS: tuple[Command, ...] = (
     Command("schema", "print the JSON Schema of a recipe, for editors", ()),
     Command("env", "print versions and the device", (_arg("--json", action="store_true"),)),
 )
+
+
+_FUNCTIONS = {"eval": "evaluate", "inspect": "inspect_model"}  # where Python has taken the name
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from peftkit.errors import PeftkitError, UserError
 
     try:
-        return int(getattr(commands, arguments.command)(arguments))
+        return int(getattr(commands, _FUNCTIONS.get(arguments.command, arguments.command))(arguments))
     except UserError as error:
         commands.tell_problems(error)
         return error.exit_code

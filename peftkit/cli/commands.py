@@ -63,6 +63,40 @@ def generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def inspect_model(arguments: argparse.Namespace) -> int:
+    """Print what a model is, as tables or as JSON."""
+    from peftkit import api
+    from peftkit.cli.tables import print_inspection
+
+    found = api.inspect_model(
+        arguments.model, data=arguments.data, trust_remote_code=arguments.trust_remote_code
+    )
+    if arguments.trust_remote_code:
+        print(f"code that comes with {arguments.model} was allowed to run", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        print_inspection(found)
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Print loss and metrics of a result, or its loss by position."""
+    from dataclasses import asdict
+
+    from peftkit import api
+    from peftkit.cli.display import quiet_loggers
+    from peftkit.cli.tables import print_evaluation
+
+    quiet_loggers()
+    found = api.evaluate_run(arguments.run, data=arguments.data, contexts=arguments.context)
+    if arguments.json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        print_evaluation(found)
+    return 0
+
+
 def recipes(arguments: argparse.Namespace) -> int:
     """List, show, or write a new recipe to stdout."""
     from peftkit.recipe.shipped import list_shipped, new_recipe, show_shipped

@@ -54,18 +54,31 @@ def batches(
             made = collate([rows[i] for i in chosen], pad_id, task=task)
             batch = {key: value.to(model.device) for key, value in made.items()}
             with torch.no_grad(), torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
-                yield chosen, batch, model(**_inputs(model, batch, task))
+                yield chosen, batch, model(**inputs_of(model, batch, task))
     finally:
         model.train(was_training)
 
 
-def _inputs(model: Any, batch: Mapping[str, Any], task: str) -> dict[str, Any]:
+def inputs_of(model: Any, batch: Mapping[str, Any], task: str) -> dict[str, Any]:
     """A batch without labels; an encoder-decoder reads its target shifted by one instead."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if task == "seq2seq":
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(batch["labels"])
     return inputs
+
+
+def summed_loss(logits: Any, labels: Any, task: str) -> Any:
+    """Cross entropy in nats, summed over what is learnt.
+
+    A decoder's positions predict the next token; virtual tokens may stand before them.
+    """
+    from torch.nn.functional import cross_entropy
+
+    if task == "causal-lm":
+        logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    return cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
 
 
 def mean_token_loss(
@@ -82,19 +95,13 @@ def mean_token_loss(
     It is worked out from the logits: some methods add a penalty to the model's own loss (AdaLoRA).
     Raises ValueError where nothing is learnt.
     """
-    from torch.nn.functional import cross_entropy
-
     total, num_learnt = 0.0, 0
     for _, batch, output in batches(
         model, rows, pad_id=pad_id, batch_size=batch_size, task=task, autocast=autocast
     ):
-        logits, labels = output.logits, batch["labels"]
-        if task == "causal-lm":
-            # virtual tokens may stand before; each position predicts the next token
-            logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
+        labels = batch["labels"][:, 1:] if task == "causal-lm" else batch["labels"]
         num_learnt += int((labels != IGNORED).sum())
-        flat = logits.reshape(-1, logits.shape[-1]).float()
-        total += float(cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="sum"))
+        total += float(summed_loss(output.logits, batch["labels"], task))
     if num_learnt == 0:
         raise ValueError("no learnt token in the held-out rows")
     return total / num_learnt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from peftkit.archs import Task
@@ -55,8 +55,13 @@ def load_tokenizer(source: str, plan: BasePlan) -> Any:
     return tokenizer
 
 
-def load_model(source: str, plan: BasePlan, *, device: str) -> Any:
-    """The base with its weights and the task's head. Raises UserError where it cannot be loaded."""
+def load_model(
+    source: str, plan: BasePlan, *, device: str, tell: Callable[[str], None] = lambda text: None
+) -> Any:
+    """The base with its weights and the task's head. Raises UserError where it cannot be loaded.
+
+    `tell` hears of what does not stop loading: a head for other classes than the data's, which starts afresh.
+    """
     import torch
     import transformers
     from safetensors import SafetensorError
@@ -71,6 +76,7 @@ def load_model(source: str, plan: BasePlan, *, device: str) -> Any:
                 revision=plan.revision,
                 trust_remote_code=plan.trust_remote_code,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # told and looked at below
                 dtype=getattr(torch, plan.dtype),
                 device_map={"": 0 if device == "cuda" else device},
                 quantization_config=quantization_config(plan),
@@ -83,6 +89,7 @@ def load_model(source: str, plan: BasePlan, *, device: str) -> Any:
                 f"a model for {plan.task} with safetensors weights",
             )
         ) from error
+    _check_shapes(told["mismatched_keys"], plan, tell)
     missing = sorted(key for key in told["missing_keys"] if not _starts_fresh(key, plan))
     if missing:
         raise UserError(
@@ -95,6 +102,21 @@ def load_model(source: str, plan: BasePlan, *, device: str) -> Any:
         )
     after_loading(model, plan)
     return model
+
+
+def _check_shapes(mismatched: Any, plan: BasePlan, tell: Callable[[str], None]) -> None:
+    """Only the task's head may be of another shape than the weights bring."""
+    found = sorted((str(item[0]), tuple(item[1]), tuple(item[2])) for item in mismatched)
+    wrong = [item for item in found if not _starts_fresh(item[0], plan)]
+    if wrong:
+        name, brought, wanted = wrong[0]
+        got = f"weights of other shapes than config.json says ({name}: {brought} for {wanted})"
+        raise UserError(Problem(f"base {plan.id}", got, "weights and configuration of one model"))
+    if found:
+        name, brought, wanted = found[-1]
+        tell(
+            f"the base brings a head of {brought[0]} outputs ({name}); the data has {wanted[0]}: it starts afresh"
+        )
 
 
 def _starts_fresh(key: str, plan: BasePlan) -> bool:

@@ -23,8 +23,8 @@ def quantization_config(base: BasePlan) -> Any:
         bnb_4bit_quant_type=base.quant_type,
         bnb_4bit_use_double_quant=base.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, base.compute_dtype),
-        # a list replaces the library's own, so it is given only where something must be added to it
-        llm_int8_skip_modules=list(base.skip_4bit) or None,
+        # the list replaces the library's own, which would leave the head in
+        llm_int8_skip_modules=list(base.skip_4bit),
     )
 
 

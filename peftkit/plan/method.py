@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from peftkit.archs import ModelShape, Module, place_of
-from peftkit.archs.family import SHARED
 from peftkit.methods import METHODS, Method, Selection, TokenRows
 from peftkit.methods.lora import LoraOptions
 from peftkit.plan.applies import nearest_method, refusal
@@ -69,12 +68,12 @@ def _tell_left_out(d: Decisions, shape: ModelShape, asked: Any) -> None:
 def coverage(shape: ModelShape) -> float:
     """The share of parameters that 4-bit stores: matrices of linear layers and of fused experts."""
     held = sum(max(1, m.num) * m.d_in * m.d_out for m in shape.modules if _in_4bit(m, shape))
+    held += sum(t.num_parameters for t in shape.tensors if t.role == "shared adapters")  # linear too
     return held / shape.num_parameters
 
 
 def _in_4bit(module: Module, shape: ModelShape) -> bool:
-    skipped = module.name.rsplit(".", 1)[-1] in shape.family.skip_4bit
-    return not skipped and module.blocked != SHARED
+    return module.name.rsplit(".", 1)[-1] not in shape.family.skip_4bit
 
 
 def largest_rest(shape: ModelShape) -> str:
@@ -121,6 +120,9 @@ def method_plan(d: Decisions, shape: ModelShape) -> MethodPlan:
     if not impossible:
         for conflict in method.conflicts(options, shape, selection):
             d.refuse(f"method.{conflict.key}", conflict.got, conflict.expected, conflict.fix)
+    if method.name == "adalora" and (shape.task != "causal-lm" or shape.family.inferred):
+        why = "the loss is worked out from the logits here, and PEFT adds its penalty to the model's own"
+        d.decide("method.orthogonality_penalty", 0, why)
     if shape.family.inferred:
         d.decide("base.family", shape.family.name, shape.family.mind[0])
     counted = None if d.problems else {k: v for k, v in method.count(options, shape, selection).items() if v}

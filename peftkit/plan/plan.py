@@ -35,8 +35,9 @@ class BasePlan:
     compute_dtype: Dtype
     task: str  # which head is put on top
     labels: tuple[str, ...]  # of a classifier, in the order of its outputs
+    inferred: bool  # no known family: TRL's fused loss may not find its way around in it
     head_modules: tuple[str, ...]  # may be missing from the weights: they start from nothing
-    skip_4bit: tuple[str, ...]  # modules kept out of 4-bit; empty: what the library keeps out
+    skip_4bit: tuple[str, ...]  # modules kept out of 4-bit: the head, and what the family needs
     experts_4bit: tuple[str, ...]  # fused expert parameters to quantize, by their endings
     overrides: Mapping[str, Any]  # of the configuration, at loading
 

@@ -71,6 +71,7 @@ def _base(d: Decisions, facts: Facts, method: Method) -> tuple[BasePlan, str | N
         compute_dtype=dtype,
         task=shape.task,
         labels=facts.data.labels if facts.data else (),
+        inferred=shape.family.inferred,
         head_modules=shape.family.heads[shape.task].modules,
         skip_4bit=skip,
         experts_4bit=experts,
@@ -95,12 +96,8 @@ def _four_bit(d: Decisions, facts: Facts, method: Method) -> tuple[tuple[str, ..
     if share < LOW_COVERAGE:
         text = f"little: most of this model is {largest_rest(shape)}, which 4-bit does not hold"
     d.decide("base.in_4bit", f"{100 * share:.1f} %", text)
-    head: tuple[str, ...] = ()
-    if shape.family.heads[shape.task].modules:
-        head = tuple(tensor.name for tensor in shape.tensors if tensor.role == "head")
+    head = tuple(tensor.name for tensor in shape.tensors if tensor.role == "head")
     skip = (*shape.family.skip_4bit, *(head or (shape.family.head,)))
-    if not shape.family.skip_4bit and not head:
-        skip = ()  # the library's own list keeps the head out
     if shape.family.skip_4bit:
         d.decide(
             "base.kept_out_of_4bit", list(skip), "this family reads these weights in a way that 4-bit breaks"

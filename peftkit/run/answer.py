@@ -9,8 +9,7 @@ from typing import Any, cast
 from peftkit.archs import Task
 from peftkit.errors import Problem, UserError
 from peftkit.plan import Plan
-from peftkit.report import read_plan
-from peftkit.rundir import RunDir
+from peftkit.run.result import Result, open_result
 
 
 def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
@@ -20,31 +19,34 @@ def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[s
     """
     if not all(prompt.strip() for prompt in prompts):
         raise UserError(Problem("prompt", "an empty prompt", "text to answer"))
-    run = RunDir.open(path)
-    plan = read_plan(run)
-    result = run.adapter if plan.method.peft else run.model
-    if not result.is_dir():
-        raise UserError(
-            Problem(
-                str(path), "a run without a result", "a finished run", f"go on with it: peftkit resume {path}"
-            )
-        )
-    from peftkit.model.adapter import load_adapter
-    from peftkit.model.hardware import detect_device
-    from peftkit.model.load import load_model, load_tokenizer, loadable
-    from peftkit.model.locate import locate
-
-    device = detect_device().kind
-    tokenizer = load_tokenizer(str(result), plan.base)
-    if plan.method.peft is None:
-        model = load_model(str(result), plan.base, device=device)
-    else:
-        base = locate(plan.base.id, revision=plan.base.revision, where="base")
-        model = load_adapter(load_model(loadable(base, "base"), plan.base, device=device), result)
+    result = open_result(path)
+    plan, run = result.plan, result.run
+    if plan is None or run is None:
+        return _written_by_foreign(result, prompts, max_new_tokens=max_new_tokens)
+    model, tokenizer = result.model, result.tokenizer
     if plan.base.task not in {"causal-lm", "seq2seq"}:
         return _classes(model, tokenizer, plan, prompts)
     chats = any(event["event"] == "data" and event.get("chats") for event in run.events())
     return _written(model, tokenizer, plan, prompts, chats=chats, max_new_tokens=max_new_tokens)
+
+
+def _written_by_foreign(result: Result, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+    """An adapter made elsewhere is asked through the chat template where its tokenizer has one."""
+    from peftkit.data.formats import Example
+    from peftkit.data.template import render_prompt
+    from peftkit.evaluate.generation import generate_answers
+    from peftkit.model.load import eos_ids
+
+    chats = bool(result.tokenizer.chat_template)
+    texts = []
+    for prompt in prompts:
+        turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": ""}) if chats else ()
+        texts.append(render_prompt(Example("prompt", messages=turns, prompt=prompt), result.tokenizer)[0])
+    stops = eos_ids(result.model, result.tokenizer)
+    answers = generate_answers(
+        result.model, result.tokenizer, texts, max_new_tokens=max_new_tokens, eos_token_ids=stops
+    )
+    return [text.strip() for text in answers]
 
 
 def _written(

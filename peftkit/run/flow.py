@@ -155,7 +155,9 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
     plan, run, prepared = stage.plan, stage.run, stage.prepared
     _tell_start(stage)
     set_seed(plan.seed)
-    model = load_model(stage.source, plan.base, device=plan.device)
+    model = load_model(
+        stage.source, plan.base, device=plan.device, tell=lambda text: stage.emit("warning", text=text)
+    )
     model = adapter.attach(model, plan, stage.tokenizer, eva_batches=_batches(stage))
     adapter.save_start(model, plan, run.path / "adapter_start")
     _tell_parameters(stage, model)

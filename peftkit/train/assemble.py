@@ -129,7 +129,8 @@ def assemble(
     optimizer = build_loraplus_optimizer(model, plan) if plan.method.lr_ratio is not None else None
     if plan.method.name == "adalora":
         callbacks.append(Budget())
-    build = sft.trainer if plan.base.task == "causal-lm" else supervised.trainer
+    known = plan.base.task == "causal-lm" and not plan.base.inferred
+    build = sft.trainer if known else supervised.trainer
     trainer = build(
         model,
         plan,

@@ -128,11 +128,11 @@ class Bench:
     def logits(self, model: Any) -> Any:
         import torch
 
-        from peftkit.evaluate.losses import _inputs
+        from peftkit.evaluate.losses import inputs_of
 
         model.eval()
         with torch.no_grad():
-            return model(**_inputs(model, self.batch, self.task)).logits.float()
+            return model(**inputs_of(model, self.batch, self.task)).logits.float()
 
     def train(self, model: Any) -> tuple[float, float]:
         """(first, last) loss of a short training on one batch."""

@@ -273,6 +273,7 @@ FAMILIES: tuple[Family, ...] = (
         norm="LayerNorm",
         norm_place="post",
         activation=("activation", "gelu"),
+        refuses={"prefix": "transformers gives it no past keys and values"},
         packs=False,
         mind=(_WHOLE,),
     ),

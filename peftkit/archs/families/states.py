@@ -59,6 +59,7 @@ FAMILIES: tuple[Family, ...] = (
         activation=("", "squared ReLU"),
         refuses=_NO_PREFIX,
         packs=False,
+        cached_prompts=False,
         batches_generation=False,
         overrides={"rescale_every": 0},
         mind=(

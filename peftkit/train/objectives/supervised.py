@@ -1,4 +1,4 @@
-"""Encoder-decoders and classifiers: transformers' own trainers on data that is tokenized already."""
+"""Encoder-decoders, classifiers and models of no known family: transformers' own trainers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftkit.data.mask import Tokenized
-from peftkit.evaluate.losses import collate
+from peftkit.data.mask import IGNORED, Tokenized
+from peftkit.evaluate.losses import collate, inputs_of, summed_loss
 from peftkit.plan import Plan
 from peftkit.train.arguments import arguments
 
@@ -22,7 +22,11 @@ def trainer(
     callbacks: Sequence[Any],
     optimizer: Any,
 ) -> Any:
-    """A Seq2SeqTrainer or Trainer over tokenized datasets; the loss is the model's own for its task."""
+    """A Seq2SeqTrainer or Trainer over tokenized datasets.
+
+    The loss is worked out here from the logits: the Trainer divides a model's own loss by the accumulation or
+    not, depending on whether the model's signature takes loss arguments, which says nothing of what it does.
+    """
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
     seq2seq = plan.base.task == "seq2seq"
@@ -30,7 +34,12 @@ def trainer(
 
     def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tokenized = [Tokenized(list(row["input_ids"]), list(row["labels"]), "") for row in rows]
-        return collate(tokenized, tokenizer.pad_token_id, task=plan.base.task)
+        batch = collate(tokenized, tokenizer.pad_token_id, task=plan.base.task)
+        return {**inputs_of(model, batch, plan.base.task), "labels": batch["labels"]}
+
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        total = summed_loss(outputs.logits, labels, plan.base.task)
+        return total / (labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
     return made(
         model=model,
@@ -40,6 +49,7 @@ def trainer(
             remove_unused_columns=False,
         ),
         data_collator=collated,
+        compute_loss_func=loss,
         train_dataset=train,
         processing_class=tokenizer,
         callbacks=list(callbacks),

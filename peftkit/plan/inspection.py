@@ -1,0 +1,229 @@
+"""What a model is and what it takes, worked out from its shape alone."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import Any
+
+from peftkit.archs import ModelShape
+from peftkit.methods import METHODS
+from peftkit.plan.applies import nearest_method, refusal
+from peftkit.plan.method import coverage, default_selection
+from peftkit.units import show_bytes, show_count, show_percent
+
+TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal pretraining
+NF4_BITS = 4.127  # with double quantization (Dettmers et al. 2023, section 3)
+
+
+@dataclass(frozen=True)
+class MethodAnswer:
+    """Whether a method can train a model at its defaults, how much that trains, and why not."""
+
+    name: str
+    works: bool
+    num_trainable: int | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model in numbers. Sizes of caches are bytes; `cache_bytes_per_token` is by precision of the cache."""
+
+    id: str
+    family: str
+    model_type: str
+    task: str
+    attention: str
+    positions: str
+    context_length: int
+    num_layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied_embeddings: bool
+    norm: str
+    activation: str
+    num_parameters: int
+    num_active: int
+    by_role: Mapping[str, int]
+    weight_bytes: Mapping[str, int]
+    cache_bytes_per_token: Mapping[str, float]
+    state_bytes_per_sequence: int
+    compute: str
+    optimal_tokens: int
+    data_tokens: int | None
+    methods: tuple[MethodAnswer, ...]
+    mind: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, value) for a table."""
+        return [*self._anatomy(), *self._costs()]
+
+    def _anatomy(self) -> list[tuple[str, str]]:
+        heads = f", {self.heads} heads of {self.head_dim}" if self.attention != "none" else ""
+        grouped = f", {self.kv_heads} for keys and values" if self.kv_heads != self.heads else ""
+        context = f", trained to {show_count(self.context_length)}" if self.context_length else ""
+        tied = "tied" if self.tied_embeddings else "untied"
+        parts = ", ".join(f"{role} {show_count(num)}" for role, num in self.by_role.items())
+        active = f", {show_count(self.num_active)} active" if self.num_active != self.num_parameters else ""
+        return [
+            ("family", f"{self.family} ({self.model_type}), for {self.task}"),
+            (
+                "layers",
+                f"{self.num_layers} of width {show_count(self.hidden)}, {show_count(self.ffn)} inside",
+            ),
+            ("attention", f"{self.attention}{heads}{grouped}"),
+            ("positions", f"{self.positions}{context}"),
+            ("norms", self.norm),
+            ("activation", self.activation),
+            ("vocabulary", f"{show_count(self.vocab)}, {tied} head"),
+            ("parameters", f"{show_count(self.num_parameters)}{active}"),
+            ("by role", parts),
+        ]
+
+    def _costs(self) -> list[tuple[str, str]]:
+        rows = [("weights", ", ".join(f"{k} {show_bytes(v)}" for k, v in self.weight_bytes.items()))]
+        if any(self.cache_bytes_per_token.values()):
+            per = ", ".join(f"{k} {show_bytes(v)}" for k, v in self.cache_bytes_per_token.items())
+            rows.append(("cache per token", per))
+            if self.context_length:
+                full = {k: v * self.context_length for k, v in self.cache_bytes_per_token.items()}
+                text = ", ".join(f"{k} {show_bytes(v)}" for k, v in full.items())
+                rows.append((f"cache at {show_count(self.context_length)}", text))
+        if self.state_bytes_per_sequence:
+            text = f"{show_bytes(self.state_bytes_per_sequence)} (bf16), whatever the length"
+            rows.append(("state per sequence", text))
+        rows.append(("compute", self.compute))
+        data = f"; your data: about {show_count(self.data_tokens)}" if self.data_tokens is not None else ""
+        optimal = f"{show_count(self.optimal_tokens)} tokens (20 per parameter){data}"
+        rows.append(("compute-optimal", optimal))
+        return rows
+
+    def method_rows(self) -> list[tuple[str, str, str]]:
+        """(method, trainable at its defaults, note) for a table."""
+        found = []
+        for answer in self.methods:
+            num = answer.num_trainable
+            trained = "-" if num is None else f"{show_count(num)} ({show_percent(num / self.num_parameters)})"
+            found.append((answer.name, trained, answer.note))
+        return found
+
+    def _repr_html_(self) -> str:
+        def table(rows: list[tuple[str, ...]]) -> str:
+            lines = ("".join(f"<td style='text-align:left'>{escape(c)}</td>" for c in row) for row in rows)
+            return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+        mind = "".join(f"<li>{escape(text)}</li>" for text in self.mind)
+        return f"{table([*self.rows()])}{table([*self.method_rows()])}<ul>{mind}</ul>"
+
+
+def _answer(name: str, shape: ModelShape) -> MethodAnswer:
+    method = METHODS[name]
+    reason = refusal(method, shape)
+    if reason:
+        return MethodAnswer(name, False, None, f"{reason}; nearest: {nearest_method(method, shape)}")
+    options = method.options(name=name)  # type: ignore[call-arg]
+    selection = default_selection(method, shape)
+    conflicts = list(method.conflicts(options, shape, selection))
+    if conflicts:
+        return MethodAnswer(name, True, None, f"not at its defaults: {conflicts[0].got}; {conflicts[0].fix}")
+    note = ""
+    if method.quantized:
+        note = f"{show_percent(coverage(shape))} of the base in 4-bit"
+    elif method.default_roles is not None:
+        note = ", ".join(selection.names[:8]) + (", ..." if len(selection.names) > 8 else "")
+    return MethodAnswer(name, True, sum(method.count(options, shape, selection).values()), note)
+
+
+def _num_active(shape: ModelShape, experts_per_token: int) -> int:
+    """Parameters that one token goes through: of the routed experts, only those that it is sent to."""
+    idle = sum(
+        m.num_parameters * max(0, m.num - experts_per_token) // m.num for m in shape.modules if m.in_experts
+    )
+    return shape.num_parameters - idle
+
+
+def _compute(shape: ModelShape, num_active: int) -> str:
+    """FLOPs per token (Kaplan et al. 2020, table 1: 2 N forward, 6 N to train), and growth with length."""
+    growth = "linear in the length"
+    if shape.family.has_attention:
+        growth = "quadratic in the length" + (" in its attention layers" if shape.family.is_recurrent else "")
+    return (
+        f"{2 * num_active / 1e9:,.1f} GFLOP a token forward, {6 * num_active / 1e9:,.1f} to train; {growth}"
+    )
+
+
+def missing_kernels(shape: ModelShape) -> tuple[str, ...]:
+    """Packages that a family is slow without on a GPU, and that are not installed."""
+    return tuple(name for name in shape.family.kernels if importlib.util.find_spec(name) is None)
+
+
+def kernels_text(missing: tuple[str, ...]) -> str:
+    """What is lost without them, and how to get them."""
+    return (
+        f"not installed: {', '.join(missing)}. Its state layers then run in plain torch, slower and with "
+        f"more memory (docs/families.md tells how much): pip install {' '.join(missing)}"
+    )
+
+
+def inspect_shape_of(
+    model_id: str, shape: ModelShape, config: Mapping[str, Any], *, data_tokens: int | None = None
+) -> Inspection:
+    """Everything that a shape tells. `config` names the experts per token of a mixture."""
+    dims, family = shape.dims, shape.family
+    per_token = next(
+        (int(config[k]) for k in ("num_experts_per_tok", "num_experts_per_token") if config.get(k)), 1
+    )
+    num = shape.num_parameters
+    in_4bit = coverage(shape) * num
+    active = _num_active(shape, per_token) if family.has_experts else num
+    missing = missing_kernels(shape)
+    return Inspection(
+        id=model_id,
+        family=family.name,
+        model_type=shape.model_type,
+        task=" or ".join(family.heads),
+        attention=shape.attention,
+        positions=family.positions,
+        context_length=dims.positions,
+        num_layers=dims.num_layers,
+        hidden=dims.hidden,
+        ffn=dims.ffn,
+        heads=dims.heads,
+        kv_heads=dims.kv_heads,
+        head_dim=dims.head_dim,
+        vocab=dims.vocab,
+        tied_embeddings=shape.tied_embeddings,
+        norm=f"{family.norm}, {family.norm_place}-norm",
+        activation=shape.activation,
+        num_parameters=num,
+        num_active=active,
+        by_role=shape.by_role(),
+        weight_bytes={
+            "fp32": 4 * num,
+            "bf16": 2 * num,
+            "int8": num,
+            "nf4": round(in_4bit * NF4_BITS / 8 + (num - in_4bit) * 2),
+        },
+        cache_bytes_per_token={
+            "bf16": 2.0 * shape.cache_per_token,
+            "int8": 1.0 * shape.cache_per_token,
+            "int4": 0.5 * shape.cache_per_token,
+        },
+        state_bytes_per_sequence=2 * shape.state_per_sequence,
+        compute=_compute(shape, active),
+        optimal_tokens=TOKENS_PER_PARAMETER * num,
+        data_tokens=data_tokens,
+        methods=tuple(_answer(name, shape) for name in METHODS),
+        mind=(*family.mind, *((kernels_text(missing),) if missing else ())),
+    )

@@ -1,0 +1,166 @@
+"""Measure a result again: loss and metrics on held-out rows, and loss by position for long contexts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from peftkit.errors import Problem, UserError
+from peftkit.run.result import Result, open_result
+
+_MAX_WINDOWS = 8  # per context length: enough to see a trend, cheap enough to wait for
+
+
+@dataclass(frozen=True)
+class ContextLoss:
+    """Mean loss in nats per token of windows of `length`, by where in the window a token stands."""
+
+    length: int
+    num_windows: int
+    by_position: dict[str, float]  # "0-256" -> loss
+    loss: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a result achieves. `loss` is in nats per learnt token; metrics are those of the task."""
+
+    loss: float | None
+    num_rows: int
+    scores: dict[str, float]
+    contexts: tuple[ContextLoss, ...]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, value) for a table."""
+        found = []
+        if self.loss is not None:
+            found.append(("rows", f"{self.num_rows:,}"))
+            found.append(("loss", f"{self.loss:.4f} (perplexity {math.exp(min(self.loss, 50)):,.2f})"))
+        return found + [(name, f"{value:.4f}") for name, value in self.scores.items()]
+
+    def context_rows(self) -> list[tuple[str, ...]]:
+        """Context length, windows, loss, and the loss in each range of positions."""
+        ranges = list(dict.fromkeys(r for context in self.contexts for r in context.by_position))
+        head = ("context", "windows", "loss", *ranges)
+        body = [
+            (
+                f"{c.length:,}",
+                str(c.num_windows),
+                f"{c.loss:.3f}",
+                *(f"{c.by_position[r]:.3f}" if r in c.by_position else "" for r in ranges),
+            )
+            for c in self.contexts
+        ]
+        return [head, *body] if body else []
+
+    def _repr_html_(self) -> str:
+        lines = [*self.rows(), *self.context_rows()]
+        cells = ("".join(f"<td>{escape(text)}</td>" for text in line) for line in lines)
+        return "<table>" + "".join(f"<tr>{line}</tr>" for line in cells) + "</table>"
+
+
+def _examples(result: Result, data: str | None, path: Path) -> Any:
+    """Held-out examples of the run, or all of a file's."""
+    from peftkit.data.prepare import read_examples
+    from peftkit.recipe import load
+    from peftkit.run.facts import read
+
+    if data is not None:
+        found = read_examples(
+            [data], None, wanted_format="auto", columns={}, seed=0, where=lambda key: "--data"
+        )
+        return found, found.train
+    if result.run is None:
+        fix = "give some: --data FILE"
+        raise UserError(Problem(str(path), "an adapter without a run", "data to measure on", fix))
+    found = read(load(result.run.path / "resolved.yaml"))
+    return found, found.eval or found.train
+
+
+def _tokenized(result: Result, examples: Any, chosen: Sequence[Any]) -> tuple[Any, ...]:
+    from dataclasses import replace
+
+    from peftkit.data.prepare import prepare
+    from peftkit.plan.plan import DataPlan
+
+    plan = result.plan
+    length = max(plan.data.max_length, 2**20) if plan else 2**20
+    data = DataPlan((), None, examples.format, {}, plan.data.mask if plan else "all", "drop", length)
+    labels = plan.base.labels if plan else ()
+    only = replace(examples, train=tuple(chosen), eval=())
+    return prepare(only, result.tokenizer, data, task=result.task, labels=labels).train  # type: ignore[arg-type]
+
+
+def loss_by_position(model: Any, stream: Sequence[int], length: int) -> ContextLoss:
+    """Loss of windows of `length` tokens cut from a stream, by ranges of positions that double.
+
+    Raises ValueError where the stream is shorter than one window.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    num = min(_MAX_WINDOWS, len(stream) // length)
+    if num == 0:
+        raise ValueError(f"{len(stream)} tokens are fewer than one window of {length}")
+    total = torch.zeros(length - 1, dtype=torch.float64)
+    model.eval()
+    for i in range(num):
+        ids = torch.tensor([list(stream[i * length : (i + 1) * length])], device=model.device)
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, -length:-1].float()
+        total += cross_entropy(logits, ids[0, 1:], reduction="none").double().cpu()
+    mean = total / num
+    first = max(16, 2 ** int(math.log2(max(1, length // 8))))
+    edges = [0, *(first * 2**i for i in range(32) if first * 2**i < length), length]
+    by_position = {f"{a:,}-{b:,}": float(mean[a : b - 1].mean()) for a, b in pairwise(edges) if b - 1 > a}
+    return ContextLoss(length, num, by_position, float(mean.mean()))
+
+
+def _contexts(
+    result: Result, rows: Sequence[Any], lengths: Sequence[int], path: Path
+) -> tuple[ContextLoss, ...]:
+    """Rows joined into one stream and cut into windows."""
+    if result.task != "causal-lm":
+        raise UserError(Problem("--context", f"a model for {result.task}", "a decoder"))
+    stream = [token for row in rows for token in row.input_ids]
+    longest = max(lengths)
+    if len(stream) < longest:
+        fix = "give longer data: --data FILE"
+        got = f"{longest:,}, and the data has {len(stream):,} tokens"
+        raise UserError(Problem("--context", got, "no more than the data holds", fix))
+    return tuple(loss_by_position(result.model, stream, length) for length in lengths)
+
+
+def evaluate(path: Path, *, data: str | None = None, contexts: Sequence[int] = ()) -> Evaluation:
+    """Loss, the task's metrics, and with `contexts` the loss by position at those lengths.
+
+    Raises UserError where there is no result, or no data to measure it on.
+    """
+    from peftkit.evaluate.losses import mean_token_loss
+    from peftkit.run.measure import measure
+
+    result = open_result(path)
+    examples, chosen = _examples(result, data, path)
+    rows = _tokenized(result, examples, chosen)
+    if contexts:
+        return Evaluation(None, len(rows), {}, _contexts(result, rows, contexts, path))
+    loss = mean_token_loss(
+        result.model,
+        rows,
+        pad_id=result.tokenizer.pad_token_id,
+        batch_size=8,
+        task=result.task,
+    )
+    scores: dict[str, float] = {}
+    if result.plan is not None and result.plan.evaluate.metric is not None:
+        limit = result.plan.evaluate.max_examples
+        kept = {row.where: row for row in rows}
+        shown = [example for example in chosen if example.where in kept][:limit]
+        paired = [kept[example.where] for example in shown]
+        scores = measure(result.model, result.tokenizer, result.plan, shown, paired).scores
+    return Evaluation(loss, len(rows), scores, ())

@@ -1,0 +1,150 @@
+"""Encoder-decoders and classifiers, end to end on tiny models with real tokenizers."""
+
+import json
+
+import pytest
+import torch
+
+import peftkit
+from peftkit.errors import UserError
+from peftkit.rundir import RunDir
+from tests.conftest import TINY_LLAMA, write_jsonl
+from tests.tiny import tiny_model
+
+WORDS = ("alpha", "beta", "gamma", "delta")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Tiny bases of other shapes, with the tiny Llama's tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
+    size = {"vocab_size": len(tokenizer)}
+    found = {}
+    for model_type, task in (("t5", "seq2seq"), ("bart", "seq2seq"), ("bert", "classification")):
+        folder = tmp_path_factory.mktemp(model_type)
+        torch.manual_seed(0)
+        ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        tiny_model(model_type, task, **size, **ids).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        found[model_type] = folder
+    return found
+
+
+def recipe_for(base, data, method, **train):
+    settings = {"max_steps": 30, "batch_size": 8, "micro_batch": 8, "max_length": 64, "eval_steps": 15}
+    return {
+        "base": str(base),
+        "method": method,
+        "data": data,
+        "train": {**settings, "learning_rate": 1e-2, **train},
+    }
+
+
+def classified(tmp_path, num=48):
+    rows = [{"text": f"please say {WORDS[i % 4]} for {i}", "label": WORDS[i % 4]} for i in range(num)]
+    return {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "eval": "25%"}
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "ia3", "prefix"])
+def test_a_classifier_learns_its_labels_from_the_data(method, bases, tmp_path):
+    recipe = recipe_for(bases["bert"], classified(tmp_path), method, max_steps=40)
+    if method in {"full", "qlora", "lora"}:
+        recipe["train"].update(learning_rate=5e-3, max_steps=60)
+    summary = peftkit.finetune(recipe, out=tmp_path / "run")
+    assert summary.metric == "accuracy"
+    assert summary.eval_loss_after < summary.eval_loss_before
+    if method in {"full", "lora", "qlora"}:
+        assert summary.metric_after > 0.9
+    [counted] = [e for e in RunDir(summary.path).events() if e["event"] == "parameters"]
+    assert counted["num_planned"] == counted["num_trainable"]
+    [after] = [e for e in RunDir(summary.path).events() if e["event"] == "metric" and e["when"] == "after"]
+    assert set(after["scores"]) == {"accuracy", "macro_f1"}
+    config = json.loads((summary.path / "plan.json").read_text())["base"]
+    assert config["labels"] == sorted(WORDS)
+    [answer] = peftkit.generate(summary.path, ["please say gamma for 7"])
+    assert answer in WORDS
+
+
+def test_a_decoder_can_classify_too(tmp_path):
+    recipe = recipe_for(TINY_LLAMA, classified(tmp_path), "lora", learning_rate=3e-3)
+    summary = peftkit.finetune(recipe, out=tmp_path / "run")
+    assert summary.metric_after > 0.9
+    assert json.loads((summary.path / "plan.json").read_text())["base"]["task"] == "classification"
+
+
+def test_an_adapted_classifier_loads_in_plain_peft(bases, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    summary = peftkit.finetune(recipe_for(bases["bert"], classified(tmp_path), "lora"), out=tmp_path / "run")
+    base = AutoModelForSequenceClassification.from_pretrained(
+        bases["bert"], id2label=dict(enumerate(sorted(WORDS))), ignore_mismatched_sizes=True
+    )
+    model = PeftModel.from_pretrained(base, summary.result).eval()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(summary.result)
+    texts = [f"please say {word} for 5" for word in WORDS]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    found = model(**inputs).logits.argmax(-1).tolist()
+    assert [sorted(WORDS)[i] for i in found] == peftkit.generate(summary.path, texts)
+
+
+def test_tags_are_learnt_at_the_first_token_of_a_word(bases, tmp_path):
+    rows = [
+        {"tokens": ["say", WORDS[i % 4], f"now{i}"], "tags": ["O", "B-WORD" if i % 4 < 2 else "B-NAME", "O"]}
+        for i in range(48)
+    ]
+    data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "eval": "25%"}
+    summary = peftkit.finetune(
+        recipe_for(bases["bert"], data, "lora", learning_rate=3e-3, max_steps=90), out=tmp_path / "run"
+    )
+    assert summary.metric == "entity_f1"
+    assert summary.metric_after > summary.metric_before
+    [answer] = peftkit.generate(summary.path, ["say alpha now"])
+    assert [pair.split("/")[0] for pair in answer.split()] == ["say", "alpha", "now"]
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+@pytest.mark.parametrize("method", ["lora", "prompt", "full"])
+def test_an_encoder_decoder_learns_to_write_targets(model_type, method, bases, tmp_path):
+    rows = [{"prompt": f"say {WORDS[i % 4]} {i}", "completion": WORDS[i % 4]} for i in range(48)]
+    data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "eval": "25%"}
+    recipe = recipe_for(bases[model_type], data, method)
+    recipe["evaluate"] = {"metric": "exact_match", "max_new_tokens": 6}
+    if method == "full":
+        recipe["train"].update(max_steps=60, learning_rate=3e-3)
+    summary = peftkit.finetune(recipe, out=tmp_path / "run")
+    assert summary.eval_loss_after < summary.eval_loss_before
+    if method == "full":
+        assert summary.metric_after > 0.8
+    assert json.loads((summary.path / "plan.json").read_text())["base"]["task"] == "seq2seq"
+    assert len(peftkit.generate(summary.path, ["say beta 3"], max_new_tokens=5)) == 1
+
+
+def test_data_without_labels_is_refused_for_an_encoder(bases, chats, tmp_path):
+    recipe = recipe_for(bases["bert"], {"train": str(chats)}, "lora")
+    with pytest.raises(UserError, match="trained for classification"):
+        peftkit.finetune(recipe, out=tmp_path / "run")
+
+
+def test_a_run_can_be_measured_again(bases, tmp_path):
+    summary = peftkit.finetune(recipe_for(bases["bert"], classified(tmp_path), "lora"), out=tmp_path / "run")
+    found = peftkit.evaluate_run(summary.path)
+    assert found.loss == pytest.approx(summary.eval_loss_after, abs=1e-4)
+    assert found.scores["accuracy"] == summary.metric_after
+
+
+def test_loss_by_position_is_told(recipe, tmp_path):
+    summary = peftkit.finetune(recipe, out=tmp_path / "run")
+    found = peftkit.evaluate_run(summary.path, data=recipe["data"]["train"], contexts=[32, 64])
+    assert [context.length for context in found.contexts] == [32, 64]
+    assert all(context.num_windows >= 1 for context in found.contexts)
+    assert found.context_rows()[0][:3] == ("context", "windows", "loss")
+    elsewhere = peftkit.evaluate_run(summary.result, data=recipe["data"]["train"], contexts=[32])
+    assert elsewhere.contexts[0].loss == pytest.approx(found.contexts[0].loss)
+    with pytest.raises(UserError, match="give longer data"):
+        peftkit.evaluate_run(summary.path, data=recipe["data"]["train"], contexts=[10**6])
