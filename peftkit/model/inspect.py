@@ -39,10 +39,14 @@ def _layer(name: str, module: Any) -> Layer | None:
 
 def _experts(name: str, module: Any) -> list[Layer]:
     """3-D parameters of a mixture's experts, each as a layer of its own."""
+    own = dict(module.named_parameters(recurse=False))
+    if "expert" not in f"{name}.{type(module).__name__}".lower() or all(p.ndim != 3 for p in own.values()):
+        return []
     return [
         Layer(f"{name}.{key}", "experts", p.numel(), p.shape[2], p.shape[1], num=p.shape[0])
-        for key, p in module.named_parameters(recurse=False)
-        if p.ndim == 3 and "expert" in f"{name}.{type(module).__name__}".lower()
+        if p.ndim == 3
+        else Layer(f"{name}.{key}", "other", p.numel())
+        for key, p in own.items()
     ]
 
 

@@ -114,9 +114,8 @@ def _check_shapes(mismatched: Any, plan: BasePlan, tell: Callable[[str], None]) 
         raise UserError(Problem(f"base {plan.id}", got, "weights and configuration of one model"))
     if found:
         name, brought, wanted = found[-1]
-        tell(
-            f"the base brings a head of {brought[0]} outputs ({name}); the data has {wanted[0]}: it starts afresh"
-        )
+        text = f"the base brings a head of {brought[0]} outputs ({name}), the data has {wanted[0]}"
+        tell(f"{text}: the head starts afresh")
 
 
 def _starts_fresh(key: str, plan: BasePlan) -> bool:

@@ -39,9 +39,11 @@ def restore_scores(model: Any, saved: Mapping[str, torch.Tensor]) -> None:
     if not saved:
         return
     allocator, device = model.base_model.rankallocator, model.device
+    config = model.peft_config["default"]
+    config.rank_pattern = config.rank_pattern or {}
     for key, tensor in saved.items():
         kind, name = key.split("|", 1)
         if kind == "pattern":
-            model.peft_config["default"].rank_pattern[name] = tensor.tolist()
+            config.rank_pattern[name] = tensor.tolist()
         else:
             getattr(allocator, kind)[name] = tensor.to(device)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from peftkit.archs import FAMILIES, family_of, shape_from_config
+from peftkit.archs import FAMILIES, Family, family_of, shape_from_config
 from peftkit.data.mask import IGNORED, Tokenized
 from peftkit.errors import UserError
 from peftkit.methods import METHODS
@@ -224,6 +224,13 @@ def mergeable(plan: Plan, config: dict[str, Any]) -> bool:
     return METHODS[plan.method.name].mergeable and plan.method.peft is not None and not beside
 
 
+def mergeable_text(family: Family) -> list[str]:
+    """What of a family cannot be merged, for the page."""
+    tasks = [task for task, head in family.heads.items() if head.container]
+    why = "its head is a module of modules, beside which PEFT merges LoRA only"
+    return [f"not mergeable for {task}: IA3, VeRA, OFT, LN tuning ({why})" for task in tasks]
+
+
 def _check_saved(bench: Bench, model: Any, folder: Path) -> dict[str, str]:
     from peftkit.model.adapter import load_adapter, save_result
     from tests.conformance.tokenizer import NoTokenizer
@@ -319,7 +326,18 @@ def _changes(plan: Plan) -> str:
         "evaluate.use_cache",
         "base.config.rescale_every",
     }
-    return "; ".join(d.reason for d in plan.decisions if d.key in keys and d.source == "decided" and d.reason)
+    found = [d.reason for d in plan.decisions if d.key in keys and d.source == "decided" and d.reason]
+    # a default other than all linear layers is a change too
+    return "; ".join(
+        found
+        + [d.reason for d in plan.decisions if d.key == "method.targets" and d.reason.startswith("attention")]
+    )
+
+
+def _refused(error: UserError) -> str:
+    """A refusal in a line."""
+    [problem, *_] = error.problems
+    return f"{problem.got}: {problem.fix}"
 
 
 def run_cell(model_type: str, task: str, variant: str) -> Cell:
@@ -335,7 +353,7 @@ def run_cell(model_type: str, task: str, variant: str) -> Cell:
         try:
             plan = bench.make_plan()
         except UserError as error:
-            return replace(cell, answer="refused", reason=str(error.problems[0]))
+            return replace(cell, answer="refused", reason=_refused(error))
         cell.num_trainable = plan.method.num_trainable or 0
         cell.reason = _changes(plan)
         cell.answer = "works, changed" if cell.reason else "works"

@@ -22,6 +22,11 @@ METHODS = {
     "qlora": {"name": "qlora", "rank": 4},
     "prefix": {"name": "prefix", "virtual_tokens": 4},
     "ia3": {"name": "ia3"},
+    "prompt": {"name": "prompt", "virtual_tokens": 4},
+    "vera": {"name": "vera", "rank": 16},
+    "oft": {"name": "oft", "block_size": 4},
+    "adalora": {"name": "adalora", "initial_rank": 4, "rank": 2},
+    "ln": {"name": "ln"},
 }
 
 
@@ -32,7 +37,7 @@ def test_every_method_trains_and_its_result_loads_in_plain_libraries(case, recip
 
     recipe = {**recipe, "method": METHODS[case], "evaluate": {"metric": "exact_match", "max_new_tokens": 4}}
     recipe["train"] = {**recipe["train"], "max_steps": 12, "eval_steps": 6}
-    if case in {"prefix", "ia3"}:
+    if case in {"prefix", "ia3", "prompt", "vera", "adalora", "ln", "oft"}:
         recipe["train"]["learning_rate"] = 3e-2
     summary = peftkit.finetune(recipe, out=tmp_path / "run")
     assert summary.eval_loss_after < summary.eval_loss_before

@@ -26,6 +26,11 @@ METHODS = {
     "prefix projection": {"name": "prefix", "virtual_tokens": 3, "projection": True},
     "ia3": {"name": "ia3"},
     "full": {"name": "full"},
+    "prompt": {"name": "prompt", "virtual_tokens": 3},
+    "vera": {"name": "vera", "rank": 8},
+    "oft": {"name": "oft", "block_size": 4},
+    "adalora": {"name": "adalora", "initial_rank": 4, "rank": 2, "dropout": 0.1},
+    "ln": {"name": "ln"},
 }
 
 
