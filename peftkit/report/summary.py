@@ -34,6 +34,7 @@ class Summary:
     metric_before: float | None
     metric_after: float | None
     num_metric_examples: int
+    other_scores: Mapping[str, tuple[float, float]]  # the task's other metrics: before, after
     peak_bytes: Mapping[str, int]
     train_seconds: float
     total_seconds: float
@@ -71,6 +72,9 @@ class Summary:
                     f"{self.metric_before:.2f} -> {self.metric_after:.2f}",
                 )
             )
+        rows += [
+            (name, f"{before:.2f} -> {after:.2f}") for name, (before, after) in self.other_scores.items()
+        ]
         names = {
             "peak_allocated_bytes": "peak GPU memory, allocated",
             "peak_reserved_bytes": "peak GPU memory, reserved",
@@ -102,6 +106,16 @@ def _final_steps(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Step events, the last record of each step: a resumed run may have trained some twice."""
     by_step = {event["step"]: event for event in events if event["event"] == "step"}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _others(
+    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+) -> dict[str, tuple[float, float]]:
+    """Scores beside the chosen metric, before and after."""
+    if before is None or after is None:
+        return {}
+    first, last = before.get("scores", {}), after.get("scores", {})
+    return {name: (first[name], last[name]) for name in last if name != after["name"] and name in first}
 
 
 def read_plan(run: RunDir) -> Plan:
@@ -142,6 +156,7 @@ def read_summary(run: RunDir) -> Summary:
         metric_before=before["value"] if before else None,
         metric_after=after["value"] if after else None,
         num_metric_examples=after["num_examples"] if after else 0,
+        other_scores=_others(before, after),
         peak_bytes={key: value for key, value in memory.items() if key.startswith("peak_")},
         train_seconds=sum(e["step_seconds"] for e in steps),
         total_seconds=events[-1]["at_seconds"] if events else 0.0,

@@ -222,3 +222,53 @@ def test_train_interrupt_resume_and_generate_from_the_command_line(recipe_file, 
     answered = run("generate", out, "Say alpha number 0")
     assert answered.returncode == 0, answered.stderr
     assert answered.stdout.strip()
+
+
+def test_inspect_tells_a_model_offline_as_tables_and_json(tmp_path):
+    done = run("inspect", "mistralai/Mixtral-8x7B-v0.1")
+    assert done.returncode == 0, done.stderr
+    assert "46,702,792,704, 12,879,925,248 active" in done.stdout
+    assert "targets: [experts]" in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines()) <= 120
+    told = json.loads(run("inspect", "tiiuae/falcon-7b", "--json").stdout)
+    assert (told["attention"], told["num_parameters"]) == ("MQA", 6_921_720_704)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4}))
+    assert "vocab_size is missing" in refuse("inspect", config)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "' + "word " * 80 + '"}\n')
+    assert "your data: about 100" in run("inspect", "openai-community/gpt2", "--data", rows).stdout
+
+
+def test_inspect_of_a_known_model_imports_no_torch():
+    program = (
+        "import sys; from peftkit.cli import main; main(['inspect', 'ai21labs/Jamba-v0.1']);"
+        "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "vit", "image_size": 224, "hidden_size": 8}, "a model for vision"),
+        ({"model_type": "no_such_thing"}, "unknown family 'no_such_thing'"),
+        ({"model_type": "llama"}, "missing or absurd sizes"),
+    ],
+)
+def test_inspect_refuses_what_is_no_text_model(config, said, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert said in refuse("inspect", tmp_path)
+
+
+def test_eval_measures_a_run_and_loss_by_position(recipe_file, recipe, tmp_path):
+    assert run("finetune", recipe_file, "--out", tmp_path / "run").returncode == 0
+    done = run("eval", tmp_path / "run", "--json")
+    assert json.loads(done.stdout)["loss"] > 0
+    done = run("eval", tmp_path / "run", "--context", "32,64", "--data", recipe["data"]["train"])
+    assert "loss by position" in done.stdout
+    assert "no more than the data holds" in refuse(
+        "eval", tmp_path / "run", "--context", "999999", "--data", recipe["data"]["train"]
+    )
+    assert "give some: --data FILE" not in done.stderr

@@ -113,7 +113,7 @@ def _slow_paths() -> list[str]:
         "",
         "State layers have fused kernels for GPUs (`mamba_ssm`, `causal_conv1d`, `fla`). Without them",
         "transformers runs plain torch, as it always does on a CPU. Steps of models of about one size,",
-        f"measured by `python benchmarks/slow_paths.py` on {found['machine']['cpu']}:",
+        f"measured by `python benchmarks/slow_paths.py` on {found['cpu']}:",
         "",
         _row(["model", "parameters", "tokens per second", "against the transformer"]),
         _row(["---"] * 4),

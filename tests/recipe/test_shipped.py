@@ -21,6 +21,13 @@ WANTED = {
     "qlora-gemma9b",
     "lora-phi",
     "qlora-llama70b",
+    "lora-t5-base",
+    "lora-minilm-banking77",
+    "lora-mamba",
+    "qlora-mixtral",
+    "lora-rwkv",
+    "lora-falcon-h1",
+    "lora-gpt2",
 }
 
 
