@@ -96,7 +96,7 @@ COMMANDS: tuple[Command, ...] = (
 )
 
 
-_FUNCTIONS = {"eval": "evaluate", "inspect": "inspect_model"}  # where Python has taken the name
+FUNCTIONS = {"eval": "evaluate", "inspect": "inspect_model"}  # where Python has taken the name
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from peftkit.errors import PeftkitError, UserError
 
     try:
-        return int(getattr(commands, _FUNCTIONS.get(arguments.command, arguments.command))(arguments))
+        return int(getattr(commands, FUNCTIONS.get(arguments.command, arguments.command))(arguments))
     except UserError as error:
         commands.tell_problems(error)
         return error.exit_code

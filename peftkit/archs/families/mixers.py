@@ -59,6 +59,8 @@ def mamba2(place: str, *, kind: str = "", norm: bool = True, bias: str = "mamba_
 
 
 def dt_rank(key: str) -> Callable[[Sizes], int]:
+    """The rank of the step projection: as written, or a sixteenth of the width, rounded up."""
+
     def value(sizes: Sizes) -> int:
         return -(-sizes["hidden"] // 16) if sizes.key(key) in {None, "auto"} else sizes[key]
 
