@@ -59,6 +59,9 @@ def _sentence(event: dict[str, Any]) -> str | None:
         planned = event["num_planned"]
         odd = planned is not None and planned != event["num_trainable"]
         return f"{line}; the plan said {show_count(planned)}" if odd else line
+    if kind == "preflight":
+        reached = f"all {show_count(event['num_tensors'])} trained tensors are reached"
+        return f"preflight: {reached}, {show_count(event['num_frozen'])} frozen ones unchanged"
     if kind == "metric":
         return f"{event['name']} {event['when']}: {event['value']:.2f} on {event['num_examples']} held out"
     if kind == "eval":

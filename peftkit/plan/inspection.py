@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from html import escape
@@ -11,6 +10,7 @@ from typing import Any
 from peftkit.archs import ModelShape
 from peftkit.methods import METHODS
 from peftkit.plan.applies import nearest_method, refusal
+from peftkit.plan.kernels import kernels_text, missing_kernels
 from peftkit.plan.method import coverage, default_selection
 from peftkit.units import show_bytes, show_count, show_percent
 
@@ -160,19 +160,6 @@ def _compute(shape: ModelShape, num_active: int) -> str:
         growth = "quadratic in the length" + (" in its attention layers" if shape.family.is_recurrent else "")
     return (
         f"{2 * num_active / 1e9:,.1f} GFLOP a token forward, {6 * num_active / 1e9:,.1f} to train; {growth}"
-    )
-
-
-def missing_kernels(shape: ModelShape) -> tuple[str, ...]:
-    """Packages that a family is slow without on a GPU, and that are not installed."""
-    return tuple(name for name in shape.family.kernels if importlib.util.find_spec(name) is None)
-
-
-def kernels_text(missing: tuple[str, ...]) -> str:
-    """What is lost without them, and how to get them."""
-    return (
-        f"not installed: {', '.join(missing)}. Its state layers then run in plain torch, slower and with "
-        f"more memory (docs/families.md tells how much): pip install {' '.join(missing)}"
     )
 
 

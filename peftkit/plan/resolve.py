@@ -10,6 +10,7 @@ from peftkit.methods.qlora import QloraOptions
 from peftkit.plan.context import context_problems, rope_overrides
 from peftkit.plan.decisions import Decisions
 from peftkit.plan.facts import Facts
+from peftkit.plan.kernels import kernels_text, missing_kernels
 from peftkit.plan.method import LOW_COVERAGE, coverage, largest_rest, method_plan
 from peftkit.plan.plan import BasePlan, DataPlan, Decision, EvaluatePlan, Plan, TrainPlan
 from peftkit.plan.targets import select
@@ -57,6 +58,9 @@ def _base(d: Decisions, facts: Facts, method: Method) -> tuple[BasePlan, str | N
     dtype, autocast = _precision(d, facts, method)
     skip, experts = _four_bit(d, facts, method) if method.quantized else ((), ())
     overrides = {**shape.family.overrides, **rope_overrides(d, shape)}
+    missing = missing_kernels(shape)
+    if missing:
+        d.decide("base.kernels", "plain torch", kernels_text(missing))
     for key, value in shape.family.overrides.items():
         d.decide(f"base.config.{key}", value, next(t for t in shape.family.mind if key in t))
     quantized = recipe.method if isinstance(recipe.method, QloraOptions) else None

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from peftkit.archs import family_of
 from peftkit.errors import Problem, UserError
 from peftkit.run.result import Result, open_result
 
@@ -129,6 +130,11 @@ def _contexts(
         raise UserError(Problem("--context", f"a model for {result.task}", "a decoder"))
     stream = [token for row in rows for token in row.input_ids]
     longest = max(lengths)
+    family = family_of(str(result.model.config.model_type))
+    limit = getattr(result.model.config, "max_position_embeddings", 0)
+    if family is not None and family.positions == "learned" and longest > limit:
+        got = f"{longest:,} on {family.name}, whose positions are learned"
+        raise UserError(Problem("--context", got, f"at most {limit:,}", "it has no more positions"))
     if len(stream) < longest:
         fix = "give longer data: --data FILE"
         got = f"{longest:,}, and the data has {len(stream):,} tokens"

@@ -17,6 +17,7 @@ EVENTS = [
         "default_template": True,
     },
     {"event": "parameters", "num_trainable": 10, "num_total": 1000, "by_role": {"q": 10}, "num_planned": 12},
+    {"event": "preflight", "loss": 2.5, "num_tensors": 420, "num_waiting": 210, "num_frozen": 272},
     {"event": "train_begin", "step": 0, "num_steps": 2},
     {
         "event": "step",
@@ -38,6 +39,7 @@ SAID = (
     "no chat template",
     "trainable: 10 of 1,000",
     "the plan said 12",
+    "preflight: all 420 trained tensors are reached, 272 frozen ones unchanged",
     "evaluation loss 1.2500, the best so far",
     "exact_match after: 0.50 on 2 held out",
 )

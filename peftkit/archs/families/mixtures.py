@@ -164,7 +164,8 @@ FAMILIES: tuple[Family, ...] = (
         ),
         PRE_NORMS,
         defaults={"attention_bias": True, "head_dim": 64},
-        mind=(_ROUTED,),
+        packs=False,
+        mind=(_ROUTED, "packed documents see each other in this family"),
     ),
     decoder(
         "Llama 4 (text)",
