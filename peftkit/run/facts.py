@@ -30,7 +30,16 @@ def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
     if base.kind == "gguf" and base.path is not None:
         base = replace(base, config=header_config(base.path, where))
     examples = read(loaded) if all(is_data_path(name) for name in recipe.data.train) else None
-    return Facts(detect_device_light(), model_facts(loaded, base, examples), data_facts(examples)), examples
+    try:
+        model = model_facts(loaded, base, examples)
+    except UserError:
+        if base.kind != "gguf":
+            raise
+        # headers of other architectures name their sizes in other ways: the converted folder has config.json's
+        from peftkit.model.load import loadable
+
+        model = model_facts(loaded, converted(base, loadable(base, where)), examples)
+    return Facts(detect_device_light(), model, data_facts(examples)), examples
 
 
 def model_facts(loaded: LoadedRecipe, base: Base, examples: Examples | None) -> ModelFacts:

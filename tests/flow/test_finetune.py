@@ -161,6 +161,26 @@ def test_a_gguf_file_is_a_base(recipe, tmp_path, monkeypatch):
     assert len(peftkit.generate(summary.path, ["Say alpha number 0"], max_new_tokens=3)) == 1
 
 
+def test_a_gguf_header_that_tells_too_little_is_converted_to_plan(recipe, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from peftkit.run import facts
+    from tests.tiny_gguf import write_gguf
+
+    monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path / "cache"))
+    model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
+    recipe["base"] = str(write_gguf(tmp_path / "tiny.gguf", model, "llama", TINY_LLAMA / "tokenizer.json"))
+    whole = peftkit.make_plan(recipe).method.num_trainable
+    full = facts.header_config
+
+    def lacking(path, where):
+        return {key: value for key, value in full(path, where).items() if key != "hidden_size"}
+
+    monkeypatch.setattr(facts, "header_config", lacking)
+    assert peftkit.make_plan(recipe).method.num_trainable == whole
+    assert (tmp_path / "cache").exists()
+
+
 def test_diverged_training_publishes_nothing(recipe, tmp_path):
     recipe["train"].update(learning_rate=1e30, max_grad_norm=1e30)
     recipe["data"]["eval"] = None

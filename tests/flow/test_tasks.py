@@ -148,3 +148,50 @@ def test_loss_by_position_is_told(recipe, tmp_path):
     assert elsewhere.contexts[0].loss == pytest.approx(found.contexts[0].loss)
     with pytest.raises(UserError, match="give longer data"):
         peftkit.evaluate_run(summary.path, data=recipe["data"]["train"], contexts=[10**6])
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_stopped_and_resumed_equals_uninterrupted(model_type, bases, tmp_path):
+    from peftkit.errors import Interrupted
+    from tests.flow.test_resume import stopping_at, weights
+
+    if model_type == "bert":
+        data = classified(tmp_path)
+    else:
+        rows = [{"prompt": f"say {WORDS[i % 4]} {i}", "completion": WORDS[i % 4]} for i in range(48)]
+        data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "eval": "25%"}
+    method = {"name": "lora", "rank": 4, "dropout": 0.2}
+    recipe = recipe_for(bases[model_type], data, method, max_steps=12, eval_steps=4, micro_batch=4)
+    whole = peftkit.finetune(recipe, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        peftkit.finetune(recipe, out=tmp_path / "cut", observer=stopping_at(7))
+    assert weights(peftkit.resume_run(tmp_path / "cut")) == weights(whole)
+
+
+def test_micro_batches_do_not_change_what_an_encoder_decoder_learns(bases, tmp_path):
+    """The mean over all target tokens of a step, however it is cut."""
+    from safetensors.torch import load_file
+
+    words = ["alpha", "beta beta", "gamma gamma gamma", "delta delta delta delta"]
+    rows = [{"prompt": f"say {WORDS[i % 4]} {i}", "completion": words[i % 4]} for i in range(32)]
+    data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "eval": None}
+    ends = []
+    for micro in (8, 2):
+        recipe = recipe_for(bases["t5"], data, "lora", max_steps=4, micro_batch=micro, learning_rate=1e-3)
+        recipe["train"]["eval_steps"] = "auto"
+        summary = peftkit.finetune(recipe, out=tmp_path / str(micro))
+        ends.append(load_file(summary.result / "adapter_model.safetensors"))
+    for name, tensor in ends[0].items():
+        assert torch.allclose(tensor, ends[1][name], atol=2e-4), name
+
+
+def test_a_head_for_other_classes_starts_afresh_and_says_so(bases, tmp_path):
+    told = []
+    peftkit.finetune(
+        recipe_for(bases["bert"], classified(tmp_path), "lora", max_steps=2),
+        out=tmp_path / "run",
+        observer=told.append,
+    )
+    [warning] = [e["text"] for e in told if e["event"] == "warning"]
+    assert "a head of 3 outputs" in warning
+    assert "the data has 4: the head starts afresh" in warning
