@@ -29,7 +29,10 @@ def finetune(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from peftkit.cli.tables import print_plan
 
-        print_plan(api.make_plan(loaded))
+        plan = api.make_plan(loaded)
+        if plan.base.inferred and plan.base.trust_remote_code:
+            print(f"code that comes with {plan.base.id} ran, to look at its layers", file=sys.stderr)
+        print_plan(plan)
         return 0
     from peftkit.cli.display import open_display
     from peftkit.cli.tables import print_summary

@@ -68,11 +68,12 @@ def _peft_config(model: Any, plan: Plan, tokenizer: Any) -> Any:
 
 
 def _budget(num_steps: int) -> dict[str, int]:
-    """AdaLoRA's schedule: a tenth of the run at full rank, pruned until three fifths, then left alone."""
+    """AdaLoRA's schedule: a tenth of the run at full rank, pruned over half of it, then left alone."""
+    full, pruned = num_steps // 10, max(1, num_steps // 2)
     return {
         "total_step": num_steps,
-        "tinit": num_steps // 10,
-        "tfinal": num_steps - num_steps * 6 // 10,
+        "tinit": full,
+        "tfinal": num_steps - full - pruned,
         "deltaT": max(1, num_steps // 100),
     }
 

@@ -35,7 +35,7 @@ def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
     except UserError:
         if base.kind != "gguf":
             raise
-        # headers of other architectures name their sizes in other ways: the converted folder has config.json's
+        # headers of other architectures name sizes otherwise: the converted folder has a config.json
         from peftkit.model.load import loadable
 
         model = model_facts(loaded, converted(base, loadable(base, where)), examples)
