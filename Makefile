@@ -24,7 +24,7 @@ test-slow: $(READY)            ## the rest: real models, notebooks, types
 
 test-oldest:                   ## the fast tests on the oldest transformers that is supported
 	$(PYTHON) -m venv $(VENV)-oldest
-	grep -v '^transformers==' constraints.txt > $(VENV)-oldest/constraints.txt
+	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(VENV)-oldest/constraints.txt
 	echo 'transformers==5.17.0' >> $(VENV)-oldest/constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet -c $(VENV)-oldest/constraints.txt torch
 	$(VENV)-oldest/bin/python -m pip install --quiet -c $(VENV)-oldest/constraints.txt -e ".[dev]"
