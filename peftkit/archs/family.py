@@ -102,10 +102,10 @@ class Family:
     head: str = "lm_head"
     head_bias: bool = False
     tied_by_default: bool = False
-    always_tied: bool = False  # whatever config.json says
     sizes: Mapping[str, Expression] = field(default_factory=dict)
     defaults: Mapping[str, object] = field(default_factory=dict)
-    positions: Positions = "rope"
+    positions: Positions | Callable[[Sizes], Positions] = "rope"
+    window: int | None = None  # where config.json has a sliding window: 0: in every layer, n: but every n-th
     norm: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     norm_place: Literal["pre", "post", "pre and post"] = "pre"
     activation: tuple[str, ...] = ("hidden_act", "silu")  # key of config.json, default
@@ -123,11 +123,6 @@ class Family:
     def linears(self) -> tuple[Linear, ...]:
         """Every different linear layer, in block order."""
         return tuple(linear for stack in self.stacks for part in stack.parts for linear in part.linears)
-
-    @property
-    def adaptable(self) -> tuple[Linear, ...]:
-        """Linear layers that `all-linear` means: not blocked, no router, no fused experts."""
-        return tuple(x for x in self.linears if not x.blocked and x.role not in NOT_BY_DEFAULT)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -208,7 +203,12 @@ class ModelShape:
     modules: tuple[Module, ...]  # linear layers inside the blocks
     tensors: tuple[Tensor, ...]  # everything else
     tied_embeddings: bool
+    positions: Positions
+    rope_type: str  # "default", or how the base stretches its rotary positions already
+    experts_per_token: int
     cache_per_token: int  # numbers that generation keeps per token, all layers
+    num_windowed: int  # layers that keep the last `window` tokens only
+    window: int
     state_per_sequence: int  # numbers that generation keeps whatever the length
     num_cached_layers: int
     activation: str
@@ -217,6 +217,14 @@ class ModelShape:
     @property
     def num_parameters(self) -> int:
         return sum(m.num_parameters for m in self.modules) + sum(t.num_parameters for t in self.tensors)
+
+    def cache_at(self, length: int) -> int:
+        """Numbers that generation keeps of a text of so many tokens, sliding windows considered."""
+        if not self.num_cached_layers:
+            return 0
+        whole = self.cache_per_token * (self.num_cached_layers - self.num_windowed) * length
+        windowed = self.cache_per_token * self.num_windowed * min(length, self.window)
+        return (whole + windowed) // self.num_cached_layers
 
     def by_role(self) -> dict[str, int]:
         """Parameters by role, in model order; sums to `num_parameters`."""

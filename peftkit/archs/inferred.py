@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from peftkit.archs.family import (
     Dims,
@@ -108,6 +108,10 @@ def _tensors(layers: Sequence[Layer], tables: Mapping[str, str]) -> list[Tensor]
     ]
 
 
+def _attends(modules: Sequence[Module]) -> bool:
+    return any(module.role in {"q", "qkv"} for module in modules)
+
+
 def infer_shape(
     config: Config, layers: Sequence[Layer], *, task: Task, embeddings: str, head: str, tied: bool
 ) -> ModelShape:
@@ -142,13 +146,13 @@ def infer_shape(
         heads={task: on_top},
         embeddings=embeddings.rsplit(".", 1)[-1],
         head=head.rsplit(".", 1)[-1],
-        positions="unknown",
+        positions="unknown" if _attends(modules) else "none",
         refuses={"prefix": "no known family: how it keeps keys and values cannot be told from shapes"},
         packs=False,
         mind=("no known family: roles of its layers are inferred from their names and shapes",),
         inferred=True,
     )
-    shape = ModelShape(
+    return ModelShape(
         family=family,
         model_type=str(config.get("model_type")),
         task=task,
@@ -156,10 +160,14 @@ def infer_shape(
         modules=modules,
         tensors=tuple(tensors),
         tied_embeddings=tied,
+        positions="unknown" if _attends(modules) else "none",
+        rope_type="default",
+        experts_per_token=1,
         cache_per_token=0,
+        num_windowed=0,
+        window=0,
         state_per_sequence=0,
         num_cached_layers=0,
         activation=str(config.get("hidden_act") or "unknown"),
         source="the model, built without weights",
     )
-    return shape if family.has_attention else replace(shape, family=replace(family, positions="none"))

@@ -23,18 +23,28 @@ def task_of(family: Family, wanted: str) -> Task | None:
     return next((task for task in family.heads if task == wanted), None)
 
 
-def _dims(sizes: Sizes) -> Dims:
+_MOST_LAYERS = 10_000
+
+
+def _dims(sizes: Sizes, family: Family) -> Dims:
     names = ("hidden", "heads", "kv_heads", "q", "kv", "ffn", "vocab", "head_dim", "positions")
     found = {name: sizes[name] for name in names}
     layers = sizes["layers"]
     for name, value in {**found, "layers": layers}.items():
         if value < 1 and name != "positions":
             raise ValueError(f"{name} is {value}")
+    if layers > _MOST_LAYERS:
+        raise ValueError(f"{layers} layers")
+    if found["heads"] % found["kv_heads"]:
+        raise ValueError(f"{found['heads']} heads for {found['kv_heads']} of keys and values")
+    own = "head_dim" in family.sizes or sizes.key("head_dim") is not None
+    if not own and found["hidden"] % found["heads"]:
+        raise ValueError(f"{found['heads']} heads do not divide the width {found['hidden']}")
     return Dims(num_layers=layers, **found)
 
 
 def _has_bias(linear: Linear, sizes: Sizes) -> bool:
-    return linear.bias if isinstance(linear.bias, bool) else bool(sizes.key(linear.bias))
+    return linear.bias if isinstance(linear.bias, bool) else sizes.flag(linear.bias)
 
 
 def _module(linear: Linear, block: str, sizes: Sizes) -> Module:
@@ -57,6 +67,9 @@ def _blocks(family: Family, sizes: Sizes) -> Iterable[tuple[str, Part]]:
         kinds = stack.kinds(sizes) if stack.kinds else [frozenset[str]()] * num_layers
         if len(kinds) != num_layers:
             raise ValueError(f"{num_layers} layers, but the kinds of {len(kinds)}")
+        odd = frozenset[str]().union(*kinds) - {part.kind for part in stack.parts}
+        if odd:
+            raise ValueError(f"layers of the unknown kind {sorted(odd)[0]!r}")
         for i in range(num_layers):
             for part in stack.parts:
                 if not part.kind or part.kind in kinds[i]:
@@ -76,6 +89,31 @@ def _tables(family: Family, task: Task, sizes: Sizes, *, tied: bool) -> list[Ten
     return found
 
 
+def _rope_type(config: Config) -> str:
+    """How the base stretches its rotary positions itself; older files say rope_scaling."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"rope_parameters is {found!r:.60}, which is no mapping")
+    sets = [value for value in found.values() if isinstance(value, Mapping)] or [found]
+    types = {str(one.get("rope_type") or one.get("type") or "default") for one in sets} - {"default"}
+    return sorted(types)[0] if types else "default"
+
+
+def _experts_per_token(family: Family, sizes: Sizes) -> int:
+    return sizes["experts_per_token"] if family.has_experts else 0
+
+
+def _windows(family: Family, sizes: Sizes, num_cached: int) -> tuple[int, int]:
+    """(layers with a sliding window, its tokens): as listed, else every layer but each n-th."""
+    if family.window is None or sizes.key("sliding_window") is None:
+        return 0, 0
+    listed = sizes.names("layer_types")
+    if listed:
+        return listed.count("sliding_attention"), sizes["sliding_window"]
+    full = num_cached // family.window if family.window else 0
+    return num_cached - full, sizes["sliding_window"]
+
+
 def shape_of(
     family: Family, config: Config, *, task: str = "auto", source: str = "config.json"
 ) -> ModelShape:
@@ -89,10 +127,10 @@ def shape_of(
     if chosen is None:
         raise ValueError(f"{family.name} has no {task} head: it has {', '.join(family.heads)}")
     sizes = Sizes(config, family.sizes, {"num_labels": 2, **family.defaults})
-    dims = _dims(sizes)
+    dims = _dims(sizes, family)
     lm = chosen in {"causal-lm", "seq2seq"}
-    tie_key = sizes.key("tie_word_embeddings")
-    tied = lm and (family.always_tied or (family.tied_by_default if tie_key is None else bool(tie_key)))
+    tie = sizes.key("tie_word_embeddings")
+    tied = lm and (family.tied_by_default if tie is None else sizes.flag("tie_word_embeddings"))
     modules: list[Module] = []
     tensors = _tables(family, chosen, sizes, tied=tied)
     cache = state = num_cached = 0
@@ -103,6 +141,7 @@ def shape_of(
         state += sizes[part.state] if part.state else 0
         num_cached += bool(part.cache)
     tensors += [Tensor(w.name, w.role, sizes[w.size]) for w in family.outside]
+    windowed, window = _windows(family, sizes, num_cached)
     key, default = family.activation
     return ModelShape(
         family=family,
@@ -112,7 +151,12 @@ def shape_of(
         modules=tuple(modules),
         tensors=tuple(tensors),
         tied_embeddings=tied,
+        positions=family.positions(sizes) if callable(family.positions) else family.positions,
+        rope_type=_rope_type(config),
+        experts_per_token=_experts_per_token(family, sizes),
         cache_per_token=cache,
+        num_windowed=windowed,
+        window=window,
         state_per_sequence=state,
         num_cached_layers=num_cached,
         activation=str(sizes.key(key) or default) if key else default,

@@ -26,10 +26,11 @@ _USUAL: dict[str, Expression] = {
     "ffn": ("intermediate_size", "4*hidden"),
     "vocab": "vocab_size",
     "positions": ("max_position_embeddings", "0"),
+    "experts_per_token": ("num_experts_per_tok", "num_experts_per_token", "1"),
     "q": "heads*head_dim",
     "kv": "kv_heads*head_dim",
 }
-_LARGEST = 2**40  # more than any size of any model: beyond it, a config.json is broken
+_LARGEST = 2**31  # more than any size of any model: beyond it, a config.json is broken
 
 
 class Sizes:
@@ -56,6 +57,22 @@ class Sizes:
         """A plain key of config.json, or the family's default for it; None where neither is there."""
         value = self._config.get(name)
         return self._defaults.get(name) if value is None else value
+
+    def flag(self, name: str) -> bool:
+        """A switch of config.json; absent ones are off. Raises ValueError for what is no boolean."""
+        value = self.key(name)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}, which is neither true nor false")
+        return bool(value)
+
+    def names(self, name: str) -> list[str]:
+        """A list of names of config.json; empty where it is absent. Raises ValueError for anything else."""
+        value = self.key(name)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{name} is {value!r:.60}, which is no list of names")
+        return value
 
     def _value(self, node: ast.expr) -> int:
         if isinstance(node, ast.Constant) and isinstance(node.value, int):

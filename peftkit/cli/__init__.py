@@ -32,7 +32,10 @@ def _positive(text: str) -> int:
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
+    found = tuple(_positive(part) for part in text.split(","))
+    if min(found) < 2:
+        raise argparse.ArgumentTypeError(f"{text}, expected lengths of at least 2")
+    return found
 
 
 _RECIPE = _arg("recipe", metavar="RECIPE", help="recipe file, or the name of a shipped recipe")

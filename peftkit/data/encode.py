@@ -16,9 +16,9 @@ Encoder = Callable[[Sequence[Example], Any, Mapping[str, int]], list[Tokenized]]
 def source_and_target(example: Example, tokenizer: Any) -> tuple[str, str]:
     """What an encoder-decoder reads and what it is to write.
 
-    A chat is read through the model's template where it has one; a single question goes in as it is.
+    A chat is read through the tokenizer's template where it has one; a single question goes in as it is.
     """
-    if example.messages and (tokenizer.chat_template or len(example.messages) > 2):
+    if example.messages and tokenizer.chat_template:
         return render_prompt(example, tokenizer)
     if example.messages:
         return example.messages[0]["content"], example.messages[-1]["content"]
@@ -26,7 +26,7 @@ def source_and_target(example: Example, tokenizer: Any) -> tuple[str, str]:
 
 
 def _seq2seq(examples: Sequence[Example], tokenizer: Any, ids: Mapping[str, int]) -> list[Tokenized]:
-    """Source ids, and target ids as labels; both end in the tokenizer's end token."""
+    """Source ids as the tokenizer ends them, and target ids as labels, which end in its end token."""
     pairs = [source_and_target(example, tokenizer) for example in examples]
     sources = tokenizer([source for source, _ in pairs])["input_ids"]
     targets = tokenizer(text_target=[target for _, target in pairs])["input_ids"]
@@ -44,6 +44,11 @@ def _classes(examples: Sequence[Example], tokenizer: Any, ids: Mapping[str, int]
         Tokenized(list(text), [ids[example.label]], example.where)
         for text, example in zip(texts, examples, strict=True)
     ]
+
+
+def needs_template(examples: Sequence[Example]) -> bool:
+    """Whether some chat has more than a question and its answer, so that turns have to be told apart."""
+    return any(len(example.messages) > 2 for example in examples)
 
 
 def _tags(examples: Sequence[Example], tokenizer: Any, ids: Mapping[str, int]) -> list[Tokenized]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -218,8 +219,8 @@ def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:
     """The classes that occur, sorted: numbers by value, text by alphabet; empty without classes."""
     found = {example.label for example in examples if example.label}
     found |= {tag for example in examples for tag in example.tags}
-    if found and all(label.lstrip("-").isdigit() for label in found):
-        return tuple(sorted(found, key=int))
+    if found and all(re.fullmatch(r"-?\d+", label, re.ASCII) for label in found):
+        return tuple(sorted(found, key=lambda label: (int(label), label)))
     return tuple(sorted(found))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftkit.archs import Task
-from peftkit.data.encode import ENCODERS
+from peftkit.data.encode import ENCODERS, needs_template
 from peftkit.data.formats import Example, detect, labels_of, rename, to_examples
 from peftkit.data.mask import Tokenized, tokenize
 from peftkit.data.read import Row, read_rows
@@ -27,6 +27,12 @@ class Examples:
     train: tuple[Example, ...]
     eval: tuple[Example, ...]
     format: str
+
+    @property
+    def labels_never_learnt(self) -> tuple[str, ...]:
+        """Classes that only held-out rows have."""
+        learnt = set(labels_of(self.train))
+        return tuple(label for label in labels_of(self.eval) if label not in learnt)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -156,7 +162,8 @@ def prepare(
 ) -> Prepared:
     """Render, tokenize, mask and fit. Raises UserError where no row is left to learn from."""
     chats = any(example.messages for example in (*examples.train[:1], *examples.eval[:1]))
-    default_template = chats and task == "causal-lm" and ensure_template(tokenizer)
+    wanted = chats if task == "causal-lm" else needs_template((*examples.train, *examples.eval))
+    default_template = wanted and ensure_template(tokenizer)
     raw = _tokenized(examples.train, tokenizer, plan, task, labels)
     train, dropped, cut = _fit(raw, plan)
     if not train:

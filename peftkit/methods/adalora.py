@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -41,7 +41,7 @@ def count(options: AdaloraOptions, shape: ModelShape, selection: Selection) -> d
 
 
 def peft(options: AdaloraOptions, shape: ModelShape, selection: Selection) -> PeftSpec:
-    """peft.AdaLoraConfig; the schedule of the budget is filled in once the number of steps is known."""
+    """peft.AdaLoraConfig; `schedule` adds the budget over time."""
     arguments = {
         "init_r": options.initial_rank,
         "target_r": options.rank,
@@ -64,6 +64,17 @@ def conflicts(options: AdaloraOptions, shape: ModelShape, selection: Selection) 
         yield Conflict("rank", got, "at most initial_rank", f"set initial_rank: {options.rank * 3 // 2}")
 
 
+def schedule(num_steps: int) -> dict[str, Any]:
+    """The budget over time: a tenth of the run at full rank, pruned over half of it, then left alone."""
+    full, pruned = num_steps // 10, max(1, num_steps // 2)
+    return {
+        "total_step": num_steps,
+        "tinit": full,
+        "tfinal": num_steps - full - pruned,
+        "deltaT": max(1, num_steps // 100),
+    }
+
+
 METHOD = Method(
     name="adalora",
     summary="LoRA that moves rank to where it matters",
@@ -73,4 +84,7 @@ METHOD = Method(
     learning_rate=learning_rate,
     default_roles=linear_roles,
     conflicts=conflicts,
+    schedule=schedule,
+    min_steps=4,  # PEFT prunes at the first step of fewer, before anything is scored
+    adds_penalty=True,
 )

@@ -92,6 +92,9 @@ class Method:
     allows_checkpointing: bool = True
     virtual_tokens: bool = False  # prepends learned tokens, keys or values
     mergeable: bool = True
+    schedule: Callable[[int], dict[str, Any]] | None = None  # PEFT's arguments that follow from the steps
+    min_steps: int = 1
+    adds_penalty: bool = False  # PEFT adds one to the model's own loss
 
 
 def by_role(modules: tuple[Module, ...], size: Callable[[Module], int]) -> dict[str, int]:

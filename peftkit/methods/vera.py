@@ -30,7 +30,7 @@ class VeraOptions(Options):
     targets: Targets = "auto"
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     d_initial: PositiveFloat = Field(0.1, description="start of the rank scalings")
-    seed: int = Field(0, ge=0, description="of the shared random matrices, which are not saved")
+    seed: int = Field(0, ge=0, description="of the shared random matrices, which are stored with the adapter")
 
 
 def count(options: VeraOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:
@@ -39,7 +39,7 @@ def count(options: VeraOptions, shape: ModelShape, selection: Selection) -> dict
 
 
 def peft(options: VeraOptions, shape: ModelShape, selection: Selection) -> PeftSpec:
-    """peft.VeraConfig; the random matrices come from the seed, so they need no place in the adapter."""
+    """peft.VeraConfig; the random matrices are saved too, so that no other version draws others."""
     arguments = {
         "r": options.rank,
         "vera_dropout": options.dropout,

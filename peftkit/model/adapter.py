@@ -62,20 +62,7 @@ def _peft_config(model: Any, plan: Plan, tokenizer: Any) -> Any:
     if arguments.get("init_lora_weights") == "eva":
         # rho 1 keeps every rank as planned; PEFT's default would move rank between layers
         arguments["eva_config"] = peft.EvaConfig(rho=1.0)
-    if spec.class_name == "AdaLoraConfig":
-        arguments |= _budget(plan.train.num_steps or 1)
     return getattr(peft, spec.class_name)(task_type=PEFT_TASKS[plan.base.task], **arguments)
-
-
-def _budget(num_steps: int) -> dict[str, int]:
-    """AdaLoRA's schedule: a tenth of the run at full rank, pruned over half of it, then left alone."""
-    full, pruned = num_steps // 10, max(1, num_steps // 2)
-    return {
-        "total_step": num_steps,
-        "tinit": full,
-        "tfinal": num_steps - full - pruned,
-        "deltaT": max(1, num_steps // 100),
-    }
 
 
 def _embedding_name(model: Any) -> str:

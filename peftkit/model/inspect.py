@@ -69,6 +69,7 @@ def inspect_shape(
     source: str,
     config: Mapping[str, Any],
     *,
+    revision: str | None,
     task: Task,
     num_labels: int,
     trust_remote_code: bool,
@@ -92,7 +93,9 @@ def inspect_shape(
             )
         )
     try:
-        made = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        made = transformers.AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
         if task in {"classification", "token-classification"}:
             made.num_labels = num_labels
         with torch.device("meta"):

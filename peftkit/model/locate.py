@@ -67,7 +67,7 @@ def check_pin(base: Base, where: str) -> None:
         raise UserError(Problem(where, got, wanted, entry.pip_line))
 
 
-_LITGPT = ("lit_model.pth", "lit_config.json")
+_LITGPT = ("lit_model.pth",)
 
 
 def _config_file(path: Path, where: str) -> dict[str, Any]:

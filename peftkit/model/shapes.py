@@ -42,12 +42,12 @@ def shape_of_base(
     num_labels: int,
     trust_remote_code: bool,
     where: str,
-    source: str | None = None,
+    revision: str | None = None,
 ) -> ModelShape:
     """The base's shape with the head that task and data ask for.
 
-    `source` is what transformers loads, where a model of no known family has to be looked at. Raises
-    UserError for a configuration that is absurd or no text model's, and for a task without a head.
+    A model of no known family is looked at. Raises UserError for a configuration that is absurd or no text
+    model's, and for a task without a head.
     """
     refuse_other_senses(base, where)
     config = {**(base.config or {}), "num_labels": max(2, num_labels)}
@@ -68,8 +68,9 @@ def shape_of_base(
     from peftkit.model.inspect import inspect_shape
 
     return inspect_shape(
-        source or (base.id if base.path is None else str(base.path)),
+        base.id if base.path is None else str(base.path),
         config,
+        revision=revision,
         task=chosen,
         num_labels=max(2, num_labels),
         trust_remote_code=trust_remote_code,

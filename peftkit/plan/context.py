@@ -7,6 +7,8 @@ from typing import Any
 from peftkit.archs import ModelShape
 from peftkit.plan.decisions import Decisions
 
+_USUAL_LENGTH = 2048
+
 
 def context_length(d: Decisions, shape: ModelShape) -> int:
     """Positions that the model can tell apart: the trained ones, times the RoPE factor; 0: no limit."""
@@ -23,12 +25,20 @@ def rope_overrides(d: Decisions, shape: ModelShape) -> dict[str, Any]:
     scaling = d.loaded.recipe.base.rope_scaling
     if scaling is None:
         return {}
-    if shape.family.positions != "rope":
+    if shape.positions != "rope":
         d.refuse(
             "base.rope_scaling",
             f"RoPE scaling on {shape.family.name}",
             "a family with rotary positions",
-            f"its positions are: {shape.family.positions}",
+            f"its positions are: {shape.positions}",
+        )
+        return {}
+    if shape.rope_type != "default":
+        d.refuse(
+            "base.rope_scaling",
+            f"RoPE scaling on a base that stretches its positions already ({shape.rope_type})",
+            "one stretching",
+            "its trained positions count that in: leave rope_scaling out",
         )
         return {}
     d.keep("base.rope_scaling.kind", scaling.kind)
@@ -36,16 +46,30 @@ def rope_overrides(d: Decisions, shape: ModelShape) -> dict[str, Any]:
     return {"rope_scaling": {"kind": scaling.kind, "factor": scaling.factor, "trained": shape.dims.positions}}
 
 
-def context_problems(d: Decisions, shape: ModelShape, max_length: int) -> None:
-    """Refuse rows longer than the model can tell positions apart."""
+def choose_max_length(d: Decisions, shape: ModelShape, virtual_tokens: int) -> int:
+    """Tokens per row: as written, or 2048 where the model has so many positions. Refuses more than it has.
+
+    Learned positions stand for virtual tokens too; rotary ones were trained on no more.
+    """
     limit = context_length(d, shape)
-    if not limit or max_length <= limit:
-        return
-    if shape.family.positions != "rope":
+    room = limit - virtual_tokens
+    behind = f", behind {virtual_tokens} virtual tokens" if virtual_tokens else ""
+    wanted = d.loaded.recipe.train.max_length
+    if limit and room < 1:
+        d.refuse("method.virtual_tokens", str(virtual_tokens), f"fewer than the model's {limit} positions")
+        return _USUAL_LENGTH
+    best = min(_USUAL_LENGTH, room) if limit else _USUAL_LENGTH
+    why = f"all of the model's {limit} positions{behind}" if best < _USUAL_LENGTH else "usual for tuning"
+    max_length = int(d.keep("train.max_length", wanted, best, why))
+    if not limit or max_length <= room:
+        return max_length
+    factor = -(-(max_length + virtual_tokens) // shape.dims.positions)
+    if shape.positions != "rope" or shape.rope_type != "default":
         fix = "the model was trained on no more positions"
     elif d.loaded.recipe.base.rope_scaling:
-        fix = f"raise base.rope_scaling.factor to {-(-max_length // shape.dims.positions)}"
+        fix = f"raise base.rope_scaling.factor to {factor}"
     else:
-        factor = -(-max_length // shape.dims.positions)
         fix = f"shorten, or set base.rope_scaling: {{kind: yarn, factor: {factor}}}"
-    d.refuse("train.max_length", str(max_length), f"at most {limit}, the positions it was trained on", fix)
+    expected = f"at most {room}, the positions it was trained on{behind}"
+    d.refuse("train.max_length", str(max_length), expected, fix)
+    return max_length

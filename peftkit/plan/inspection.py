@@ -15,6 +15,7 @@ from peftkit.plan.method import coverage, default_selection
 from peftkit.units import show_bytes, show_count, show_percent
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal pretraining
+_CACHE_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
 NF4_BITS = 4.127  # with double quantization (Dettmers et al. 2023, section 3)
 
 
@@ -54,6 +55,9 @@ class Inspection:
     by_role: Mapping[str, int]
     weight_bytes: Mapping[str, int]
     cache_bytes_per_token: Mapping[str, float]
+    cache_bytes_at_full_context: Mapping[str, float]
+    window: str
+    packing: str
     state_bytes_per_sequence: int
     compute: str
     optimal_tokens: int
@@ -97,12 +101,14 @@ class Inspection:
             per = ", ".join(f"{k} {show_bytes(v)}" for k, v in self.cache_bytes_per_token.items())
             rows.append(("cache per token", per))
             if self.context_length:
-                full = {k: v * self.context_length for k, v in self.cache_bytes_per_token.items()}
-                text = ", ".join(f"{k} {show_bytes(v)}" for k, v in full.items())
+                text = ", ".join(f"{k} {show_bytes(v)}" for k, v in self.cache_bytes_at_full_context.items())
                 rows.append((f"cache at {show_count(self.context_length)}", text))
+            if self.window:
+                rows.append(("sliding window", self.window))
         if self.state_bytes_per_sequence:
             text = f"{show_bytes(self.state_bytes_per_sequence)} (bf16), whatever the length"
             rows.append(("state per sequence", text))
+        rows.append(("packing", self.packing))
         rows.append(("compute", self.compute))
         data = f"; your data: about {show_count(self.data_tokens)}" if self.data_tokens is not None else ""
         optimal = f"{show_count(self.optimal_tokens)} tokens (20 per parameter){data}"
@@ -142,14 +148,22 @@ def _answer(name: str, shape: ModelShape) -> MethodAnswer:
         note = f"{show_percent(coverage(shape))} of the base in 4-bit"
     elif method.default_roles is not None:
         note = ", ".join(selection.names[:8]) + (", ..." if len(selection.names) > 8 else "")
+    elif not method.mergeable:
+        note = "cannot be merged: it adds no weights"
     return MethodAnswer(name, True, sum(method.count(options, shape, selection).values()), note)
 
 
-def _num_active(shape: ModelShape, experts_per_token: int) -> int:
+def _window(shape: ModelShape) -> str:
+    """What a sliding window keeps, in words; empty where no layer has one."""
+    if not shape.num_windowed:
+        return ""
+    return f"{shape.num_windowed} of {shape.num_cached_layers} layers keep {shape.window:,} tokens"
+
+
+def _num_active(shape: ModelShape) -> int:
     """Parameters that one token goes through: of the routed experts, only those that it is sent to."""
-    idle = sum(
-        m.num_parameters * max(0, m.num - experts_per_token) // m.num for m in shape.modules if m.in_experts
-    )
+    busy = shape.experts_per_token
+    idle = sum(m.num_parameters * max(0, m.num - busy) // m.num for m in shape.modules if m.in_experts)
     return shape.num_parameters - idle
 
 
@@ -163,17 +177,12 @@ def _compute(shape: ModelShape, num_active: int) -> str:
     )
 
 
-def inspect_shape_of(
-    model_id: str, shape: ModelShape, config: Mapping[str, Any], *, data_tokens: int | None = None
-) -> Inspection:
-    """Everything that a shape tells. `config` names the experts per token of a mixture."""
+def inspect_shape_of(model_id: str, shape: ModelShape, *, data_tokens: int | None = None) -> Inspection:
+    """Everything that a shape tells."""
     dims, family = shape.dims, shape.family
-    per_token = next(
-        (int(config[k]) for k in ("num_experts_per_tok", "num_experts_per_token") if config.get(k)), 1
-    )
     num = shape.num_parameters
     in_4bit = coverage(shape) * num
-    active = _num_active(shape, per_token) if family.has_experts else num
+    active = _num_active(shape) if family.has_experts else num
     missing = missing_kernels(shape)
     return Inspection(
         id=model_id,
@@ -181,7 +190,7 @@ def inspect_shape_of(
         model_type=shape.model_type,
         task=" or ".join(family.heads),
         attention=shape.attention,
-        positions=family.positions,
+        positions=shape.positions,
         context_length=dims.positions,
         num_layers=dims.num_layers,
         hidden=dims.hidden,
@@ -202,11 +211,12 @@ def inspect_shape_of(
             "int8": num,
             "nf4": round(in_4bit * NF4_BITS / 8 + (num - in_4bit) * 2),
         },
-        cache_bytes_per_token={
-            "bf16": 2.0 * shape.cache_per_token,
-            "int8": 1.0 * shape.cache_per_token,
-            "int4": 0.5 * shape.cache_per_token,
+        cache_bytes_per_token={k: size * shape.cache_per_token for k, size in _CACHE_BYTES.items()},
+        cache_bytes_at_full_context={
+            k: size * shape.cache_at(dims.positions) for k, size in _CACHE_BYTES.items()
         },
+        window=_window(shape),
+        packing="packed documents stay apart" if family.packs else "packed documents would run together",
         state_bytes_per_sequence=2 * shape.state_per_sequence,
         compute=_compute(shape, active),
         optimal_tokens=TOKENS_PER_PARAMETER * num,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftkit.archs import ModelShape, Module, place_of
-from peftkit.methods import METHODS, Method, Selection, TokenRows
+from peftkit.methods import METHODS, Method, PeftSpec, Selection, TokenRows
 from peftkit.methods.lora import LoraOptions
 from peftkit.plan.applies import nearest_method, refusal
 from peftkit.plan.decisions import Decisions
@@ -13,6 +13,16 @@ from peftkit.plan.plan import MethodPlan
 from peftkit.plan.targets import resolve_parameters, resolve_targets, select
 
 LOW_COVERAGE = 0.5  # below this share in 4-bit, QLoRA saves little
+
+
+def _spec(
+    method: Method, options: Any, shape: ModelShape, selection: Selection, num_steps: int | None
+) -> PeftSpec | None:
+    """PEFT's class and arguments, with those that follow from the number of steps where it is known."""
+    spec = method.peft(options, shape, selection)
+    if spec is None or method.schedule is None or num_steps is None:
+        return spec
+    return PeftSpec(spec.class_name, {**spec.arguments, **method.schedule(num_steps)})
 
 
 def default_selection(method: Method, shape: ModelShape) -> Selection:
@@ -101,7 +111,7 @@ def _refuse_where_impossible(d: Decisions, shape: ModelShape, method: Method) ->
     return True
 
 
-def method_plan(d: Decisions, shape: ModelShape) -> MethodPlan:
+def method_plan(d: Decisions, shape: ModelShape, num_steps: int | None) -> MethodPlan:
     """Resolve targets, check every option against the model, count."""
     options = d.loaded.recipe.method
     method = METHODS[options.name]
@@ -120,15 +130,18 @@ def method_plan(d: Decisions, shape: ModelShape) -> MethodPlan:
     if not impossible:
         for conflict in method.conflicts(options, shape, selection):
             d.refuse(f"method.{conflict.key}", conflict.got, conflict.expected, conflict.fix)
-    if method.name == "adalora" and (shape.task != "causal-lm" or shape.family.inferred):
+    if method.adds_penalty and (shape.task != "causal-lm" or shape.family.inferred):
         why = "the loss is worked out from the logits here, and PEFT adds its penalty to the model's own"
-        d.decide("method.orthogonality_penalty", 0, why)
+        d.decide("method.penalty", 0, why)
+    if num_steps is not None and num_steps < method.min_steps:
+        got, fix = f"{num_steps} with {method.name}", "train longer, or use method lora"
+        d.refuse("train.max_steps", got, f"at least {method.min_steps} steps", fix)
     if shape.family.inferred:
         d.decide("base.family", shape.family.name, shape.family.mind[0])
     counted = None if d.problems else {k: v for k, v in method.count(options, shape, selection).items() if v}
     return MethodPlan(
         name=method.name,
-        peft=None if d.problems else method.peft(options, shape, selection),
+        peft=None if d.problems else _spec(method, options, shape, selection, num_steps),
         target_modules=selection.names,
         target_parameters=selection.parameters,
         token_rows=rows,

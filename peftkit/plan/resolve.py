@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+from peftkit.archs import Family, ModelShape
 from peftkit.errors import UserError
 from peftkit.methods import METHODS, Method
 from peftkit.methods.qlora import QloraOptions
-from peftkit.plan.context import context_problems, rope_overrides
+from peftkit.plan.context import choose_max_length, rope_overrides
 from peftkit.plan.decisions import Decisions
 from peftkit.plan.facts import Facts
 from peftkit.plan.kernels import kernels_text, missing_kernels
 from peftkit.plan.method import LOW_COVERAGE, coverage, largest_rest, method_plan
 from peftkit.plan.plan import BasePlan, DataPlan, Decision, EvaluatePlan, Plan, TrainPlan
 from peftkit.plan.targets import select
-from peftkit.plan.task import METRICS, metric_of
+from peftkit.plan.task import FORMAT_TASKS, METRICS, metric_of
 from peftkit.recipe import LoadedRecipe, check
 
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -63,24 +65,41 @@ def _base(d: Decisions, facts: Facts, method: Method) -> tuple[BasePlan, str | N
         d.decide("base.kernels", "plain torch", kernels_text(missing))
     for key, value in shape.family.overrides.items():
         d.decide(f"base.config.{key}", value, next(t for t in shape.family.mind if key in t))
+    plain = plain_base(
+        shape, id=recipe.base.id, kind=facts.model.kind, revision=recipe.base.revision, dtype=dtype
+    )
     quantized = recipe.method if isinstance(recipe.method, QloraOptions) else None
-    return BasePlan(
-        id=recipe.base.id,
-        kind=facts.model.kind,
-        revision=recipe.base.revision,
+    return replace(
+        plain,
         trust_remote_code=recipe.base.trust_remote_code,
-        dtype=dtype,
         quant_type=quantized.quant_type if quantized else None,
         double_quant=bool(quantized and quantized.double_quant),
-        compute_dtype=dtype,
-        task=shape.task,
         labels=facts.data.labels if facts.data else (),
-        inferred=shape.family.inferred,
-        head_modules=shape.family.heads[shape.task].modules,
         skip_4bit=skip,
         experts_4bit=experts,
         overrides=overrides,
     ), autocast
+
+
+def plain_base(shape: ModelShape, *, id: str, kind: str, revision: str | None, dtype: str) -> BasePlan:
+    """How a base is loaded as it is: unquantized, with what its family asks for."""
+    return BasePlan(
+        id=id,
+        kind=kind,
+        revision=revision,
+        trust_remote_code=False,
+        dtype=dtype,
+        quant_type=None,
+        double_quant=False,
+        compute_dtype=dtype,
+        task=shape.task,
+        labels=(),
+        inferred=shape.family.inferred,
+        head_modules=shape.family.heads[shape.task].modules,
+        skip_4bit=(),
+        experts_4bit=(),
+        overrides=dict(shape.family.overrides),
+    )
 
 
 def _four_bit(d: Decisions, facts: Facts, method: Method) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -119,6 +138,8 @@ def _mask(d: Decisions, facts: Facts, kind: str) -> str:
             d.refuse(
                 "data.mask", f"a mask for {task}", "no mask", "only decoders learn a part of what they read"
             )
+        if task == "seq2seq":
+            d.decide("data.mask", "all", "the encoder reads what comes before, the last answer is learnt")
         return "all"
     if kind != "text":
         return str(d.keep("data.mask", data.mask))
@@ -129,8 +150,17 @@ def _mask(d: Decisions, facts: Facts, kind: str) -> str:
     return "all"
 
 
+def _check_classes(d: Decisions, facts: Facts) -> None:
+    """A classifier of one class learns nothing and is always right."""
+    if facts.data and facts.data.format in FORMAT_TASKS and len(facts.data.labels) < 2:
+        found = ", ".join(facts.data.labels) or "none"
+        d.refuse(
+            "data.train", f"rows of the one class {found}", "at least two classes", "is the column right?"
+        )
+
+
 def _data(d: Decisions, facts: Facts) -> DataPlan:
-    data, train = d.loaded.recipe.data, d.loaded.recipe.train
+    data = d.loaded.recipe.data
     d.keep("data.train", data.train)
     d.keep("data.eval", data.eval)
     d.keep("data.columns", dict(data.columns))
@@ -143,8 +173,9 @@ def _data(d: Decisions, facts: Facts) -> DataPlan:
     if truncation == "keep_end" and facts.model.shape.task != "causal-lm":
         fix = "an encoder needs the start that its special tokens mark"
         d.refuse("data.truncation", f"keep_end for {facts.model.shape.task}", "drop or error", fix)
-    max_length = d.keep("train.max_length", train.max_length)
-    context_problems(d, facts.model.shape, max_length)
+    virtual = getattr(d.loaded.recipe.method, "virtual_tokens", 0)
+    max_length = choose_max_length(d, facts.model.shape, virtual)
+    _check_classes(d, facts)
     return DataPlan(
         train=tuple(data.train),
         eval=data.eval,
@@ -168,18 +199,25 @@ def _evaluate(d: Decisions, facts: Facts, method: Method) -> EvaluatePlan:
         d.refuse("evaluate.metric", f"{metric} for {shape.task}", f"one of {known}")
     if metric is not None and facts.data and facts.data.format == "text":
         d.refuse("evaluate.metric", "a metric on raw text", "null", "raw text has no answer to compare with")
+    if shape.task in FORMAT_TASKS.values() and d.loaded.source(("evaluate", "max_new_tokens")):
+        d.refuse(
+            "evaluate.max_new_tokens", f"a length for {shape.task}", "nothing", "a classifier writes nothing"
+        )
     for name in ("max_examples", "max_new_tokens"):
         d.keep(f"evaluate.{name}", getattr(wanted, name))
+    batch, use_cache = how_to_generate(family, virtual_tokens=method.virtual_tokens)
     if not family.batches_generation:
         d.decide(
             "evaluate.generation_batch", 1, f"cached decoding of several prompts is wrong on {family.name}"
         )
-    use_cache = family.cached_prompts or not method.virtual_tokens
     if not use_cache:
         d.decide("evaluate.use_cache", False, f"PEFT would prepend the prompt at every step on {family.name}")
-    return EvaluatePlan(
-        metric, wanted.max_examples, wanted.max_new_tokens, 20 if family.batches_generation else 1, use_cache
-    )
+    return EvaluatePlan(metric, wanted.max_examples, wanted.max_new_tokens, batch, use_cache)
+
+
+def how_to_generate(family: Family, *, virtual_tokens: bool) -> tuple[int, bool]:
+    """(prompts answered at once, whether with a cache) that give right answers."""
+    return 20 if family.batches_generation else 1, family.cached_prompts or not virtual_tokens
 
 
 def _batch(d: Decisions, facts: Facts) -> tuple[int, int]:
@@ -290,7 +328,7 @@ def make_plan(loaded: LoadedRecipe, facts: Facts) -> Plan:
     data = _data(d, facts)
     train = _train(d, facts, method, autocast)
     evaluate = _evaluate(d, facts, method)
-    chosen = method_plan(d, facts.model.shape)
+    chosen = method_plan(d, facts.model.shape, train.num_steps)
     d.keep("seed", recipe.seed)
     if d.problems:
         raise UserError(d.problems)

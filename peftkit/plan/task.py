@@ -43,4 +43,9 @@ def decide_task(wanted: str, data_format: str | None, family: Family | None, whe
         got = f"{data_format} data for {family.name}, which is trained for {task}"
         fix = "columns text and label, or tokens and tags; or use a decoder as base"
         return Problem("data.format", got, f"{task} data", fix)
+    if task == "seq2seq" and data_format == "text":
+        got = f"raw text for {family.name}, which reads one text and writes another"
+        return Problem(
+            "data.format", got, "prompts with completions", "map columns, or use a decoder as base"
+        )
     return task

@@ -54,7 +54,7 @@ class RopeScaling(Options):
         "yarn",
         description="linear: positions divided; dynamic: NTK, grows with the length; yarn: by wavelength",
     )
-    factor: float = Field(ge=1, description="how many times the trained context length")
+    factor: float = Field(gt=1, description="how many times the trained context length")
 
 
 class Base(Options):
@@ -115,7 +115,9 @@ class Train(Options):
     ] = "auto"
     batch_size: Auto | PositiveInt = Field("auto", description="examples per optimizer step")
     micro_batch: Auto | PositiveInt = Field("auto", description="examples per forward pass")
-    max_length: PositiveInt = Field(2048, description="tokens per example")
+    max_length: Auto | PositiveInt = Field(
+        "auto", description="tokens per example; 2048, or what the model has positions for"
+    )
     gradient_checkpointing: Auto | bool = Field("auto", description="recompute activations to save memory")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     eval_steps: Auto | PositiveInt = Field("auto", description="optimizer steps between evaluations")

@@ -9,7 +9,7 @@ from typing import Any, cast
 from peftkit.archs import Task
 from peftkit.errors import Problem, UserError
 from peftkit.plan import Plan
-from peftkit.run.result import Result, open_result
+from peftkit.run.result import Result, open_result, positions_of
 
 
 def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
@@ -20,6 +20,7 @@ def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[s
     if not all(prompt.strip() for prompt in prompts):
         raise UserError(Problem("prompt", "an empty prompt", "text to answer"))
     result = open_result(path)
+    refuse_beyond_positions(result, prompts, max_new_tokens)
     plan, run = result.plan, result.run
     if plan is None or run is None:
         return _written_by_foreign(result, prompts, max_new_tokens=max_new_tokens)
@@ -28,6 +29,18 @@ def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[s
         return _classes(model, tokenizer, plan, prompts)
     chats = any(event["event"] == "data" and event.get("chats") for event in run.events())
     return _written(model, tokenizer, plan, prompts, chats=chats, max_new_tokens=max_new_tokens)
+
+
+def refuse_beyond_positions(result: Result, prompts: Sequence[str], max_new_tokens: int) -> None:
+    """Raises UserError where a model would run out of learned positions."""
+    room = positions_of(result)
+    if room is None:
+        return
+    new = max_new_tokens if result.task == "causal-lm" else 0
+    longest = max(len(result.tokenizer(prompt)["input_ids"]) for prompt in prompts)
+    if longest + new > room:
+        got = f"{longest} tokens and up to {new} new ones"
+        raise UserError(Problem("prompt", got, f"at most {room}, the positions that the model learnt"))
 
 
 def _written_by_foreign(result: Result, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
@@ -44,7 +57,13 @@ def _written_by_foreign(result: Result, prompts: Sequence[str], *, max_new_token
         texts.append(render_prompt(Example("prompt", messages=turns, prompt=prompt), result.tokenizer)[0])
     stops = eos_ids(result.model, result.tokenizer)
     answers = generate_answers(
-        result.model, result.tokenizer, texts, max_new_tokens=max_new_tokens, eos_token_ids=stops
+        result.model,
+        result.tokenizer,
+        texts,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=stops,
+        batch_size=result.generation_batch,
+        use_cache=result.use_cache,
     )
     return [text.strip() for text in answers]
 
@@ -77,7 +96,7 @@ def _written(
 
 
 def _classes(model: Any, tokenizer: Any, plan: Plan, prompts: Sequence[str]) -> list[str]:
-    """The likeliest class of each text, or word/tag pairs."""
+    """The likeliest class of each text, or its words with their tags."""
     from peftkit.data.encode import ENCODERS
     from peftkit.data.formats import Example
     from peftkit.evaluate.losses import predict
@@ -93,6 +112,12 @@ def _classes(model: Any, tokenizer: Any, plan: Plan, prompts: Sequence[str]) -> 
     if task == "classification":
         return [names[row[0]] for row in found]
     return [
-        " ".join(f"{word}/{names[i]}" for word, i in zip(split, row, strict=False))
-        for split, row in zip(words, found, strict=True)
+        _tagged(tokenizer, split, [names[i] for i in row]) for split, row in zip(words, found, strict=True)
     ]
+
+
+def _tagged(tokenizer: Any, words: Sequence[str], tags: Sequence[str]) -> str:
+    """'word/tag' pairs. A word of which the tokenizer keeps nothing has no tag, and is shown with '?'."""
+    kept = {i for i in tokenizer(list(words), is_split_into_words=True).word_ids(0) if i is not None}
+    left = iter(tags)
+    return " ".join(f"{word}/{next(left) if i in kept else '?'}" for i, word in enumerate(words))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from peftkit.archs import family_of
+from peftkit.archs import Task
+from peftkit.data.prepare import prepare, read_examples
 from peftkit.errors import Problem, UserError
-from peftkit.run.result import Result, open_result
+from peftkit.plan.plan import DataPlan
+from peftkit.plan.task import FORMAT_TASKS
+from peftkit.run.result import Result, open_result, positions_of
 
 _MAX_WINDOWS = 8  # per context length: enough to see a trend, cheap enough to wait for
 
@@ -33,6 +36,7 @@ class Evaluation:
 
     loss: float | None
     num_rows: int
+    num_dropped: int  # longer than the run's max_length
     scores: dict[str, float]
     contexts: tuple[ContextLoss, ...]
 
@@ -40,7 +44,8 @@ class Evaluation:
         """(what, value) for a table."""
         found = []
         if self.loss is not None:
-            found.append(("rows", f"{self.num_rows:,}"))
+            dropped = f", {self.num_dropped:,} too long were left out" if self.num_dropped else ""
+            found.append(("rows", f"{self.num_rows:,}{dropped}"))
             found.append(("loss", f"{self.loss:.4f} (perplexity {math.exp(min(self.loss, 50)):,.2f})"))
         return found + [(name, f"{value:.4f}") for name, value in self.scores.items()]
 
@@ -67,7 +72,6 @@ class Evaluation:
 
 def _examples(result: Result, data: str | None, path: Path) -> Any:
     """Held-out examples of the run, or all of a file's."""
-    from peftkit.data.prepare import read_examples
     from peftkit.recipe import load
     from peftkit.run.facts import read
 
@@ -83,18 +87,31 @@ def _examples(result: Result, data: str | None, path: Path) -> Any:
     return found, found.eval or found.train
 
 
-def _tokenized(result: Result, examples: Any, chosen: Sequence[Any]) -> tuple[Any, ...]:
-    from dataclasses import replace
+def _refuse_other_data(result: Result, examples: Any) -> None:
+    """Raises UserError for data of another task, or with classes that the result does not know."""
+    task = FORMAT_TASKS.get(examples.format)
+    classifies = result.task in FORMAT_TASKS.values()
+    if task != (result.task if classifies else None) or (
+        result.task == "seq2seq" and examples.format == "text"
+    ):
+        got = f"{examples.format} data for a result of {result.task}"
+        raise UserError(Problem("--data", got, f"data for {result.task}"))
+    known = result.plan.base.labels if result.plan else ()
+    odd = [label for label in examples.labels if label not in known]
+    if odd:
+        got = f"classes that were not trained: {', '.join(odd[:5])}"
+        raise UserError(Problem("--data", got, f"some of {', '.join(known[:20])}"))
 
-    from peftkit.data.prepare import prepare
-    from peftkit.plan.plan import DataPlan
 
+def _tokenized(result: Result, examples: Any, chosen: Sequence[Any], *, whole: bool) -> tuple[Any, int]:
+    """(rows, how many were too long), as in training; `whole` keeps every row, to be one text."""
     plan = result.plan
-    length = max(plan.data.max_length, 2**20) if plan else 2**20
+    length = plan.data.max_length if plan and not whole else 2**20
     data = DataPlan((), None, examples.format, {}, plan.data.mask if plan else "all", "drop", length)
     labels = plan.base.labels if plan else ()
     only = replace(examples, train=tuple(chosen), eval=())
-    return prepare(only, result.tokenizer, data, task=result.task, labels=labels).train  # type: ignore[arg-type]
+    found = prepare(only, result.tokenizer, data, task=cast(Task, result.task), labels=labels)
+    return found.train, found.num_dropped
 
 
 def loss_by_position(model: Any, stream: Sequence[int], length: int) -> ContextLoss:
@@ -130,11 +147,10 @@ def _contexts(
         raise UserError(Problem("--context", f"a model for {result.task}", "a decoder"))
     stream = [token for row in rows for token in row.input_ids]
     longest = max(lengths)
-    family = family_of(str(result.model.config.model_type))
-    limit = getattr(result.model.config, "max_position_embeddings", 0)
-    if family is not None and family.positions == "learned" and longest > limit:
-        got = f"{longest:,} on {family.name}, whose positions are learned"
-        raise UserError(Problem("--context", got, f"at most {limit:,}", "it has no more positions"))
+    room = positions_of(result)
+    if room is not None and longest > room:
+        got = f"{longest:,} on a model whose positions are learned"
+        raise UserError(Problem("--context", got, f"at most {room:,}", "it has no more positions"))
     if len(stream) < longest:
         fix = "give longer data: --data FILE"
         got = f"{longest:,}, and the data has {len(stream):,} tokens"
@@ -152,9 +168,10 @@ def evaluate(path: Path, *, data: str | None = None, contexts: Sequence[int] = (
 
     result = open_result(path)
     examples, chosen = _examples(result, data, path)
-    rows = _tokenized(result, examples, chosen)
+    _refuse_other_data(result, examples)
+    rows, num_dropped = _tokenized(result, examples, chosen, whole=bool(contexts))
     if contexts:
-        return Evaluation(None, len(rows), {}, _contexts(result, rows, contexts, path))
+        return Evaluation(None, len(rows), 0, {}, _contexts(result, rows, contexts, path))
     loss = mean_token_loss(
         result.model,
         rows,
@@ -169,4 +186,4 @@ def evaluate(path: Path, *, data: str | None = None, contexts: Sequence[int] = (
         shown = [example for example in chosen if example.where in kept][:limit]
         paired = [kept[example.where] for example in shown]
         scores = measure(result.model, result.tokenizer, result.plan, shown, paired).scores
-    return Evaluation(loss, len(rows), scores, ())
+    return Evaluation(loss, len(rows), num_dropped, scores, ())

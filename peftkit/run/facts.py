@@ -50,6 +50,7 @@ def model_facts(loaded: LoadedRecipe, base: Base, examples: Examples | None) -> 
         data_format=examples.format if examples else None,
         num_labels=len(examples.labels) if examples else 0,
         trust_remote_code=loaded.recipe.base.trust_remote_code,
+        revision=loaded.recipe.base.revision,
         where=loaded.where(("base", "id")),
     )
     return ModelFacts(base.id, base.kind, shape)

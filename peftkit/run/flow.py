@@ -114,6 +114,9 @@ def _open(
     if facts.device.kind != plan_device:
         text = f"the driver shows a {plan_device} device, but torch uses {facts.device.name}"
         observer({"event": "warning", "text": f"{text}: is the right torch installed?"})
+    if examples.labels_never_learnt:
+        names = ", ".join(examples.labels_never_learnt[:10])
+        observer({"event": "warning", "text": f"only held-out rows have the classes {names}: never learnt"})
     prepared = prepare(examples, tokenizer, plan.data, task=facts.model.shape.task, labels=plan.base.labels)
     rows = DataFacts(len(prepared.train), len(prepared.eval), plan.data.format, plan.base.labels)
     plan = make_plan(loaded, replace(facts, data=rows))

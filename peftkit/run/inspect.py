@@ -36,4 +36,4 @@ def inspect(model: str, *, data: Path | None = None, trust_remote_code: bool = F
         base, task="auto", data_format=None, num_labels=0, trust_remote_code=trust_remote_code, where=model
     )
     tokens = count_tokens(data) if data is not None else None
-    return inspect_shape_of(model, shape, base.config or {}, data_tokens=tokens)
+    return inspect_shape_of(model, shape, data_tokens=tokens)

@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peftkit.archs import shape_from_config
 from peftkit.errors import Problem, UserError
 from peftkit.plan import Plan
+from peftkit.plan.resolve import how_to_generate, plain_base
+from peftkit.plan.task import FORMAT_TASKS
 from peftkit.report import read_plan
 from peftkit.rundir import RunDir
 
@@ -22,6 +25,8 @@ class Result:
     task: str
     plan: Plan | None
     run: RunDir | None
+    generation_batch: int
+    use_cache: bool
 
 
 def _run_of(path: Path) -> Path:
@@ -54,43 +59,66 @@ def open_result(path: Path) -> Result:
     else:
         base = locate(plan.base.id, revision=plan.base.revision, where="base")
         model = load_adapter(load_model(loadable(base, "base"), plan.base, device=device), folder)
-    return Result(model, tokenizer, plan.base.task, plan, run)
+    how = plan.evaluate
+    return Result(model, tokenizer, plan.base.task, plan, run, how.generation_batch, how.use_cache)
+
+
+def _adapter_config(path: Path) -> dict[str, Any]:
+    """PEFT's configuration in an adapter folder, found whole."""
+    file = path / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            Problem(str(file), f"text that is not JSON ({error})", "PEFT's configuration")
+        ) from None
+    if not isinstance(config, dict) or not config.get("base_model_name_or_path"):
+        raise UserError(Problem(str(file), "no base_model_name_or_path", "the base that it was trained on"))
+    if not (path / "adapter_model.safetensors").is_file():
+        raise UserError(Problem(str(path), "no adapter_model.safetensors", "the adapter's weights"))
+    return config
 
 
 def _foreign(path: Path) -> Result:
-    """An adapter that some other tool trained, on the base that its configuration names, unquantized."""
+    """An adapter away from its run, on the base that its configuration names, unquantized."""
     from peftkit.model.adapter import PEFT_TASKS, load_adapter
     from peftkit.model.hardware import detect_device
     from peftkit.model.load import load_model, load_tokenizer, loadable
     from peftkit.model.locate import locate
-    from peftkit.plan.plan import BasePlan
+    from peftkit.model.shapes import shape_of_base
 
-    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    named = str(config.get("base_model_name_or_path") or "")
-    where = str(path / "adapter_config.json")
-    if not named:
-        raise UserError(Problem(where, "no base_model_name_or_path", "the base that it was trained on"))
-    tasks = {theirs: ours for ours, theirs in PEFT_TASKS.items()}
-    device = detect_device()
-    plan = BasePlan(
-        id=named,
-        kind="folder",
-        revision=config.get("revision"),
-        trust_remote_code=False,
-        dtype="bfloat16" if device.kind == "cuda" else "float32",
-        quant_type=None,
-        double_quant=False,
-        compute_dtype="float32",
-        task=tasks.get(str(config.get("task_type")), "causal-lm"),
-        labels=(),
-        inferred=False,
-        head_modules=tuple(config.get("modules_to_save") or ()),
-        skip_4bit=(),
-        experts_4bit=(),
-        overrides={},
+    config, where = _adapter_config(path), str(path / "adapter_config.json")
+    task = {theirs: ours for ours, theirs in PEFT_TASKS.items()}.get(
+        str(config.get("task_type")), "causal-lm"
     )
-    source = loadable(locate(named, revision=plan.revision, where=where), where)
+    if task in FORMAT_TASKS.values():
+        got = f"an adapter for {task} away from its run"
+        raise UserError(Problem(str(path), got, "the run, which knows the names of the classes"))
+    base = locate(config["base_model_name_or_path"], revision=config.get("revision"), where=where)
+    shape = shape_of_base(
+        base, task=task, data_format=None, num_labels=0, trust_remote_code=False, where=where
+    )
+    device = detect_device()
+    plan = plain_base(
+        shape,
+        id=base.id,
+        kind=base.kind,
+        revision=config.get("revision"),
+        dtype="bfloat16" if device.kind == "cuda" else "float32",
+    )
+    source = loadable(base, where)
     has_tokenizer = (path / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(path) if has_tokenizer else source, replace(plan, revision=None))
     model = load_adapter(load_model(source, plan, device=device.kind), path)
-    return Result(model, tokenizer, plan.task, None, None)
+    virtual = "num_virtual_tokens" in config
+    batch, use_cache = how_to_generate(shape.family, virtual_tokens=virtual)
+    return Result(model, tokenizer, task, None, None, batch, use_cache)
+
+
+def positions_of(result: Result) -> int | None:
+    """How many tokens a model has learned positions for, without virtual ones; None where it has no limit."""
+    shape = shape_from_config(result.model.config.to_dict(), task=result.task)
+    if shape is None or shape.positions != "learned":
+        return None
+    adapted = getattr(result.model, "active_peft_config", None)
+    return shape.dims.positions - int(getattr(adapted, "num_virtual_tokens", 0) or 0)

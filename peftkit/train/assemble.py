@@ -14,6 +14,7 @@ from peftkit.data import to_dataset
 from peftkit.data.mask import Tokenized
 from peftkit.errors import PeftkitError
 from peftkit.evaluate.losses import mean_token_loss
+from peftkit.methods import METHODS
 from peftkit.model.adapter import build_loraplus_optimizer
 from peftkit.plan import Plan
 from peftkit.rundir import RunDir, read_json, verify_folder
@@ -127,7 +128,7 @@ def assemble(
     record = Record(run, plan, emit, progress, evaluate if held_out else None)
     callbacks.append(record)
     optimizer = build_loraplus_optimizer(model, plan) if plan.method.lr_ratio is not None else None
-    if plan.method.name == "adalora":
+    if METHODS[plan.method.name].schedule is not None:
         callbacks.append(Budget())
     known = plan.base.task == "causal-lm" and not plan.base.inferred
     build = sft.trainer if known else supervised.trainer

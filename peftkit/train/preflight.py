@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from peftkit.data.mask import Tokenized
+from peftkit.data.mask import IGNORED, Tokenized
 from peftkit.errors import Problem, UserError
-from peftkit.evaluate.losses import collate
+from peftkit.evaluate.losses import collate, inputs_of, summed_loss
 from peftkit.model.adapter import trainable_tensors, wrapped_storages
 from peftkit.plan import Plan
 from peftkit.train.checkpoint import random_states, restore_random_states
 
 _SHOWN = 3
+_PIECE = 2**20  # numbers of a tensor that are summed at once
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,34 @@ class Preflight:
     num_frozen: int
 
 
-def _sums(model: Any) -> dict[str, int]:
-    """A checksum of every frozen tensor's bytes."""
+def checksums(model: Any) -> dict[str, int]:
+    """A checksum of every frozen tensor's bytes, in which every place weighs differently.
+
+    Worked out in pieces where the tensor lies, so that it takes little memory beside it.
+    """
+    weights = torch.arange(1, _PIECE + 1, dtype=torch.int64)
     sums = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            flat = parameter.detach().contiguous().flatten()
-            sums[name] = int(flat.view(torch.uint8).to(torch.int32).sum(dtype=torch.int64))
+        if parameter.requires_grad:
+            continue
+        flat = parameter.detach().contiguous().flatten().view(torch.uint8)
+        whole = flat.numel() // 4 * 4
+        total = int(flat[whole:].sum())
+        for number, piece in enumerate(flat[:whole].view(torch.int32).split(_PIECE), start=1):
+            weights = weights.to(piece.device)
+            total += number * int((piece.to(torch.int64) * weights[: piece.numel()]).sum())
+        sums[name] = total
     return sums
 
 
 def _backward(model: Any, batch: dict[str, Any], plan: Plan) -> float:
+    """The loss that is trained, and its gradients."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.train.autocast or "")
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
-        loss = model(**batch).loss
+        logits = model(**inputs_of(model, batch, plan.base.task)).logits
+    loss = summed_loss(logits, batch["labels"], plan.base.task) / max(
+        1, int((batch["labels"] != IGNORED).sum())
+    )
     loss.backward()
     return float(loss.detach())
 
@@ -59,7 +74,7 @@ def _silent(model: Any) -> list[str]:
     ]
 
 
-def _wake(model: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
+def wake(model: Any) -> dict[str, torch.Tensor]:
     """Move every trained tensor a little from where it starts, and return the starts.
 
     Half of an adapter starts at zero, and its other half gets no gradient until the first has moved.
@@ -82,7 +97,7 @@ def _refuse(where: str, names: Sequence[str], what: str, fix: str) -> Problem:
 def preflight(model: Any, plan: Plan, rows: Sequence[Tokenized], *, pad_id: int) -> Preflight:
     """Run the pass on `rows`. Raises UserError for what would train on nothing or change the base."""
     saved = random_states()
-    frozen = _sums(model)
+    frozen = checksums(model)
     batch = collate(rows, pad_id, task=plan.base.task)
     batch = {key: value.to(model.device) for key, value in batch.items()}
     was_training = model.training
@@ -98,7 +113,7 @@ def preflight(model: Any, plan: Plan, rows: Sequence[Tokenized], *, pad_id: int)
         ]
         if silent:
             model.zero_grad(set_to_none=True)
-            kept = _wake(model, silent)
+            kept = wake(model)
             _backward(model, batch, plan)
             silent = [name for name in _silent(model) if name in silent]
     finally:
@@ -109,7 +124,7 @@ def preflight(model: Any, plan: Plan, rows: Sequence[Tokenized], *, pad_id: int)
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         restore_random_states(*saved)
-    changed = [name for name, value in _sums(model).items() if value != frozen[name]]
+    changed = [name for name, value in checksums(model).items() if value != frozen[name]]
     problems = _problems(plan, loss=loss, silent=silent, broken=broken, changed=changed)
     problems += _shared(model)
     if problems:

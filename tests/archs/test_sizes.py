@@ -29,7 +29,7 @@ def test_inside_its_own_definition_a_name_is_the_key():
         ({"hidden_size": "64"}, ValueError),
         ({"hidden_size": -1}, ValueError),
         ({"hidden_size": True}, ValueError),
-        ({"hidden_size": 2**41}, ValueError),
+        ({"hidden_size": 2**32}, ValueError),
     ],
 )
 def test_what_is_no_size_is_told_by_name(config, error):

@@ -172,7 +172,7 @@ def _check_counts(bench: Bench, model: Any) -> str:
 
 
 def _check_training(bench: Bench, model: Any) -> dict[str, str]:
-    from peftkit.train.preflight import _sums, preflight
+    from peftkit.train.preflight import checksums, preflight
 
     found = {}
     try:
@@ -180,10 +180,10 @@ def _check_training(bench: Bench, model: Any) -> dict[str, str]:
         found["every trained tensor gets a gradient"] = "ok"
     except UserError as error:
         found["every trained tensor gets a gradient"] = str(error)
-    frozen = _sums(model)
+    frozen = checksums(model)
     first, last = bench.train(model)
     found["20 steps lower the loss"] = "ok" if last < first - 1e-3 else f"{first:.4f} -> {last:.4f}"
-    changed = [name for name, value in _sums(model).items() if frozen[name] != value]
+    changed = [name for name, value in checksums(model).items() if frozen[name] != value]
     found["frozen tensors stay bit-equal"] = "ok" if not changed else f"changed: {changed[:3]}"
     return found
 
@@ -255,12 +255,12 @@ def _check_saved(bench: Bench, model: Any, folder: Path) -> dict[str, str]:
 def _check_checkpointing(bench: Bench) -> str:
     """Gradients with recomputation equal those without."""
     from peftkit.model.adapter import trainable_tensors
-    from peftkit.train.preflight import _wake
+    from peftkit.train.preflight import wake
 
     grads = []
     for on in (False, True):
         model = bench.attach()
-        _wake(model, [])
+        wake(model)
         if on:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()

@@ -84,7 +84,7 @@ def _facts() -> list[str]:
         assert shape is not None
         apart = "apart" if family.packs else "refused"
         types = ", ".join(family.model_types)
-        lines.append(_row([family.name, types, shape.attention, family.positions, apart, _names(family)]))
+        lines.append(_row([family.name, types, shape.attention, shape.positions, apart, _names(family)]))
     return lines
 
 

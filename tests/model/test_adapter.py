@@ -116,9 +116,14 @@ def test_token_rows_must_be_single_tokens():
         attach(model, plan, tokenizer)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 1000])
-def test_adalora_has_a_schedule_for_any_number_of_steps(num_steps):
+@pytest.mark.parametrize("num_steps", [4, 5, 10, 1000])
+def test_adalora_has_a_schedule_for_any_number_of_steps_that_is_allowed(num_steps):
     plan = cpu_plan("adalora", train={"max_length": 64, "max_steps": num_steps})
     model = attach(load_model(str(TINY_LLAMA), plan.base, device="cpu"), plan, tokenizer=None)
     config = model.peft_config["default"]
     assert config.tinit < config.total_step - config.tfinal <= num_steps
+
+
+def test_adalora_over_too_few_steps_is_refused():
+    with pytest.raises(UserError, match="at least 4 steps"):
+        cpu_plan("adalora", train={"max_length": 64, "max_steps": 3})

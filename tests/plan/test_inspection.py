@@ -8,7 +8,7 @@ from peftkit.plan.inspection import inspect_shape_of
 
 
 def inspect(name):
-    return inspect_shape_of(name, shape_from_config(KNOWN[name]), KNOWN[name])
+    return inspect_shape_of(name, shape_from_config(KNOWN[name]))
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -31,17 +31,17 @@ _GATE_UP = Part(
 
 def _falcon_kv_heads(sizes: Sizes) -> int:
     """Falcon's switches: grouped in the new architecture, else one head or all of them."""
-    if sizes.key("new_decoder_architecture"):
+    if sizes.flag("new_decoder_architecture"):
         return sizes["num_kv_heads"]
-    return 1 if sizes.key("multi_query") else sizes["heads"]
+    return 1 if sizes.flag("multi_query") else sizes["heads"]
 
 
 def _falcon_norms(sizes: Sizes) -> list[frozenset[str]]:
     """Which norms a Falcon block has."""
-    if sizes.key("new_decoder_architecture") and sizes.key("num_ln_in_parallel_attn") != 1:
+    if sizes.flag("new_decoder_architecture") and sizes.key("num_ln_in_parallel_attn") != 1:
         kind = "two norms"
     else:
-        kind = "one norm" if sizes.key("parallel_attn") else "sequential"
+        kind = "one norm" if sizes.flag("parallel_attn") else "sequential"
     return [frozenset({kind})] * sizes["layers"]
 
 
@@ -53,7 +53,7 @@ FAMILIES: tuple[Family, ...] = (
         gated(bias="mlp_bias"),
         PRE_NORMS,
     ),
-    decoder("Mistral", ("mistral",), attention(), gated(), PRE_NORMS),
+    decoder("Mistral", ("mistral",), attention(), gated(), PRE_NORMS, window=0),
     decoder("Qwen2", ("qwen2",), attention(bias=True), gated(), PRE_NORMS),
     decoder(
         "Qwen3",
@@ -96,6 +96,7 @@ FAMILIES: tuple[Family, ...] = (
         gated(),
         norms("input_layernorm"),
         heads=LM,
+        window=4,
         tied_by_default=True,
         norm="LayerNorm",
     ),
@@ -125,6 +126,7 @@ FAMILIES: tuple[Family, ...] = (
         norms("input_layernorm", "post_attention_layernorm", biased=True),
         outside=_BIASED_NORM,
         defaults={"use_bias": True},
+        window=0,
         tied_by_default=True,
         norm="LayerNorm",
         activation=("hidden_act", "gelu_pytorch_tanh"),
@@ -146,6 +148,7 @@ FAMILIES: tuple[Family, ...] = (
         gated(),
         GEMMA_NORMS,
         defaults={"head_dim": 256},
+        window=2,
         tied_by_default=True,
         norm_place="pre and post",
         activation=("hidden_activation", "gelu_pytorch_tanh"),
@@ -158,6 +161,7 @@ FAMILIES: tuple[Family, ...] = (
         GEMMA_NORMS,
         QK_NORM,
         defaults={"head_dim": 256},
+        window=6,
         tied_by_default=True,
         norm_place="pre and post",
         activation=("hidden_activation", "gelu_pytorch_tanh"),
@@ -185,6 +189,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         _GATE_UP,
         PRE_NORMS,
+        window=0,
     ),
     decoder(
         "GPT-2",
@@ -258,6 +263,7 @@ FAMILIES: tuple[Family, ...] = (
         },
         defaults={"multi_query": True, "parallel_attn": True},
         kinds=_falcon_norms,
+        positions=lambda sizes: "alibi" if sizes.flag("alibi") else "rope",
         norm="LayerNorm",
         activation=("activation", "gelu"),
         packs=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from peftkit.archs.families.pieces import layer_norm, norms, rms, two_layer
 from peftkit.archs.family import Family, Head, LayerKinds, Linear, Part, Stack, Task, Weight
@@ -82,7 +83,6 @@ def _t5(name: str, model_type: str, *, every: bool, feed_forward: str) -> Family
         (rms("encoder.final_layer_norm"), rms("decoder.final_layer_norm")),
         embeddings="shared",
         tied_by_default=True,
-        always_tied=True,
         sizes={
             "layers": ("num_decoder_layers", "num_layers"),
             "hidden": "d_model",
@@ -129,25 +129,28 @@ def _bert_blocks(ffn: str = "ffn") -> tuple[Part, ...]:
     )
 
 
-def _bert(name: str, model_types: tuple[str, ...], place: str, heads: Mapping[Task, Head]) -> Family:
+def _bert(
+    name: str, model_types: tuple[str, ...], place: str, heads: Mapping[Task, Head], **more: Any
+) -> Family:
     return Family(
         name,
         model_types,
         (Stack(f"{place}.encoder.layer.{{i}}", _bert_blocks()),),
         heads,
         (
-            Weight(f"{place}.embeddings.position_embeddings", "positions*hidden", "positions"),
+            Weight(f"{place}.embeddings.position_embeddings", "max_position_embeddings*hidden", "positions"),
             Weight(f"{place}.embeddings.token_type_embeddings", "type_vocab_size*hidden", "positions"),
             layer_norm(f"{place}.embeddings.LayerNorm"),
         ),
         embeddings="word_embeddings",
-        defaults={"type_vocab_size": 2},
+        defaults={"type_vocab_size": 2, "pad_token_id": 1},
         positions="learned",
         norm="LayerNorm",
         norm_place="post",
         activation=("hidden_act", "gelu"),
         packs=False,
         mind=(_WHOLE,),
+        **more,
     )
 
 
@@ -230,6 +233,7 @@ FAMILIES: tuple[Family, ...] = (
             ),
             "token-classification": Head((_CLASSIFIER,), ("classifier",)),
         },
+        sizes={"positions": "max_position_embeddings-pad_token_id-1"},  # the first stand for padding
     ),
     Family(
         "DistilBERT",

@@ -35,6 +35,10 @@ _HYBRID_SIZES = {
 }
 
 
+_PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+_NEWER_NAMES = {"linear_attention": "mamba", "full_attention": "attention"}
+
+
 def _bamba(sizes: Sizes) -> list[frozenset[str]]:
     attends = sizes.key("attn_layer_indices") or ()
     return [frozenset({"attention" if i in attends else "mamba"}) for i in range(sizes["layers"])]
@@ -52,10 +56,10 @@ def _jamba(sizes: Sizes) -> list[frozenset[str]]:
 def _zamba2(sizes: Sizes) -> list[frozenset[str]]:
     """Plain state layers, and hybrid ones; the first hybrids hold the weights that the later ones share."""
     found: list[frozenset[str]] = []
-    num_shared, adapts_attention = sizes["num_mem_blocks"], sizes.key("use_shared_attention_adapter")
-    for kind in sizes.key("layers_block_type") or ():
+    num_shared, adapts_attention = sizes["num_mem_blocks"], sizes.flag("use_shared_attention_adapter")
+    for kind in sizes.names("layers_block_type"):
         if kind != "hybrid":
-            found.append(frozenset({"mamba"}))
+            found.append(frozenset({_NEWER_NAMES.get(kind, kind)}))
             continue
         seen = sum("hybrid" in kinds for kinds in found)
         new = {"shared"} if seen < num_shared else set()
@@ -65,19 +69,18 @@ def _zamba2(sizes: Sizes) -> list[frozenset[str]]:
     return found
 
 
-_PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
-_NEWER_NAMES = {"linear_attention": "mamba", "full_attention": "attention"}
-
-
 def _nemotron(sizes: Sizes) -> list[frozenset[str]]:
     """Each layer is one mixer; hub files write the pattern as a string."""
     pattern = sizes.key("hybrid_override_pattern")
-    kinds = [_PATTERN[letter] for letter in pattern] if pattern else sizes.key("layers_block_type") or ()
+    if pattern:
+        kinds = [_PATTERN.get(letter, letter) for letter in str(pattern)]
+    else:
+        kinds = sizes.names("layers_block_type")
     return [frozenset({_NEWER_NAMES.get(kind, str(kind))}) for kind in kinds]
 
 
 def _qwen3_next(sizes: Sizes) -> list[frozenset[str]]:
-    every, listed = sizes["full_attention_interval"], sizes.key("layer_types")
+    every, listed = sizes["full_attention_interval"], sizes.names("layer_types")
     types = listed or [
         "full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(sizes["layers"])
     ]
@@ -152,7 +155,7 @@ FAMILIES: tuple[Family, ...] = (
         outside=(rms("model.final_layernorm"),),
         sizes={**_HYBRID_SIZES, "inner": ("mamba_d_ssm", "mamba_expand*hidden")},
         defaults={**_DEFAULTS, "mamba_d_head": 8},
-        kinds=lambda sizes: [frozenset({"normed"} if sizes.key("mamba_rms_norm") else ())] * sizes["layers"],
+        kinds=lambda sizes: [frozenset({"normed"} if sizes.flag("mamba_rms_norm") else ())] * sizes["layers"],
         refuses=_MIXED,
         packs=False,
         mind=(LEAKS, IN_ONLY),
@@ -216,7 +219,7 @@ FAMILIES: tuple[Family, ...] = (
             "kernel": "mamba_d_conv",
             "ssm_heads": "n_mamba_heads",
             "head_dim": ("attention_head_dim", "2*hidden//heads"),
-            "num_hybrid": lambda sizes: list(sizes.key("layers_block_type") or ()).count("hybrid"),
+            "num_hybrid": lambda sizes: sizes.names("layers_block_type").count("hybrid"),
         },
         defaults={
             "mamba_expand": 2,
@@ -228,6 +231,7 @@ FAMILIES: tuple[Family, ...] = (
             "adapter_rank": 128,
         },
         kinds=_zamba2,
+        positions=lambda sizes: "rope" if sizes.flag("use_mem_rope") else "none",
         refuses={**_MIXED, "ln": f"its attention blocks share their norms: {SHARED}"},
         packs=False,
         mind=(LEAKS, IN_ONLY, f"its attention blocks are shared: {SHARED}"),

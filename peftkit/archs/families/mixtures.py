@@ -117,6 +117,7 @@ FAMILIES: tuple[Family, ...] = (
         experts("mlp.experts", "num_local_experts", "ffn"),
         Part(weights=(_router("mlp.gate", "num_local_experts"),)),
         PRE_NORMS,
+        window=0,
         mind=(_ROUTED,),
     ),
     decoder(
@@ -164,6 +165,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         PRE_NORMS,
         defaults={"attention_bias": True, "head_dim": 64},
+        window=2,
         packs=False,
         mind=(_ROUTED, "packed documents see each other in this family"),
     ),

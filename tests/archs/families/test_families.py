@@ -85,4 +85,4 @@ def test_ia3_pairs_follow_from_the_roles():
 def test_a_family_is_data():
     assert isinstance(HELIUM, Family)
     assert HELIUM.roles == ("q", "k", "v", "o", "gate", "up", "down")
-    assert [linear.name for linear in HELIUM.adaptable][:2] == ["self_attn.q_proj", "self_attn.k_proj"]
+    assert [linear.name for linear in HELIUM.linears][:2] == ["self_attn.q_proj", "self_attn.k_proj"]
