@@ -111,3 +111,59 @@ def test_keys_that_a_config_leaves_out_have_the_defaults_of_transformers(model_t
     sparse = shape_from_config({**TINY[model_type], "model_type": model_type})
     whole = shape_from_config(tiny_config(model_type, num_labels=2).to_dict())
     assert (sparse.num_parameters, sparse.tied_embeddings) == (whole.num_parameters, whole.tied_embeddings)
+
+
+ABSURD = {
+    "mixtral": {"num_experts_per_tok": "two"},
+    "nemotron_h": {"layers_block_type": ["mamba", "foo", "attention", "moe"]},
+    "zamba2": {"layers_block_type": "abc"},
+    "qwen3_next": {"layer_types": ["foo", "bar"]},
+    "llama": {"num_key_value_heads": 3},
+    "qwen2": {"hidden_size": 65},
+    "gemma": {"tie_word_embeddings": "false"},
+    "granite": {"attention_bias": "false"},
+    "mistral": {"num_hidden_layers": 2**30},
+    "phi": {"rope_parameters": "yarn"},
+    "jamba": {"num_experts_per_tok": -3},
+}
+
+
+@pytest.mark.parametrize("model_type", ABSURD)
+def test_absurd_values_are_told_not_read_as_something(model_type):
+    from tests.tiny import TINY
+
+    config = {**TINY[model_type], "model_type": model_type}
+    assert shape_from_config(config)
+    with pytest.raises(ValueError, match=r"\w"):
+        shape_from_config({**config, **ABSURD[model_type]})
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma2", "gemma3_text", "gpt_oss", "cohere2", "llama"])
+def test_the_cache_of_sliding_windows_is_what_generation_keeps(model_type):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    window = {"sliding_window": 16} if model_type != "llama" else {}
+    config = tiny_config(model_type, num_hidden_layers=6, **window)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    length = 60
+    ids = torch.randint(3, 256, (1, length))
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+    kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    shape = shape_from_config(config.to_dict())
+    told = shape.cache_at(length + 1)
+    # a window keeps one token less than it is wide: the one that is read now is the last
+    slack = shape.num_windowed * shape.cache_per_token // shape.num_cached_layers
+    assert told - slack == kept
+    assert shape.num_windowed == sum("Sliding" in type(layer).__name__ for layer in cache.layers)
+
+
+def test_positions_follow_from_the_configuration():
+    falcon = KNOWN["tiiuae/falcon-7b"]
+    assert shape_from_config(falcon).positions == "rope"
+    assert shape_from_config({**falcon, "alibi": True}).positions == "alibi"
+    roberta = shape_from_config(KNOWN["FacebookAI/roberta-base"])
+    assert roberta.dims.positions == 512
+    assert shape_from_config(KNOWN["openai/gpt-oss-20b"]).rope_type == "yarn"

@@ -195,3 +195,67 @@ def test_a_head_for_other_classes_starts_afresh_and_says_so(bases, tmp_path):
     [warning] = [e["text"] for e in told if e["event"] == "warning"]
     assert "a head of 3 outputs" in warning
     assert "the data has 4: the head starts afresh" in warning
+
+
+def test_a_word_that_the_tokenizer_drops_does_not_shift_the_tags():
+    from peftkit.run.answer import _tagged
+
+    class Words:
+        def __call__(self, words, is_split_into_words):
+            return self
+
+        def word_ids(self, row):
+            return [None, 0, 2, 2, None]
+
+    assert _tagged(Words(), ["say", "\u200b", "now"], ["O", "B"]) == "say/O \u200b/? now/B"
+
+
+def test_classes_that_only_held_out_rows_have_are_told(bases, tmp_path):
+    data = classified(tmp_path)
+    data["eval"] = str(write_jsonl(tmp_path / "held.jsonl", [{"text": "say zeta", "label": "zeta"}]))
+    told = []
+    peftkit.finetune(
+        recipe_for(bases["bert"], data, "lora", max_steps=2), out=tmp_path / "run", observer=told.append
+    )
+    assert any("zeta: never learnt" in e["text"] for e in told if e["event"] == "warning")
+
+
+def test_measuring_on_other_data_is_refused(bases, tmp_path):
+    summary = peftkit.finetune(
+        recipe_for(bases["bert"], classified(tmp_path), "lora", max_steps=2), out=tmp_path / "run"
+    )
+    odd = write_jsonl(tmp_path / "odd.jsonl", [{"text": "a", "label": "zeta"}])
+    with pytest.raises(UserError, match="classes that were not trained: zeta"):
+        peftkit.evaluate_run(summary.path, data=odd)
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": "a"}])
+    with pytest.raises(UserError, match="text data for a result of classification"):
+        peftkit.evaluate_run(summary.path, data=text)
+    with pytest.raises(UserError, match="at most 128, the positions that the model learnt"):
+        peftkit.generate(summary.path, ["say alpha " * 200])
+    import shutil
+
+    shutil.copytree(summary.result, tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="knows the names of the classes"):
+        peftkit.generate(tmp_path / "elsewhere", ["say"])
+    (tmp_path / "elsewhere" / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        peftkit.evaluate_run(tmp_path / "elsewhere")
+
+
+def test_an_adapter_away_from_its_run_answers_as_in_it(recipe, tmp_path):
+    import shutil
+
+    summary = peftkit.finetune(recipe, out=tmp_path / "run")
+    shutil.copytree(summary.result, tmp_path / "elsewhere")
+    prompts = ["Say alpha number 0", "Say beta number 1"]
+    here = peftkit.generate(summary.path, prompts, max_new_tokens=5)
+    assert peftkit.generate(tmp_path / "elsewhere", prompts, max_new_tokens=5) == here
+
+
+def test_chats_of_many_turns_train_an_encoder_decoder(bases, tmp_path):
+    turns = [("user", "say alpha"), ("assistant", "alpha"), ("user", "again"), ("assistant", "alpha")]
+    rows = [{"messages": [{"role": r, "content": f"{c} {i}"} for r, c in turns]} for i in range(12)]
+    data = {"train": str(write_jsonl(tmp_path / "chats.jsonl", rows)), "eval": None}
+    recipe = recipe_for(bases["t5"], data, "lora", max_steps=2)
+    recipe["train"]["eval_steps"] = "auto"
+    assert peftkit.finetune(recipe, out=tmp_path / "run").result is not None

@@ -191,12 +191,50 @@ def test_longer_rows_than_the_trained_positions_need_rope_scaling():
         make_plan(loaded, Facts(GPU, gpt2, None))
 
 
+def test_a_base_that_stretches_its_positions_already_is_not_stretched_again():
+    config = {**KNOWN["meta-llama/Llama-3.1-8B"], "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    model = ModelFacts("m", "hub", shape_from_config(config))
+    base = {"id": "o/m", "rope_scaling": {"kind": "linear", "factor": 2.0}}
+    loaded = load({"base": base, "method": "lora", "data": {"train": "x.jsonl"}})
+    with pytest.raises(UserError, match=r"already \(llama3\)"):
+        make_plan(loaded, Facts(GPU, model, None))
+    with pytest.raises(UserError, match="greater than 1"):
+        load({"base": {**base, "rope_scaling": {"factor": 1.0}}, "method": "lora", "data": {"train": "x"}})
+
+
+def test_the_default_length_is_what_the_model_has_positions_for():
+    bert = ModelFacts("m", "hub", shape_from_config(KNOWN["google-bert/bert-base-uncased"]))
+    made = make_plan(
+        load({"base": "o/m", "method": "prompt", "data": {"train": "x.csv"}}),
+        Facts(GPU, bert, DataFacts(10, 2, "classification", ("a", "b"))),
+    )
+    assert made.data.max_length == 512 - 20
+    assert plan().data.max_length == 2048
+    gpt2 = ModelFacts("m", "hub", shape_from_config(KNOWN["openai-community/gpt2"]))
+    said = refuse({"name": "prompt", "virtual_tokens": 10}, model=gpt2, train={"max_length": 1020})
+    assert "at most 1014" in said
+    assert "behind 10 virtual tokens" in said
+
+
+def test_one_class_is_no_task_and_a_classifier_writes_nothing():
+    bert = ModelFacts("m", "hub", shape_from_config(KNOWN["google-bert/bert-base-uncased"]))
+    source = {"base": "o/m", "method": "lora", "data": {"train": "x.csv"}}
+    with pytest.raises(UserError, match="rows of the one class a"):
+        make_plan(load(source), Facts(GPU, bert, DataFacts(10, 2, "classification", ("a",))))
+    with pytest.raises(UserError, match="a classifier writes nothing"):
+        make_plan(
+            load({**source, "evaluate": {"max_new_tokens": 9}}),
+            Facts(GPU, bert, DataFacts(10, 2, "classification", ("a", "b"))),
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "task", "data_format", "said"),
     [
         ("google-t5/t5-base", "causal-lm", "chat", "a task that it has a head for: seq2seq"),
         ("google-bert/bert-base-uncased", "auto", "chat", "trained for classification"),
         ("google-t5/t5-base", "auto", "classification", "a task that it has a head for: seq2seq"),
+        ("google-t5/t5-base", "auto", "text", "reads one text and writes another"),
         ("google-bert/bert-base-uncased", "seq2seq", "classification", "the data decides"),
     ],
 )

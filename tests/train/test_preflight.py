@@ -78,3 +78,14 @@ def test_a_rank_of_experts_that_no_token_visits_is_not_a_fault():
     method = {"name": "lora", "rank": 2, "targets": ["attention", "experts"]}
     plan, model = made("mixtral", method)
     assert fly(plan, model).num_tensors == len(trainable_tensors(model))
+
+
+def test_checksums_see_swapped_rows_and_single_bits():
+    from peftkit.train.preflight import checksums
+
+    model = torch.nn.Linear(64, 64).requires_grad_(False)
+    before = checksums(model)
+    with torch.no_grad():
+        model.weight[[0, 1]] = model.weight[[1, 0]]
+    assert checksums(model)["weight"] != before["weight"]
+    assert checksums(model)["bias"] == before["bias"]
