@@ -3,7 +3,7 @@
     python benchmarks/slow_paths.py
 
 The fused kernels of these families need a GPU. Without them, and always on a CPU, transformers runs plain
-torch: this measures what that costs. One step: 2 rows of 256 tokens, forward and backward, with LoRA.
+torch: this measures what that costs. One step: a row of 128 tokens, forward and backward, with LoRA.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from peftkit.methods import METHODS
 from peftkit.model.hardware import detect_device_light
 from peftkit.plan.method import default_selection
 
-ROWS, TOKENS, STEPS, ROUNDS = 2, 256, 2, 3
+ROWS, TOKENS, STEPS, ROUNDS = 1, 128, 1, 3
 _IDS = {"vocab_size": 8192, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZE = {**_IDS, "hidden_size": 512, "num_hidden_layers": 6}
 _HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1536}
+_MAMBA2 = {"head_dim": 64, "state_size": 64, "chunk_size": 64}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {**_SIZE, **_HEADS},
     "mamba": {**_SIZE, "num_hidden_layers": 12},
-    "mamba2": {**_SIZE, "num_hidden_layers": 12, "num_heads": 16, "head_dim": 64, "n_groups": 1},
+    "mamba2": {**_SIZE, "num_hidden_layers": 12, "num_heads": 16, "n_groups": 1, **_MAMBA2},
     "rwkv": {**_SIZE, "attention_hidden_size": 512, "intermediate_size": 2048},
     "falcon_h1": {
         **_SIZE,
