@@ -114,8 +114,8 @@ def _tokenized(result: Result, examples: Any, chosen: Sequence[Any], *, whole: b
     return found.train, found.num_dropped
 
 
-def loss_by_position(model: Any, stream: Sequence[int], length: int) -> ContextLoss:
-    """Loss of windows of `length` tokens cut from a stream, by ranges of positions that double.
+def loss_by_position(model: Any, stream: Sequence[int], length: int, *, first: int) -> ContextLoss:
+    """Loss of windows of `length` tokens cut from a stream, by ranges of positions that double from `first`.
 
     Raises ValueError where the stream is shorter than one window.
     """
@@ -133,7 +133,6 @@ def loss_by_position(model: Any, stream: Sequence[int], length: int) -> ContextL
             logits = model(input_ids=ids).logits[0, -length:-1].float()
         total += cross_entropy(logits, ids[0, 1:], reduction="none").double().cpu()
     mean = total / num
-    first = max(16, 2 ** int(math.log2(max(1, length // 8))))
     edges = [0, *(first * 2**i for i in range(32) if first * 2**i < length), length]
     by_position = {f"{a:,}-{b:,}": float(mean[a : b - 1].mean()) for a, b in pairwise(edges) if b - 1 > a}
     return ContextLoss(length, num, by_position, float(mean.mean()))
@@ -155,7 +154,8 @@ def _contexts(
         fix = "give longer data: --data FILE"
         got = f"{longest:,}, and the data has {len(stream):,} tokens"
         raise UserError(Problem("--context", got, "no more than the data holds", fix))
-    return tuple(loss_by_position(result.model, stream, length) for length in lengths)
+    first = max(16, 2 ** int(math.log2(max(1, min(lengths) // 4))))  # the same ranges for every length
+    return tuple(loss_by_position(result.model, stream, length, first=first) for length in lengths)
 
 
 def evaluate(path: Path, *, data: str | None = None, contexts: Sequence[int] = ()) -> Evaluation:
