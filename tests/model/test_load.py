@@ -203,3 +203,24 @@ def test_a_stretched_base_reads_beyond_its_trained_positions(kind):
         unscaled = load_model(str(TINY_LLAMA), plain.base, device="cpu")(long).logits
     assert torch.isfinite(scaled).all()
     assert not torch.allclose(scaled[:, -1], unscaled[:, -1], atol=1e-3), "the setting must have an effect"
+
+
+def test_an_untied_t5_is_counted_as_it_loads(tmp_path):
+    """transformers forces the tie in T5's configuration, and keeps the head that flan-T5's weights have."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from peftkit.model.adapter import attach, count_parameters
+    from tests.conftest import save_tiny
+    from tests.plans import plan_for
+
+    folder, config = save_tiny(tmp_path, "t5", "seq2seq")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = torch.randn_like(weights["shared.weight"])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    plan = plan_for(config, "full", task="seq2seq")
+    model = attach(load_model(str(folder), plan.base, device="cpu"), plan, tokenizer=None)
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+    assert count_parameters(model) == (plan.method.num_trainable, plan.method.num_parameters)
