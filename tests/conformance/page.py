@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from peftkit.archs import FAMILIES, Family, shape_from_config
+from peftkit.archs import FAMILIES, ROLES, Family, shape_from_config
 from tests.conformance.cells import CELLS, STEPS, VARIANTS, Cell, key, mergeable_text, read_results
 from tests.tiny import TINY
 
@@ -134,6 +134,7 @@ def page() -> str:
         *_matrix(results),
         "\n## What each family is\n",
         *_facts(),
+        f"\nRoles: {'; '.join(f'{role}: {text}' for role, text in ROLES.items())}.",
         "\nPacking: whether packed documents stay apart in the family (packing is not a recipe key yet).\n",
         "## Changes, refusals, and what to mind\n",
         *_notes(results),
