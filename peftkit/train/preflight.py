@@ -66,11 +66,11 @@ def _backward(model: Any, batch: dict[str, Any], plan: Plan) -> float:
 
 
 def _silent(model: Any) -> list[str]:
-    """Trained tensors whose gradient is missing or all zero."""
+    """Trained tensors whose gradient is missing or all zero; rows of tokens may not occur in this batch."""
     return [
         name
         for name, tensor in trainable_tensors(model).items()
-        if tensor.grad is None or not bool(tensor.grad.any())
+        if "trainable_tokens" not in name and (tensor.grad is None or not bool(tensor.grad.any()))
     ]
 
 
