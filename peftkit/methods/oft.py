@@ -53,7 +53,10 @@ def peft(options: OftOptions, shape: ModelShape, selection: Selection) -> PeftSp
 
 
 def learning_rate(num_parameters: int) -> tuple[float, str]:
-    return 4e-4, "twice LoRA's for 7B to 13B: rotations move slowly (PEFT's OFT example uses 2e-4 to 1e-3)"
+    return (
+        4e-4,
+        "twice LoRA's for 7B to 13B, as rotations move slowly: a rule of thumb, not measured at scale",
+    )
 
 
 def conflicts(options: OftOptions, shape: ModelShape, selection: Selection) -> Iterator[Conflict]:
