@@ -150,6 +150,8 @@ def wrapped_storages(model: Any) -> list[list[str]]:
     """Names of adapted modules, grouped by the storage of the weight behind them."""
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules():
+        if name.endswith("token_adapter"):
+            continue  # rows of a tied table: PEFT keeps the tie, and merging is exact
         base = getattr(module, "base_layer", None)
         weight = getattr(base, "weight", None)
         if weight is not None and not hasattr(base, "base_layer") and weight.device.type != "meta":

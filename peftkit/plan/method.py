@@ -119,9 +119,9 @@ def method_plan(d: Decisions, shape: ModelShape, num_steps: int | None) -> Metho
     selection = Selection() if impossible else _selection(d, shape, method)
     d.keep("method.name", method.name)
     shown = {"name", "targets", "alpha"} if isinstance(options, LoraOptions) else {"name", "targets"}
-    for name in type(options).model_fields:
+    for name, value in options.model_dump(mode="json").items():
         if name not in shown:
-            d.keep(f"method.{name}", getattr(options, name))
+            d.keep(f"method.{name}", value)
     rows: tuple[str, ...] = ()
     if isinstance(options, LoraOptions):
         d.keep("method.alpha", options.alpha, options.scale_alpha, "2 x rank")

@@ -130,7 +130,8 @@ def assemble(
     optimizer = build_loraplus_optimizer(model, plan) if plan.method.lr_ratio is not None else None
     if METHODS[plan.method.name].schedule is not None:
         callbacks.append(Budget())
-    known = plan.base.task == "causal-lm" and not plan.base.inferred
+    # TRL's fused loss reads the head past PEFT's wrapper of single token rows
+    known = plan.base.task == "causal-lm" and not (plan.base.inferred or plan.method.token_rows)
     build = sft.trainer if known else supervised.trainer
     trainer = build(
         model,

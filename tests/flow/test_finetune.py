@@ -224,3 +224,10 @@ def test_summary_shows_itself_in_a_notebook(recipe, tmp_path):
     summary = peftkit.finetune(recipe, out=tmp_path / "run")
     assert "trainable parameters" in summary._repr_html_()
     assert peftkit.summarize_run(summary.path) == summary
+
+
+def test_single_token_rows_of_a_tied_table_train(recipe, tmp_path):
+    recipe["method"] = {"name": "lora", "rank": 4, "also_train": [{"tokens": ["<|user|>", "<|assistant|>"]}]}
+    recipe["train"].update(micro_batch=1)
+    summary = peftkit.finetune(recipe, out=tmp_path / "run")
+    assert summary.trainable_by_role["tokens"] > 0

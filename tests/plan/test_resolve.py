@@ -276,3 +276,8 @@ def test_plan_survives_json(method):
     assert again.train == made.train
     assert again.method.peft == made.method.peft
     assert again.method.num_trainable == made.method.num_trainable
+
+
+def test_a_plan_with_token_rows_survives_json():
+    made = plan({"name": "lora", "also_train": [{"tokens": ["<a>", "<b>"]}]})
+    assert Plan.from_json(json.loads(json.dumps(made.to_json()))).method.token_rows == ("<a>", "<b>")
