@@ -57,8 +57,10 @@ def _peft_config(model: Any, plan: Plan, tokenizer: Any) -> Any:
     assert spec is not None
     arguments = dict(spec.arguments)
     if plan.method.token_rows:
-        embedding = _embedding_name(model)
-        arguments["trainable_token_indices"] = {embedding: _token_ids(tokenizer, plan.method.token_rows)}
+        rows = plan.method.token_rows
+        # without a tokenizer (to see shapes) any rows stand for them
+        ids = list(range(len(rows))) if tokenizer is None else _token_ids(tokenizer, rows)
+        arguments["trainable_token_indices"] = {_embedding_name(model): ids}
     if arguments.get("init_lora_weights") == "eva":
         # rho 1 keeps every rank as planned; PEFT's default would move rank between layers
         arguments["eva_config"] = peft.EvaConfig(rho=1.0)
@@ -74,7 +76,8 @@ def _embedding_name(model: Any) -> str:
 def attach(model: Any, plan: Plan, tokenizer: Any, *, eva_batches: Iterable[Mapping[str, Any]] = ()) -> Any:
     """Wrap the base as the plan says; the base itself for full fine-tuning.
 
-    `eva_batches` are tokenized batches for EVA's initialisation, used by no other method.
+    `eva_batches` are tokenized batches for EVA's initialisation, used by no other method. Without a
+    `tokenizer` the model has shapes only, and nothing is initialised by data.
     Raises UserError where a target matches no module.
     """
     if plan.method.peft is None:
@@ -85,12 +88,27 @@ def attach(model: Any, plan: Plan, tokenizer: Any, *, eva_batches: Iterable[Mapp
     _check_targets(model, plan.method)
     config = _peft_config(model, plan, tokenizer)
     wrapped = peft.get_peft_model(model, config)
+    in_fp32(wrapped)
     for active in wrapped.peft_config.values():
         active.base_model_name_or_path = plan.base.id
         active.revision = plan.base.revision
-    if plan.method.peft.arguments.get("init_lora_weights") == "eva":
+    if plan.method.peft.arguments.get("init_lora_weights") == "eva" and tokenizer is not None:
         peft.initialize_lora_eva_weights(wrapped, eva_batches, show_progress_bar=False)
     return wrapped
+
+
+def in_fp32(model: Any) -> None:
+    """Hold what is trained in fp32: small updates vanish in 16-bit weights."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def checkpointing(plan: Plan) -> dict[str, Any]:
+    """Arguments of transformers' `activation_checkpointing_enable`."""
+    return {"activation_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

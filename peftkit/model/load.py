@@ -124,12 +124,16 @@ def _starts_fresh(key: str, plan: BasePlan) -> bool:
 
 
 def _config(source: str, plan: BasePlan) -> Any:
-    """The configuration with the plan's overrides: labels, a stretched RoPE, what the family needs."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(
         source, revision=plan.revision, trust_remote_code=plan.trust_remote_code
     )
+    return configured(config, plan)
+
+
+def configured(config: Any, plan: BasePlan) -> Any:
+    """The configuration with the plan's overrides: labels, a stretched RoPE, what the family needs."""
     values: dict[str, Any] = dict(plan.overrides)
     scaling = values.pop("rope_scaling", None)
     if scaling:

@@ -46,6 +46,35 @@ def after_loading(model: Any, base: BasePlan) -> None:
     bnb_cpu_repack.mend(model)
 
 
+def quantize_shapes(model: Any, base: BasePlan) -> None:
+    """Make the 4-bit layers of a model on the meta device, as loading its weights would."""
+    if base.quant_type is None:
+        return
+    import torch
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from transformers.integrations import replace_with_bnb_linear
+
+    replace_with_bnb_linear(
+        model,
+        modules_to_not_convert=list(base.skip_4bit),
+        quantization_config=quantization_config(base),
+    )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            plain = torch.empty(
+                module.out_features, module.in_features, dtype=getattr(torch, base.dtype), device="meta"
+            )
+            module.weight = Params4bit(
+                plain,
+                requires_grad=False,
+                quant_type=base.quant_type,
+                compress_statistics=base.double_quant,
+            )._quantize(torch.device("meta"))
+            if module.bias is not None:
+                module.bias = torch.nn.Parameter(module.bias.to(plain.dtype), requires_grad=False)
+    _quantize_experts(model, base)
+
+
 def _quantize_experts(model: Any, base: BasePlan) -> None:
     """Experts are 3-D parameters, which transformers leaves alone: most of a mixture stands in them."""
     from bitsandbytes.nn.parametrize import replace_parameter_4bit

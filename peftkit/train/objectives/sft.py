@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftkit.model.adapter import in_fp32
 from peftkit.plan import Plan
 from peftkit.train.arguments import arguments
 
@@ -21,7 +22,6 @@ def trainer(
     optimizer: Any,
 ) -> Any:
     """An SFTTrainer over tokenized datasets with `input_ids` and `labels`."""
-    import torch
     from trl import SFTConfig, SFTTrainer
 
     made = SFTTrainer(
@@ -38,8 +38,10 @@ def trainer(
         optimizers=(optimizer, None),
     )
     if plan.method.peft is not None:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                # TRL casts adapters over 4-bit bases to bf16, which loses small updates and exact resume
-                parameter.data = parameter.data.to(torch.float32)
+        in_fp32(model)  # TRL casts adapters over 4-bit bases to bf16, which breaks exact resume too
     return made
+
+
+def loss(model: Any, batch: Mapping[str, Any]) -> Any:
+    """The mean loss of a micro-batch as the trainer works it out, for a model that it has prepared."""
+    return model(**batch, use_cache=False, fused_lm_head=True).loss

@@ -55,3 +55,9 @@ def trainer(
         callbacks=list(callbacks),
         optimizers=(optimizer, None),
     )
+
+
+def loss(model: Any, batch: Mapping[str, Any], task: str) -> Any:
+    """The mean loss of a micro-batch as the trainer works it out."""
+    logits = model(**inputs_of(model, batch, task)).logits
+    return summed_loss(logits, batch["labels"], task) / batch["labels"].ne(IGNORED).sum().clamp(min=1)

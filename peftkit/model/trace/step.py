@@ -1,0 +1,190 @@
+"""One training step and one evaluation of a plan on the meta device: what is alive at the highest point.
+
+The real code runs: transformers' model, PEFT's adapter, bitsandbytes' layers, the trainer's loss. No weights,
+no device, no network.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+
+from peftkit.model import adapter
+from peftkit.model.inspect import AUTO_CLASSES
+from peftkit.model.load import configured
+from peftkit.model.quantize import mended_loading, quantize_shapes
+from peftkit.model.trace.caching import reserved_bytes
+from peftkit.model.trace.kernels import SCRATCH, Head, Kernels, Target
+from peftkit.model.trace.ledger import BACKWARD, EVALUATION, FORWARD, OPTIMIZER, Ledger, Snapshot
+from peftkit.plan import Plan
+from peftkit.plan.memory import Batch, Static, static_memory
+
+Loss = Callable[[Any, Mapping[str, Any]], Any]
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Peaks by phase, what CUDA's allocator would reserve for them, and what never leaves the device."""
+
+    peaks: Mapping[str, Snapshot]
+    reserved_bytes: int
+    num_trainable: int
+
+
+def build(plan: Plan, config: Any, *, recomputing: Callable[[], Any] = nullcontext) -> Any:
+    """The plan's model on the meta device: base, 4-bit layers, adapter, checkpointing, in training mode.
+
+    `recomputing` makes the context in which checkpointed layers run again.
+    """
+    import transformers
+
+    base = plan.base
+    auto = getattr(transformers, AUTO_CLASSES[cast(Any, base.task)])
+    with mended_loading(base), torch.device("meta"):
+        model = auto.from_config(
+            configured(config, base),
+            dtype=getattr(torch, base.dtype),
+            trust_remote_code=base.trust_remote_code,
+        )
+    quantize_shapes(model, base)
+    model = adapter.attach(model, _without_start(plan), tokenizer=None)
+    model.train()
+    if plan.train.gradient_checkpointing:
+        arguments = adapter.checkpointing(plan)
+        arguments["activation_checkpointing_kwargs"]["context_fn"] = lambda: (nullcontext(), recomputing())
+        model.activation_checkpointing_enable(**arguments)
+        if plan.method.peft is not None:
+            model.enable_input_require_grads()
+    return model
+
+
+def _without_start(plan: Plan) -> Plan:
+    """Initialisations that look at weights or data change no shape."""
+    spec = plan.method.peft
+    if spec is None or "init_lora_weights" not in spec.arguments:
+        return plan
+    plain = replace(spec, arguments={**spec.arguments, "init_lora_weights": True})
+    return replace(plan, method=replace(plan.method, peft=plain))
+
+
+def _storages(model: Any) -> Iterator[tuple[torch.Tensor, bool]]:
+    """(tensor, whether it is trained) of all that the model holds, scales of 4-bit weights included."""
+    for parameter in model.parameters():
+        yield parameter.data, parameter.requires_grad
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield from ((t, False) for t in _scales(state))
+    for buffer in model.buffers():
+        yield buffer, False
+    for module in model.modules():
+        for chain in getattr(module, "parametrizations", {}).values() if _parametrized(module) else ():
+            yield from ((t, False) for t in _scales(chain[0].quant_state))
+
+
+def _parametrized(module: Any) -> bool:
+    from torch.nn.utils.parametrize import is_parametrized
+
+    return is_parametrized(module)
+
+
+def _scales(state: Any) -> Iterator[torch.Tensor]:
+    yield state.absmax
+    yield state.code
+    if state.nested:
+        yield state.offset
+        yield state.state2.absmax
+        yield state.state2.code
+
+
+def batch_of(batch: Batch, task: str) -> dict[str, torch.Tensor]:
+    """Tensors of a batch's shapes."""
+    size = (batch.num_rows, batch.num_tokens)
+    labels = {
+        "classification": (batch.num_rows,),
+        "seq2seq": (batch.num_rows, batch.num_labels),
+    }.get(task, size)
+    made = {"input_ids": size, "attention_mask": size, "labels": labels}
+    return {name: torch.zeros(shape, dtype=torch.long, device="meta") for name, shape in made.items()}
+
+
+def _set_up(ledger: Ledger, model: Any, plan: Plan, static: Static) -> None:
+    """What is there before the step: weights, adapter, optimizer states, gradients of earlier passes."""
+    for tensor, is_trained in _storages(model):
+        ledger.see(tensor, "adapter" if is_trained and plan.method.peft is not None else "base weights")
+    for num_bytes in static.optimizer_blocks:
+        ledger.allocate(num_bytes, "optimizer")
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if plan.train.accumulation > 1:
+            parameter.grad = torch.empty_like(parameter)
+            ledger.see(parameter.grad, "gradients")
+        parameter.register_post_accumulate_grad_hook(lambda p: ledger.see(p.grad, "gradients"))
+
+
+def _fused_loss(model: Any, batch: Mapping[str, Any]) -> Any:
+    """A value whose graph is that of the fused loss: the head gives log-probabilities in place of logits."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model(**inputs, use_cache=False).logits.sum()
+
+
+def _head(model: Any, batch: Batch, target: Target) -> Head:
+    """The language model's head as the trainer's fused loss sees it."""
+    config = model.config.get_text_config()
+    return Head(
+        weight=model.get_output_embeddings().weight,
+        softcap=getattr(config, "final_logit_softcapping", None) is not None,
+        num_learnt=batch.num_learnt,
+        triton=target == "cuda",
+    )
+
+
+def trace(plan: Plan, config: Any, batch: Batch, *, loss: Loss | None, evaluate: Loss) -> Traced:
+    """Run a step and an evaluation pass of `plan` on `batch`.
+
+    `config` is the base's configuration, `loss` the loss that is trained (None: TRL's fused one), `evaluate`
+    that of held-out rows. Raises whatever the model's code raises on the meta device.
+    """
+    target = cast(Target, "cuda" if plan.device == "cuda" else "cpu")
+    autocast = _TYPES[plan.train.autocast]
+    model = build(plan, config, recomputing=lambda: Kernels(target, autocast, head=None))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    static = static_memory(plan, [tuple(p.shape) for p in trained], [p.element_size() for p in trained])
+    ledger = Ledger(
+        round_to=512 if target == "cuda" else 1,
+        vocab=int(model.config.get_text_config().vocab_size),
+        scratch=SCRATCH[target],
+        truth=lambda tensor: not batch.is_padded if tensor.dtype == torch.bool else 0,
+    )
+    head = _head(model, batch, target) if loss is None else None
+    if static.workspace_bytes:
+        ledger.allocate(static.workspace_bytes, "workspaces")
+    _set_up(ledger, model, plan, static)
+    inputs = batch_of(batch, plan.base.task)
+    for tensor in inputs.values():
+        ledger.see(tensor, "batch")
+    with ledger:
+        ledger.phase = FORWARD
+        with Kernels(target, autocast, head=head):
+            value = _fused_loss(model, inputs) if loss is None else loss(model, inputs)
+        ledger.phase = BACKWARD
+        value.backward()
+        ledger.phase = OPTIMIZER
+        ledger.free(ledger.allocate(static.step_bytes, "temporaries"))
+        del value
+        model.zero_grad(set_to_none=True)
+        ledger.phase = EVALUATION
+        model.eval()
+        with torch.no_grad(), Kernels(target, autocast, head=None):
+            evaluate(model, inputs)
+    peaks = ledger.peaks((FORWARD, BACKWARD, OPTIMIZER, EVALUATION))
+    reserved = reserved_bytes([b.num_bytes for b in ledger.blocks], ledger.events) if target == "cuda" else 0
+    del model, inputs
+    gc.collect()
+    return Traced(peaks, reserved, sum(p.numel() for p in trained))
