@@ -117,6 +117,7 @@ class Family:
     overrides: Mapping[str, object] = field(default_factory=dict)  # of the configuration, at loading
     mind: tuple[str, ...] = ()  # what a user should know
     kernels: tuple[str, ...] = ()  # packages that make it fast on a GPU
+    fused_attention: bool = True  # transformers can run its attention as one kernel
     inferred: bool = False  # made by looking at a model of no known family
 
     @property

@@ -107,8 +107,9 @@ def in_fp32(model: Any) -> None:
 
 
 def checkpointing(plan: Plan) -> dict[str, Any]:
-    """Arguments of transformers' `activation_checkpointing_enable`."""
-    return {"activation_checkpointing_kwargs": {"use_reentrant": False}}
+    """Arguments of transformers' `activation_checkpointing_enable`: every layer, or every second."""
+    every = 2 if plan.train.gradient_checkpointing == "selective" else 1
+    return {"activation_checkpointing_kwargs": {"use_reentrant": False}, "every_n_layers": every}
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

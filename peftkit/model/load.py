@@ -80,6 +80,7 @@ def load_model(
                 dtype=getattr(torch, plan.dtype),
                 device_map={"": 0 if device == "cuda" else device},
                 quantization_config=quantization_config(plan),
+                **chosen_attention(plan),
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
@@ -130,6 +131,11 @@ def _config(source: str, plan: BasePlan) -> Any:
         source, revision=plan.revision, trust_remote_code=plan.trust_remote_code
     )
     return configured(config, plan)
+
+
+def chosen_attention(plan: BasePlan) -> dict[str, str]:
+    """The argument that chooses transformers' attention, where the plan decided it."""
+    return {} if plan.attention is None else {"attn_implementation": plan.attention}
 
 
 def configured(config: Any, plan: BasePlan) -> Any:

@@ -40,6 +40,7 @@ class BasePlan:
     skip_4bit: tuple[str, ...]  # modules kept out of 4-bit: the head, and what the family needs
     experts_4bit: tuple[str, ...]  # fused expert parameters to quantize, by their endings
     overrides: Mapping[str, Any]  # of the configuration, at loading
+    attention: str | None  # transformers' implementation; None where the model has none, or is unknown
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class TrainPlan:
     batch_size: int
     micro_batch: int
     accumulation: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: str  # "none" | "selective" | "full"
     autocast: str | None  # "bf16" | "fp16" | None
     eval_steps: int
     checkpoint_steps: int

@@ -65,6 +65,7 @@ def _base(d: Decisions, facts: Facts, method: Method) -> tuple[BasePlan, str | N
         d.decide("base.kernels", "plain torch", kernels_text(missing))
     for key, value in shape.family.overrides.items():
         d.decide(f"base.config.{key}", value, next(t for t in shape.family.mind if key in t))
+    attention = _attention(d, shape)
     plain = plain_base(
         shape, id=recipe.base.id, kind=facts.model.kind, revision=recipe.base.revision, dtype=dtype
     )
@@ -78,7 +79,26 @@ def _base(d: Decisions, facts: Facts, method: Method) -> tuple[BasePlan, str | N
         skip_4bit=skip,
         experts_4bit=experts,
         overrides=overrides,
+        attention=attention,
     ), autocast
+
+
+def _attention(d: Decisions, shape: ModelShape) -> str | None:
+    """How attention is computed: fused where transformers can."""
+    wanted, family = d.loaded.recipe.base.attention, shape.family
+    if family.inferred or not family.has_attention:
+        what = "no known family" if family.inferred else f"{family.name}, which has no attention"
+        if wanted != "auto":
+            d.refuse("base.attention", f"{wanted} for {what}", "auto")
+        return None
+    best, why = (
+        ("sdpa", "fused kernels: the scores of all pairs are never held")
+        if family.fused_attention
+        else ("eager", f"transformers has no fused attention for {family.name}")
+    )
+    if wanted == "sdpa" and best != "sdpa":
+        d.refuse("base.attention", f"sdpa for {family.name}", "eager or auto", why)
+    return str(d.keep("base.attention", wanted, best, why))
 
 
 def plain_base(shape: ModelShape, *, id: str, kind: str, revision: str | None, dtype: str) -> BasePlan:
@@ -99,6 +119,7 @@ def plain_base(shape: ModelShape, *, id: str, kind: str, revision: str | None, d
         skip_4bit=(),
         experts_4bit=(),
         overrides=dict(shape.family.overrides),
+        attention=None,
     )
 
 
@@ -252,6 +273,25 @@ def _steps(d: Decisions, facts: Facts, batch: int) -> int | None:
     return steps
 
 
+def _checkpointing(d: Decisions, facts: Facts, method: Method) -> str:
+    """Which layers forget their activations and work them out again."""
+    wanted = d.loaded.recipe.train.gradient_checkpointing
+    if wanted != "auto":
+        return str(
+            d.keep(
+                "train.gradient_checkpointing",
+                ("full" if wanted else "none") if isinstance(wanted, bool) else wanted,
+            )
+        )
+    if not method.allows_checkpointing:
+        best, why = "none", "not possible with this method"
+    elif facts.device.kind == "cuda":
+        best, why = "full", "saves activation memory"
+    else:
+        best, why = "none", "host memory is ample"
+    return str(d.keep("train.gradient_checkpointing", "auto", best, why))
+
+
 def _train(d: Decisions, facts: Facts, method: Method, autocast: str | None) -> TrainPlan:
     train, shape = d.loaded.recipe.train, facts.model.shape
     rate, why = method.learning_rate(shape.num_parameters)
@@ -277,16 +317,7 @@ def _train(d: Decisions, facts: Facts, method: Method, autocast: str | None) -> 
             "an installed bitsandbytes",
             "pip install 'peftkit[qlora]', or leave it at auto",
         )
-    checkpointing = d.keep(
-        "train.gradient_checkpointing",
-        train.gradient_checkpointing,
-        on_gpu and method.allows_checkpointing,
-        "saves activation memory"
-        if on_gpu and method.allows_checkpointing
-        else "not possible with this method"
-        if not method.allows_checkpointing
-        else "host memory is ample",
-    )
+    checkpointing = _checkpointing(d, facts, method)
     d.keep("train.max_grad_norm", train.max_grad_norm)
     d.keep("train.weight_decay", train.weight_decay)
     every = max(1, math.ceil((steps or 100) / _EVALS_PER_RUN))

@@ -63,6 +63,9 @@ class Base(Options):
     id: str = Field(description="hub id, folder, .gguf file, or embedded:NAME")
     revision: str | None = Field(None, description="commit, tag or branch on the hub")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    attention: Literal["auto", "sdpa", "eager"] = Field(
+        "auto", description="sdpa: fused kernels; eager: plain products, for a look at the weights"
+    )
     rope_scaling: RopeScaling | None = Field(None, description="a longer context, for families with RoPE")
 
 
@@ -118,7 +121,10 @@ class Train(Options):
     max_length: Auto | PositiveInt = Field(
         "auto", description="tokens per example; 2048, or what the model has positions for"
     )
-    gradient_checkpointing: Auto | bool = Field("auto", description="recompute activations to save memory")
+    gradient_checkpointing: Auto | bool | Literal["selective"] = Field(
+        "auto",
+        description="recompute activations to save memory: in every layer, or (selective) in every second",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     eval_steps: Auto | PositiveInt = Field("auto", description="optimizer steps between evaluations")
     checkpoint_steps: Auto | PositiveInt = Field("auto", description="optimizer steps between checkpoints")

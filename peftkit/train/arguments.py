@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from peftkit.model.adapter import checkpointing
 from peftkit.plan import Plan
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -31,8 +32,8 @@ def arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
         "max_grad_norm": train.max_grad_norm,
         "per_device_train_batch_size": train.micro_batch,
         "gradient_accumulation_steps": train.accumulation,
-        "gradient_checkpointing": train.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
+        "gradient_checkpointing": train.gradient_checkpointing != "none",
+        "gradient_checkpointing_kwargs": _checkpointing(plan),
         "logging_strategy": "steps",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # a NaN is told as NaN, not as the mean of the others
@@ -41,3 +42,11 @@ def arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
         "seed": plan.seed,
         "data_seed": plan.seed,
     }
+
+
+def _checkpointing(plan: Plan) -> dict[str, Any] | None:
+    """The Trainer hands `every_n_layers` on to transformers and the rest to torch."""
+    if plan.train.gradient_checkpointing == "none":
+        return None
+    found = checkpointing(plan)
+    return {**found["activation_checkpointing_kwargs"], "every_n_layers": found["every_n_layers"]}

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from transformers import PrinterCallback
@@ -28,6 +29,13 @@ from peftkit.train.record import Emit, Progress, Record
 def rows_of(tokenized: Sequence[Tokenized]) -> list[dict[str, list[int]]]:
     """Tokenized examples as the trainer's columns."""
     return [{"input_ids": row.input_ids, "labels": row.labels} for row in tokenized]
+
+
+def objective(plan: Plan) -> ModuleType:
+    """The file that trains this plan's task."""
+    # TRL's fused loss reads the head past PEFT's wrapper of single token rows
+    known = plan.base.task == "causal-lm" and not (plan.base.inferred or plan.method.token_rows)
+    return sft if known else supervised
 
 
 @dataclass
@@ -130,10 +138,7 @@ def assemble(
     optimizer = build_loraplus_optimizer(model, plan) if plan.method.lr_ratio is not None else None
     if METHODS[plan.method.name].schedule is not None:
         callbacks.append(Budget())
-    # TRL's fused loss reads the head past PEFT's wrapper of single token rows
-    known = plan.base.task == "causal-lm" and not (plan.base.inferred or plan.method.token_rows)
-    build = sft.trainer if known else supervised.trainer
-    trainer = build(
+    trainer = objective(plan).trainer(
         model,
         plan,
         tokenizer,

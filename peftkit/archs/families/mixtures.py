@@ -164,6 +164,7 @@ FAMILIES: tuple[Family, ...] = (
             ),
         ),
         PRE_NORMS,
+        fused_attention=False,
         defaults={"attention_bias": True, "head_dim": 64},
         window=2,
         packs=False,

@@ -81,6 +81,10 @@ class Ledger(TorchDispatchMode):
             self.blocks[block].freed_in = self.phase
             self.events.append((block, False))
 
+    def live_bytes(self, *, without: str) -> int:
+        """What is allocated now, one kind left out."""
+        return sum(b.num_bytes for b in self.blocks if b.freed_in is None and b.kind != without)
+
     def see(self, tensor: torch.Tensor, kind: str) -> None:
         """Follow a tensor's storage, or say what a followed one is for."""
         storage = tensor.untyped_storage()

@@ -16,7 +16,7 @@ import torch
 
 from peftkit.model import adapter
 from peftkit.model.inspect import AUTO_CLASSES
-from peftkit.model.load import configured
+from peftkit.model.load import chosen_attention, configured
 from peftkit.model.quantize import mended_loading, quantize_shapes
 from peftkit.model.trace.caching import reserved_bytes
 from peftkit.model.trace.kernels import SCRATCH, Head, Kernels, Target
@@ -33,6 +33,7 @@ class Traced:
     """Peaks by phase, what CUDA's allocator would reserve for them, and what never leaves the device."""
 
     peaks: Mapping[str, Snapshot]
+    static_bytes: int
     reserved_bytes: int
     num_trainable: int
 
@@ -51,11 +52,12 @@ def build(plan: Plan, config: Any, *, recomputing: Callable[[], Any] = nullconte
             configured(config, base),
             dtype=getattr(torch, base.dtype),
             trust_remote_code=base.trust_remote_code,
+            **chosen_attention(base),
         )
     quantize_shapes(model, base)
     model = adapter.attach(model, _without_start(plan), tokenizer=None)
     model.train()
-    if plan.train.gradient_checkpointing:
+    if plan.train.gradient_checkpointing != "none":
         arguments = adapter.checkpointing(plan)
         arguments["activation_checkpointing_kwargs"]["context_fn"] = lambda: (nullcontext(), recomputing())
         model.activation_checkpointing_enable(**arguments)
@@ -169,6 +171,7 @@ def trace(plan: Plan, config: Any, batch: Batch, *, loss: Loss | None, evaluate:
     inputs = batch_of(batch, plan.base.task)
     for tensor in inputs.values():
         ledger.see(tensor, "batch")
+    static_bytes = ledger.live_bytes(without="gradients")
     with ledger:
         ledger.phase = FORWARD
         with Kernels(target, autocast, head=head):
@@ -187,4 +190,4 @@ def trace(plan: Plan, config: Any, batch: Batch, *, loss: Loss | None, evaluate:
     reserved = reserved_bytes([b.num_bytes for b in ledger.blocks], ledger.events) if target == "cuda" else 0
     del model, inputs
     gc.collect()
-    return Traced(peaks, reserved, sum(p.numel() for p in trained))
+    return Traced(peaks, static_bytes, reserved, sum(p.numel() for p in trained))
