@@ -44,7 +44,7 @@ from peftkit.recipe import load  # noqa: E402
 from peftkit.train.assemble import rows_of  # noqa: E402
 from peftkit.train.objectives import sft, supervised  # noqa: E402
 
-VOCAB, LENGTH, ROWS = 8192, 256, 2
+VOCAB, LENGTH, ROWS = 2048, 256, 2
 DEVICE = DeviceFacts("cpu", "a CPU", 24 * 2**30, True, True)
 WIDE = {"vocab_size": VOCAB, "hidden_size": 256, "num_hidden_layers": 4, "max_position_embeddings": 512}
 HEADS = {"num_attention_heads": 8, "intermediate_size": 704}
@@ -145,6 +145,11 @@ def cells() -> list[Cell]:
         for m in ("lora", "full", "qlora")
         for c in ("none", "full")
     ]
+    autocast = [
+        Cell(method=m, precision=p, checkpointing=c)
+        for m in ("lora", "full", "qlora")
+        for p, c in (("autocast", "none"), ("autocast", "full"))
+    ]
     optimizers = [Cell(method=m, optimizer=o) for m in ("lora", "full") for o in ("adafactor", "sgd")]
     padding = [
         Cell(method=m, padded=True, checkpointing=c, attention=a)
@@ -163,7 +168,7 @@ def cells() -> list[Cell]:
         if name != "llama"
         for m, c in (("lora", "none"), ("full", "full"))
     ]
-    return llama + methods + types + optimizers + padding + accumulation + families
+    return llama + methods + types + autocast + optimizers + padding + accumulation + families
 
 
 def tokenizer() -> Any:
@@ -199,7 +204,7 @@ def plan_of(cell: Cell, config: dict[str, Any], folder: str) -> Plan:
                 "micro_batch": ROWS,
                 "batch_size": ROWS * cell.accumulation,
                 "optimizer": cell.optimizer,
-                "precision": cell.precision,
+                "precision": "bf16" if cell.precision == "autocast" else cell.precision,
                 "gradient_checkpointing": {"none": False, "full": True}.get(
                     cell.checkpointing, cell.checkpointing
                 ),
@@ -209,7 +214,12 @@ def plan_of(cell: Cell, config: dict[str, Any], folder: str) -> Plan:
     shape = shape_from_config(config, task=cell.task)
     assert shape is not None
     data = DataFacts(64, 0, "prompt-completion", labels)
-    return make_plan(recipe, Facts(DEVICE, ModelFacts(folder, "folder", shape), data))
+    plan = make_plan(recipe, Facts(DEVICE, ModelFacts(folder, "folder", shape), data))
+    if cell.precision == "autocast":  # what a GPU would do, on the CPU
+        dtype = "float32" if cell.method == "full" else "bfloat16"
+        base = replace(plan.base, dtype=dtype)
+        return replace(plan, base=base, train=replace(plan.train, autocast="bf16"))
+    return plan
 
 
 class Measure(TrainerCallback):

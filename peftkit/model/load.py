@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from peftkit.archs import Task
@@ -131,6 +134,15 @@ def _config(source: str, plan: BasePlan) -> Any:
         source, revision=plan.revision, trust_remote_code=plan.trust_remote_code
     )
     return configured(config, plan)
+
+
+def read_config(values: Mapping[str, Any]) -> Any:
+    """transformers' configuration from the content of a config.json, read as transformers reads the file."""
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(dict(values)), encoding="utf-8")
+        return AutoConfig.from_pretrained(folder)
 
 
 def chosen_attention(plan: BasePlan) -> dict[str, str]:

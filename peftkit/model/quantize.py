@@ -51,9 +51,12 @@ def quantize_shapes(model: Any, base: BasePlan) -> None:
     if base.quant_type is None:
         return
     import torch
+    from bitsandbytes.functional import quantize_blockwise
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers.integrations import replace_with_bnb_linear
 
+    # the library keeps its code table where it is first used, and one without numbers would stay for good
+    quantize_blockwise(torch.zeros(1))
     replace_with_bnb_linear(
         model,
         modules_to_not_convert=list(base.skip_4bit),

@@ -17,15 +17,13 @@ def traced(plan: Plan, config: Mapping[str, Any], batch: Batch) -> Traced:
 
     Raises whatever the model's code raises there.
     """
-    from transformers import AutoConfig
-
     from peftkit.evaluate.losses import inputs_of, summed_loss
+    from peftkit.model.load import read_config
     from peftkit.model.trace.step import trace
     from peftkit.train.assemble import objective
     from peftkit.train.objectives import sft, supervised
 
     task = plan.base.task
-    made = AutoConfig.for_model(**config)
     fused = objective(plan) is sft
 
     def trained(model: Any, inputs: Mapping[str, Any]) -> Any:
@@ -34,4 +32,4 @@ def traced(plan: Plan, config: Mapping[str, Any], batch: Batch) -> Traced:
     def held_out(model: Any, inputs: Mapping[str, Any]) -> Any:
         return summed_loss(model(**inputs_of(model, inputs, task)).logits, inputs["labels"], task)
 
-    return trace(plan, made, batch, loss=None if fused else trained, evaluate=held_out)
+    return trace(plan, read_config(config), batch, loss=None if fused else trained, evaluate=held_out)

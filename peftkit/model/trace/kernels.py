@@ -83,9 +83,8 @@ class Kernels(TorchFunctionMode):
         options = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **options)
-        if func is getattr(F, "grouped_mm", None):
-            # the meta device takes bf16 alone; transformers' own operation has the same shapes in any type
-            return torch.ops.transformers.grouped_mm_fallback(*args, **options)
+        if getattr(func, "__name__", "") == "_grouped_mm":
+            return GroupedProduct.apply(args[0], args[1])  # the meta device takes bf16 alone
         if func is F.linear and self.head is not None and args[1] is self.head.weight:
             return self._head(*args, **options)
         if self.target == "cuda":
@@ -175,6 +174,26 @@ class Kernels(TorchFunctionMode):
         return torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
         )[0]
+
+
+class GroupedProduct(torch.autograd.Function):
+    """(tokens, in) x (experts, in, out) -> (tokens, out), each token by its expert, in any type."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        of_tokens, of_experts = ctx.needs_input_grad
+        ctx.sizes = tokens.shape, experts.shape
+        ctx.save_for_backward(tokens if of_experts else None, experts if of_tokens else None)
+        return tokens.new_empty(tokens.shape[0], experts.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        of_tokens, of_experts = ctx.needs_input_grad
+        size, experts = ctx.sizes
+        return (
+            gradient.new_empty(size) if of_tokens else None,
+            gradient.new_empty(experts) if of_experts else None,
+        )
 
 
 def _raise(value: Any) -> Any:
