@@ -39,7 +39,7 @@ from peftkit.model import adapter  # noqa: E402
 from peftkit.model.inspect import AUTO_CLASSES  # noqa: E402
 from peftkit.model.load import load_model  # noqa: E402
 from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Plan, make_plan  # noqa: E402
-from peftkit.plan.memory import Batch  # noqa: E402
+from peftkit.plan.plan import Batch  # noqa: E402
 from peftkit.recipe import load  # noqa: E402
 from peftkit.train.assemble import rows_of  # noqa: E402
 from peftkit.train.objectives import sft, supervised  # noqa: E402

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from peftkit import interrupt
@@ -34,11 +34,22 @@ def collate(rows: Sequence[Tokenized], pad_id: int, *, task: str = "causal-lm") 
     }
 
 
+Call = Callable[[Any, Mapping[str, Any]], Any]
+
+
 def batches(
-    model: Any, rows: Sequence[Tokenized], *, pad_id: int, batch_size: int, task: str, autocast: str | None
+    model: Any,
+    rows: Sequence[Tokenized],
+    *,
+    pad_id: int,
+    batch_size: int,
+    task: str,
+    autocast: str | None,
+    call: Call | None = None,
 ) -> Iterator[tuple[list[int], dict[str, Any], Any]]:
     """(positions in `rows`, batch, output) of the model in evaluation mode, rows of like length together.
 
+    `call` gives the output for a model and a batch, where it is not the model's own.
     The model's training mode is restored, no random number is drawn, and a signal is heard between batches.
     """
     import torch
@@ -54,7 +65,8 @@ def batches(
             made = collate([rows[i] for i in chosen], pad_id, task=task)
             batch = {key: value.to(model.device) for key, value in made.items()}
             with torch.no_grad(), torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
-                yield chosen, batch, model(**inputs_of(model, batch, task))
+                output = call(model, batch) if call else model(**inputs_of(model, batch, task))
+                yield chosen, batch, output
     finally:
         model.train(was_training)
 
@@ -89,19 +101,22 @@ def mean_token_loss(
     batch_size: int,
     task: str = "causal-lm",
     autocast: str | None = None,
+    summed: Call | None = None,
 ) -> float:
     """Cross entropy in nats, summed over what is learnt (tokens, classes, tags) and divided by their number.
+
+    `summed` gives a batch's sum where the model can without holding all logits.
 
     It is worked out from the logits: some methods add a penalty to the model's own loss (AdaLoRA).
     Raises ValueError where nothing is learnt.
     """
     total, num_learnt = 0.0, 0
     for _, batch, output in batches(
-        model, rows, pad_id=pad_id, batch_size=batch_size, task=task, autocast=autocast
+        model, rows, pad_id=pad_id, batch_size=batch_size, task=task, autocast=autocast, call=summed
     ):
         labels = batch["labels"][:, 1:] if task == "causal-lm" else batch["labels"]
         num_learnt += int((labels != IGNORED).sum())
-        total += float(summed_loss(output.logits, batch["labels"], task))
+        total += float(output if summed else summed_loss(output.logits, batch["labels"], task))
     if num_learnt == 0:
         raise ValueError("no learnt token in the held-out rows")
     return total / num_learnt

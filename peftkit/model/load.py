@@ -136,10 +136,15 @@ def _config(source: str, plan: BasePlan) -> Any:
     return configured(config, plan)
 
 
-def read_config(values: Mapping[str, Any]) -> Any:
-    """transformers' configuration from the content of a config.json, read as transformers reads the file."""
+def read_config(values: Mapping[str, Any], plan: BasePlan) -> Any:
+    """transformers' configuration from the content of a config.json, read as transformers reads the file.
+
+    A base with code of its own is read from where it stands.
+    """
     from transformers import AutoConfig
 
+    if plan.trust_remote_code and "auto_map" in values:
+        return AutoConfig.from_pretrained(plan.id, revision=plan.revision, trust_remote_code=True)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(dict(values)), encoding="utf-8")
         return AutoConfig.from_pretrained(folder)

@@ -17,6 +17,7 @@ class DeviceFacts:
     memory_bytes: int
     supports_bf16: bool  # in hardware: fast, not merely possible
     has_bitsandbytes: bool
+    used_bytes: int = 0  # by others, now
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,37 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class Row:
+    """The lengths of one row. `num_labels` is the target's length of an encoder-decoder, else 0."""
+
+    num_tokens: int
+    num_labels: int
+    num_learnt: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long the rows are. `longest` are the longest few, longest first; `deciles` go from 0 to 100 %."""
+
+    longest: tuple[Row, ...]
+    deciles: tuple[int, ...]
+    num_tokens: int  # of all rows
+    num_learnt: int
+    source: str  # "counted" | "at most": bytes of text where nothing was tokenized
+
+    @property
+    def mean(self) -> float:
+        return sum(self.deciles) / len(self.deciles)
+
+    def likely_longest(self, num_rows: int) -> float:
+        """The length to which `num_rows` rows drawn at random are padded, about."""
+        place = num_rows / (num_rows + 1) * (len(self.deciles) - 1)
+        below = int(place)
+        above = min(below + 1, len(self.deciles) - 1)
+        return self.deciles[below] + (place - below) * (self.deciles[above] - self.deciles[below])
+
+
+@dataclass(frozen=True)
 class DataFacts:
     """Rows that are really trained on and held out."""
 
@@ -36,6 +68,7 @@ class DataFacts:
     num_eval: int
     format: str
     labels: tuple[str, ...] = ()  # of classification, sorted
+    lengths: Lengths | None = None
 
 
 @dataclass(frozen=True)

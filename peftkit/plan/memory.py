@@ -1,30 +1,33 @@
-"""Memory of a plan: what lies on the device before a step, in closed form. No torch."""
+"""Memory of a plan, in closed form: what lies on the device, and what a step adds at its highest point.
+
+No torch. Weights, adapter, gradients, optimizer states and logits are counted exactly; what a forward pass
+keeps follows `plan.activations`. The trace (`model.trace`) gives the same values from the real code.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from peftkit.plan.plan import Plan
+from peftkit.archs import ModelShape
+from peftkit.plan.activations import is_adapted, is_fitted, kept_bytes, virtual_tokens
+from peftkit.plan.plan import Batch, Memory, Peak, Plan
+from peftkit.plan.targets import matches
 
 Shape = Sequence[int]
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CUBLAS_BYTES = 32 * 2**20  # PyTorch's default cuBLAS workspace on Hopper; 8 MiB on earlier GPUs
 _BLOCK_8BIT, _SMALL_8BIT, _SMALL_PAGED = 256, 4096, 100_000  # bitsandbytes: state blocks, and what stays fp32
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The shapes of one micro-batch.
-
-    `num_labels` is the target's length of an encoder-decoder, `num_learnt` counts what the loss sees.
-    """
-
-    num_rows: int
-    num_tokens: int
-    num_labels: int
-    num_learnt: int
-    is_padded: bool
+CONTEXT_BYTES = {
+    "cuda": 520 * 2**20,
+    "cpu": 750 * 2**20,
+    "mps": 750 * 2**20,
+}  # CUDA context; Python and torch
+RESERVE_SHARE = 0.04  # of what is allocated, beside it, by torch's CUDA allocator; the trace replays it
+TILE_TOKENS, TILE_VOCAB = 4096, 32768  # of TRL's fused head
+TILE_BYTES = {"forward": 13, "backward": 29, "softcap": 4}  # per element of a tile, where Triton is missing
+BOUND = 2.0  # where a family was not measured, its activations are at most so many times the closed form
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Static:
     """What follows from the trained tensors alone."""
 
     optimizer_blocks: tuple[int, ...]  # bytes, each a tensor of its own
+    num_counters: int  # step counters of the optimizer, four bytes each
     host_bytes: int  # optimizer states that live in host memory
     step_bytes: int  # what the optimizer's step takes and gives back
     workspace_bytes: int
@@ -41,7 +45,7 @@ def _blocks(optimizer: str, shape: Shape, item_bytes: int) -> tuple[list[int], i
     """(optimizer state tensors on the device, bytes in host memory) of one trained tensor."""
     num = math.prod(shape)
     if optimizer in {"adamw_torch", "adamw_torch_fused"}:
-        return [num * item_bytes, num * item_bytes, 4], 0
+        return [num * item_bytes, num * item_bytes], 0
     if optimizer in {"adamw_bnb_8bit", "paged_adamw_8bit"}:
         if num < _SMALL_8BIT:
             return [4 * num, 4 * num], 0
@@ -81,4 +85,152 @@ def static_memory(plan: Plan, shapes: Sequence[Shape], item_bytes: Sequence[int]
         host += in_host
     sizes = [math.prod(shape) * size for shape, size in zip(shapes, item_bytes, strict=True)]
     workspace = _CUBLAS_BYTES if plan.device == "cuda" else 0
-    return Static(tuple(blocks), host, _step_bytes(plan, sizes), workspace)
+    counters = len(shapes) if plan.train.optimizer.startswith("adamw_torch") else 0
+    return Static(tuple(blocks), counters, host, _step_bytes(plan, sizes), workspace)
+
+
+def nf4_bytes(num: int, *, double_quant: bool) -> int:
+    """Bytes of `num` weights in bitsandbytes' 4-bit format: 4.127 bits each with double quantization.
+
+    Packed weights, one scale per 64 of them, and the 16-entry code; with double quantization the scales are
+    8-bit with one fp32 scale per 256, an offset and a 256-entry code (Dettmers et al. 2023, section 3).
+    """
+    scales = -(-num // 64)
+    packed = (num + 1) // 2 + 16 * 4
+    if not double_quant:
+        return packed + scales * 4
+    return packed + scales + -(-scales // 256) * 4 + 256 * 4 + 4
+
+
+def _in_4bit(name: str, plan: Plan) -> bool:
+    last = name.rsplit(".", 1)[-1]
+    return plan.base.quant_type is not None and last not in plan.base.skip_4bit
+
+
+def weight_bytes(shape: ModelShape, plan: Plan) -> int:
+    """The base's weights: quantized where the plan says so, the rest in the plan's type."""
+    item, total = ITEM_BYTES[plan.base.dtype], 0
+    double = plan.base.double_quant
+    for module in shape.modules:
+        num = max(1, module.num) * module.d_in * module.d_out
+        if module.in_experts:
+            held = any(matches(module.name, ending) for ending in plan.base.experts_4bit)
+        else:
+            held = _in_4bit(module.name, plan)
+        total += nf4_bytes(num, double_quant=double) if held else num * item
+        total += (module.num_parameters - num) * item
+    for tensor in shape.tensors:
+        held = tensor.role == "shared adapters" and plan.base.quant_type is not None
+        num = tensor.num_parameters
+        total += nf4_bytes(num, double_quant=double) if held else num * item
+    return total
+
+
+def _trained_shapes(shape: ModelShape, plan: Plan) -> list[tuple[int, ...]]:
+    """Shapes of what is trained, as far as optimizers with factors or blocks look at them."""
+    spec = plan.method.peft
+    if spec is None:
+        found = [(max(1, m.num) * m.d_out, m.d_in) for m in shape.modules]
+        return found + [(t.num_parameters,) for t in shape.tensors]  # type: ignore[operator]
+    matrices: list[tuple[int, ...]] = []
+    if "Lora" in spec.class_name:
+        rank = int(spec.arguments.get("r") or spec.arguments.get("init_r", 0))
+        for module in shape.modules:
+            if is_adapted(module, plan):
+                num = max(1, module.num)
+                matrices += [(rank * num, module.d_in), (module.d_out, rank * num)]
+    rest = (plan.method.num_trainable or 0) - sum(math.prod(m) for m in matrices)
+    return matrices + ([(rest,)] if rest > 0 else [])
+
+
+def _head_bytes(shape: ModelShape, plan: Plan, batch: Batch) -> tuple[int, int]:
+    """(forward, backward) bytes of logits and loss at their highest."""
+    item = 2 if plan.train.autocast else ITEM_BYTES[plan.base.dtype]
+    vocab, rows = shape.dims.vocab, batch.num_rows
+    if plan.base.task == "causal-lm" and not (plan.base.inferred or plan.method.token_rows):
+        on_gpu = plan.device == "cuda"
+        num = batch.num_learnt if on_gpu else rows * (batch.num_tokens - 1)
+        tokens, columns = min(num, TILE_TOKENS), min(vocab, TILE_VOCAB)
+        tile = tokens * TILE_VOCAB * item
+        if on_gpu:
+            return tile, tile
+        softcap = TILE_BYTES["softcap"] if shape.family.name == "Gemma 2" else 0
+        work = tokens * columns
+        return tile + work * TILE_BYTES["forward"], tile + work * (TILE_BYTES["backward"] + softcap)
+    if plan.base.task in {"causal-lm", "seq2seq"}:
+        length = batch.num_labels if plan.base.task == "seq2seq" else batch.num_tokens
+        whole = rows * length * vocab
+        return whole * (2 * item + (4 if item == 2 else 0) + 4), whole * 12
+    return 0, 0
+
+
+def evaluation_rows(plan: Plan) -> int:
+    """How many held-out rows one pass takes: a CPU takes at least eight."""
+    return max(8, plan.train.micro_batch) if plan.device == "cpu" else plan.train.micro_batch
+
+
+def evaluation_batch(plan: Plan, batch: Batch) -> Batch:
+    """Held-out rows that are looked at together, as long as the longest of those trained on."""
+    rows = evaluation_rows(plan)
+    learnt = rows * (batch.num_tokens - 1)
+    return replace(batch, num_rows=rows, num_learnt=learnt, is_padded=rows > 1)
+
+
+def generation_bytes(shape: ModelShape, plan: Plan, batch: Batch) -> int:
+    """Keys, values and states that generation keeps, for the prompts that are answered at once."""
+    length = batch.num_tokens + plan.evaluate.max_new_tokens + virtual_tokens(plan)
+    numbers = shape.cache_at(length) + shape.state_per_sequence
+    return plan.evaluate.generation_batch * numbers * ITEM_BYTES[plan.base.dtype]
+
+
+def closed_form(shape: ModelShape, plan: Plan, batch: Batch) -> Memory:
+    """The memory of `plan` on `batch` without running anything."""
+    whole = plan.method.peft is None
+    item = ITEM_BYTES[plan.base.dtype] if whole else 4
+    trainable = (plan.method.num_trainable or 0) * item
+    shapes = _trained_shapes(shape, plan)
+    static = static_memory(plan, shapes, [item] * len(shapes))
+    fitted = is_fitted(shape, plan)
+    kept = {k: int(v * (1 if fitted else BOUND)) for k, v in kept_bytes(shape, plan, batch).items()}
+    held = {
+        "base weights": weight_bytes(shape, plan),
+        "adapter": 0 if whole else trainable,
+        "optimizer": sum(static.optimizer_blocks),
+        "workspaces": static.workspace_bytes,
+    }
+    forward, backward = _head_bytes(shape, plan, batch)
+    earlier = trainable if plan.train.accumulation > 1 else 0
+    activations, passing = kept["activations"], kept["temporaries"]
+    redone = kept["recomputed layer"]
+    top = {"gradients": earlier, "activations": activations, "logits and loss": backward}
+    deep = {"gradients": earlier, "activations": activations, "recomputed layer": redone}
+    late = {"gradients": trainable, "recomputed layer": redone, "temporaries": passing}
+    backwards = [top, {**deep, "temporaries": passing} if redone else late, late]
+    generation = plan.evaluate.metric in {"exact_match", "token_f1"}
+    peaks = [
+        Peak("forward", _sum(held, {**top, "logits and loss": forward, "temporaries": kept["casts"]})),
+        max((Peak("backward", _sum(held, one)) for one in backwards), key=lambda p: p.allocated_bytes),
+        Peak("optimizer step", _sum(held, {"gradients": trainable, "temporaries": static.step_bytes})),
+    ]
+    if plan.data.eval:
+        seen = evaluation_batch(plan, batch)
+        logits, _ = _head_bytes(shape, plan, seen)
+        inside = passing * seen.num_rows // max(1, batch.num_rows)
+        more = {"logits and loss": logits, "temporaries": max(kept["casts"], inside)}
+        peaks.append(Peak("evaluation", _sum(held, more)))
+    if generation and plan.data.eval:
+        peaks.append(Peak("generation", _sum(held, {"cache": generation_bytes(shape, plan, batch)})))
+    highest = max(peak.allocated_bytes for peak in peaks)
+    reserve = int(highest * RESERVE_SHARE) if plan.device == "cuda" else 0
+    return Memory(
+        depth="closed form",
+        peaks=tuple(peaks),
+        reserved_bytes=highest + reserve,
+        context_bytes=CONTEXT_BYTES[plan.device],
+        host_bytes=static.host_bytes,
+        bound="" if fitted else f"activations of {shape.family.name} are a bound, up to {BOUND:g} x too high",
+    )
+
+
+def _sum(held: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    return {name: size for name, size in {**held, **more}.items() if size}

@@ -109,6 +109,59 @@ class EvaluatePlan:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """The shapes of one micro-batch.
+
+    `num_labels` is the target's length of an encoder-decoder, `num_learnt` counts what the loss sees.
+    """
+
+    num_rows: int
+    num_tokens: int
+    num_labels: int
+    num_learnt: int
+    is_padded: bool
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The highest point of one phase of the work: bytes on the device by component."""
+
+    phase: str  # "forward" | "backward" | "optimizer step" | "evaluation" | "generation"
+    components: Mapping[str, int]
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(self.components.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a plan takes. `reserved_bytes` is what torch's allocator holds, `context_bytes` lies beside it."""
+
+    depth: str  # "closed form" | "traced"
+    peaks: tuple[Peak, ...]
+    reserved_bytes: int
+    context_bytes: int
+    host_bytes: int  # optimizer states that live in host memory
+    bound: str  # what is known of the error, where the numbers are only a bound
+
+    @property
+    def peak(self) -> Peak:
+        """The highest of all."""
+        return max(self.peaks, key=lambda peak: peak.allocated_bytes)
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the device must have free."""
+        return self.reserved_bytes + self.context_bytes
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Memory:
+        """The value that `asdict` wrote."""
+        return cls(**{**value, "peaks": tuple(Peak(**peak) for peak in value["peaks"])})
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything decided for one run."""
 
@@ -120,6 +173,8 @@ class Plan:
     device: str
     seed: int
     decisions: tuple[Decision, ...]
+    batch: Batch | None = None  # the largest micro-batch that will come
+    memory: Memory | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for plan.json."""
@@ -137,6 +192,7 @@ class Plan:
         for key in ("labels", "head_modules", "skip_4bit", "experts_4bit"):
             base[key] = tuple(base[key])
         data = {**value["data"], "train": tuple(value["data"]["train"])}
+        batch, memory = value.get("batch"), value.get("memory")
         return cls(
             base=BasePlan(**base),
             method=MethodPlan(**method),
@@ -146,4 +202,6 @@ class Plan:
             device=value["device"],
             seed=value["seed"],
             decisions=tuple(Decision(**item) for item in value["decisions"]),
+            batch=None if batch is None else Batch(**batch),
+            memory=None if memory is None else Memory.from_json(memory),
         )

@@ -12,7 +12,9 @@ from peftkit.methods.qlora import QloraOptions
 from peftkit.plan.context import choose_max_length, rope_overrides
 from peftkit.plan.decisions import Decisions
 from peftkit.plan.facts import Facts
+from peftkit.plan.fit import Free, choose, longest_batch
 from peftkit.plan.kernels import kernels_text, missing_kernels
+from peftkit.plan.memory import closed_form
 from peftkit.plan.method import LOW_COVERAGE, coverage, largest_rest, method_plan
 from peftkit.plan.plan import BasePlan, DataPlan, Decision, EvaluatePlan, Plan, TrainPlan
 from peftkit.plan.targets import select
@@ -249,8 +251,9 @@ def _batch(d: Decisions, facts: Facts) -> tuple[int, int]:
     default = 16 if rows is None else max(1, min(16, rows))
     default = max(micro_given, default - default % micro_given)
     batch = d.keep("train.batch_size", train.batch_size, default, "16 examples per step, or all there are")
-    micro = d.keep("train.micro_batch", train.micro_batch, 1, "the smallest: no memory model chooses it yet")
-    return batch, micro
+    if train.micro_batch == "auto":
+        return batch, 1  # chosen by memory, once everything else is decided
+    return batch, d.keep("train.micro_batch", train.micro_batch)
 
 
 def _steps(d: Decisions, facts: Facts, batch: int) -> int | None:
@@ -273,7 +276,7 @@ def _steps(d: Decisions, facts: Facts, batch: int) -> int | None:
     return steps
 
 
-def _checkpointing(d: Decisions, facts: Facts, method: Method) -> str:
+def _checkpointing(d: Decisions) -> str:
     """Which layers forget their activations and work them out again."""
     wanted = d.loaded.recipe.train.gradient_checkpointing
     if wanted != "auto":
@@ -283,13 +286,7 @@ def _checkpointing(d: Decisions, facts: Facts, method: Method) -> str:
                 ("full" if wanted else "none") if isinstance(wanted, bool) else wanted,
             )
         )
-    if not method.allows_checkpointing:
-        best, why = "none", "not possible with this method"
-    elif facts.device.kind == "cuda":
-        best, why = "full", "saves activation memory"
-    else:
-        best, why = "none", "host memory is ample"
-    return str(d.keep("train.gradient_checkpointing", "auto", best, why))
+    return "none"  # chosen by memory, once everything else is decided
 
 
 def _train(d: Decisions, facts: Facts, method: Method, autocast: str | None) -> TrainPlan:
@@ -317,7 +314,7 @@ def _train(d: Decisions, facts: Facts, method: Method, autocast: str | None) -> 
             "an installed bitsandbytes",
             "pip install 'peftkit[qlora]', or leave it at auto",
         )
-    checkpointing = _checkpointing(d, facts, method)
+    checkpointing = _checkpointing(d)
     d.keep("train.max_grad_norm", train.max_grad_norm)
     d.keep("train.weight_decay", train.weight_decay)
     every = max(1, math.ceil((steps or 100) / _EVALS_PER_RUN))
@@ -363,7 +360,7 @@ def make_plan(loaded: LoadedRecipe, facts: Facts) -> Plan:
     d.keep("seed", recipe.seed)
     if d.problems:
         raise UserError(d.problems)
-    return Plan(
+    plan = Plan(
         base=base,
         method=chosen,
         data=data,
@@ -371,5 +368,26 @@ def make_plan(loaded: LoadedRecipe, facts: Facts) -> Plan:
         device=facts.device.kind,
         seed=recipe.seed,
         evaluate=evaluate,
-        decisions=tuple(d.made),
+        decisions=(),
     )
+    plan = _settle(d, plan, facts, method)
+    batch = longest_batch(plan, facts)
+    memory = closed_form(facts.model.shape, plan, batch)
+    return replace(plan, decisions=tuple(d.made), batch=batch, memory=memory)
+
+
+def _settle(d: Decisions, plan: Plan, facts: Facts, method: Method) -> Plan:
+    """Choose by memory what the recipe leaves open: pieces of a batch, and recomputation."""
+    train = d.loaded.recipe.train
+    free = Free(train.micro_batch == "auto", train.gradient_checkpointing == "auto")
+    if not (free.micro_batch or free.checkpointing):
+        return plan
+    plan, why = choose(plan, facts, free, checkpoints=method.allows_checkpointing)
+    if free.micro_batch:
+        d.keep("train.micro_batch", "auto", plan.train.micro_batch, why)
+        times = f"{plan.train.batch_size} examples in passes of {plan.train.micro_batch}"
+        d.decide("train.accumulation", plan.train.accumulation, times)
+    if free.checkpointing:
+        reason = why if method.allows_checkpointing else "not possible with this method"
+        d.keep("train.gradient_checkpointing", "auto", plan.train.gradient_checkpointing, reason)
+    return plan

@@ -15,7 +15,10 @@ Rule = Callable[[Recipe, LoadedRecipe], Iterator[Problem]]
 
 
 def _prefix_without_checkpointing(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
-    if recipe.train.gradient_checkpointing in {True, "selective"} and not METHODS[recipe.method.name].allows_checkpointing:
+    if (
+        recipe.train.gradient_checkpointing in {True, "selective"}
+        and not METHODS[recipe.method.name].allows_checkpointing
+    ):
         yield Problem(
             loaded.where(("train", "gradient_checkpointing")),
             f"{recipe.train.gradient_checkpointing} with method {recipe.method.name}",

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from peftkit.data.lengths import at_most
 from peftkit.data.prepare import Examples, read_examples
 from peftkit.errors import Problem, UserError
 from peftkit.model.gguf import header_config
@@ -39,7 +40,7 @@ def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
         from peftkit.model.load import loadable
 
         model = model_facts(loaded, converted(base, loadable(base, where)), examples)
-    return Facts(detect_device_light(), model, data_facts(examples)), examples
+    return Facts(detect_device_light(), model, data_facts(examples, model.shape.task)), examples
 
 
 def model_facts(loaded: LoadedRecipe, base: Base, examples: Examples | None) -> ModelFacts:
@@ -83,11 +84,12 @@ def read(loaded: LoadedRecipe) -> Examples:
     )
 
 
-def data_facts(examples: Examples | None) -> DataFacts | None:
-    """Row counts of examples as they were read."""
+def data_facts(examples: Examples | None, task: str) -> DataFacts | None:
+    """Row counts of examples as they were read, and bounds of their lengths."""
     if examples is None:
         return None
-    return DataFacts(len(examples.train), len(examples.eval), examples.format, examples.labels)
+    lengths = at_most(examples.train, task)
+    return DataFacts(len(examples.train), len(examples.eval), examples.format, examples.labels, lengths)
 
 
 def memory_problems(plan: Plan, facts: Facts) -> list[Problem]:

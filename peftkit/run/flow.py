@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import interrupt
+from peftkit.data.lengths import counted
 from peftkit.data.prepare import Examples, Prepared, prepare
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 from peftkit.plan import DataFacts, DeviceFacts, Facts, Plan, make_plan
@@ -105,9 +106,8 @@ def _open(
     interrupt.stop_if_requested("interrupted before training; nothing was written")
     examples = examples or read(loaded)
     plan_device = facts.device.kind
-    facts = Facts(
-        detect_device(), model_facts(loaded, converted(base, source), examples), data_facts(examples)
-    )
+    facts = Facts(detect_device(), model_facts(loaded, converted(base, source), examples), None)
+    facts = replace(facts, data=data_facts(examples, facts.model.shape.task))
     plan = make_plan(loaded, facts)
     tokenizer = load_tokenizer(source, plan.base)
     observer({"event": "phase", "name": "data", "detail": ", ".join(Path(t).name for t in plan.data.train)})
@@ -118,7 +118,8 @@ def _open(
         names = ", ".join(examples.labels_never_learnt[:10])
         observer({"event": "warning", "text": f"only held-out rows have the classes {names}: never learnt"})
     prepared = prepare(examples, tokenizer, plan.data, task=facts.model.shape.task, labels=plan.base.labels)
-    rows = DataFacts(len(prepared.train), len(prepared.eval), plan.data.format, plan.base.labels)
+    lengths = counted(prepared.train, facts.model.shape.task)
+    rows = DataFacts(len(prepared.train), len(prepared.eval), plan.data.format, plan.base.labels, lengths)
     plan = make_plan(loaded, replace(facts, data=rows))
     chats = bool(examples.train[0].messages)
     return _Stage(run, plan, facts.device, tokenizer, source, prepared, chats, observer, started)

@@ -1,15 +1,28 @@
-"""From a plan to its memory: traced where the model can be, in closed form elsewhere."""
+"""From a plan to its memory: traced where the model can be built on the meta device, and kept for next time."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from peftkit.plan import Plan
-from peftkit.plan.memory import Batch
+from peftkit.archs import ModelShape, shape_from_config
+from peftkit.model.locate import cache_folder
+from peftkit.plan import Batch, Memory, Peak, Plan
+from peftkit.plan.memory import CONTEXT_BYTES, generation_bytes, weight_bytes
+from peftkit.run.environment import versions
+from peftkit.rundir import read_json, write_json
 
 if TYPE_CHECKING:
     from peftkit.model.trace.step import Traced
+
+_FEW_LAYERS = 12  # up to so many layers the model is traced as it is
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists with one entry per layer
+_CACHED = 256  # traces that are kept
 
 
 def traced(plan: Plan, config: Mapping[str, Any], batch: Batch) -> Traced:
@@ -17,7 +30,6 @@ def traced(plan: Plan, config: Mapping[str, Any], batch: Batch) -> Traced:
 
     Raises whatever the model's code raises there.
     """
-    from peftkit.evaluate.losses import inputs_of, summed_loss
     from peftkit.model.load import read_config
     from peftkit.model.trace.step import trace
     from peftkit.train.assemble import objective
@@ -29,7 +41,171 @@ def traced(plan: Plan, config: Mapping[str, Any], batch: Batch) -> Traced:
     def trained(model: Any, inputs: Mapping[str, Any]) -> Any:
         return supervised.loss(model, inputs, task)
 
-    def held_out(model: Any, inputs: Mapping[str, Any]) -> Any:
-        return summed_loss(model(**inputs_of(model, inputs, task)).logits, inputs["labels"], task)
+    return trace(plan, read_config(config, plan.base), batch, loss=None if fused else trained)
 
-    return trace(plan, read_config(config), batch, loss=None if fused else trained, evaluate=held_out)
+
+@dataclass(frozen=True)
+class Outcome:
+    """A traced memory, or why there is none."""
+
+    memory: Memory | None
+    reason: str = ""
+    from_cache: bool = False
+
+
+def trace_memory(plan: Plan, shape: ModelShape, config: Mapping[str, Any], batch: Batch) -> Outcome:
+    """The memory of `plan` on `batch` by the ledger, from the cache where it was traced before."""
+    path = cache_folder() / "traces" / f"{_key(plan, config, batch)}.json"
+    if path.is_file():
+        with suppress(ValueError, KeyError, TypeError):  # a cut file is traced again
+            return Outcome(Memory.from_json(read_json(path)), from_cache=True)
+    try:
+        memory = _memory(plan, shape, config, batch)
+    except Exception as error:
+        # foreign code on a device without numbers: whatever it raises, there is no prediction
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        return Outcome(None, f"{type(error).__name__}: {line}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(memory))
+    _forget_old(path.parent.glob("*.json"))
+    return Outcome(memory)
+
+
+def _forget_old(paths: Any) -> None:
+    newest_first = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in newest_first[_CACHED:]:
+        path.unlink(missing_ok=True)
+
+
+def _key(plan: Plan, config: Mapping[str, Any], batch: Batch) -> str:
+    """What a trace depends on: decisions without their reasons, the shapes, and every library's version."""
+    parts = plan.to_json()
+    kept = {name: parts[name] for name in ("base", "method", "evaluate", "device")}
+    kept["train"] = {
+        name: parts["train"][name]
+        for name in (
+            "optimizer", "micro_batch", "accumulation", "gradient_checkpointing", "autocast", "weight_decay",
+        )
+    }  # fmt: skip
+    kept["base"].pop("id"), kept["base"].pop("revision")
+    whole = {**kept, "config": dict(config), "batch": asdict(batch), "versions": versions(), "format": 1}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _memory(plan: Plan, shape: ModelShape, config: Mapping[str, Any], batch: Batch) -> Memory:
+    shallow = _shallow(shape, config)
+    if shallow is not None:
+        near, far = (
+            (depth, traced(_for_layers(plan, depth), _with_layers(config, depth), batch)) for depth in shallow
+        )
+        found = _extrapolated(plan, shape, batch, near, far)
+        exact = weight_bytes(shape, plan)
+        if abs(found.peaks[0].components["base weights"] - exact) <= 0.001 * exact:
+            return found
+    whole = traced(plan, config, batch)
+    return as_memory(plan, shape, batch, _components(whole), whole.reserved_bytes)
+
+
+def _for_layers(plan: Plan, depth: int) -> Plan:
+    """The plan for a model of fewer layers: prefixes have one part per layer."""
+    spec = plan.method.peft
+    if spec is None or "num_layers" not in spec.arguments:
+        return plan
+    made = replace(spec, arguments={**spec.arguments, "num_layers": depth})
+    return replace(plan, method=replace(plan.method, peft=made))
+
+
+def _components(found: Traced) -> dict[str, dict[str, float]]:
+    return {phase: dict(snapshot.components) for phase, snapshot in found.peaks.items()}
+
+
+def _extrapolated(
+    plan: Plan, shape: ModelShape, batch: Batch, near: tuple[int, Traced], far: tuple[int, Traced]
+) -> Memory:
+    """Each component is linear in the number of layers: two depths give any other."""
+    times = (shape.dims.num_layers - near[0]) / (far[0] - near[0])
+    low, high = _components(near[1]), _components(far[1])
+    phases = {
+        phase: {
+            name: low[phase].get(name, 0) + times * (high[phase].get(name, 0) - low[phase].get(name, 0))
+            for name in {*low[phase], *high[phase]}
+        }
+        for phase in high
+    }
+    reserved = near[1].reserved_bytes + times * (far[1].reserved_bytes - near[1].reserved_bytes)
+    return as_memory(plan, shape, batch, phases, int(reserved))
+
+
+def as_memory(
+    plan: Plan,
+    shape: ModelShape,
+    batch: Batch,
+    phases: Mapping[str, Mapping[str, float]],
+    reserved_bytes: int,
+) -> Memory:
+    """The plan's value from traced components, with generation's cache beside them."""
+    peaks = [
+        Peak(phase, {name: round(size) for name, size in sizes.items() if round(size) > 0})
+        for phase, sizes in phases.items()
+        if phase != "evaluation" or plan.data.eval
+    ]
+    still = {"base weights", "adapter", "optimizer", "workspaces"}
+    held = {name: size for name, size in peaks[0].components.items() if name in still}
+    if plan.data.eval and plan.evaluate.metric in {"exact_match", "token_f1"}:
+        peaks.append(Peak("generation", {**held, "cache": generation_bytes(shape, plan, batch)}))
+    highest = max(peak.allocated_bytes for peak in peaks)
+    return Memory(
+        depth="traced",
+        peaks=tuple(peaks),
+        reserved_bytes=max(highest, reserved_bytes),
+        context_bytes=CONTEXT_BYTES[plan.device],
+        host_bytes=plan.memory.host_bytes if plan.memory else 0,
+        bound="",
+    )
+
+
+def _shallow(shape: ModelShape, config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Two smaller depths that stand for the whole model; None where it is traced as it is.
+
+    Layers of different kinds must come in the same turns in all three.
+    """
+    num = shape.dims.num_layers
+    if num <= _FEW_LAYERS or len(shape.family.stacks) != 1 or shape.family.inferred:
+        return None
+    for step in range(1, num // 3 + 1):
+        near = step + num % step if num % step else step
+        near = near if near >= 2 else near + step
+        far = near + step
+        if far < num and _stand_for(shape, config, near, far):
+            return near, far
+    return None
+
+
+def _stand_for(shape: ModelShape, config: Mapping[str, Any], near: int, far: int) -> bool:
+    """Whether parameters, caches and windows of the whole model follow from those at two depths."""
+
+    def counts(one: ModelShape) -> dict[str, int]:
+        windows = {" windows": one.num_windowed, " cached": one.num_cached_layers}
+        return {**one.by_role(), **windows, " state": one.state_per_sequence}
+
+    try:
+        made = [shape_from_config(_with_layers(config, depth), task=shape.task) for depth in (near, far)]
+    except (KeyError, ValueError):
+        return False
+    if made[0] is None or made[1] is None or made[1].dims.num_layers != far:
+        return False
+    low, high, whole = counts(made[0]), counts(made[1]), counts(shape)
+    times = (shape.dims.num_layers - near) / (far - near)
+    return all(whole[k] == low.get(k, 0) + times * (high.get(k, 0) - low.get(k, 0)) for k in whole)
+
+
+def _with_layers(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """The configuration of the same model with fewer layers."""
+    made = dict(config)
+    for key in _LAYER_KEYS:
+        if isinstance(made.get(key), int):
+            made[key] = depth
+    for key in _PER_LAYER:
+        if isinstance(made.get(key), list):
+            made[key] = made[key][:depth]
+    return made

@@ -18,6 +18,7 @@ from peftkit.evaluate.losses import mean_token_loss
 from peftkit.methods import METHODS
 from peftkit.model.adapter import build_loraplus_optimizer
 from peftkit.plan import Plan
+from peftkit.plan.memory import evaluation_rows
 from peftkit.rundir import RunDir, read_json, verify_folder
 from peftkit.train.budget import Budget
 from peftkit.train.checkpoint import Restore, handover_folder, load_trained
@@ -51,9 +52,14 @@ class Training:
     pad_id: int
 
     def preflight(self) -> Preflight:
-        """Prove on the first rows that everything to be trained is reached by the loss."""
-        first = self.rows[: self.plan.train.micro_batch]
-        return preflight(self.trainer.model, self.plan, first, pad_id=self.pad_id)
+        """Prove on the longest rows that they fit, and that everything to be trained is reached."""
+        return preflight(
+            self.trainer.model,
+            self.plan,
+            self.rows,
+            pad_id=self.pad_id,
+            loss=objective(self.plan).loss,
+        )
 
     def measure_start(self) -> None:
         """Evaluation loss before the first step."""
@@ -128,9 +134,10 @@ def assemble(
             wrapped,
             held_out,
             pad_id=tokenizer.pad_token_id,
-            batch_size=max(8, plan.train.micro_batch) if plan.device == "cpu" else plan.train.micro_batch,
+            batch_size=evaluation_rows(plan),
             task=plan.base.task,
             autocast=plan.train.autocast,
+            summed=objective(plan).summed,
         )
 
     record = Record(run, plan, emit, progress, evaluate if held_out else None)

@@ -1,4 +1,6 @@
-"""One real forward and backward before the first step: is what is to be trained reached by the loss?
+"""One real forward and backward before the first step, of the largest micro-batch that will come.
+
+Does it fit, and is what is to be trained reached by the loss?
 
 No optimizer step is made, and the random states are put back, so a run with it equals a run without.
 """
@@ -6,19 +8,20 @@ No optimizer step is made, and the random states are put back, so a run with it 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from peftkit.data.mask import IGNORED, Tokenized
+from peftkit.data.mask import Tokenized
 from peftkit.errors import Problem, UserError
-from peftkit.evaluate.losses import collate, inputs_of, summed_loss
+from peftkit.evaluate.losses import collate
 from peftkit.model.adapter import trainable_tensors, wrapped_storages
 from peftkit.plan import Plan
 from peftkit.train.checkpoint import random_states, restore_random_states
 
+Loss = Callable[[Any, Mapping[str, Any], str], Any]
 _SHOWN = 3
 _PIECE = 2**20  # numbers of a tensor that are summed at once
 
@@ -53,16 +56,15 @@ def checksums(model: Any) -> dict[str, int]:
     return sums
 
 
-def _backward(model: Any, batch: dict[str, Any], plan: Plan) -> float:
+def _backward(model: Any, rows: Sequence[Tokenized], plan: Plan, *, pad_id: int, loss: Loss) -> float:
     """The loss that is trained, and its gradients."""
+    made = collate(rows, pad_id, task=plan.base.task)
+    batch = {key: value.to(model.device) for key, value in made.items()}
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.train.autocast or "")
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
-        logits = model(**inputs_of(model, batch, plan.base.task)).logits
-    loss = summed_loss(logits, batch["labels"], plan.base.task) / max(
-        1, int((batch["labels"] != IGNORED).sum())
-    )
-    loss.backward()
-    return float(loss.detach())
+        value = loss(model, batch, plan.base.task)
+    value.backward()
+    return float(value.detach())
 
 
 def _silent(model: Any) -> list[str]:
@@ -94,17 +96,25 @@ def _refuse(where: str, names: Sequence[str], what: str, fix: str) -> Problem:
     return Problem(where, f"{what}: {shown}", "training that reaches everything it is to train", fix)
 
 
-def preflight(model: Any, plan: Plan, rows: Sequence[Tokenized], *, pad_id: int) -> Preflight:
-    """Run the pass on `rows`. Raises UserError for what would train on nothing or change the base."""
+def longest_first(rows: Sequence[Tokenized], num: int) -> list[Tokenized]:
+    """The `num` longest rows: the micro-batch that takes the most memory."""
+    return sorted(rows, key=lambda row: row.length, reverse=True)[:num]
+
+
+def preflight(model: Any, plan: Plan, rows: Sequence[Tokenized], *, pad_id: int, loss: Loss) -> Preflight:
+    """Run the pass on the largest micro-batch of `rows`: memory that is lacking shows here, not hours later.
+
+    `loss` works out what is trained, for a model, a batch and a task. Raises UserError for what would train on
+    nothing or change the base.
+    """
     saved = random_states()
     frozen = checksums(model)
-    batch = collate(rows, pad_id, task=plan.base.task)
-    batch = {key: value.to(model.device) for key, value in batch.items()}
+    largest = longest_first(rows, plan.train.micro_batch)
     was_training = model.training
     model.train()
     kept: dict[str, torch.Tensor] = {}
     try:
-        loss = _backward(model, batch, plan)
+        value = _backward(model, largest, plan, pad_id=pad_id, loss=loss)
         silent = waiting = _silent(model)
         broken = [
             n
@@ -114,7 +124,7 @@ def preflight(model: Any, plan: Plan, rows: Sequence[Tokenized], *, pad_id: int)
         if silent:
             model.zero_grad(set_to_none=True)
             kept = wake(model)
-            _backward(model, batch, plan)
+            _backward(model, largest[-1:], plan, pad_id=pad_id, loss=loss)
             silent = [name for name in _silent(model) if name in silent]
     finally:
         with torch.no_grad():
@@ -125,11 +135,11 @@ def preflight(model: Any, plan: Plan, rows: Sequence[Tokenized], *, pad_id: int)
         model.train(was_training)
         restore_random_states(*saved)
     changed = [name for name, value in checksums(model).items() if value != frozen[name]]
-    problems = _problems(plan, loss=loss, silent=silent, broken=broken, changed=changed)
+    problems = _problems(plan, loss=value, silent=silent, broken=broken, changed=changed)
     problems += _shared(model)
     if problems:
         raise UserError(problems)
-    return Preflight(loss, len(trainable_tensors(model)), len(waiting), len(frozen))
+    return Preflight(value, len(trainable_tensors(model)), len(waiting), len(frozen))
 
 
 def _problems(

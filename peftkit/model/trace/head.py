@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-TILE_TOKENS, TILE_VOCAB = 4096, 32768
-# Bytes per element of a tile that TRL's torch code holds at once, where Triton's kernels hold none.
-FORWARD_BYTES, BACKWARD_BYTES, SOFTCAP_BYTES = 13, 29, 4
+from peftkit.plan.memory import TILE_BYTES, TILE_TOKENS, TILE_VOCAB
 
 
 def _fp32(*size: int, like: torch.Tensor) -> torch.Tensor:
@@ -69,7 +67,7 @@ def _tile(
     tokens, columns = min(hidden.shape[0], TILE_TOKENS), min(weight.shape[0], TILE_VOCAB)
     buffer = torch.empty(tokens, TILE_VOCAB, dtype=dtype, device=hidden.device)
     inputs, part = hidden[:tokens].to(dtype), weight[:columns].to(dtype)
-    work = torch.empty(scratch * tokens * columns, dtype=torch.uint8, device=hidden.device)
+    work = torch.empty(tokens, columns, scratch, dtype=torch.uint8, device=hidden.device)
     del work
     if in_fp32:
         # without a product that adds up in fp32 the tile and its factors are copied
@@ -95,6 +93,6 @@ def fused_head(
         scratch = (0, 0)
     else:
         flat = flat.reshape(-1, flat.shape[-1])
-        extra = SOFTCAP_BYTES if softcap else 0
-        scratch = (FORWARD_BYTES, BACKWARD_BYTES + extra)
+        extra = TILE_BYTES["softcap"] if softcap else 0
+        scratch = (TILE_BYTES["forward"], TILE_BYTES["backward"] + extra)
     return FusedHead.apply(flat, weight, bias, dtype, scratch).unsqueeze(-1)

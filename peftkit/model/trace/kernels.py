@@ -166,9 +166,7 @@ class Kernels(TorchFunctionMode):
                 query, key, value, dropout_p, is_causal, False, scale=scale
             )[0]
         if enable_gqa:
-            key, value = (
-                t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value)
-            )
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
         if attn_mask is not None:
             attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -227,4 +225,3 @@ SCRATCH: Mapping[Target, dict[str, Callable[..., list[int]]]] = {
     "cuda": {"bitsandbytes::gemm_4bit": _dequantized},
     "cpu": {"bitsandbytes::gemm_4bit": _dequantized},
 }
-

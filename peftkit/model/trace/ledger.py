@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from peftkit.plan.memory import TILE_VOCAB
 
 SETUP, FORWARD, BACKWARD, OPTIMIZER, EVALUATION = (
     "setup",
@@ -81,9 +83,10 @@ class Ledger(TorchDispatchMode):
             self.blocks[block].freed_in = self.phase
             self.events.append((block, False))
 
-    def live_bytes(self, *, without: str) -> int:
-        """What is allocated now, one kind left out."""
-        return sum(b.num_bytes for b in self.blocks if b.freed_in is None and b.kind != without)
+    def live_bytes(self, *, of: Collection[str] | None = None) -> int:
+        """What is allocated now, of some kinds or of all."""
+        alive = (block for block in self.blocks if block.freed_in is None)
+        return sum(block.num_bytes for block in alive if of is None or block.kind in of)
 
     def see(self, tensor: torch.Tensor, kind: str) -> None:
         """Follow a tensor's storage, or say what a followed one is for."""
@@ -106,7 +109,7 @@ class Ledger(TorchDispatchMode):
 
     def _kind(self, tensor: torch.Tensor) -> str:
         is_table = tensor.ndim == 2 and tensor.shape[0] == self.vocab
-        if self.vocab in tensor.shape[1:] and not is_table:
+        if not {self.vocab, TILE_VOCAB}.isdisjoint(tensor.shape[1:]) and not is_table:
             return "logits and loss"
         return ""
 

@@ -22,7 +22,8 @@ from peftkit.model.trace.caching import reserved_bytes
 from peftkit.model.trace.kernels import SCRATCH, Head, Kernels, Target
 from peftkit.model.trace.ledger import BACKWARD, EVALUATION, FORWARD, OPTIMIZER, Ledger, Snapshot
 from peftkit.plan import Plan
-from peftkit.plan.memory import Batch, Static, static_memory
+from peftkit.plan.memory import Static, evaluation_batch, static_memory
+from peftkit.plan.plan import Batch
 
 Loss = Callable[[Any, Mapping[str, Any]], Any]
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
@@ -34,6 +35,7 @@ class Traced:
 
     peaks: Mapping[str, Snapshot]
     static_bytes: int
+    kept_bytes: int
     reserved_bytes: int
     num_trainable: int
 
@@ -121,6 +123,8 @@ def _set_up(ledger: Ledger, model: Any, plan: Plan, static: Static) -> None:
         ledger.see(tensor, "adapter" if is_trained and plan.method.peft is not None else "base weights")
     for num_bytes in static.optimizer_blocks:
         ledger.allocate(num_bytes, "optimizer")
+    for _ in range(static.num_counters):
+        ledger.allocate(4, "workspaces")
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -147,11 +151,11 @@ def _head(model: Any, batch: Batch, target: Target) -> Head:
     )
 
 
-def trace(plan: Plan, config: Any, batch: Batch, *, loss: Loss | None, evaluate: Loss) -> Traced:
+def trace(plan: Plan, config: Any, batch: Batch, *, loss: Loss | None) -> Traced:
     """Run a step and an evaluation pass of `plan` on `batch`.
 
-    `config` is the base's configuration, `loss` the loss that is trained (None: TRL's fused one), `evaluate`
-    that of held-out rows. Raises whatever the model's code raises on the meta device.
+    `config` is the base's configuration, `loss` the loss that is trained (None: TRL's fused one). Raises
+    whatever the model's code raises on the meta device.
     """
     target = cast(Target, "cuda" if plan.device == "cuda" else "cpu")
     autocast = _TYPES[plan.train.autocast]
@@ -171,11 +175,12 @@ def trace(plan: Plan, config: Any, batch: Batch, *, loss: Loss | None, evaluate:
     inputs = batch_of(batch, plan.base.task)
     for tensor in inputs.values():
         ledger.see(tensor, "batch")
-    static_bytes = ledger.live_bytes(without="gradients")
+    static_bytes = ledger.live_bytes() - ledger.live_bytes(of={"gradients"})
     with ledger:
         ledger.phase = FORWARD
         with Kernels(target, autocast, head=head):
             value = _fused_loss(model, inputs) if loss is None else loss(model, inputs)
+        kept_bytes = ledger.live_bytes(of={""})
         ledger.phase = BACKWARD
         value.backward()
         ledger.phase = OPTIMIZER
@@ -184,10 +189,13 @@ def trace(plan: Plan, config: Any, batch: Batch, *, loss: Loss | None, evaluate:
         model.zero_grad(set_to_none=True)
         ledger.phase = EVALUATION
         model.eval()
-        with torch.no_grad(), Kernels(target, autocast, head=None):
-            evaluate(model, inputs)
+        held_out = evaluation_batch(plan, batch)
+        inputs = batch_of(held_out, plan.base.task)
+        head = _head(model, held_out, target) if loss is None else None
+        with torch.no_grad(), Kernels(target, autocast, head=head):
+            _fused_loss(model, inputs) if loss is None else loss(model, inputs)
     peaks = ledger.peaks((FORWARD, BACKWARD, OPTIMIZER, EVALUATION))
     reserved = reserved_bytes([b.num_bytes for b in ledger.blocks], ledger.events) if target == "cuda" else 0
     del model, inputs
     gc.collect()
-    return Traced(peaks, static_bytes, reserved, sum(p.numel() for p in trained))
+    return Traced(peaks, static_bytes, kept_bytes, reserved, sum(p.numel() for p in trained))

@@ -42,6 +42,11 @@ def trainer(
     return made
 
 
-def loss(model: Any, batch: Mapping[str, Any]) -> Any:
+def loss(model: Any, batch: Mapping[str, Any], task: str) -> Any:
     """The mean loss of a micro-batch as the trainer works it out, for a model that it has prepared."""
     return model(**batch, use_cache=False, fused_lm_head=True).loss
+
+
+def summed(model: Any, batch: Mapping[str, Any]) -> Any:
+    """The loss summed over what is learnt, for a model that the trainer has prepared: no logits are held."""
+    return -model(**batch, use_cache=False, fused_lm_head=True).log_probs.sum()

@@ -1,0 +1,46 @@
+"""How long the rows are: counted in tokens, or at most so long where nothing was tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peftkit.data.formats import Example
+from peftkit.data.mask import Tokenized
+from peftkit.plan import Lengths, Row
+
+_LONGEST = 64  # rows that are kept by themselves: a micro-batch is no larger
+_TEMPLATE_BYTES = 32  # what a chat template may add to a turn, in tokens
+
+
+def _lengths(rows: Sequence[Row], source: str) -> Lengths:
+    ordered = sorted(rows, key=lambda row: row.num_tokens)
+    last = len(ordered) - 1
+    return Lengths(
+        longest=tuple(reversed(ordered[-_LONGEST:])),
+        deciles=tuple(ordered[round(last * tenth / 10)].num_tokens for tenth in range(11)),
+        num_tokens=sum(row.num_tokens for row in rows),
+        num_learnt=sum(row.num_learnt for row in rows),
+        source=source,
+    )
+
+
+def counted(rows: Sequence[Tokenized], task: str) -> Lengths | None:
+    """The lengths of tokenized rows; None where there are none."""
+    found = [
+        Row(len(row.input_ids), len(row.labels) if task == "seq2seq" else 0, row.num_learnt) for row in rows
+    ]
+    return _lengths(found, "counted") if found else None
+
+
+def at_most(examples: Sequence[Example], task: str) -> Lengths | None:
+    """Bounds without a tokenizer: a token is at least one byte of text. None where there are no rows."""
+    found = []
+    for example in examples:
+        turns = [m["content"] for m in example.messages]
+        asked = [example.prompt, *example.words, *turns]
+        answered = [example.completion]
+        size = sum(len(text.encode()) for text in asked) + _TEMPLATE_BYTES * max(1, len(turns))
+        target = sum(len(text.encode()) for text in answered) + 1
+        whole = size if task == "seq2seq" else size + target
+        found.append(Row(whole, target if task == "seq2seq" else 0, whole))
+    return _lengths(found, "at most") if found else None

@@ -1,0 +1,90 @@
+"""GPUs by name, as data: what a plan can be made for without having one.
+
+Memory and dense 16-bit throughput (with fp32 accumulation, no sparsity) are from the vendors' data sheets.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from peftkit.errors import Problem, UserError, did_you_mean
+from peftkit.plan.facts import DeviceFacts
+
+_GIB = 2**30
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*(gib|gb|mib|mb)?$", re.IGNORECASE)
+_UNITS = {"gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One model of GPU. `teraflops` are dense bf16 (fp16 where it has no bf16)."""
+
+    title: str
+    memory_gib: float  # as the driver reports it, a little below the number on the box
+    teraflops: float
+    has_bf16: bool = True
+
+
+GPUS: dict[str, Gpu] = {
+    "b200": Gpu("NVIDIA B200", 179.0, 2250),
+    "h200": Gpu("NVIDIA H200", 140.4, 989),
+    "h100-80gb": Gpu("NVIDIA H100 80GB HBM3", 79.6, 989),
+    "h100-pcie": Gpu("NVIDIA H100 PCIe", 79.6, 756),
+    "gh200": Gpu("NVIDIA GH200 480GB", 95.5, 989),
+    "a100-80gb": Gpu("NVIDIA A100-SXM4-80GB", 79.2, 312),
+    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", 39.4, 312),
+    "l40s": Gpu("NVIDIA L40S", 44.5, 362),
+    "l40": Gpu("NVIDIA L40", 44.5, 181),
+    "l4": Gpu("NVIDIA L4", 22.0, 121),
+    "a10g": Gpu("NVIDIA A10G", 22.0, 70),
+    "a10": Gpu("NVIDIA A10", 22.0, 125),
+    "a40": Gpu("NVIDIA A40", 44.5, 150),
+    "a6000": Gpu("NVIDIA RTX A6000", 47.5, 155),
+    "rtx6000-ada": Gpu("NVIDIA RTX 6000 Ada Generation", 47.5, 364),
+    "rtx5090": Gpu("NVIDIA GeForce RTX 5090", 31.4, 209),
+    "rtx5080": Gpu("NVIDIA GeForce RTX 5080", 15.5, 113),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", 23.5, 165),
+    "rtx4080": Gpu("NVIDIA GeForce RTX 4080", 15.6, 97),
+    "rtx4070-ti": Gpu("NVIDIA GeForce RTX 4070 Ti", 11.6, 80),
+    "rtx4060-ti-16gb": Gpu("NVIDIA GeForce RTX 4060 Ti", 15.6, 44),
+    "rtx3090": Gpu("NVIDIA GeForce RTX 3090", 23.6, 71),
+    "rtx3080": Gpu("NVIDIA GeForce RTX 3080", 9.6, 60),
+    "rtx3060-12gb": Gpu("NVIDIA GeForce RTX 3060", 11.6, 26),
+    "v100-32gb": Gpu("Tesla V100-SXM2-32GB", 31.7, 125, has_bf16=False),
+    "v100-16gb": Gpu("Tesla V100-SXM2-16GB", 15.7, 125, has_bf16=False),
+    "t4": Gpu("Tesla T4", 14.6, 65, has_bf16=False),
+}
+
+
+def device_of(text: str, here: DeviceFacts, *, where: str = "--gpu") -> tuple[DeviceFacts, str]:
+    """(device, what was assumed) for a name, a size, or `this`. Raises UserError with the nearest names.
+
+    A size is a GPU of that memory with bf16; a bare number means GiB.
+    """
+    wanted = text.strip().lower().replace("_", "-").replace(" ", "-")
+    if wanted == "this":
+        return here, ""
+    if wanted in GPUS:
+        gpu = GPUS[wanted]
+        memory = int(gpu.memory_gib * _GIB)
+        made = DeviceFacts("cuda", gpu.title, memory, gpu.has_bf16, has_bitsandbytes=True)
+        return made, "bitsandbytes is assumed to be installed there"
+    size = _SIZE.match(wanted)
+    if size and float(size[1]) > 0:
+        unit = (size[2] or "gib").lower()
+        memory = int(float(size[1]) * _UNITS[unit])
+        made = DeviceFacts("cuda", f"a GPU of {text.strip()}", memory, True, has_bitsandbytes=True)
+        assumed = "a GPU with bf16 and bitsandbytes is assumed"
+        if size[2] is None:
+            made = replace(made, name=f"a GPU of {size[1]} GiB")
+            assumed = f"{text} is read as {size[1]} GiB (write 24GiB or 24GB to say which); {assumed}"
+        return made, assumed
+    known = did_you_mean(wanted, list(GPUS))
+    raise UserError(Problem(where, repr(text), "a GPU's name, a size such as 24GiB, or this", known))
+
+
+def teraflops_of(name: str) -> float | None:
+    """Dense 16-bit throughput of a GPU by the name that its driver gives; None where it is not known."""
+    found = [gpu for gpu in GPUS.values() if gpu.title.lower() in name.lower()]
+    return max(found, key=lambda gpu: len(gpu.title)).teraflops if found else None

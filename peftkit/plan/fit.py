@@ -1,0 +1,122 @@
+"""Does a plan fit on a device, and what would: the choice of `auto` values, and the nearest changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from peftkit.plan.facts import DeviceFacts, Facts
+from peftkit.plan.memory import closed_form
+from peftkit.plan.plan import Batch, Memory, Plan
+from peftkit.units import show_bytes
+
+TIGHT = 0.08  # of the device's memory: below this margin a run may fail by fragmentation
+_SLOWER = {"none": 1.0, "selective": 1.17, "full": 1.33}  # of a step: a third of the work is done again
+_FULL_BATCH_TOKENS = 8192  # beyond so many tokens in a pass a device gains nothing more
+_PASS_TOKENS = {"cuda": 512, "cpu": 32, "mps": 128}  # what starting a pass costs, in tokens of work
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The verdict for one device. `margin_bytes` is negative where something is missing."""
+
+    verdict: str  # "fits" | "tight" | "does not fit"
+    needed_bytes: int
+    free_bytes: int
+
+    @property
+    def margin_bytes(self) -> int:
+        return self.free_bytes - self.needed_bytes
+
+
+def judge(memory: Memory, device: DeviceFacts) -> Fit:
+    """Compare what is needed with what the device has free."""
+    free = device.memory_bytes - device.used_bytes
+    needed = memory.needed_bytes
+    if needed > free:
+        return Fit("does not fit", needed, free)
+    return Fit("fits" if free - needed >= TIGHT * device.memory_bytes else "tight", needed, free)
+
+
+def longest_batch(plan: Plan, facts: Facts) -> Batch:
+    """The largest micro-batch that will come: the longest rows together.
+
+    Without counted lengths every row is taken to be as long as it may be.
+    """
+    micro, lengths = plan.train.micro_batch, facts.data.lengths if facts.data else None
+    if lengths is None:
+        tokens = plan.data.max_length
+        labels = tokens if plan.base.task == "seq2seq" else 0
+        return Batch(micro, tokens, labels, micro * (tokens - 1), is_padded=micro > 1)
+    rows, most = lengths.longest[:micro], plan.data.max_length
+    tokens = min(rows[0].num_tokens, most)
+    labels = min(max(row.num_labels for row in rows), most)
+    learnt = sum(min(row.num_learnt, most) for row in rows)
+    uneven = len({min(row.num_tokens, most) for row in rows}) > 1 or lengths.source != "counted"
+    return Batch(len(rows), tokens, labels, learnt, is_padded=uneven)
+
+
+def micro_batches(batch_size: int) -> list[int]:
+    """Divisors, largest first: the accumulation must come out whole."""
+    return [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
+
+
+def with_micro_batch(plan: Plan, size: int) -> Plan:
+    """The same global batch in other pieces."""
+    train = replace(plan.train, micro_batch=size, accumulation=plan.train.batch_size // size)
+    return replace(plan, train=train)
+
+
+@dataclass(frozen=True)
+class Free:
+    """Which values the recipe leaves to the plan."""
+
+    micro_batch: bool
+    checkpointing: bool
+
+
+def _cost(plan: Plan, facts: Facts) -> float:
+    """Time of a step per token, relative: work done again, padding, and passes that are too small."""
+    rows, lengths = plan.train.micro_batch, facts.data.lengths if facts.data else None
+    mean = lengths.mean if lengths else plan.data.max_length
+    padded = lengths.likely_longest(rows) if lengths and rows > 1 else mean
+    start = _PASS_TOKENS.get(facts.device.kind, 64)
+    return _SLOWER[plan.train.gradient_checkpointing] * max(1.0, padded / mean) * (1 + start / (rows * mean))
+
+
+def _variants(plan: Plan, free: Free, *, checkpoints: bool) -> Iterator[Plan]:
+    sizes = micro_batches(plan.train.batch_size) if free.micro_batch else [plan.train.micro_batch]
+    given = plan.train.gradient_checkpointing
+    modes = [*_SLOWER] if free.checkpointing and checkpoints else [given]
+    for size, mode in product(sizes, modes):
+        made = with_micro_batch(plan, size)
+        yield replace(made, train=replace(made.train, gradient_checkpointing=mode))
+
+
+def choose(plan: Plan, facts: Facts, free: Free, *, checkpoints: bool) -> tuple[Plan, str]:
+    """(the fastest variant that fits with a margin, why); the smallest where none does.
+
+    `checkpoints` tells whether the method can recompute activations.
+    """
+    shape = facts.model.shape
+    best: tuple[float, Plan] | None = None
+    smallest: tuple[int, Plan] | None = None
+    for variant in _variants(plan, free, checkpoints=checkpoints):
+        batch = longest_batch(variant, facts)
+        if batch.num_rows * batch.num_tokens > _FULL_BATCH_TOKENS and variant.train.micro_batch > 1:
+            continue
+        memory = closed_form(shape, variant, batch)
+        fit = judge(memory, facts.device)
+        if smallest is None or fit.needed_bytes < smallest[0]:
+            smallest = (fit.needed_bytes, variant)
+        cost = _cost(variant, facts)
+        if fit.verdict == "fits" and (best is None or cost < best[0]):
+            best = (cost, variant)
+    assert smallest is not None
+    chosen = best[1] if best is not None else smallest[1]
+    needed = judge(closed_form(shape, chosen, longest_batch(chosen, facts)), facts.device)
+    room = f"{show_bytes(needed.needed_bytes)} of {show_bytes(needed.free_bytes)}"
+    if best is None:
+        return chosen, f"the least memory that these values allow ({room})"
+    return chosen, f"the fastest that fits with a margin ({room})"
