@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py [--only TEXT] [--out FILE]
 
-Each cell saves a random model of a few million parameters, loads it, attaches the adapter and trains two steps
-with the real trainer. The second step runs under torch's profiler, whose memory events are those of the
-CPU allocator; their highest sum is compared with what the plan's trace predicts. Neither side knows the other.
+Each cell saves a random model of a few million parameters, loads it, attaches the adapter and trains two
+steps with the real trainer. The second step runs under torch's profiler, whose memory events are those of
+the CPU allocator; their highest sum is compared with what the plan's trace predicts. Neither side knows the
+other.
 """
 
 from __future__ import annotations
@@ -316,7 +317,8 @@ def main() -> None:
             continue
         results.append(found)
         print(
-            f"{found['cell']:70s} {found['phase']:15s} predicted {found['predicted_bytes'] / 2**20:8.1f} MiB  "
+            f"{found['cell']:70s} {found['phase']:15s} "
+            f"predicted {found['predicted_bytes'] / 2**20:8.1f} MiB  "
             f"measured {found['measured_bytes'] / 2**20:8.1f} MiB  {found['error_percent']:+7.2f} %",
             flush=True,
         )

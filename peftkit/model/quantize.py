@@ -52,7 +52,7 @@ def quantize_shapes(model: Any, base: BasePlan) -> None:
         return
     import torch
     from bitsandbytes.functional import quantize_blockwise
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
     from transformers.integrations import replace_with_bnb_linear
 
     # the library keeps its code table where it is first used, and one without numbers would stay for good
@@ -72,7 +72,7 @@ def quantize_shapes(model: Any, base: BasePlan) -> None:
                 requires_grad=False,
                 quant_type=base.quant_type,
                 compress_statistics=base.double_quant,
-            )._quantize(torch.device("meta"))
+            )._quantize(torch.device("meta"))  # type: ignore[no-untyped-call]
             if module.bias is not None:
                 module.bias = torch.nn.Parameter(module.bias.to(plain.dtype), requires_grad=False)
     _quantize_experts(model, base)

@@ -1,9 +1,9 @@
 """What a forward pass keeps for the backward pass, in closed form: bytes per token, layer by layer. No torch.
 
-The rules follow what autograd saves in transformers' own layers. A product saves its input where its weight is
-trained; an activation saves its input; a gate saves both factors; fused attention saves queries, keys, values,
-its output and one number per head; RMSNorm saves its input in fp32. They hold for dense decoders; elsewhere
-they are a bound (see `BOUND`), and the trace tells exactly.
+The rules follow what autograd saves in transformers' own layers. A product saves its input where its weight
+is trained; an activation saves its input; a gate saves both factors; fused attention saves queries, keys,
+values, its output and one number per head; RMSNorm saves its input in fp32. They hold for dense decoders;
+elsewhere they are a bound (`plan.memory.BOUND`), and the trace tells exactly.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def layer_bytes(layer: Layer, shape: ModelShape, plan: Plan, batch: Batch, corre
     else:
         saved += _input_bytes(layer, adapted, plan, types) + _adapter_bytes(adapted, plan, types)
     width = layer.size("gate", "up") or layer.size("gate_up") // 2
-    passing = max(3 * width * types.product, 2 * shape.dims.hidden * 4)
+    passing: float = max(3 * width * types.product, 2 * shape.dims.hidden * 4)
     if plan.base.attention == "eager":
         passing = max(passing, 2.0 * shape.dims.heads * batch.num_tokens * 4)
     return Kept(saved + correction, passing)
@@ -266,16 +266,17 @@ def kept_bytes(
     if plan.method.peft is not None and added == 0 and layers and not again[0]:
         kept -= _first_norm_bytes(blocks[0], shape, types)
     whole = plan.method.peft is None
-    top = shape.dims.hidden * (4 + types.hidden * (2 if whole else 1))  # the last norm, and the head's input
+    top: float = shape.dims.hidden * (
+        4 + types.hidden * (2 if whole else 1)
+    )  # the last norm, and the head's input
     if blocks:
         top += _correction(corrections.get("above", {}), features(blocks[0], shape, batch))
     top += 20 if whole else 16  # token ids, and what a norm keeps per token
     rope = 2 * shape.dims.head_dim * types.hidden if shape.positions == "rope" else 0
     redone = max((layer.saved for i, layer in enumerate(layers) if again[i]), default=0.0)
+    lasting = [c for i, c in enumerate(casts) if not again[i]]
     return {
-        "activations": tokens * (kept + top)
-        + batch.num_tokens * rope
-        + sum(c for i, c in enumerate(casts) if not again[i]),
+        "activations": tokens * (kept + top) + batch.num_tokens * rope + sum(lasting),
         "recomputed layer": tokens * redone,
         "temporaries": tokens * max((layer.passing for layer in layers), default=0.0),
         "casts": sum(c for i, c in enumerate(casts) if again[i] and whole),

@@ -61,7 +61,7 @@ def _blocks(optimizer: str, shape: Shape, item_bytes: int) -> tuple[list[int], i
 
 
 def _step_bytes(plan: Plan, sizes: Sequence[int]) -> int:
-    """Temporaries of the optimizer's step. Sources: the code of torch.optim and of transformers' Adafactor."""
+    """Temporaries of the optimizer's step. Source: the code of torch.optim and transformers' Adafactor."""
     if not sizes:
         return 0
     optimizer, on_gpu = plan.train.optimizer, plan.device == "cuda"
@@ -131,7 +131,7 @@ def _trained_shapes(shape: ModelShape, plan: Plan) -> list[tuple[int, ...]]:
     spec = plan.method.peft
     if spec is None:
         found = [(max(1, m.num) * m.d_out, m.d_in) for m in shape.modules]
-        return found + [(t.num_parameters,) for t in shape.tensors]  # type: ignore[operator]
+        return found + [(t.num_parameters,) for t in shape.tensors]
     matrices: list[tuple[int, ...]] = []
     if "Lora" in spec.class_name:
         rank = int(spec.arguments.get("r") or spec.arguments.get("init_r", 0))

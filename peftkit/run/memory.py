@@ -1,4 +1,4 @@
-"""From a plan to its memory: traced where the model can be built on the meta device, and kept for next time."""
+"""From a plan to its memory: traced where the model can be built on the meta device, kept for next time."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def trace_memory(plan: Plan, shape: ModelShape, config: Mapping[str, Any], batch
             return Outcome(Memory.from_json(read_json(path)), from_cache=True)
     try:
         memory = _memory(plan, shape, config, batch)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         # foreign code on a device without numbers: whatever it raises, there is no prediction
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         return Outcome(None, f"{type(error).__name__}: {line}")

@@ -104,8 +104,8 @@ def longest_first(rows: Sequence[Tokenized], num: int) -> list[Tokenized]:
 def preflight(model: Any, plan: Plan, rows: Sequence[Tokenized], *, pad_id: int, loss: Loss) -> Preflight:
     """Run the pass on the largest micro-batch of `rows`: memory that is lacking shows here, not hours later.
 
-    `loss` works out what is trained, for a model, a batch and a task. Raises UserError for what would train on
-    nothing or change the base.
+    `loss` works out what is trained, for a model, a batch and a task. Raises UserError for what would train
+    on nothing or change the base.
     """
     saved = random_states()
     frozen = checksums(model)

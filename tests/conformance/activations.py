@@ -1,10 +1,10 @@
-"""How far the closed form of kept activations is from the ledger, per dense family: measured, fitted, written.
+"""How far the closed form of kept activations is from the ledger, per dense family: fitted and written.
 
     python -m tests.conformance.activations
 
 `peftkit.plan.activations` knows what autograd saves in the usual decoder. Where a family does otherwise
-(a mask of its own, an activation written out, a copy more), the rest is linear in the layer's sizes. Here each
-dense family is traced at several sizes and depths, the rest is fitted, and what is not nothing is written to
+(a mask of its own, an activation written out, a copy more), the rest is linear in the layer's sizes. Here
+each dense family is traced at several sizes and depths, the rest is fitted, and what is not nothing goes to
 `peftkit/archs/data/activations.json`. A test proves the file against sizes that were not fitted.
 """
 
@@ -29,7 +29,8 @@ CPU = DeviceFacts("cpu", "a CPU", 24 * 2**30, True, True)
 TARGET = Path(__file__).parents[2] / "peftkit" / "archs" / "data" / "activations.json"
 DENSE = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "cohere", "cohere2", "glm", "glm4",
-    "starcoder2", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "falcon", "bloom", "mpt",
+    "starcoder2", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox",
+    "falcon", "bloom", "mpt",
 )  # fmt: skip
 # (heads, key-value heads, head size, feed-forward, rows, tokens); the hidden size follows
 SIZES = (
@@ -70,7 +71,7 @@ def config_of(model_type: str, size: tuple[int, ...], num_layers: int) -> dict[s
         "num_key_value_heads": kv, "num_kv_heads": kv, "head_dim": dim,
         "intermediate_size": ffn, "n_inner": ffn, "ffn_hidden_size": ffn,
         "num_hidden_layers": num_layers, "n_layer": num_layers, "n_layers": num_layers,
-        "sliding_window": 2 * tokens, "max_position_embeddings": 512, "n_positions": 512,
+        "sliding_window": 2 * tokens, "max_position_embeddings": 512, "n_positions": 512, "max_seq_len": 512,
     }  # fmt: skip
     changes = {key: value for key, value in wanted.items() if key in own}
     changes.pop("layer_types", None)
@@ -147,7 +148,7 @@ def sparse(rows: Any, target: Any, totals: Any) -> tuple[dict[str, float], float
 
 
 def fit(model_type: str, method: str, precision: str) -> tuple[str, dict[str, dict[str, float]]]:
-    """(mode, {"layer": ..., "above": ...}) of bytes per token by feature; empty where nothing is left over."""
+    """(mode, {"layer": ..., "above": ...}) of bytes per token by feature; empty where nothing is left."""
     import numpy as np
 
     rows, targets, totals = [], [], []

@@ -172,11 +172,12 @@ def _check_counts(bench: Bench, model: Any) -> str:
 
 
 def _check_training(bench: Bench, model: Any) -> dict[str, str]:
+    from peftkit.train.objectives import supervised
     from peftkit.train.preflight import checksums, preflight
 
     found = {}
     try:
-        preflight(model, bench.plan, bench.rows, pad_id=0)
+        preflight(model, bench.plan, bench.rows, pad_id=0, loss=supervised.loss)
         found["every trained tensor gets a gradient"] = "ok"
     except UserError as error:
         found["every trained tensor gets a gradient"] = str(error)

@@ -38,7 +38,7 @@ def test_every_shipped_recipe_resolves_without_weights_or_network(shipped):
     base = locate(loaded.recipe.base.id, revision=None, where="base", need_weights=False)
     examples = read(loaded)
     model = model_facts(loaded, base, examples)
-    made = make_plan(loaded, Facts(GPU, model, data_facts(examples)))
+    made = make_plan(loaded, Facts(GPU, model, data_facts(examples, model.shape.task)))
     assert made.method.num_trainable > 0
     assert memory_problems(made, Facts(GPU, model, None)) == []
     assert "auto" not in [decision.value for decision in made.decisions]

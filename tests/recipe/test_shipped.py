@@ -79,6 +79,7 @@ def test_the_set_of_recipe_keys_is_frozen():
     fields = Recipe.model_fields
     assert sorted(fields) == ["base", "data", "evaluate", "method", "seed", "task", "train"]
     assert keys(fields["base"].annotation) == [
+        "attention",
         "id",
         "revision",
         "rope_scaling",

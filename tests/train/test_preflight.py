@@ -8,6 +8,7 @@ import torch
 from peftkit.errors import UserError
 from peftkit.methods import PeftSpec
 from peftkit.model.adapter import attach, trainable_tensors
+from peftkit.train.objectives import supervised
 from peftkit.train.preflight import preflight
 from tests.conformance.cells import rows_for
 from tests.plans import plan_for
@@ -26,7 +27,7 @@ def made(model_type, method, **arguments):
 
 
 def fly(plan, model):
-    return preflight(model, plan, rows_for("causal-lm"), pad_id=0)
+    return preflight(model, plan, rows_for("causal-lm"), pad_id=0, loss=supervised.loss)
 
 
 def test_a_sound_adapter_passes_and_nothing_is_left_behind():

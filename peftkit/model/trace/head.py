@@ -95,4 +95,5 @@ def fused_head(
         flat = flat.reshape(-1, flat.shape[-1])
         extra = TILE_BYTES["softcap"] if softcap else 0
         scratch = (TILE_BYTES["forward"], TILE_BYTES["backward"] + extra)
-    return FusedHead.apply(flat, weight, bias, dtype, scratch).unsqueeze(-1)
+    found: torch.Tensor = FusedHead.apply(flat, weight, bias, dtype, scratch)  # type: ignore[no-untyped-call]
+    return found.unsqueeze(-1)

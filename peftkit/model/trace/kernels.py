@@ -21,7 +21,7 @@ Target = Literal["cuda", "cpu"]
 
 _MATMULS = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.mm}
 _MATMULS |= {torch.baddbmm, torch.addmm, F.conv1d, F.conv2d, F.prelu, torch.Tensor.bmm, torch.Tensor.mm}
-_MATMULS |= {torch.Tensor.__rmatmul__}
+_MATMULS |= {torch.Tensor.__rmatmul__, torch.Tensor.baddbmm, torch.Tensor.addmm}
 # Operations that autocast runs in fp32: many on CUDA, losses and the like on CPU.
 _IN_FP32: Mapping[Target, set[Any]] = {
     "cuda": {
@@ -71,11 +71,12 @@ class Kernels(TorchFunctionMode):
     def __init__(self, target: Target, autocast: torch.dtype | None, *, head: Head | None) -> None:
         super().__init__()
         self.target, self.autocast, self.head = target, autocast, head
-        self._casts: dict[int, torch.Tensor] = {}
+        # casts by the weight's id; the weight is held too, so that the id stays its own
+        self._casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __exit__(self, *error: Any) -> None:
         self._casts.clear()  # as leaving an autocast region does
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -84,7 +85,7 @@ class Kernels(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **options)
         if getattr(func, "__name__", "") == "_grouped_mm":
-            return GroupedProduct.apply(args[0], args[1])  # the meta device takes bf16 alone
+            return GroupedProduct.apply(args[0], args[1])  # type: ignore[no-untyped-call]  # the meta device takes bf16 alone
         if func is F.linear and self.head is not None and args[1] is self.head.weight:
             return self._head(*args, **options)
         if self.target == "cuda":
@@ -113,8 +114,8 @@ class Kernels(TorchFunctionMode):
         if not (value.is_leaf and value.requires_grad):
             return value.to(self.autocast)
         if id(value) not in self._casts:
-            self._casts[id(value)] = value.to(self.autocast)
-        return self._casts[id(value)]
+            self._casts[id(value)] = value, value.to(self.autocast)
+        return self._casts[id(value)][1]
 
     def _head(
         self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
@@ -145,7 +146,7 @@ class Kernels(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> torch.Tensor:
+    ) -> Any:
         if self.autocast is not None:
             query, key, value = (t.to(self.autocast) for t in (query, key, value))
             if attn_mask is not None and attn_mask.is_floating_point():
@@ -207,7 +208,7 @@ def _plain_attention(
     dropout: float,
     is_causal: bool,
     enable_gqa: bool,
-) -> torch.Tensor:
+) -> Any:
     """What PyTorch runs where no fused kernel applies."""
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))

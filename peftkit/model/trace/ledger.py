@@ -45,7 +45,7 @@ class Snapshot:
         return sum(self.components.values())
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down what each operation allocates and when it is freed.
 
     `round_to` is the allocator's granularity in bytes: 512 for CUDA's, 1 for the CPU's.
@@ -62,7 +62,7 @@ class Ledger(TorchDispatchMode):
         scratch: Mapping[str, Callable[..., list[int]]],
         truth: Callable[[torch.Tensor], Any],
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.round_to, self.vocab, self.scratch, self.truth = round_to, vocab, scratch, truth
         self.blocks: list[Block] = []
         self.events: list[tuple[int, bool]] = []  # (block, allocated or freed), in order

@@ -157,7 +157,7 @@ def trace(plan: Plan, config: Any, batch: Batch, *, loss: Loss | None) -> Traced
     `config` is the base's configuration, `loss` the loss that is trained (None: TRL's fused one). Raises
     whatever the model's code raises on the meta device.
     """
-    target = cast(Target, "cuda" if plan.device == "cuda" else "cpu")
+    target: Target = "cuda" if plan.device == "cuda" else "cpu"
     autocast = _TYPES[plan.train.autocast]
     model = build(plan, config, recomputing=lambda: Kernels(target, autocast, head=None))
     trained = [p for p in model.parameters() if p.requires_grad]
