@@ -76,6 +76,7 @@ def quantize_shapes(model: Any, base: BasePlan) -> None:
             if module.bias is not None:
                 module.bias = torch.nn.Parameter(module.bias.to(plain.dtype), requires_grad=False)
     _quantize_experts(model, base)
+    model.tie_weights()
     model.config.update({"_is_quantized": True})  # as loading does: some state layers look at it
 
 

@@ -130,7 +130,8 @@ def _trained_shapes(shape: ModelShape, plan: Plan) -> list[tuple[int, ...]]:
     """Shapes of what is trained, as far as optimizers with factors or blocks look at them."""
     spec = plan.method.peft
     if spec is None:
-        found = [(max(1, m.num) * m.d_out, m.d_in) for m in shape.modules]
+        found: list[tuple[int, ...]] = [(max(1, m.num) * m.d_out, m.d_in) for m in shape.modules]
+        found += [(max(1, m.num) * m.d_out,) for m in shape.modules if m.bias]
         return found + [(t.num_parameters,) for t in shape.tensors]
     matrices: list[tuple[int, ...]] = []
     if "Lora" in spec.class_name:

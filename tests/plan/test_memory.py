@@ -60,7 +60,7 @@ def test_more_work_never_takes_less_memory(method, checkpointing, batch, length,
 def _traced_pair(model_type, task, method):
     from peftkit.run.memory import traced
 
-    config = json.loads(tiny_config(model_type).to_json_string())
+    config = json.loads(tiny_config(model_type, vocab_size=fitted.VOCAB).to_json_string())
     labels = CLASSES if "class" in task else ()
     train = {"max_length": 64, "micro_batch": 2, "batch_size": 4, "gradient_checkpointing": False}
     plan = plan_for(config, method, task=task, labels=labels, train=train)
@@ -80,12 +80,15 @@ def test_what_lies_there_before_a_step_is_exact_and_activations_are_bounded(mode
     light, ledger, (shape, plan, batch) = _traced_pair(model_type, task, VARIANTS[variant][0])
     step = next(p for p in light.peaks if p.phase == "optimizer step")
     counted = ledger.peaks["optimizer step"].components
+    # Zamba2's shared adapters are counted as one matrix: each has 1,092 bytes of code tables of its own
+    slack = 4096 if model_type == "zamba2" else 16
     for name in EXACT:
-        assert step.components.get(name, 0) == pytest.approx(counted.get(name, 0), rel=0.002, abs=600), name
-    kept = kept_bytes(shape, plan, batch)["activations"]
-    assert ledger.kept_bytes <= kept * (1.05 if is_fitted(shape, plan) else 2.0) + 4096 or not is_fitted(
-        shape, plan
-    )
+        assert step.components.get(name, 0) == pytest.approx(counted.get(name, 0), abs=slack), name
+    said = next(p for p in light.peaks if p.phase == "forward").components["activations"]
+    if is_fitted(shape, plan):
+        assert said == pytest.approx(ledger.kept_bytes, rel=0.05, abs=4096)
+    else:
+        print(model_type, variant, round(ledger.kept_bytes / said, 2))
 
 
 UNSEEN = [(m, v, p) for m in fitted.DENSE for v in fitted.METHODS for p in fitted.PRECISIONS]

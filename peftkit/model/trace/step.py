@@ -78,14 +78,12 @@ def _without_start(plan: Plan) -> Plan:
 
 
 def _storages(model: Any) -> Iterator[tuple[torch.Tensor, bool]]:
-    """(tensor, whether it is trained) of all that the model holds, scales of 4-bit weights included."""
+    """(tensor, whether it is trained) of all weights, scales of 4-bit ones included."""
     for parameter in model.parameters():
         yield parameter.data, parameter.requires_grad
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             yield from ((t, False) for t in _scales(state))
-    for buffer in model.buffers():
-        yield buffer, False
     for module in model.modules():
         for chain in getattr(module, "parametrizations", {}).values() if _parametrized(module) else ():
             yield from ((t, False) for t in _scales(chain[0].quant_state))
@@ -121,6 +119,8 @@ def _set_up(ledger: Ledger, model: Any, plan: Plan, static: Static) -> None:
     """What is there before the step: weights, adapter, optimizer states, gradients of earlier passes."""
     for tensor, is_trained in _storages(model):
         ledger.see(tensor, "adapter" if is_trained and plan.method.peft is not None else "base weights")
+    for buffer in model.buffers():
+        ledger.see(buffer, "buffers")
     for num_bytes in static.optimizer_blocks:
         ledger.allocate(num_bytes, "optimizer")
     for _ in range(static.num_counters):

@@ -97,7 +97,9 @@ def test_a_traced_step_is_what_the_allocator_reports(method, checkpointing, tmp_
     ):
         current += event.nbytes()
         peak = max(peak, current)
-    assert predicted == pytest.approx(peak, rel=0.005)
+    # beside the ledger checkpointing holds the CPU's random state, 5,056 bytes, for each layer
+    slack = 3 * torch.get_rng_state().nbytes if checkpointing else 0
+    assert predicted == pytest.approx(peak, rel=0.005, abs=slack)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
@@ -109,7 +111,7 @@ def test_two_depths_give_the_whole_model(model_type, method, monkeypatch):
     plan = plan_for(config, method, device=GPU, train={"max_length": 64, "micro_batch": 1})
     shape = shape_from_config(config)
     depths = memory._shallow(shape, config)
-    assert depths == ((2, 3) if model_type == "llama" else (6, 12))
+    assert depths == ((2, 3) if model_type == "llama" else (8, 13))  # as many of each kind, in proportion
     monkeypatch.setenv("PEFTKIT_CACHE", "/nonexistent")
     near_and_far = memory._memory(plan, shape, config, plan.batch)
     whole = memory.traced(plan, config, plan.batch)
