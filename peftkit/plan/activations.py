@@ -208,6 +208,14 @@ def _casts_bytes(layer: Layer, plan: Plan) -> float:
     return sum(2.0 * rank * (m.d_in + m.d_out) for m in adapted)
 
 
+def _unpacked_bytes(layer: Layer, plan: Plan) -> float:
+    """4-bit experts are unpacked whole for each pass, and the backward pass keeps them."""
+    if not plan.base.experts_4bit:
+        return 0.0
+    item = types_of(plan).hidden
+    return sum(item * m.num * m.d_in * m.d_out for m in layer.modules if m.in_experts)
+
+
 FEATURES = ("hidden", "queries", "keys", "feed-forward", "scores", "tokens", "heads", "one")
 
 
@@ -274,10 +282,11 @@ def kept_bytes(
     top += 20 if whole else 16  # token ids, and what a norm keeps per token
     rope = 2 * shape.dims.head_dim * types.hidden if shape.positions == "rope" else 0
     redone = max((layer.saved for i, layer in enumerate(layers) if again[i]), default=0.0)
-    lasting = [c for i, c in enumerate(casts) if not again[i]]
+    lasting = [c + _unpacked_bytes(blocks[i], plan) for i, c in enumerate(casts) if not again[i]]
+    unpacked = max((_unpacked_bytes(b, plan) for i, b in enumerate(blocks) if again[i]), default=0.0)
     return {
         "activations": tokens * (kept + top) + batch.num_tokens * rope + sum(lasting),
-        "recomputed layer": tokens * redone,
+        "recomputed layer": tokens * redone + unpacked,
         "temporaries": tokens * max((layer.passing for layer in layers), default=0.0),
         "casts": sum(c for i, c in enumerate(casts) if again[i] and whole),
     }

@@ -66,7 +66,7 @@ def _traced_pair(model_type, task, method):
     plan = plan_for(config, method, task=task, labels=labels, train=train)
     shape = shape_from_config({**config, "num_labels": max(2, len(labels))}, task=task)
     batch = Batch(2, 32, 6 if task == "seq2seq" else 0, 62, is_padded=False)
-    return closed_form(shape, plan, batch), traced(plan, config, batch), (shape, plan, batch)
+    return closed_form(shape, plan, batch), traced(plan, config, batch), shape, plan
 
 
 FIRST = [(family.model_types[0], next(iter(family.heads))) for family in FAMILIES]
@@ -77,7 +77,7 @@ FIRST = [(family.model_types[0], next(iter(family.heads))) for family in FAMILIE
 def test_what_lies_there_before_a_step_is_exact_and_activations_are_bounded(model_type, task, variant):
     if model_type == "falcon_mamba" and variant == "full":
         pytest.skip("its states are traced slowly; lora covers it")
-    light, ledger, (shape, plan, batch) = _traced_pair(model_type, task, VARIANTS[variant][0])
+    light, ledger, shape, plan = _traced_pair(model_type, task, VARIANTS[variant][0])
     step = next(p for p in light.peaks if p.phase == "optimizer step")
     counted = ledger.peaks["optimizer step"].components
     # Zamba2's shared adapters are counted as one matrix: each has 1,092 bytes of code tables of its own
@@ -88,7 +88,7 @@ def test_what_lies_there_before_a_step_is_exact_and_activations_are_bounded(mode
     if is_fitted(shape, plan):
         assert said == pytest.approx(ledger.kept_bytes, rel=0.05, abs=4096)
     else:
-        print(model_type, variant, round(ledger.kept_bytes / said, 2))
+        assert ledger.kept_bytes <= said
 
 
 UNSEEN = [(m, v, p) for m in fitted.DENSE for v in fitted.METHODS for p in fitted.PRECISIONS]
