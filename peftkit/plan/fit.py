@@ -104,7 +104,8 @@ def choose(plan: Plan, facts: Facts, free: Free, *, checkpoints: bool) -> tuple[
     smallest: tuple[int, Plan] | None = None
     for variant in _variants(plan, free, checkpoints=checkpoints):
         batch = longest_batch(variant, facts)
-        if batch.num_rows * batch.num_tokens > _FULL_BATCH_TOKENS and variant.train.micro_batch > 1:
+        too_large = batch.num_rows * batch.num_tokens > _FULL_BATCH_TOKENS
+        if free.micro_batch and too_large and variant.train.micro_batch > 1:
             continue
         memory = closed_form(shape, variant, batch)
         fit = judge(memory, facts.device)

@@ -1,0 +1,90 @@
+"""Work, time, disk and price of a plan. Pure: speeds come from measured runs, never from a guess."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from peftkit.archs import ModelShape
+from peftkit.plan.facts import Facts
+from peftkit.plan.memory import ITEM_BYTES
+from peftkit.plan.plan import Plan
+
+_TOKENS_PER_PARAMETER = 20  # compute-optimal pre-training (Hoffmann et al. 2022)
+_KEPT_CHECKPOINTS = 2  # the newest and the best
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run takes. Seconds are None where nothing was measured on this device yet."""
+
+    flops_per_step: float
+    tokens_per_step: float
+    tokens_per_second: float | None
+    seconds: float | None
+    price: float | None
+    checkpoint_bytes: int  # on disk, all that are kept
+    result_bytes: int
+    download_bytes: int
+    tokens_per_trainable: float | None
+    share_of_optimal: float | None  # tokens of the run against the compute-optimal number
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """Parameters that each token meets: of a mixture's experts, those that it is routed to."""
+    active = 0
+    for module in shape.modules:
+        share = shape.experts_per_token / module.num if module.in_experts and module.num else 1.0
+        active += int(module.num_parameters * min(1.0, share))
+    skipped = {"embeddings"} if not shape.tied_embeddings else set()
+    return active + sum(t.num_parameters for t in shape.tensors if t.role not in skipped)
+
+
+def flops_per_token(shape: ModelShape, plan: Plan, length: float) -> float:
+    """Floating-point operations per trained token.
+
+    2 per parameter forwards, 2 backwards for activations, 2 more where weights are trained, 2 where layers
+    are worked out again; attention adds 2 x length x width per layer (Kaplan et al. 2020, table 1).
+    """
+    passes = 4.0
+    if plan.method.peft is None:
+        passes += 2.0
+    passes += {"none": 0.0, "selective": 1.0, "full": 2.0}[plan.train.gradient_checkpointing]
+    attention = 2.0 * length * shape.dims.q * shape.num_cached_layers
+    adapter = 6.0 * (plan.method.num_trainable or 0) if plan.method.peft is not None else 0.0
+    return passes * (active_parameters(shape) + attention) + adapter
+
+
+def speed_key(plan: Plan) -> str:
+    """Which measured speed holds for a plan: the types, 4-bit or not, recomputation."""
+    kind = plan.train.autocast or plan.base.dtype
+    quantized = " 4-bit" if plan.base.quant_type else ""
+    return f"{kind}{quantized} {plan.train.gradient_checkpointing}"
+
+
+def work_of(
+    shape: ModelShape, plan: Plan, facts: Facts, speeds: Mapping[str, float], price_per_hour: float | None
+) -> Work:
+    """`speeds` maps a `speed_key` to measured operations per second on this device."""
+    lengths = facts.data.lengths if facts.data else None
+    mean = min(lengths.mean, plan.data.max_length) if lengths else plan.data.max_length
+    tokens = mean * plan.train.batch_size
+    flops = flops_per_token(shape, plan, mean) * tokens
+    speed = speeds.get(speed_key(plan))
+    steps = plan.train.num_steps
+    seconds = flops / speed * steps if speed and steps else None
+    trainable = plan.method.num_trainable or 0
+    item = ITEM_BYTES[plan.base.dtype] if plan.method.peft is None else 4
+    all_tokens = tokens * steps if steps else None
+    return Work(
+        flops_per_step=flops,
+        tokens_per_step=tokens,
+        tokens_per_second=speed / flops * tokens if speed else None,
+        seconds=seconds,
+        price=seconds / 3600 * price_per_hour if seconds and price_per_hour else None,
+        checkpoint_bytes=3 * trainable * item * _KEPT_CHECKPOINTS,
+        result_bytes=trainable * item,
+        download_bytes=2 * shape.num_parameters if plan.base.kind == "hub" else 0,
+        tokens_per_trainable=all_tokens / trainable if all_tokens and trainable else None,
+        share_of_optimal=all_tokens / (_TOKENS_PER_PARAMETER * shape.num_parameters) if all_tokens else None,
+    )
