@@ -10,10 +10,12 @@ from peftkit.plan import Plan
 from peftkit.plan.inspection import Inspection
 from peftkit.recipe import LoadedRecipe, Recipe, load
 from peftkit.report import Summary, read_summary
+from peftkit.run.account import Account
 from peftkit.run.evaluate import Evaluation
 from peftkit.rundir import RunDir
 
 __all__ = [
+    "Account",
     "Evaluation",
     "Inspection",
     "Observer",
@@ -24,6 +26,7 @@ __all__ = [
     "inspect_model",
     "load_recipe",
     "make_plan",
+    "plan_recipe",
     "resume_run",
     "summarize_run",
 ]
@@ -50,6 +53,19 @@ def make_plan(source: RecipeLike, overrides: Sequence[str] = ()) -> Plan:
     from peftkit.run import dry_run
 
     return dry_run(load_recipe(source, overrides))
+
+
+def plan_recipe(
+    source: RecipeLike, overrides: Sequence[str] = (), *, gpu: str = "this", trace: bool = False
+) -> Account:
+    """What a recipe trains and takes on a device: parameters, memory at the peak, fit, changes, time.
+
+    `gpu` is a name such as rtx4090, a size such as 24GiB, or `this`. In closed form within a second, without
+    torch; with `trace` the real code runs on shapes alone. Raises UserError for the user's to mend.
+    """
+    from peftkit.run.account import account
+
+    return account(load_recipe(source, overrides), gpu=gpu, trace=trace)
 
 
 def finetune(

@@ -57,6 +57,17 @@ COMMANDS: tuple[Command, ...] = (
         ),
     ),
     Command(
+        "plan",
+        "what is trained, what it takes, what fits, and why",
+        (
+            _RECIPE,
+            _OVERRIDES,
+            _arg("--gpu", metavar="NAME|SIZE|this", default="this", help="rtx4090, h100-80gb, 24GiB, ..."),
+            _arg("--trace", action="store_true", help="run the real code on shapes: exact, some seconds"),
+            _arg("--json", action="store_true"),
+        ),
+    ),
+    Command(
         "inspect",
         "what a model is, what it takes, and which methods can train it",
         (
@@ -99,7 +110,11 @@ COMMANDS: tuple[Command, ...] = (
 )
 
 
-FUNCTIONS = {"eval": "evaluate", "inspect": "inspect_model"}  # where Python has taken the name
+FUNCTIONS = {
+    "eval": "evaluate",
+    "inspect": "inspect_model",
+    "plan": "plan_recipe",
+}  # where Python has taken the name
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -43,6 +43,20 @@ def finetune(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def plan_recipe(arguments: argparse.Namespace) -> int:
+    """Print what a recipe takes on a device. Returns 2 where it does not fit."""
+    from peftkit import api
+    from peftkit.cli.tables import print_account
+
+    loaded = api.load_recipe(arguments.recipe, arguments.overrides)
+    found = api.plan_recipe(loaded, gpu=arguments.gpu, trace=arguments.trace)
+    if arguments.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        print_account(found)
+    return 2 if found.fit.verdict == "does not fit" else 0
+
+
 def resume(arguments: argparse.Namespace) -> int:
     """Go on with a run."""
     from peftkit import api

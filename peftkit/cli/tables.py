@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peftkit.api import Evaluation, Inspection
+from peftkit.api import Account, Evaluation, Inspection
 from peftkit.plan import Plan
 from peftkit.report import Summary
-from peftkit.units import show_count, show_percent
+from peftkit.run.account import DRIVERS
+from peftkit.units import show_bytes, show_count, show_percent, show_seconds
 
 
 def _console(width: int = 180) -> Console:
@@ -49,6 +50,81 @@ def print_plan(plan: Plan) -> None:
         console.print(
             _parameters(method.trainable_by_role, method.num_trainable, method.num_parameters + added)
         )
+
+
+def print_account(found: Account) -> None:
+    """Parameters, memory at the peak by component, fit, nearest changes, time and what was assumed."""
+    console = _console()
+    plan, memory = found.plan, found.memory
+    added = (plan.method.num_trainable or 0) if plan.method.peft else 0
+    total = found.num_parameters + added
+    console.print(_parameters(plan.method.trainable_by_role or {}, plan.method.num_trainable or 0, total))
+    console.print()
+    table = _table("memory at the peak", "", "", "because of")
+    table.columns[1].justify = "right"
+    for name, size in sorted(memory.peak.components.items(), key=lambda item: -item[1]):
+        if size >= 2**20:
+            table.add_row(name, show_bytes(size), found.basis(name), DRIVERS.get(name, ""))
+    table.add_row("allocated", show_bytes(memory.peak.allocated_bytes), f"in the {memory.peak.phase}", "")
+    reserve = memory.reserved_bytes - memory.peak.allocated_bytes
+    if reserve:
+        how = "replayed" if memory.depth == "traced" else "assumed"
+        table.add_row("reserve of the allocator", show_bytes(reserve), how, "")
+    beside = "CUDA context" if plan.device == "cuda" else "Python and its libraries"
+    table.add_row(beside, show_bytes(memory.context_bytes), "assumed", "")
+    table.add_row("needed", show_bytes(memory.needed_bytes), memory.depth, "")
+    if memory.host_bytes:
+        table.add_row("optimizer states on the host", show_bytes(memory.host_bytes), "derived", "")
+    console.print(table)
+    peaks = ", ".join(f"{peak.phase} {show_bytes(peak.allocated_bytes)}" for peak in memory.peaks)
+    console.print(f"\npeaks: {peaks}", highlight=False, soft_wrap=True)
+    console.print(f"driven by {found.driver}", highlight=False, soft_wrap=True)
+    margin = show_bytes(abs(found.fit.margin_bytes))
+    left = "missing" if found.fit.margin_bytes < 0 else "left"
+    where = f"{found.device.name} with {show_bytes(found.fit.free_bytes)} free"
+    console.print(f"{found.fit.verdict} on {where}: {margin} {left}", style="bold", highlight=False)
+    if found.changes:
+        changes = _table("what fits", "needs", "", "costs")
+        for change in found.changes:
+            row = (" ".join(change.overrides), show_bytes(change.needed_bytes), change.verdict, change.cost)
+            changes.add_row(*_plain(row))
+        console.print(changes)
+    work = _table("", "")
+    work.show_header = False
+    for name, value in _work_rows(found):
+        work.add_row(name, value)
+    console.print()
+    console.print(work)
+    for text in found.assumed:
+        console.print(f"assumed: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _work_rows(found: Account) -> list[tuple[str, str]]:
+    """Steps, pieces, speed, time, price, disk, data."""
+    plan, work = found.plan, found.work
+    train, batch = plan.train, plan.batch
+    rows = [("optimizer steps", show_count(train.num_steps) if train.num_steps else "unknown without data")]
+    rows.append(("batch", f"{train.batch_size} in passes of {train.micro_batch}"))
+    rows.append(("gradient checkpointing", train.gradient_checkpointing))
+    if batch is not None:
+        rows.append(("longest batch", f"{batch.num_rows} rows of {show_count(batch.num_tokens)} tokens"))
+    rows.append(("work per step", f"{work.flops_per_step / 1e12:.2f} teraflops"))
+    if work.tokens_per_second and work.seconds:
+        rows.append(("speed", f"{work.tokens_per_second:,.0f} tokens/s, as measured on this device"))
+        rows.append(("time", show_seconds(work.seconds)))
+    else:
+        rows.append(("time", "unknown: no run of this kind was measured on this device yet"))
+    if work.price is not None:
+        rows.append(("price", f"{work.price:.2f}"))
+    rows.append(
+        ("disk", f"{show_bytes(work.checkpoint_bytes)} of checkpoints, {show_bytes(work.result_bytes)}")
+    )
+    if work.download_bytes:
+        rows.append(("download", f"about {show_bytes(work.download_bytes)}, unless it is here already"))
+    if work.tokens_per_trainable is not None and work.share_of_optimal is not None:
+        text = f"{work.tokens_per_trainable:.2f} tokens per trained parameter"
+        rows.append(("data", f"{text}; {show_percent(work.share_of_optimal)} of the compute-optimal number"))
+    return rows
 
 
 def _parameters(by_role: Mapping[str, int], num_trainable: int, num_total: int) -> Table:

@@ -202,6 +202,8 @@ def _casts_bytes(layer: Layer, plan: Plan) -> float:
         return 0.0
     spec = plan.method.peft
     adapted = [m for m in layer.modules if is_adapted(m, plan)]
+    if spec is None and plan.base.dtype != "float32":
+        return 0.0
     if spec is None:
         return sum(2.0 * max(1, m.num) * m.d_in * m.d_out for m in adapted)
     rank = spec.arguments.get("r", 0) if "Lora" in spec.class_name else 0

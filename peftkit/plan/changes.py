@@ -26,7 +26,7 @@ class Change:
 
 
 def _steps(plan: Plan) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(overrides, cost) in the order of what they cost, each beside those before it that changed something."""
+    """(overrides, cost) in the order of what they cost."""
     train, method = plan.train, plan.method
     smaller = [size for size in micro_batches(train.batch_size) if size < train.micro_batch]
     if smaller:

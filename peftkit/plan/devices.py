@@ -65,8 +65,8 @@ def device_of(text: str, here: DeviceFacts, *, where: str = "--gpu") -> tuple[De
     wanted = text.strip().lower().replace("_", "-").replace(" ", "-")
     if wanted == "this":
         return here, ""
-    if wanted in GPUS:
-        gpu = GPUS[wanted]
+    gpu = GPUS.get(wanted) or GPUS.get(text.strip().lower().replace(" ", ""))
+    if gpu is not None:
         memory = int(gpu.memory_gib * _GIB)
         made = DeviceFacts("cuda", gpu.title, memory, gpu.has_bf16, has_bitsandbytes=True)
         return made, "bitsandbytes is assumed to be installed there"

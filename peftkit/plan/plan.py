@@ -95,6 +95,7 @@ class TrainPlan:
     checkpoint_steps: int
     patience: int | None
     min_delta: float
+    on_oom: str = "stop"
 
 
 @dataclass(frozen=True)

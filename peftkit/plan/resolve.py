@@ -342,6 +342,7 @@ def _train(d: Decisions, facts: Facts, method: Method, autocast: str | None) -> 
         checkpoint_steps=saves,
         patience=stopping.patience if stopping else None,
         min_delta=stopping.min_delta if stopping else 0.0,
+        on_oom=train.on_oom,
     )
 
 
@@ -358,6 +359,8 @@ def make_plan(loaded: LoadedRecipe, facts: Facts) -> Plan:
     evaluate = _evaluate(d, facts, method)
     chosen = method_plan(d, facts.model.shape, train.num_steps)
     d.keep("seed", recipe.seed)
+    d.keep("train.on_oom", recipe.train.on_oom)
+    d.keep("devices.price_per_hour", recipe.devices.price_per_hour)
     if d.problems:
         raise UserError(d.problems)
     plan = Plan(

@@ -129,6 +129,10 @@ class Train(Options):
     eval_steps: Auto | PositiveInt = Field("auto", description="optimizer steps between evaluations")
     checkpoint_steps: Auto | PositiveInt = Field("auto", description="optimizer steps between checkpoints")
     early_stopping: EarlyStopping | None = None
+    on_oom: Literal["stop", "adapt"] = Field(
+        "stop",
+        description="out of memory: stop and say what fits, or go on in smaller pieces",
+    )
 
 
 class Evaluation(Options):
@@ -143,6 +147,12 @@ class Evaluation(Options):
     max_new_tokens: PositiveInt = Field(32, description="length of generated answers")
 
 
+class Devices(Options):
+    """Where it is trained."""
+
+    price_per_hour: PositiveFloat | None = Field(None, description="of the device, in any currency")
+
+
 class Recipe(Options):
     """One fine-tuning run."""
 
@@ -152,6 +162,7 @@ class Recipe(Options):
     task: Literal["auto", "causal-lm", "seq2seq", "classification", "token-classification"] = "auto"
     train: Train = Train()
     evaluate: Evaluation = Evaluation()
+    devices: Devices = Devices()
     seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="before")

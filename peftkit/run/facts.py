@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from peftkit.data.lengths import at_most
 from peftkit.data.prepare import Examples, read_examples
@@ -41,6 +42,17 @@ def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
 
         model = model_facts(loaded, converted(base, loadable(base, where)), examples)
     return Facts(detect_device_light(), model, data_facts(examples, model.shape.task)), examples
+
+
+def light_config(loaded: LoadedRecipe) -> dict[str, Any]:
+    """The base's config.json, without weights or network where it is known here."""
+    recipe, where = loaded.recipe, loaded.where(("base", "id"))
+    base = locate(recipe.base.id, revision=recipe.base.revision, where=where, need_weights=False)
+    if base.config is None and base.path is not None:
+        from peftkit.model.load import loadable
+
+        base = converted(base, loadable(base, where))
+    return dict(base.config or {})
 
 
 def model_facts(loaded: LoadedRecipe, base: Base, examples: Examples | None) -> ModelFacts:

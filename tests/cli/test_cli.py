@@ -273,3 +273,23 @@ def test_eval_measures_a_run_and_loss_by_position(recipe_file, recipe, tmp_path)
         "eval", tmp_path / "run", "--context", "999999", "--data", recipe["data"]["train"]
     )
     assert "give some: --data FILE" not in done.stderr
+
+
+def test_plan_tells_what_a_recipe_takes_and_fails_where_it_does_not_fit(capsys, monkeypatch, tmp_path):
+    import json
+
+    monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path))
+    assert main(["plan", "qlora-llama8b", "--gpu", "rtx4090"]) == 0
+    shown = capsys.readouterr().out
+    assert "fits on NVIDIA GeForce RTX 4090" in shown
+    assert "41,943,040 of 8,072,204,288" in shown
+    assert main(["plan", "full-llama8b", "--gpu", "24GiB", "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["fit"]["verdict"] == "does not fit"
+    assert found["fit"]["margin_bytes"] < 0
+    assert found["changes"]
+    assert sum(found["by_role"].values()) == found["trainable"]
+    peak = next(p for p in found["memory"]["peaks"] if p["phase"] == found["memory"]["peak_phase"])
+    assert sum(peak["components"].values()) == found["memory"]["peak_bytes"]
+    assert main(["plan", "qlora-llama8b", "--gpu", "rtx4091"]) == 2
+    assert "rtx4090" in capsys.readouterr().err

@@ -77,7 +77,16 @@ def test_the_set_of_recipe_keys_is_frozen():
         return sorted(section.model_fields)
 
     fields = Recipe.model_fields
-    assert sorted(fields) == ["base", "data", "evaluate", "method", "seed", "task", "train"]
+    assert sorted(fields) == [
+        "base",
+        "data",
+        "devices",
+        "evaluate",
+        "method",
+        "seed",
+        "task",
+        "train",
+    ]
     assert keys(fields["base"].annotation) == [
         "attention",
         "id",
@@ -98,6 +107,7 @@ def test_the_set_of_recipe_keys_is_frozen():
         "max_length",
         "max_steps",
         "micro_batch",
+        "on_oom",
         "optimizer",
         "precision",
         "schedule",

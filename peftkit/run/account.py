@@ -1,0 +1,179 @@
+"""What `peftkit plan` tells before anything is loaded: parameters, memory, fit, nearest changes, time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from peftkit.plan import DeviceFacts, Facts, Memory, Plan, make_plan
+from peftkit.plan.changes import Change, nearest_changes
+from peftkit.plan.devices import device_of
+from peftkit.plan.fit import Fit, judge
+from peftkit.plan.throughput import Work, work_of
+from peftkit.recipe import LoadedRecipe
+from peftkit.run.calibration import read_calibration
+from peftkit.run.facts import light_config, light_facts
+from peftkit.run.memory import trace_memory
+from peftkit.units import show_bytes
+
+# Which line of a recipe drives a component.
+DRIVERS: Mapping[str, str] = {
+    "base weights": "base.id and method.name",
+    "adapter": "method.rank and method.targets",
+    "gradients": "method.name",
+    "optimizer": "train.optimizer",
+    "activations": "train.micro_batch, train.max_length, train.gradient_checkpointing",
+    "recomputed layer": "train.micro_batch and train.max_length",
+    "logits and loss": "train.micro_batch and train.max_length",
+    "temporaries": "train.precision and train.max_length",
+    "cache": "evaluate.max_new_tokens",
+}
+# How each component is known: counted from shapes, worked out by rules or replayed, or taken as usual.
+BASIS: Mapping[str, tuple[str, str]] = {
+    "base weights": ("derived", "measured"),
+    "adapter": ("derived", "measured"),
+    "gradients": ("derived", "measured"),
+    "optimizer": ("derived", "derived"),
+    "activations": ("derived", "measured"),
+    "recomputed layer": ("derived", "measured"),
+    "logits and loss": ("derived", "measured"),
+    "temporaries": ("derived", "measured"),
+    "buffers": ("derived", "measured"),
+    "batch": ("derived", "measured"),
+    "cache": ("derived", "derived"),
+    "workspaces": ("assumed", "assumed"),
+}
+
+
+@dataclass(frozen=True)
+class Account:
+    """A plan with its memory, its fit on a device, and what it takes otherwise."""
+
+    plan: Plan
+    device: DeviceFacts
+    fit: Fit
+    changes: tuple[Change, ...]
+    work: Work
+    assumed: tuple[str, ...]
+    num_parameters: int
+
+    @property
+    def memory(self) -> Memory:
+        assert self.plan.memory is not None
+        return self.plan.memory
+
+    @property
+    def driver(self) -> str:
+        """The recipe's line behind the largest part of the peak that can be changed."""
+        parts = {n: s for n, s in self.memory.peak.components.items() if n in DRIVERS}
+        rest = {n: s for n, s in parts.items() if n != "base weights"}
+        largest = max(rest, key=lambda name: rest[name], default="base weights")
+        if parts.get("base weights", 0) > 4 * rest.get(largest, 0):
+            largest = "base weights"
+        return f"{largest}: {DRIVERS[largest]}"
+
+    def basis(self, component: str) -> str:
+        """Whether a component is measured by the trace, derived or assumed."""
+        return BASIS.get(component, ("derived", "measured"))[self.memory.depth == "traced"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        memory = self.memory
+        return {
+            "trainable": self.plan.method.num_trainable,
+            "total": self.num_parameters,
+            "by_role": dict(self.plan.method.trainable_by_role or {}),
+            "device": asdict(self.device),
+            "fit": {**asdict(self.fit), "margin_bytes": self.fit.margin_bytes},
+            "memory": {
+                **asdict(memory),
+                "peak_bytes": memory.peak.allocated_bytes,
+                "peak_phase": memory.peak.phase,
+                "needed_bytes": memory.needed_bytes,
+                "basis": {name: self.basis(name) for name in memory.peak.components},
+            },
+            "batch": asdict(self.plan.batch) if self.plan.batch else None,
+            "driver": self.driver,
+            "changes": [asdict(change) for change in self.changes],
+            "work": asdict(self.work),
+            "assumed": list(self.assumed),
+            "decisions": [asdict(decision) for decision in self.plan.decisions],
+        }
+
+
+def _assumptions(facts: Facts, plan: Plan, said: str) -> list[str]:
+    assumed = [said] if said else []
+    lengths = facts.data.lengths if facts.data else None
+    if lengths is None:
+        text = (
+            f"no data was read: every row is taken to have {plan.data.max_length} tokens (train.max_length)"
+        )
+        assumed.append(text)
+    elif lengths.source != "counted":
+        most = plan.batch.num_tokens if plan.batch else 0
+        assumed.append(f"rows are at most {most} tokens long, from their bytes; --trace counts them")
+    if facts.device.used_bytes > 0.25 * facts.device.memory_bytes:
+        used, whole = show_bytes(facts.device.used_bytes), show_bytes(facts.device.memory_bytes)
+        assumed.append(f"{used} of the device's {whole} are in use by others")
+    return assumed
+
+
+def account(loaded: LoadedRecipe, *, gpu: str = "this", trace: bool = False) -> Account:
+    """Everything about a recipe's plan on a device, without weights.
+
+    `gpu` is a name, a size or `this`. With `trace` the real code runs on the meta device, and rows are
+    counted in tokens where the base's tokenizer is at hand. Raises UserError for what the user can mend.
+    """
+    facts, examples = light_facts(loaded)
+    device, said = device_of(gpu, facts.device)
+    facts = replace(facts, device=device)
+    plan = make_plan(loaded, facts)
+    config = light_config(loaded)
+    notes: list[str] = []
+    if trace:
+        if examples is not None:
+            facts, note = _counted(loaded, facts, plan, examples)
+            notes += [note] if note else []
+            plan = make_plan(loaded, facts)
+        assert plan.batch is not None
+        found = trace_memory(plan, facts.model.shape, config, plan.batch)
+        if found.memory is not None:
+            plan = replace(plan, memory=found.memory)
+        else:
+            notes.append(f"not traced ({found.reason}): the closed form stands")
+    assert plan.memory is not None
+    if plan.memory.bound:
+        notes.append(f"{plan.memory.bound}: --trace tells exactly")
+    fit = judge(plan.memory, facts.device)
+    changes = nearest_changes(loaded, facts, plan) if fit.verdict == "does not fit" else []
+    speeds = read_calibration().speeds.get(facts.device.name, {})
+    price = loaded.recipe.devices.price_per_hour
+    return Account(
+        plan=plan,
+        device=facts.device,
+        fit=fit,
+        changes=tuple(changes),
+        work=work_of(facts.model.shape, plan, facts, speeds, price),
+        assumed=(*_assumptions(facts, plan, said), *notes),
+        num_parameters=facts.model.shape.num_parameters,
+    )
+
+
+def _counted(loaded: LoadedRecipe, facts: Facts, plan: Plan, examples: Any) -> tuple[Facts, str]:
+    """Facts with the rows' lengths in tokens, or why they could not be counted."""
+    from peftkit.data.lengths import counted
+    from peftkit.data.prepare import prepare
+    from peftkit.errors import UserError
+    from peftkit.model.load import load_tokenizer, loadable
+    from peftkit.run.facts import find_base
+
+    try:
+        source = loadable(find_base(loaded), loaded.where(("base", "id")))
+        tokenizer = load_tokenizer(source, plan.base)
+    except UserError as error:
+        return facts, f"no tokenizer at hand ({error.problems[0].got}): lengths stay bounds"
+    task = facts.model.shape.task
+    prepared = prepare(examples, tokenizer, plan.data, task=task, labels=plan.base.labels)
+    assert facts.data is not None
+    return replace(facts, data=replace(facts.data, lengths=counted(prepared.train, task))), ""

@@ -1,0 +1,113 @@
+"""Devices by name, the verdict, the choice of what a recipe leaves open, and what would fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from peftkit.archs import KNOWN, shape_from_config
+from peftkit.errors import UserError
+from peftkit.plan import DataFacts, DeviceFacts, Facts, Lengths, ModelFacts, Row, make_plan
+from peftkit.plan.changes import nearest_changes
+from peftkit.plan.devices import GPUS, device_of, teraflops_of
+from peftkit.plan.fit import judge, longest_batch
+from peftkit.plan.throughput import active_parameters, flops_per_token, speed_key, work_of
+from peftkit.recipe import load
+
+LLAMA = shape_from_config(KNOWN["meta-llama/Llama-3.1-8B"])
+HERE = DeviceFacts("cpu", "a CPU", 24 * 2**30, True, True)
+
+
+def gpu(name):
+    return device_of(name, HERE)[0]
+
+
+def planned(device, method="qlora", lengths=None, **sections):
+    loaded = load({"base": "o/m", "method": method, "data": {"train": "x.jsonl"}, **sections})
+    data = DataFacts(1000, 10, "chat", lengths=lengths)
+    facts = Facts(device, ModelFacts("o/m", "hub", LLAMA), data)
+    return loaded, facts, make_plan(loaded, facts)
+
+
+def test_a_device_is_a_name_a_size_or_this():
+    assert gpu("rtx4090").memory_bytes == int(23.5 * 2**30)
+    assert gpu("RTX 4090") == gpu("rtx4090")
+    assert gpu("24GiB").memory_bytes == 24 * 2**30
+    assert gpu("24gb").memory_bytes == 24 * 10**9
+    assert gpu("this") is HERE
+    assert not gpu("t4").supports_bf16
+    assert "24 GiB" in device_of("24", HERE)[1]  # a bare number is ambiguous: it is said how it is read
+
+
+@pytest.mark.parametrize("name", ["rtx4091", "0", "-3GiB", "h10", "24 parsecs", ""])
+def test_an_unknown_device_is_refused_with_the_nearest_names(name):
+    with pytest.raises(UserError) as caught:
+        device_of(name, HERE)
+    assert "this" in str(caught.value)
+    if name == "rtx4091":
+        assert "rtx4090" in str(caught.value)
+
+
+def test_every_gpu_is_found_by_the_name_its_driver_gives():
+    assert all(teraflops_of(one.title) == one.teraflops for one in GPUS.values())
+    assert teraflops_of("a CPU") is None
+
+
+def test_a_smaller_device_gets_smaller_pieces_and_then_recomputation():
+    long = {"train": {"max_length": 4096, "batch_size": 16}}
+    large, small = (planned(gpu(n), **long)[2].train for n in ("h200", "16GiB"))
+    assert large.gradient_checkpointing == "none"
+    assert small.gradient_checkpointing == "full"
+    assert small.micro_batch * small.accumulation == large.micro_batch * large.accumulation == 16
+
+
+def test_what_is_chosen_fits_with_a_margin_and_says_so():
+    for name in ("rtx4090", "a100-40gb", "h100-80gb"):
+        _, facts, plan = planned(gpu(name), train={"max_length": 2048})
+        assert judge(plan.memory, facts.device).verdict == "fits"
+        why = next(d.reason for d in plan.decisions if d.key == "train.micro_batch")
+        assert "fits" in why and "GiB" in why
+
+
+def test_a_device_that_is_half_full_has_half_its_memory():
+    device = gpu("16GiB")
+    _, _, plan = planned(device)
+    full = judge(plan.memory, device)
+    half = judge(plan.memory, replace(device, used_bytes=device.memory_bytes // 2))
+    assert half.free_bytes == full.free_bytes // 2
+
+
+def test_what_does_not_fit_names_changes_that_do():
+    loaded, facts, plan = planned(gpu("rtx4090"), "full", train={"max_length": 2048})
+    assert judge(plan.memory, facts.device).verdict == "does not fit"
+    changes = nearest_changes(loaded, facts, plan)
+    assert changes
+    for change in changes:
+        again = make_plan(load(loaded.recipe, list(change.overrides)), facts)
+        assert again.memory.needed_bytes == change.needed_bytes <= facts.device.memory_bytes
+
+
+def test_the_longest_rows_are_those_of_the_data():
+    rows = tuple(Row(n, 0, n // 2) for n in (900, 300, 200, 100))
+    lengths = Lengths(rows, tuple(range(100, 1000, 80))[:11], 1500, 750, "counted")
+    given = {"train": {"max_length": 2048, "micro_batch": 2, "batch_size": 2}}
+    _, facts, plan = planned(gpu("h100-80gb"), lengths=lengths, **given)
+    batch = longest_batch(plan, facts)
+    assert (batch.num_rows, batch.num_tokens, batch.num_learnt, batch.is_padded) == (2, 900, 600, True)
+
+
+def test_work_follows_from_parameters_and_the_measured_speed():
+    _, facts, plan = planned(gpu("h100-80gb"), train={"max_length": 2048, "max_steps": 100})
+    per_token = flops_per_token(LLAMA, plan, 2048)
+    assert 4 * LLAMA.num_parameters < 1.2 * per_token < 8 * LLAMA.num_parameters
+    unknown = work_of(LLAMA, plan, facts, {}, 2.0)
+    assert unknown.seconds is None and unknown.price is None
+    known = work_of(LLAMA, plan, facts, {speed_key(plan): unknown.flops_per_step}, 3600.0)
+    assert known.seconds == pytest.approx(100)
+    assert known.price == pytest.approx(100)
+
+
+def test_a_token_meets_the_experts_that_it_is_routed_to():
+    shape = shape_from_config(KNOWN["mistralai/Mixtral-8x7B-v0.1"])
+    assert active_parameters(shape) / 1e9 == pytest.approx(12.75, abs=0.2)  # 12.9 B with the embeddings
