@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -33,47 +33,69 @@ def quiet_loggers() -> None:
     warnings.filterwarnings("ignore")
 
 
+def _data(event: dict[str, Any]) -> str:
+    dropped = f", {event['num_dropped']} rows too long were dropped" if event["num_dropped"] else ""
+    cut = f", {event['num_cut']} rows were cut" if event["num_cut"] else ""
+    default = "; the base has no chat template, the default one is used" if event["default_template"] else ""
+    rows = f"{show_count(event['num_train'])} rows to train on, {show_count(event['num_eval'])} held out"
+    learnt = show_percent(event["num_learnt"] / max(1, event["num_tokens"]))
+    tokens = f"{show_count(event['num_tokens'])} tokens, {show_count(event['num_learnt'])} learnt ({learnt})"
+    return f"data: {rows}, {tokens}{dropped}{cut}{default}"
+
+
+def _parameters(event: dict[str, Any]) -> str:
+    roles = ", ".join(f"{role} {show_count(n)}" for role, n in event["by_role"].items())
+    line = (
+        f"trainable: {show_count(event['num_trainable'])} of {show_count(event['num_total'])} "
+        f"({show_percent(event['num_trainable'] / event['num_total'])}): {roles}"
+    )
+    planned = event["num_planned"]
+    odd = planned is not None and planned != event["num_trainable"]
+    return f"{line}; the plan said {show_count(planned)}" if odd else line
+
+
+def _preflight(event: dict[str, Any]) -> str:
+    reached = f"all {show_count(event['num_tensors'])} trained tensors are reached"
+    return f"preflight: {reached}, {show_count(event['num_frozen'])} frozen ones unchanged"
+
+
+def _out_of_memory(event: dict[str, Any]) -> str:
+    size = event["next_micro_batch"]
+    smaller = f"; going on from step {event['step']} in pieces of {size}" if size else ""
+    return f"out of memory {event['text']}{smaller}"
+
+
+def _compared(event: dict[str, Any]) -> str:
+    said, was = show_bytes(event["predicted_bytes"]), show_bytes(event["measured_bytes"])
+    error = event["error_percent"]
+    return f"memory of training: {said} predicted, {was} measured" + (f" ({error:+.1f} %)" if error else "")
+
+
+_SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "phase": lambda event: f"{_PHASES.get(event['name'], event['name'])}: {event['detail']}",
+    "data": _data,
+    "parameters": _parameters,
+    "preflight": _preflight,
+    "metric": lambda event: (
+        f"{event['name']} {event['when']}: {event['value']:.2f} on {event['num_examples']} held out"
+    ),
+    "eval": lambda event: (
+        f"step {event['step']}: evaluation loss {event['loss']:.4f}"
+        + (", the best so far" if event["best"] else "")
+    ),
+    "oom": _out_of_memory,
+    "memory": _compared,
+    "resume": "going on from step {step}".format_map,
+    "early_stop": "step {step}: stopped early, no gain in {patience} evaluations".format_map,
+    "interrupted": "step {step}: stopped by a signal".format_map,
+    "warning": "warning: {text}".format_map,
+}
+
+
 def _sentence(event: dict[str, Any]) -> str | None:
     """An event in words, or None where it has no line of its own."""
-    kind = event["event"]
-    if kind == "phase":
-        return f"{_PHASES.get(event['name'], event['name'])}: {event['detail']}"
-    if kind == "data":
-        dropped = f", {event['num_dropped']} rows too long were dropped" if event["num_dropped"] else ""
-        cut = f", {event['num_cut']} rows were cut" if event["num_cut"] else ""
-        default = (
-            "; the base has no chat template, the default one is used" if event["default_template"] else ""
-        )
-        rows = f"{show_count(event['num_train'])} rows to train on, {show_count(event['num_eval'])} held out"
-        learnt = show_percent(event["num_learnt"] / max(1, event["num_tokens"]))
-        tokens = (
-            f"{show_count(event['num_tokens'])} tokens, {show_count(event['num_learnt'])} learnt ({learnt})"
-        )
-        return f"data: {rows}, {tokens}{dropped}{cut}{default}"
-    if kind == "parameters":
-        roles = ", ".join(f"{role} {show_count(n)}" for role, n in event["by_role"].items())
-        line = (
-            f"trainable: {show_count(event['num_trainable'])} of {show_count(event['num_total'])} "
-            f"({show_percent(event['num_trainable'] / event['num_total'])}): {roles}"
-        )
-        planned = event["num_planned"]
-        odd = planned is not None and planned != event["num_trainable"]
-        return f"{line}; the plan said {show_count(planned)}" if odd else line
-    if kind == "preflight":
-        reached = f"all {show_count(event['num_tensors'])} trained tensors are reached"
-        return f"preflight: {reached}, {show_count(event['num_frozen'])} frozen ones unchanged"
-    if kind == "metric":
-        return f"{event['name']} {event['when']}: {event['value']:.2f} on {event['num_examples']} held out"
-    if kind == "eval":
-        best = ", the best so far" if event["best"] else ""
-        return f"step {event['step']}: evaluation loss {event['loss']:.4f}{best}"
-    texts = {
-        "resume": "going on from step {step}",
-        "early_stop": "step {step}: stopped early, no gain in {patience} evaluations",
-        "interrupted": "step {step}: stopped by a signal",
-        "warning": "warning: {text}",
-    }
-    return texts[kind].format(**event) if kind in texts else None
+    says = _SENTENCES.get(event["event"])
+    return says(event) if says else None
 
 
 def _memory(event: dict[str, Any]) -> str:

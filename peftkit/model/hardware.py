@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -9,12 +10,15 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from peftkit.plan import DeviceFacts
+from peftkit.plan.memory import CONTEXT_BYTES
 
 _FAST_BF16_CAPABILITY = 8.0  # Ampere and later compute bf16 in their tensor cores
 
@@ -31,6 +35,7 @@ def _cpu() -> DeviceFacts:
         kind="cpu",
         name=fields.get("model name", "CPU"),
         memory_bytes=psutil.virtual_memory().total,
+        used_bytes=psutil.virtual_memory().total - psutil.virtual_memory().available,
         supports_bf16=fast,
         has_bitsandbytes=_has_bitsandbytes(),
     )
@@ -42,16 +47,24 @@ def _nvidia() -> DeviceFacts | None:
     if tool is None or visible in {"", "-1"}:
         return None
     chosen = ["-i", visible.split(",")[0]] if visible else []
-    query = [tool, *chosen, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    query = [
+        tool,
+        *chosen,
+        "--query-gpu=name,memory.total,memory.used,compute_cap",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        name, mebibytes, capability = (part.strip() for part in answer.stdout.splitlines()[0].split(","))
+        name, mebibytes, used, capability = (
+            part.strip() for part in answer.stdout.splitlines()[0].split(",")
+        )
         return DeviceFacts(
             kind="cuda",
             name=name,
             memory_bytes=int(mebibytes) * 2**20,
             supports_bf16=float(capability) >= _FAST_BF16_CAPABILITY,
             has_bitsandbytes=_has_bitsandbytes(),
+            used_bytes=int(used) * 2**20,
         )
     except (subprocess.SubprocessError, OSError, ValueError, IndexError):
         return None  # torch has the last word, and a difference is told
@@ -70,12 +83,14 @@ def detect_device() -> DeviceFacts:
 
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
+        free, total = torch.cuda.mem_get_info(0)
         return DeviceFacts(
             kind="cuda",
             name=properties.name,
             memory_bytes=properties.total_memory,
             supports_bf16=properties.major >= _FAST_BF16_CAPABILITY,
             has_bitsandbytes=_has_bitsandbytes(),
+            used_bytes=max(0, total - free - CONTEXT_BYTES["cuda"]),  # the context is ours
         )
     if torch.backends.mps.is_available():
         return replace(_cpu(), kind="mps", name="Apple GPU", supports_bf16=False)
@@ -83,18 +98,54 @@ def detect_device() -> DeviceFacts:
 
 
 def reset_peak() -> None:
-    """Start a new measurement of the GPU's peak."""
+    """Start a new measurement of the peak: the GPU's, or on Linux this process's."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):  # the kernel's own switch: 5 resets the peak of resident memory
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the host has no memory left."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    told = ("can't allocate memory", "std::bad_alloc", "not enough memory")  # torch on a CPU has no class
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
+
+
+def release() -> None:
+    """Give back what nothing holds any more."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # glibc keeps freed pages until asked; musl has no such call
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def tensor_bytes(model: Any) -> int:
+    """Bytes of all parameters and buffers, each storage once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
 
 
 def memory_used() -> dict[str, int]:
     """Bytes in use now and at the peak.
 
     On a GPU: allocated and reserved by torch's allocator. On a CPU: resident size of this process; the peak
-    is that of the whole process since its start, as the operating system keeps it.
+    is the operating system's, since the process's start or the last `reset_peak`.
     """
     import torch
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from peftkit.errors import UserError
@@ -13,6 +13,8 @@ from peftkit.plan.resolve import make_plan
 from peftkit.recipe import LoadedRecipe, load
 
 _ENOUGH = 4  # changes that are shown
+_SHORT = 256  # tokens: rows are not cut shorter than this to fit
+_SMALL_RANK = 4
 
 
 @dataclass(frozen=True)
@@ -25,49 +27,62 @@ class Change:
     verdict: str
 
 
-def _steps(plan: Plan) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(overrides, cost) in the order of what they cost."""
+Steps = Iterator[tuple[list[str], str]]
+
+
+def _steps(plan: Plan) -> Steps:
+    """(values of one key, the nearest first; cost) in the order of what they cost."""
     train, method = plan.train, plan.method
     smaller = [size for size in micro_batches(train.batch_size) if size < train.micro_batch]
     if smaller:
-        yield (f"train.micro_batch={smaller[-1]}",), "the same batch in smaller pieces: a little slower"
+        cost = "the same batch in smaller pieces: a little slower"
+        yield [f"train.micro_batch={size}" for size in smaller], cost
     if plan.base.attention == "eager":
-        yield ("base.attention=auto",), "the same numbers, faster"
+        yield ["base.attention=auto"], "the same numbers, faster"
     if train.gradient_checkpointing != "full" and method.name != "prefix":
-        yield ("train.gradient_checkpointing=true",), "activations are worked out again: a third slower"
+        yield ["train.gradient_checkpointing=true"], "activations are worked out again: a third slower"
     if plan.device == "cuda" and "8bit" not in train.optimizer and method.lr_ratio is None:
-        yield ("train.optimizer=paged_adamw_8bit",), "optimizer states in 8 bits, paged to the host"
+        yield ["train.optimizer=paged_adamw_8bit"], "optimizer states in 8 bits, paged to the host"
     if method.peft is None:
-        yield ("method.name=lora",), "an adapter instead of the whole model: less capacity"
+        yield ["method.name=lora"], "an adapter instead of the whole model: less capacity"
     if plan.base.quant_type is None and method.name in {"lora", "full"}:
-        yield ("method.name=qlora",), "the base in 4 bits: a little less exact, slower"
-    if plan.data.max_length > 512:
-        yield (f"train.max_length={plan.data.max_length // 2}",), "longer rows are dropped or cut"
+        yield ["method.name=qlora"], "the base in 4 bits: a little less exact, slower"
+    lengths = [plan.data.max_length // part for part in (2, 4, 8) if plan.data.max_length // part >= _SHORT]
+    if lengths:
+        yield [f"train.max_length={length}" for length in lengths], "longer rows are dropped or cut"
     rank = method.peft.arguments.get("r", 0) if method.peft is not None else 0
-    if rank > 8:
-        yield (f"method.rank={rank // 2}",), "a smaller adapter: less capacity"
+    if rank > _SMALL_RANK:
+        ranks = [rank // part for part in (2, 4) if rank // part >= _SMALL_RANK]
+        yield [f"method.rank={one}" for one in ranks], "a smaller adapter: less capacity"
 
 
 def nearest_changes(loaded: LoadedRecipe, facts: Facts, plan: Plan) -> list[Change]:
-    """The first few changes that fit alone, then what all of them together would need.
+    """The first few changes that fit alone; before there is one, what fits together with those before it.
 
     Pure: each is a plan of the recipe with overrides, which are what a user would type.
     """
     found: list[Change] = []
-    together: list[str] = []
-    for overrides, cost in _steps(plan):
-        alone = _planned(loaded, facts, overrides, cost)
-        if alone is not None and alone.verdict != "does not fit":
+    together: dict[str, str] = {}
+    for values, cost in _steps(plan):
+        alone = _first_that_fits(loaded, facts, [(value,) for value in values], cost)
+        together[values[0].split("=")[0]] = values[-1]
+        if alone is None and not found and len(together) > 1:
+            alone = _first_that_fits(loaded, facts, [tuple(together.values())], "all of these")
+        if alone is not None:
             found.append(alone)
-        together = [text for text in together if text.split("=")[0] != overrides[0].split("=")[0]]
-        together += overrides
-        if len(together) > 1 and not found:
-            both = _planned(loaded, facts, tuple(together), "all of these")
-            if both is not None and both.verdict != "does not fit":
-                found.append(both)
         if len(found) == _ENOUGH:
             break
     return found
+
+
+def _first_that_fits(
+    loaded: LoadedRecipe, facts: Facts, choices: Sequence[tuple[str, ...]], cost: str
+) -> Change | None:
+    for overrides in choices:
+        change = _planned(loaded, facts, overrides, cost)
+        if change is not None and change.verdict != "does not fit":
+            return change
+    return None
 
 
 def _planned(loaded: LoadedRecipe, facts: Facts, overrides: tuple[str, ...], cost: str) -> Change | None:

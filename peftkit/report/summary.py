@@ -40,6 +40,7 @@ class Summary:
     total_seconds: float
     tokens_per_second: float | None
     result: Path | None
+    memory: Mapping[str, Any]  # predicted and measured bytes of training, error in percent
 
     @property
     def next_commands(self) -> tuple[str, ...]:
@@ -81,6 +82,14 @@ class Summary:
             "peak_resident_bytes": "peak resident memory",
         }
         rows += [(names[key], show_bytes(value)) for key, value in self.peak_bytes.items() if key in names]
+        if self.memory.get("error_percent") is not None:
+            said, was = (show_bytes(self.memory[f"{key}_bytes"]) for key in ("predicted", "measured"))
+            rows.append(
+                (
+                    "memory of training",
+                    f"{said} predicted, {was} measured ({self.memory['error_percent']:+.1f} %)",
+                )
+            )
         rows.append(
             ("time", f"{show_seconds(self.total_seconds)} (training {show_seconds(self.train_seconds)})")
         )
@@ -162,4 +171,5 @@ def read_summary(run: RunDir) -> Summary:
         total_seconds=events[-1]["at_seconds"] if events else 0.0,
         tokens_per_second=rates[len(rates) // 2] if rates else None,
         result=run.path / done["result"] if done else None,
+        memory=_last(events, "memory") or {},
     )

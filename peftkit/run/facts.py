@@ -14,14 +14,14 @@ from peftkit.model.gguf import header_config
 from peftkit.model.hardware import detect_device_light
 from peftkit.model.locate import Base, locate
 from peftkit.model.shapes import shape_of_base
-from peftkit.plan import DataFacts, Facts, ModelFacts, Plan
+from peftkit.plan import DataFacts, Facts, Memory, ModelFacts, Plan
+from peftkit.plan.changes import nearest_changes
+from peftkit.plan.fit import judge
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.paths import is_data_path
 from peftkit.units import show_bytes
 
-_WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-_STATE_BYTES = {"adamw_bnb_8bit": 2.0, "paged_adamw_8bit": 0.0, "adafactor": 0.1, "sgd": 0.0}
-_NF4_BYTES = 0.53  # 4.127 bits and the layers that stay unquantized, roughly
+_SLACK = 1.05  # the closed form's error
 
 
 def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
@@ -104,33 +104,41 @@ def data_facts(examples: Examples | None, task: str) -> DataFacts | None:
     return DataFacts(len(examples.train), len(examples.eval), examples.format, examples.labels, lengths)
 
 
-def memory_problems(plan: Plan, facts: Facts) -> list[Problem]:
-    """What shows already that the run cannot start: weights that alone exceed the device's memory."""
-    num = plan.method.num_parameters
-    per_weight = _NF4_BYTES if plan.base.quant_type else _WEIGHT_BYTES[plan.base.dtype]
-    needed = num * per_weight
-    if plan.method.peft is None:  # gradients and the optimizer's states, for every weight
-        needed += num * (per_weight + _STATE_BYTES.get(plan.train.optimizer, 2 * per_weight))
-    if needed <= facts.device.memory_bytes:
+def memory_problems(
+    loaded: LoadedRecipe, plan: Plan, facts: Facts, *, slack: float = _SLACK
+) -> list[Problem]:
+    """What shows already that the run cannot start: it needs more than the device has free.
+
+    Where activations are only a bound, what lies there before a step has to exceed it.
+    """
+    memory = plan.memory
+    assert memory is not None
+    fit = judge(memory, facts.device)
+    needed = fit.needed_bytes
+    if memory.bound:
+        needed = next(p.allocated_bytes for p in memory.peaks if p.phase == "optimizer step")
+    if needed <= fit.free_bytes * slack:
         return []
-    fix = (
-        "use method qlora, a smaller base, or a larger device"
-        if not plan.base.quant_type
-        else "use a smaller base or a larger device"
-    )
+    changes = nearest_changes(loaded, facts, plan)
+    told = [f"{' '.join(change.overrides)} ({show_bytes(change.needed_bytes)})" for change in changes]
     return [
         Problem(
             "device",
-            f"{facts.device.name} with {show_bytes(facts.device.memory_bytes)}",
-            f"at least {show_bytes(needed)} for weights and their optimizer state",
-            fix,
+            f"{facts.device.name} with {show_bytes(fit.free_bytes)} free",
+            f"{show_bytes(needed)} for {largest_part(memory)} and the rest",
+            f"what fits: {'; '.join(told)}" if told else "use a smaller base or a larger device",
         )
     ]
 
 
+def largest_part(memory: Memory) -> str:
+    """The largest component at the peak."""
+    return max(memory.peak.components, key=lambda name: memory.peak.components[name])
+
+
 def refuse_where_it_cannot_run(loaded: LoadedRecipe, plan: Plan, facts: Facts) -> Base:
     """The base, ready to load. Raises UserError with all that stands in the way, within a second or two."""
-    problems = memory_problems(plan, facts)
+    problems = memory_problems(loaded, plan, facts)
     base = None
     try:
         base = find_base(loaded)

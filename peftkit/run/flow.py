@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,10 +13,12 @@ from peftkit import interrupt
 from peftkit.data.lengths import counted
 from peftkit.data.prepare import Examples, Prepared, prepare
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
-from peftkit.plan import DataFacts, DeviceFacts, Facts, Plan, make_plan
+from peftkit.plan import DataFacts, Facts, Plan, make_plan
 from peftkit.recipe import LoadedRecipe, load
 from peftkit.recipe.document import dump_text
 from peftkit.report import Summary, read_plan, read_summary
+from peftkit.run import oom
+from peftkit.run.compare import calibrate, compare_memory
 from peftkit.run.environment import environment, fingerprints
 from peftkit.run.facts import (
     converted,
@@ -27,6 +29,7 @@ from peftkit.run.facts import (
     refuse_where_it_cannot_run,
 )
 from peftkit.run.measure import measure
+from peftkit.run.memory import settle, trace_memory
 from peftkit.rundir import RunDir, publish_folder, read_json, write_json, write_text
 
 Observer = Callable[[dict[str, Any]], None]
@@ -53,8 +56,10 @@ class _Stage:
     """What the steps below hand to each other."""
 
     run: RunDir
+    loaded: LoadedRecipe
+    facts: Facts
+    config: Mapping[str, Any]
     plan: Plan
-    device: DeviceFacts
     tokenizer: Any
     source: str
     prepared: Prepared
@@ -120,9 +125,16 @@ def _open(
     prepared = prepare(examples, tokenizer, plan.data, task=facts.model.shape.task, labels=plan.base.labels)
     lengths = counted(prepared.train, facts.model.shape.task)
     rows = DataFacts(len(prepared.train), len(prepared.eval), plan.data.format, plan.base.labels, lengths)
-    plan = make_plan(loaded, replace(facts, data=rows))
+    facts, config = replace(facts, data=rows), converted(base, source).config or {}
+    plan = make_plan(loaded, facts)
+    if (run.path / "plan.json").exists():
+        plan = read_plan(run)  # a run that goes on is planned already
+    else:
+        plan, note = settle(loaded, facts, plan, config)
+        if note:
+            observer({"event": "warning", "text": note})
     chats = bool(examples.train[0].messages)
-    return _Stage(run, plan, facts.device, tokenizer, source, prepared, chats, observer, started)
+    return _Stage(run, loaded, facts, config, plan, tokenizer, source, prepared, chats, observer, started)
 
 
 def _write_inputs(loaded: LoadedRecipe, stage: _Stage) -> None:
@@ -130,21 +142,69 @@ def _write_inputs(loaded: LoadedRecipe, stage: _Stage) -> None:
     resolved = dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
     write_text(stage.run.path / "recipe.yaml", loaded.text or resolved)
     write_text(stage.run.path / "resolved.yaml", resolved)
-    write_json(stage.run.path / "environment.json", environment(stage.device, stage.fingerprints()))
+    write_json(stage.run.path / "environment.json", environment(stage.facts.device, stage.fingerprints()))
     write_json(stage.run.path / "plan.json", stage.plan.to_json())
 
 
 def _train_and_publish(stage: _Stage, *, checkpoint: Path | None) -> Summary:
     """Everything from loading to publishing; a stop on the way says how to go on."""
-    try:
-        _go(stage, checkpoint=checkpoint)
-    except Interrupted as error:
-        steps = stage.run.checkpoint_steps()
-        stage.emit("interrupted", step=steps[-1] if steps else 0)
-        kept = f"with a checkpoint of step {steps[-1]}" if steps else "before the first checkpoint"
-        text = f"stopped {kept}. Go on with: peftkit resume {stage.run.path}"
-        raise Interrupted(text, exit_code=error.exit_code) from None
-    return read_summary(stage.run)
+    while True:
+        shortage = None
+        try:
+            _go(stage, checkpoint=checkpoint)
+            return read_summary(stage.run)
+        except Interrupted as error:
+            steps = stage.run.checkpoint_steps()
+            stage.emit("interrupted", step=steps[-1] if steps else 0)
+            kept = f"with a checkpoint of step {steps[-1]}" if steps else "before the first checkpoint"
+            text = f"stopped {kept}. Go on with: peftkit resume {stage.run.path}"
+            raise Interrupted(text, exit_code=error.exit_code) from None
+        except Exception as error:
+            shortage = _shortage(stage, error)
+            if shortage is None:
+                raise
+        # outside the handler: the traceback held the tensors that were in the way
+        checkpoint, _ = stage.run.newest_checkpoint()
+        stage = _in_smaller_pieces(stage, shortage, checkpoint)
+
+
+def _shortage(stage: _Stage, error: Exception) -> oom.Shortage | None:
+    """What ran out where, for an out-of-memory error; None for any other."""
+    from peftkit.model.hardware import is_out_of_memory, memory_used
+
+    if not is_out_of_memory(error):
+        return None
+    used = memory_used()
+    steps = [event["step"] for event in stage.run.events() if event["event"] == "step"]
+    occupied = used.get("peak_allocated_bytes", used.get("resident_bytes", 0))
+    return oom.shortage_of(error, step=steps[-1] if steps else None, occupied_bytes=occupied)
+
+
+def _in_smaller_pieces(stage: _Stage, shortage: oom.Shortage, checkpoint: Path | None) -> _Stage:
+    """The stage with a smaller micro-batch, where the recipe allows it. Raises UserError where it stops."""
+    from peftkit.model.hardware import release
+
+    release()
+    plan = oom.smaller(stage.plan, stage.facts, shortage) if stage.plan.train.on_oom == "adapt" else None
+    step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+    stage.emit(
+        "oom",
+        phase=shortage.phase,
+        text=oom.exceeded(stage.plan, shortage),
+        micro_batch=stage.plan.train.micro_batch,
+        next_micro_batch=plan.train.micro_batch if plan else None,
+        next_accumulation=plan.train.accumulation if plan else None,
+        step=step,
+    )
+    if plan is None:
+        kept = f"; the checkpoint of step {step} is whole" if step else ""
+        where = f"{stage.run.path}{kept}"
+        raise UserError(oom.problem(stage.loaded, stage.facts, stage.plan, shortage, where))
+    assert plan.batch is not None
+    found = trace_memory(plan, stage.facts.model.shape, stage.config, plan.batch)
+    plan = replace(plan, memory=found.memory or plan.memory)
+    write_json(stage.run.path / "plan.json", plan.to_json())
+    return replace(stage, plan=plan)
 
 
 def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
@@ -152,7 +212,7 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
     from transformers import set_seed
 
     from peftkit.model import adapter
-    from peftkit.model.hardware import memory_used, reset_peak
+    from peftkit.model.hardware import memory_used, release, reset_peak, tensor_bytes
     from peftkit.model.load import load_model
     from peftkit.train import assemble
 
@@ -165,7 +225,6 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
     model = adapter.attach(model, plan, stage.tokenizer, eva_batches=_batches(stage))
     adapter.save_start(model, plan, run.path / "adapter_start")
     _tell_parameters(stage, model)
-    reset_peak()
     training = assemble(
         model,
         plan,
@@ -177,13 +236,19 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
         checkpoint=checkpoint,
     )
     passed = training.preflight()
-    stage.emit("preflight", **asdict(passed))
+    release()
+    reset_peak()
+    before = memory_used().get("resident_bytes", 0) - tensor_bytes(model)
+    stage.emit("preflight", **asdict(passed), memory=memory_used())
     if checkpoint is None:
         _measure(stage, model, "before")
         training.measure_start()
     else:
         stage.emit("resume", step=int(checkpoint.name.removeprefix("step-")))
     step = training.run()
+    compared = compare_memory(plan, memory_used(), before)
+    if compared is not None:
+        stage.emit("memory", **compared)
     if step < (plan.train.num_steps or 0):
         interrupt.stop_if_requested()
     published_step = training.take_best(step)
@@ -193,6 +258,8 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
     target = run.adapter if plan.method.peft else run.model
     with publish_folder(target, step=published_step, base=plan.base.id) as folder:
         adapter.save_result(model, plan, stage.tokenizer, folder, start=run.path / "adapter_start")
+    mean = prepared.num_tokens / max(1, len(prepared.train))
+    calibrate(run, plan, stage.facts.model.shape, device=stage.facts.device.name, mean_tokens=mean)
     stage.emit("done", step=step, published_step=published_step, result=target.name, memory=memory_used())
 
 

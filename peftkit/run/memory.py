@@ -10,10 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from peftkit.archs import ModelShape, shape_from_config
+from peftkit.errors import UserError
 from peftkit.model.locate import cache_folder
-from peftkit.plan import Batch, Memory, Peak, Plan
+from peftkit.plan import Batch, Facts, Memory, Peak, Plan
+from peftkit.plan.fit import judge, longest_batch, micro_batches, with_micro_batch
 from peftkit.plan.memory import CONTEXT_BYTES, generation_bytes, weight_bytes
+from peftkit.recipe import LoadedRecipe
 from peftkit.run.environment import versions
+from peftkit.run.facts import memory_problems
 from peftkit.rundir import read_json, write_json
 
 if TYPE_CHECKING:
@@ -69,6 +73,27 @@ def trace_memory(plan: Plan, shape: ModelShape, config: Mapping[str, Any], batch
     write_json(path, asdict(memory))
     _forget_old(path.parent.glob("*.json"))
     return Outcome(memory)
+
+
+def settle(loaded: LoadedRecipe, facts: Facts, plan: Plan, config: Mapping[str, Any]) -> tuple[Plan, str]:
+    """(the plan with its traced memory, what is to be told).
+
+    Where the recipe leaves the micro-batch open and the trace finds that it does not fit after all, the next
+    smaller piece is traced. Raises UserError where nothing fits.
+    """
+    while True:
+        assert plan.batch is not None
+        found = trace_memory(plan, facts.model.shape, config, plan.batch)
+        if found.memory is None:
+            return plan, f"no exact prediction of memory, because the trace stopped ({found.reason})"
+        plan = replace(plan, memory=found.memory)
+        if judge(found.memory, facts.device).verdict != "does not fit":
+            return plan, ""
+        smaller = [size for size in micro_batches(plan.train.batch_size) if size < plan.train.micro_batch]
+        if loaded.recipe.train.micro_batch != "auto" or not smaller:
+            raise UserError(memory_problems(loaded, plan, facts, slack=1.0))
+        plan = with_micro_batch(plan, smaller[0])
+        plan = replace(plan, batch=longest_batch(plan, facts))
 
 
 def _forget_old(paths: Any) -> None:

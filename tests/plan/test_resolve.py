@@ -40,7 +40,7 @@ def test_every_shipped_recipe_resolves_without_weights_or_network(shipped):
     model = model_facts(loaded, base, examples)
     made = make_plan(loaded, Facts(GPU, model, data_facts(examples, model.shape.task)))
     assert made.method.num_trainable > 0
-    assert memory_problems(made, Facts(GPU, model, None)) == []
+    assert memory_problems(loaded, made, Facts(GPU, model, data_facts(examples, model.shape.task))) == []
     assert "auto" not in [decision.value for decision in made.decisions]
     assert shipped.title
 
