@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         inspect_model,
         load_recipe,
         make_plan,
+        plan_recipe,
         resume_run,
         summarize_run,
     )
@@ -36,6 +37,7 @@ _API = (
     "inspect_model",
     "load_recipe",
     "make_plan",
+    "plan_recipe",
     "resume_run",
     "summarize_run",
 )
@@ -51,6 +53,7 @@ __all__ = [
     "inspect_model",
     "load_recipe",
     "make_plan",
+    "plan_recipe",
     "resume_run",
     "summarize_run",
 ]

@@ -56,16 +56,22 @@ def make_plan(source: RecipeLike, overrides: Sequence[str] = ()) -> Plan:
 
 
 def plan_recipe(
-    source: RecipeLike, overrides: Sequence[str] = (), *, gpu: str = "this", trace: bool = False
+    source: RecipeLike,
+    overrides: Sequence[str] = (),
+    *,
+    gpu: str = "this",
+    trace: bool = False,
+    measure: bool = False,
 ) -> Account:
     """What a recipe trains and takes on a device: parameters, memory at the peak, fit, changes, time.
 
     `gpu` is a name such as rtx4090, a size such as 24GiB, or `this`. In closed form within a second, without
-    torch; with `trace` the real code runs on shapes alone. Raises UserError for the user's to mend.
+    torch; with `trace` the real code runs on shapes alone; with `measure` three steps are also made on this
+    device, with random weights. Raises UserError for the user's to mend.
     """
     from peftkit.run.account import account
 
-    return account(load_recipe(source, overrides), gpu=gpu, trace=trace)
+    return account(load_recipe(source, overrides), gpu=gpu, trace=trace, measure=measure)
 
 
 def finetune(

@@ -64,6 +64,7 @@ COMMANDS: tuple[Command, ...] = (
             _OVERRIDES,
             _arg("--gpu", metavar="NAME|SIZE|this", default="this", help="rtx4090, h100-80gb, 24GiB, ..."),
             _arg("--trace", action="store_true", help="run the real code on shapes: exact, some seconds"),
+            _arg("--measure", action="store_true", help="three real steps here, on random weights"),
             _arg("--json", action="store_true"),
         ),
     ),

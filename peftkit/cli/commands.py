@@ -49,7 +49,11 @@ def plan_recipe(arguments: argparse.Namespace) -> int:
     from peftkit.cli.tables import print_account
 
     loaded = api.load_recipe(arguments.recipe, arguments.overrides)
-    found = api.plan_recipe(loaded, gpu=arguments.gpu, trace=arguments.trace)
+    if arguments.measure:
+        from peftkit.cli.display import quiet_loggers
+
+        quiet_loggers()
+    found = api.plan_recipe(loaded, gpu=arguments.gpu, trace=arguments.trace, measure=arguments.measure)
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
     else:

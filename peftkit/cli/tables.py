@@ -12,6 +12,7 @@ from peftkit.api import Account, Evaluation, Inspection
 from peftkit.plan import Plan
 from peftkit.report import Summary
 from peftkit.run.account import DRIVERS
+from peftkit.run.trial import Trial
 from peftkit.units import show_bytes, show_count, show_percent, show_seconds
 
 
@@ -83,6 +84,8 @@ def print_account(found: Account) -> None:
     left = "missing" if found.fit.margin_bytes < 0 else "left"
     where = f"{found.device.name} with {show_bytes(found.fit.free_bytes)} free"
     console.print(f"{found.fit.verdict} on {where}: {margin} {left}", style="bold", highlight=False)
+    if found.trial is not None:
+        console.print(_trial_line(found.trial), highlight=False, soft_wrap=True)
     if found.changes:
         changes = _table("what fits", "needs", "", "costs")
         for change in found.changes:
@@ -97,6 +100,16 @@ def print_account(found: Account) -> None:
     console.print(work)
     for text in found.assumed:
         console.print(f"assumed: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _trial_line(trial: Trial) -> str:
+    said, was = show_bytes(trial.predicted_bytes), show_bytes(trial.measured_bytes)
+    line = f"measured in {trial.num_steps} steps on random weights: {was} allocated, {said} predicted"
+    line += f" ({trial.error_percent:+.1f} %)"
+    if trial.measured_reserved_bytes and trial.predicted_reserved_bytes:
+        said, was = show_bytes(trial.predicted_reserved_bytes), show_bytes(trial.measured_reserved_bytes)
+        line += f"; {was} reserved, {said} predicted ({trial.reserved_error_percent:+.1f} %)"
+    return f"{line}; {show_seconds(trial.step_seconds)} a step"
 
 
 def _work_rows(found: Account) -> list[tuple[str, str]]:
@@ -122,7 +135,7 @@ def _work_rows(found: Account) -> list[tuple[str, str]]:
     if work.download_bytes:
         rows.append(("download", f"about {show_bytes(work.download_bytes)}, unless it is here already"))
     if work.tokens_per_trainable is not None and work.share_of_optimal is not None:
-        text = f"{work.tokens_per_trainable:.2f} tokens per trained parameter"
+        text = f"{work.tokens_per_trainable:.2g} tokens per trained parameter"
         rows.append(("data", f"{text}; {show_percent(work.share_of_optimal)} of the compute-optimal number"))
     return rows
 

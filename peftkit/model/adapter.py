@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,15 @@ def attach(model: Any, plan: Plan, tokenizer: Any, *, eva_batches: Iterable[Mapp
     if plan.method.peft.arguments.get("init_lora_weights") == "eva" and tokenizer is not None:
         peft.initialize_lora_eva_weights(wrapped, eva_batches, show_progress_bar=False)
     return wrapped
+
+
+def plain_start(plan: Plan) -> Plan:
+    """The plan without an initialisation that looks at weights or data: the shapes are the same."""
+    spec = plan.method.peft
+    if spec is None or "init_lora_weights" not in spec.arguments:
+        return plan
+    plain = replace(spec, arguments={**spec.arguments, "init_lora_weights": True})
+    return replace(plan, method=replace(plan.method, peft=plain))
 
 
 def in_fp32(model: Any) -> None:

@@ -13,7 +13,6 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -130,15 +129,6 @@ def release() -> None:
     elif sys.platform == "linux":
         with suppress(OSError, AttributeError):  # glibc keeps freed pages until asked; musl has no such call
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def tensor_bytes(model: Any) -> int:
-    """Bytes of all parameters and buffers, each storage once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in (*model.parameters(), *model.buffers())
-    }
-    return sum(storages.values())
 
 
 def memory_used() -> dict[str, int]:

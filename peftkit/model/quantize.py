@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from peftkit.model.mends import bnb_cpu_repack, falcon_linear
 from peftkit.plan.plan import BasePlan
 from peftkit.plan.targets import matches
+
+if TYPE_CHECKING:
+    import torch
 
 
 def quantization_config(base: BasePlan) -> Any:
@@ -46,8 +49,11 @@ def after_loading(model: Any, base: BasePlan) -> None:
     bnb_cpu_repack.mend(model)
 
 
-def quantize_shapes(model: Any, base: BasePlan) -> None:
-    """Make the 4-bit layers of a model on the meta device, as loading its weights would."""
+def quantize_blank(model: Any, base: BasePlan, fill: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Make the 4-bit layers of a model on the meta device, as loading its weights would.
+
+    `fill` gives each weight its numbers and its device before it is quantized, one at a time.
+    """
     if base.quant_type is None:
         return
     import torch
@@ -64,29 +70,33 @@ def quantize_shapes(model: Any, base: BasePlan) -> None:
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            plain = torch.empty(
-                module.out_features, module.in_features, dtype=getattr(torch, base.dtype), device="meta"
-            )
+            size = (module.out_features, module.in_features)
+            plain = fill(torch.empty(size, dtype=getattr(torch, base.dtype), device="meta"))
             module.weight = Params4bit(
                 plain,
                 requires_grad=False,
                 quant_type=base.quant_type,
                 compress_statistics=base.double_quant,
-            )._quantize(torch.device("meta"))  # type: ignore[no-untyped-call]
+            )._quantize(plain.device)  # type: ignore[no-untyped-call]
             if module.bias is not None:
                 module.bias = torch.nn.Parameter(module.bias.to(plain.dtype), requires_grad=False)
-    _quantize_experts(model, base)
+    _quantize_experts(model, base, fill)
     model.tie_weights()
     model.config.update({"_is_quantized": True})  # as loading does: some state layers look at it
 
 
-def _quantize_experts(model: Any, base: BasePlan) -> None:
+def _quantize_experts(
+    model: Any, base: BasePlan, fill: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> None:
     """Experts are 3-D parameters, which transformers leaves alone: most of a mixture stands in them."""
+    import torch
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
     for name, module in list(model.named_modules()):
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.ndim == 3 and any(matches(f"{name}.{key}", ending) for ending in base.experts_4bit):
+                if fill is not None:
+                    module.register_parameter(key, torch.nn.Parameter(fill(parameter), requires_grad=False))
                 replace_parameter_4bit(
                     module,
                     key,

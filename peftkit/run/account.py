@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from peftkit.errors import Problem, UserError
 from peftkit.plan import DeviceFacts, Facts, Memory, Plan, make_plan
 from peftkit.plan.changes import Change, nearest_changes
 from peftkit.plan.devices import device_of
 from peftkit.plan.fit import Fit, judge
-from peftkit.plan.throughput import Work, work_of
+from peftkit.plan.throughput import Work, flops_per_token, speed_key, work_of
 from peftkit.recipe import LoadedRecipe
-from peftkit.run.calibration import read_calibration
+from peftkit.run.calibration import add_run, read_calibration
 from peftkit.run.facts import light_config, light_facts
 from peftkit.run.memory import trace_memory
+from peftkit.run.trial import Trial, run_trial
 from peftkit.units import show_bytes
 
 # Which line of a recipe drives a component.
@@ -57,6 +59,7 @@ class Account:
     work: Work
     assumed: tuple[str, ...]
     num_parameters: int
+    trial: Trial | None = None
 
     @property
     def memory(self) -> Memory:
@@ -97,6 +100,7 @@ class Account:
             "driver": self.driver,
             "changes": [asdict(change) for change in self.changes],
             "work": asdict(self.work),
+            "trial": self.trial and {**asdict(self.trial), "error_percent": self.trial.error_percent},
             "assumed": list(self.assumed),
             "decisions": [asdict(decision) for decision in self.plan.decisions],
         }
@@ -119,12 +123,19 @@ def _assumptions(facts: Facts, plan: Plan, said: str) -> list[str]:
     return assumed
 
 
-def account(loaded: LoadedRecipe, *, gpu: str = "this", trace: bool = False) -> Account:
+def account(
+    loaded: LoadedRecipe, *, gpu: str = "this", trace: bool = False, measure: bool = False
+) -> Account:
     """Everything about a recipe's plan on a device, without weights.
 
     `gpu` is a name, a size or `this`. With `trace` the real code runs on the meta device, and rows are
-    counted in tokens where the base's tokenizer is at hand. Raises UserError for what the user can mend.
+    counted in tokens where the base's tokenizer is at hand. With `measure` the plan is also tried here, with
+    random weights. Raises UserError for what the user can mend.
     """
+    if measure and gpu != "this":
+        fix = "leave --gpu out, or --measure"
+        raise UserError(Problem("command line", f"--measure with --gpu {gpu}", "a trial on this device", fix))
+    trace = trace or measure
     facts, examples = light_facts(loaded)
     device, said = device_of(gpu, facts.device)
     facts = replace(facts, device=device)
@@ -147,6 +158,11 @@ def account(loaded: LoadedRecipe, *, gpu: str = "this", trace: bool = False) -> 
         notes.append(f"{plan.memory.bound}: --trace tells exactly")
     fit = judge(plan.memory, facts.device)
     changes = nearest_changes(loaded, facts, plan) if fit.verdict == "does not fit" else []
+    trial = None
+    if measure and fit.verdict != "does not fit":
+        trial = _tried(plan, facts, config)
+    elif measure:
+        notes.append("not measured: it does not fit here")
     speeds = read_calibration().speeds.get(facts.device.name, {})
     price = loaded.recipe.devices.price_per_hour
     return Account(
@@ -157,14 +173,30 @@ def account(loaded: LoadedRecipe, *, gpu: str = "this", trace: bool = False) -> 
         work=work_of(facts.model.shape, plan, facts, speeds, price),
         assumed=(*_assumptions(facts, plan, said), *notes),
         num_parameters=facts.model.shape.num_parameters,
+        trial=trial,
     )
+
+
+def _tried(plan: Plan, facts: Facts, config: Mapping[str, Any]) -> Trial:
+    """Three real steps on this device, which also teach its speed."""
+    assert plan.batch is not None
+    shape, batch = facts.model.shape, plan.batch
+    trial = run_trial(plan, config, batch, vocab=shape.dims.vocab)
+    work = flops_per_token(shape, plan, batch.num_tokens)
+    tokens = batch.num_rows * batch.num_tokens * min(2, plan.train.accumulation)
+    add_run(
+        facts.device.name,
+        speed_key(plan),
+        flops_per_second=work * tokens / trial.step_seconds,
+        memory={"depth": "traced", **asdict(trial), "error_percent": round(trial.error_percent, 2)},
+    )
+    return trial
 
 
 def _counted(loaded: LoadedRecipe, facts: Facts, plan: Plan, examples: Any) -> tuple[Facts, str]:
     """Facts with the rows' lengths in tokens, or why they could not be counted."""
     from peftkit.data.lengths import counted
     from peftkit.data.prepare import prepare
-    from peftkit.errors import UserError
     from peftkit.model.load import load_tokenizer, loadable
     from peftkit.run.facts import find_base
 

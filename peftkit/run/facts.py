@@ -28,7 +28,7 @@ def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
     """Facts without torch, weights or network where the shapes are known here. Local data is read."""
     recipe = loaded.recipe
     where = loaded.where(("base", "id"))
-    base = locate(recipe.base.id, revision=recipe.base.revision, where=where, need_weights=False)
+    base = _shapes(loaded)
     if base.kind == "gguf" and base.path is not None:
         base = replace(base, config=header_config(base.path, where))
     examples = read(loaded) if all(is_data_path(name) for name in recipe.data.train) else None
@@ -44,10 +44,16 @@ def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
     return Facts(detect_device_light(), model, data_facts(examples, model.shape.task)), examples
 
 
+def _shapes(loaded: LoadedRecipe) -> Base:
+    """The base as far as shapes need it: a folder without weights will do."""
+    recipe, where = loaded.recipe, loaded.where(("base", "id"))
+    revision = recipe.base.revision
+    return locate(recipe.base.id, revision=revision, where=where, need_weights=False, shapes_alone=True)
+
+
 def light_config(loaded: LoadedRecipe) -> dict[str, Any]:
     """The base's config.json, without weights or network where it is known here."""
-    recipe, where = loaded.recipe, loaded.where(("base", "id"))
-    base = locate(recipe.base.id, revision=recipe.base.revision, where=where, need_weights=False)
+    base, where = _shapes(loaded), loaded.where(("base", "id"))
     if base.config is None and base.path is not None:
         from peftkit.model.load import loadable
 

@@ -212,8 +212,9 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
     from transformers import set_seed
 
     from peftkit.model import adapter
-    from peftkit.model.hardware import memory_used, release, reset_peak, tensor_bytes
+    from peftkit.model.hardware import memory_used, release, reset_peak
     from peftkit.model.load import load_model
+    from peftkit.model.tensors import tensor_bytes
     from peftkit.train import assemble
 
     plan, run, prepared = stage.plan, stage.run, stage.prepared

@@ -81,7 +81,7 @@ def test_bad_paths(tmp_path, recipe_file):
     assert "no such file" in refuse("finetune", "nowhere.yaml")
     assert "expected  a run directory" in refuse("resume", tmp_path)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model" / "config.json").write_bytes((TINY_LLAMA / "config.json").read_bytes())
     assert "without weights" in refuse("finetune", recipe_file, f"base={tmp_path / 'model'}")
 
 

@@ -7,17 +7,16 @@ no device, no network.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from peftkit.model import adapter
-from peftkit.model.inspect import AUTO_CLASSES
-from peftkit.model.load import chosen_attention, configured
-from peftkit.model.quantize import mended_loading, quantize_shapes
+from peftkit.model.blank import blank_model
+from peftkit.model.tensors import weight_tensors
 from peftkit.model.trace.caching import reserved_bytes
 from peftkit.model.trace.kernels import SCRATCH, Head, Kernels, Target
 from peftkit.model.trace.ledger import BACKWARD, EVALUATION, FORWARD, OPTIMIZER, Ledger, Snapshot
@@ -45,19 +44,7 @@ def build(plan: Plan, config: Any, *, recomputing: Callable[[], Any] = nullconte
 
     `recomputing` makes the context in which checkpointed layers run again.
     """
-    import transformers
-
-    base = plan.base
-    auto = getattr(transformers, AUTO_CLASSES[cast(Any, base.task)])
-    with mended_loading(base), torch.device("meta"):
-        model = auto.from_config(
-            configured(config, base),
-            dtype=getattr(torch, base.dtype),
-            trust_remote_code=base.trust_remote_code,
-            **chosen_attention(base),
-        )
-    quantize_shapes(model, base)
-    model = adapter.attach(model, _without_start(plan), tokenizer=None)
+    model = adapter.attach(blank_model(plan.base, config, device="meta"), adapter.plain_start(plan), None)
     model.train()
     if plan.train.gradient_checkpointing != "none":
         arguments = adapter.checkpointing(plan)
@@ -66,42 +53,6 @@ def build(plan: Plan, config: Any, *, recomputing: Callable[[], Any] = nullconte
         if plan.method.peft is not None:
             model.enable_input_require_grads()
     return model
-
-
-def _without_start(plan: Plan) -> Plan:
-    """Initialisations that look at weights or data change no shape."""
-    spec = plan.method.peft
-    if spec is None or "init_lora_weights" not in spec.arguments:
-        return plan
-    plain = replace(spec, arguments={**spec.arguments, "init_lora_weights": True})
-    return replace(plan, method=replace(plan.method, peft=plain))
-
-
-def _storages(model: Any) -> Iterator[tuple[torch.Tensor, bool]]:
-    """(tensor, whether it is trained) of all weights, scales of 4-bit ones included."""
-    for parameter in model.parameters():
-        yield parameter.data, parameter.requires_grad
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            yield from ((t, False) for t in _scales(state))
-    for module in model.modules():
-        for chain in getattr(module, "parametrizations", {}).values() if _parametrized(module) else ():
-            yield from ((t, False) for t in _scales(chain[0].quant_state))
-
-
-def _parametrized(module: Any) -> bool:
-    from torch.nn.utils.parametrize import is_parametrized
-
-    return is_parametrized(module)
-
-
-def _scales(state: Any) -> Iterator[torch.Tensor]:
-    yield state.absmax
-    yield state.code
-    if state.nested:
-        yield state.offset
-        yield state.state2.absmax
-        yield state.state2.code
 
 
 def batch_of(batch: Batch, task: str) -> dict[str, torch.Tensor]:
@@ -117,7 +68,7 @@ def batch_of(batch: Batch, task: str) -> dict[str, torch.Tensor]:
 
 def _set_up(ledger: Ledger, model: Any, plan: Plan, static: Static) -> None:
     """What is there before the step: weights, adapter, optimizer states, gradients of earlier passes."""
-    for tensor, is_trained in _storages(model):
+    for tensor, is_trained in weight_tensors(model):
         ledger.see(tensor, "adapter" if is_trained and plan.method.peft is not None else "base weights")
     for buffer in model.buffers():
         ledger.see(buffer, "buffers")

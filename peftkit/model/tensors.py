@@ -1,0 +1,39 @@
+"""Every tensor that a model's weights consist of, and how many bytes they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn.utils.parametrize import is_parametrized
+
+
+def weight_tensors(model: Any) -> Iterator[tuple[torch.Tensor, bool]]:
+    """(tensor, whether it is trained) of all parameters, scales of 4-bit ones included; not buffers."""
+    for parameter in model.parameters():
+        yield parameter.data, parameter.requires_grad
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield from ((tensor, False) for tensor in _scales(state))
+    for module in model.modules():
+        if is_parametrized(module):
+            for chain in module.parametrizations.values():
+                state = getattr(chain[0], "quant_state", None)
+                if state is not None:
+                    yield from ((tensor, False) for tensor in _scales(state))
+
+
+def _scales(state: Any) -> Iterator[torch.Tensor]:
+    yield state.absmax
+    yield state.code
+    if state.nested:
+        yield state.offset
+        yield state.state2.absmax
+        yield state.state2.code
+
+
+def tensor_bytes(model: Any) -> int:
+    """Bytes of all weights and buffers, each storage once."""
+    tensors = [*(tensor for tensor, _ in weight_tensors(model)), *model.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
