@@ -1,7 +1,7 @@
 """Model families as data: how one is recognised, which modules play which role, what shapes they have."""
 
 from peftkit.archs.families import ATTENTION_ROLES, EXPERT_ROLES, FAMILIES, ROLES
-from peftkit.archs.family import TASKS, Dims, Family, Linear, ModelShape, Module, Task
+from peftkit.archs.family import TASKS, Dims, Family, Linear, ModelShape, Module, Task, Tensor
 from peftkit.archs.known import EMBEDDED, KNOWN, Embedded
 from peftkit.archs.names import place_of, shortest_names
 from peftkit.archs.shape import family_of, shape_from_config, shape_of, task_of
@@ -21,6 +21,7 @@ __all__ = [
     "ModelShape",
     "Module",
     "Task",
+    "Tensor",
     "family_of",
     "place_of",
     "shape_from_config",

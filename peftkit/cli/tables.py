@@ -60,7 +60,8 @@ def print_account(found: Account) -> None:
     added = (plan.method.num_trainable or 0) if plan.method.peft else 0
     total = found.num_parameters + added
     console.print(_parameters(plan.method.trainable_by_role or {}, plan.method.num_trainable or 0, total))
-    console.print()
+    layers = ", ".join(f"{place}: {show_count(n)}" for place, n in plan.method.trainable_by_layers.items())
+    console.print(f"by layers: {layers}\n", highlight=False, soft_wrap=True)
     table = _table("memory at the peak", "", "", "because of")
     table.columns[1].justify = "right"
     for name, size in sorted(memory.peak.components.items(), key=lambda item: -item[1]):
@@ -69,7 +70,7 @@ def print_account(found: Account) -> None:
     table.add_row("allocated", show_bytes(memory.peak.allocated_bytes), f"in the {memory.peak.phase}", "")
     reserve = memory.reserved_bytes - memory.peak.allocated_bytes
     if reserve:
-        how = "replayed" if memory.depth == "traced" else "assumed"
+        how = "replayed" if memory.depth == "traced" and plan.device == "cuda" else "assumed"
         table.add_row("reserve of the allocator", show_bytes(reserve), how, "")
     beside = "CUDA context" if plan.device == "cuda" else "Python and its libraries"
     table.add_row(beside, show_bytes(memory.context_bytes), "assumed", "")
@@ -98,6 +99,14 @@ def print_account(found: Account) -> None:
         work.add_row(name, value)
     console.print()
     console.print(work)
+    _print_notes(console, found)
+
+
+def _print_notes(console: Console, found: Account) -> None:
+    for decision in found.plan.decisions:
+        if decision.key.startswith("advice."):
+            text = f"{decision.key.removeprefix('advice.')}: {decision.value}: {decision.reason}"
+            console.print(f"advice on {text}", highlight=False, markup=False, soft_wrap=True)
     for text in found.assumed:
         console.print(f"assumed: {text}", highlight=False, markup=False, soft_wrap=True)
 

@@ -84,11 +84,11 @@ def _count_also(options: LoraOptions, shape: ModelShape) -> dict[str, int]:
     if tokens:
         found["tokens"] = len(tokens) * shape.dims.hidden
     if "norms" in whole:
-        found["norms"] = by_kind["norms"]
+        found["norms"] = by_kind.get("norms", 0)
     if "embeddings" in whole or ("head" in whole and shape.tied_embeddings):
-        found["embeddings"] = by_kind["embeddings"]  # tied to the head, it is trained once
+        found["embeddings"] = by_kind.get("embeddings", 0)  # tied to the head, it is trained once
     if "head" in whole and not shape.tied_embeddings:
-        found["head"] = by_kind["head"]
+        found["head"] = by_kind.get("head", 0)
     return found
 
 

@@ -31,6 +31,11 @@ class Decisions:
         """Record what follows from the model or the data rather than from the recipe."""
         self.made.append(Decision(dotted, value, "decided", reason))
 
+    def revise(self, dotted: str, value: Any, reason: str) -> None:
+        """Decide anew what was decided before all was known."""
+        self.made = [decision for decision in self.made if decision.key != dotted]
+        self.decide(dotted, value, reason)
+
     def where(self, dotted: str) -> str:
         """File, line and key, for messages."""
         return self.loaded.where(tuple(dotted.split(".")))

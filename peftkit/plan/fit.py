@@ -14,6 +14,8 @@ from peftkit.units import show_bytes
 TIGHT = 0.08  # of the device's memory: below this margin a run may fail by fragmentation
 _SLOWER = {"none": 1.0, "selective": 1.17, "full": 1.33}  # of a step: a third of the work is done again
 _FULL_BATCH_TOKENS = 8192  # beyond so many tokens in a pass a device gains nothing more
+# where plain states do not fit: in 8 bits, then paged to the host as well
+_SMALLER_OPTIMIZERS = ("adamw_bnb_8bit", "paged_adamw_8bit")
 _PASS_TOKENS = {"cuda": 512, "cpu": 32, "mps": 128}  # what starting a pass costs, in tokens of work
 
 
@@ -74,6 +76,7 @@ class Free:
 
     micro_batch: bool
     checkpointing: bool
+    optimizer: bool = False
 
 
 def _cost(plan: Plan, facts: Facts) -> float:
@@ -89,9 +92,10 @@ def _variants(plan: Plan, free: Free, *, checkpoints: bool) -> Iterator[Plan]:
     sizes = micro_batches(plan.train.batch_size) if free.micro_batch else [plan.train.micro_batch]
     given = plan.train.gradient_checkpointing
     modes = [*_SLOWER] if free.checkpointing and checkpoints else [given]
-    for size, mode in product(sizes, modes):
+    optimizers = [plan.train.optimizer, *(_SMALLER_OPTIMIZERS if free.optimizer else ())]
+    for optimizer, size, mode in product(optimizers, sizes, modes):
         made = with_micro_batch(plan, size)
-        yield replace(made, train=replace(made.train, gradient_checkpointing=mode))
+        yield replace(made, train=replace(made.train, gradient_checkpointing=mode, optimizer=optimizer))
 
 
 def choose(plan: Plan, facts: Facts, free: Free, *, checkpoints: bool) -> tuple[Plan, str]:
@@ -100,7 +104,7 @@ def choose(plan: Plan, facts: Facts, free: Free, *, checkpoints: bool) -> tuple[
     `checkpoints` tells whether the method can recompute activations.
     """
     shape = facts.model.shape
-    best: tuple[float, Plan] | None = None
+    best: tuple[tuple[int, float], Plan] | None = None
     smallest: tuple[int, Plan] | None = None
     for variant in _variants(plan, free, checkpoints=checkpoints):
         batch = longest_batch(variant, facts)
@@ -111,7 +115,9 @@ def choose(plan: Plan, facts: Facts, free: Free, *, checkpoints: bool) -> tuple[
         fit = judge(memory, facts.device)
         if smallest is None or fit.needed_bytes < smallest[0]:
             smallest = (fit.needed_bytes, variant)
-        cost = _cost(variant, facts)
+        smaller = variant.train.optimizer in _SMALLER_OPTIMIZERS
+        rank = 1 + _SMALLER_OPTIMIZERS.index(variant.train.optimizer) if smaller else 0
+        cost = (rank, _cost(variant, facts))
         if fit.verdict == "fits" and (best is None or cost < best[0]):
             best = (cost, variant)
     assert smallest is not None

@@ -9,6 +9,7 @@ from peftkit.methods import METHODS, Method, PeftSpec, Selection, TokenRows
 from peftkit.methods.lora import LoraOptions
 from peftkit.plan.applies import nearest_method, refusal
 from peftkit.plan.decisions import Decisions
+from peftkit.plan.layers import by_layers
 from peftkit.plan.plan import MethodPlan
 from peftkit.plan.targets import resolve_parameters, resolve_targets, select
 
@@ -147,6 +148,7 @@ def method_plan(d: Decisions, shape: ModelShape, num_steps: int | None) -> Metho
         token_rows=rows,
         lr_ratio=getattr(options, "lr_ratio", None),
         trainable_by_role=counted,
+        trainable_by_layers={} if d.problems else by_layers(method, options, shape, selection),
         num_parameters=shape.num_parameters,
         roles={place_of(module.name): module.role for module in shape.modules},
     )

@@ -55,6 +55,7 @@ class MethodPlan:
     lr_ratio: float | None
     trainable_by_role: Mapping[str, int] | None
     num_parameters: int
+    trainable_by_layers: Mapping[str, int]  # ranges of alike layers; empty in a plan that is refused
     roles: Mapping[str, str]  # path of a module with * for numbers -> its role
 
     @property
@@ -127,7 +128,7 @@ class Batch:
 class Peak:
     """The highest point of one phase of the work: bytes on the device by component."""
 
-    phase: str  # "forward" | "backward" | "optimizer step" | "evaluation" | "generation"
+    phase: str  # "forward" | "backward" | "optimizer step" | "evaluation" | "checkpoint write" | ...
     components: Mapping[str, int]
 
     @property

@@ -9,6 +9,7 @@ from peftkit.archs import Family, ModelShape
 from peftkit.errors import UserError
 from peftkit.methods import METHODS, Method
 from peftkit.methods.qlora import QloraOptions
+from peftkit.plan.advice import advice
 from peftkit.plan.context import choose_max_length, rope_overrides
 from peftkit.plan.decisions import Decisions
 from peftkit.plan.facts import Facts
@@ -376,20 +377,29 @@ def make_plan(loaded: LoadedRecipe, facts: Facts) -> Plan:
     plan = _settle(d, plan, facts, method)
     batch = longest_batch(plan, facts)
     memory = closed_form(facts.model.shape, plan, batch)
-    return replace(plan, decisions=tuple(d.made), batch=batch, memory=memory)
+    plan = replace(plan, batch=batch, memory=memory)
+    return replace(plan, decisions=(*d.made, *advice(plan, facts)))
 
 
 def _settle(d: Decisions, plan: Plan, facts: Facts, method: Method) -> Plan:
     """Choose by memory what the recipe leaves open: pieces of a batch, and recomputation."""
     train = d.loaded.recipe.train
-    free = Free(train.micro_batch == "auto", train.gradient_checkpointing == "auto")
-    if not (free.micro_batch or free.checkpointing):
+    smaller_states = facts.device.kind == "cuda" and facts.device.has_bitsandbytes
+    free = Free(
+        micro_batch=train.micro_batch == "auto",
+        checkpointing=train.gradient_checkpointing == "auto",
+        optimizer=train.optimizer == "auto" and smaller_states and plan.method.lr_ratio is None,
+    )
+    if not (free.micro_batch or free.checkpointing or free.optimizer):
         return plan
+    usual = plan.train.optimizer
     plan, why = choose(plan, facts, free, checkpoints=method.allows_checkpointing)
     if free.micro_batch:
         d.keep("train.micro_batch", "auto", plan.train.micro_batch, why)
         times = f"{plan.train.batch_size} examples in passes of {plan.train.micro_batch}"
         d.decide("train.accumulation", plan.train.accumulation, times)
+    if plan.train.optimizer != usual:
+        d.revise("train.optimizer", plan.train.optimizer, f"states of {usual} do not fit; {why}")
     if free.checkpointing:
         reason = why if method.allows_checkpointing else "not possible with this method"
         d.keep("train.gradient_checkpointing", "auto", plan.train.gradient_checkpointing, reason)

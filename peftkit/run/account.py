@@ -87,6 +87,7 @@ class Account:
             "trainable": self.plan.method.num_trainable,
             "total": self.num_parameters,
             "by_role": dict(self.plan.method.trainable_by_role or {}),
+            "by_layers": dict(self.plan.method.trainable_by_layers),
             "device": asdict(self.device),
             "fit": {**asdict(self.fit), "margin_bytes": self.fit.margin_bytes},
             "memory": {

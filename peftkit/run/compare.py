@@ -10,6 +10,7 @@ from peftkit.plan.throughput import flops_per_token, speed_key
 from peftkit.run.calibration import add_run
 from peftkit.rundir import RunDir
 
+_COARSE_BYTES = 256 * 2**20  # less than this of a process's size is noise
 _CALIBRATING_STEPS = 10  # fewer say little of a speed
 
 
@@ -21,14 +22,16 @@ def compare_memory(plan: Plan, used: dict[str, int], before: int) -> dict[str, A
     """
     if plan.memory is None:
         return None
-    steps = [peak for peak in plan.memory.peaks if peak.phase != "generation"]
+    steps = [peak for peak in plan.memory.peaks if peak.phase not in {"generation", "checkpoint write"}]
     expected = max(peak.allocated_bytes for peak in steps)
-    measured = used.get("peak_allocated_bytes", used.get("peak_resident_bytes", 0) - before)
+    on_gpu = "peak_allocated_bytes" in used
+    measured = used["peak_allocated_bytes"] if on_gpu else used.get("peak_resident_bytes", 0) - before
+    told = measured > (0 if on_gpu else _COARSE_BYTES)
     return {
         "depth": plan.memory.depth,
         "predicted_bytes": expected,
         "measured_bytes": measured,
-        "error_percent": round(100 * (expected - measured) / measured, 1) if measured > 0 else None,
+        "error_percent": round(100 * (expected - measured) / measured, 1) if told else None,
     }
 
 

@@ -14,7 +14,7 @@ from peftkit.errors import UserError
 from peftkit.model.locate import cache_folder
 from peftkit.plan import Batch, Facts, Memory, Peak, Plan
 from peftkit.plan.fit import judge, longest_batch, micro_batches, with_micro_batch
-from peftkit.plan.memory import CONTEXT_BYTES, generation_bytes, weight_bytes
+from peftkit.plan.memory import CONTEXT_BYTES, between_steps, kept_by_malloc, weight_bytes
 from peftkit.recipe import LoadedRecipe
 from peftkit.run.environment import versions
 from peftkit.run.facts import memory_problems
@@ -113,7 +113,7 @@ def _key(plan: Plan, config: Mapping[str, Any], batch: Batch) -> str:
         )
     }  # fmt: skip
     kept["base"].pop("id"), kept["base"].pop("revision")
-    whole = {**kept, "config": dict(config), "batch": asdict(batch), "versions": versions(), "format": 1}
+    whole = {**kept, "config": dict(config), "batch": asdict(batch), "versions": versions(), "format": 2}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -176,13 +176,13 @@ def as_memory(
     ]
     still = {"base weights", "adapter", "optimizer", "workspaces"}
     held = {name: size for name, size in peaks[0].components.items() if name in still}
-    if plan.data.eval and plan.evaluate.metric in {"exact_match", "token_f1"}:
-        peaks.append(Peak("generation", {**held, "cache": generation_bytes(shape, plan, batch)}))
+    peaks += between_steps(shape, plan, batch, held)
     highest = max(peak.allocated_bytes for peak in peaks)
+    reserved = reserved_bytes if plan.device == "cuda" else highest + kept_by_malloc(plan, peaks)
     return Memory(
         depth="traced",
         peaks=tuple(peaks),
-        reserved_bytes=max(highest, reserved_bytes),
+        reserved_bytes=max(highest, reserved),
         context_bytes=CONTEXT_BYTES[plan.device],
         host_bytes=plan.memory.host_bytes if plan.memory else 0,
         bound="",

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from peftkit.cli import COMMANDS, main
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY_LLAMA
 
 PEFTKIT = [sys.executable, "-m", "peftkit"]
 

@@ -111,3 +111,16 @@ def test_work_follows_from_parameters_and_the_measured_speed():
 def test_a_token_meets_the_experts_that_it_is_routed_to():
     shape = shape_from_config(KNOWN["mistralai/Mixtral-8x7B-v0.1"])
     assert active_parameters(shape) / 1e9 == pytest.approx(12.75, abs=0.2)  # 12.9 B with the embeddings
+
+
+def test_states_go_to_8_bits_only_where_plain_ones_do_not_fit():
+    def optimizer(gib):
+        device = DeviceFacts("cuda", "a GPU", gib * 2**30, True, True)
+        return planned(device, "full", train={"max_length": 512})[2]
+
+    assert optimizer(141).train.optimizer == "adamw_torch_fused"
+    small = optimizer(100)
+    assert small.train.optimizer == "adamw_bnb_8bit"
+    assert optimizer(80).train.optimizer == "paged_adamw_8bit"
+    [told] = [d for d in small.decisions if d.key == "train.optimizer"]
+    assert "do not fit" in told.reason
