@@ -113,12 +113,13 @@ def _key(plan: Plan, config: Mapping[str, Any], batch: Batch) -> str:
         )
     }  # fmt: skip
     kept["base"].pop("id"), kept["base"].pop("revision")
-    whole = {**kept, "config": dict(config), "batch": asdict(batch), "versions": versions(), "format": 2}
+    whole = {**kept, "config": dict(config), "batch": asdict(batch), "versions": versions(), "format": 3}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _memory(plan: Plan, shape: ModelShape, config: Mapping[str, Any], batch: Batch) -> Memory:
-    shallow = _shallow(shape, config)
+    period = 2 if plan.train.gradient_checkpointing == "selective" else 1
+    shallow = _shallow(shape, config, period=period)
     if shallow is not None:
         near, far = (
             (depth, traced(_for_layers(plan, depth), _with_layers(config, depth), batch)) for depth in shallow
@@ -189,15 +190,16 @@ def as_memory(
     )
 
 
-def _shallow(shape: ModelShape, config: Mapping[str, Any]) -> tuple[int, int] | None:
+def _shallow(shape: ModelShape, config: Mapping[str, Any], *, period: int) -> tuple[int, int] | None:
     """Two smaller depths that stand for the whole model; None where it is traced as it is.
 
-    Layers of different kinds must come in the same turns in all three.
+    Layers of different kinds must come in the same turns in all three: every `period` layers something
+    repeats, whatever the family's own turns are.
     """
     num = shape.dims.num_layers
     if num <= _FEW_LAYERS or len(shape.family.stacks) != 1 or shape.family.inferred:
         return None
-    for step in range(1, num // 3 + 1):
+    for step in range(period, num // 3 + 1, period):
         near = step + num % step if num % step else step
         near = near if near >= 2 else near + step
         far = near + step

@@ -102,15 +102,26 @@ def test_a_traced_step_is_what_the_allocator_reports(method, checkpointing, tmp_
     assert predicted == pytest.approx(peak, rel=0.005, abs=slack)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_two_depths_give_the_whole_model(model_type, method, monkeypatch):
+@pytest.mark.parametrize(
+    ("model_type", "method", "checkpointing"),
+    [
+        ("llama", "lora", False),
+        ("llama", "full", True),
+        ("llama", "lora", "selective"),
+        ("gemma3_text", "lora", False),
+        ("gemma3_text", "full", False),
+    ],
+)
+def test_two_depths_give_the_whole_model(model_type, method, checkpointing, monkeypatch):
     kinds = ["sliding_attention"] * 5 + ["full_attention"]
     layers = {"layer_types": kinds * 3} if model_type == "gemma3_text" else {}
-    config = json.loads(tiny_config(model_type, num_hidden_layers=18, **layers).to_json_string())
-    plan = plan_for(config, method, device=GPU, train={"max_length": 64, "micro_batch": 1})
+    config = json.loads(
+        tiny_config(model_type, num_hidden_layers=18 if layers else 14, **layers).to_json_string()
+    )
+    train = {"max_length": 64, "micro_batch": 1, "gradient_checkpointing": checkpointing}
+    plan = plan_for(config, method, device=GPU, train=train)
     shape = shape_from_config(config)
-    depths = memory._shallow(shape, config)
+    depths = memory._shallow(shape, config, period=1)
     assert depths == ((2, 3) if model_type == "llama" else (8, 13))  # as many of each kind, in proportion
     monkeypatch.setenv("PEFTKIT_CACHE", "/nonexistent")
     near_and_far = memory._memory(plan, shape, config, plan.batch)
