@@ -286,7 +286,7 @@ VARIANTS: dict[str, Callable[[Cell], Found]] = {
     "peftkit, trace, precision: auto": peftkit("trace", "auto"),
     "peftkit, all layers, precision: auto": peftkit("all layers", "auto"),
 }
-ALL = {**OWN, **HERE, **THERE, **VARIANTS}
+ALL = {**OWN, **THERE, **HERE, **VARIANTS}
 
 # What each counts, as its source has it. "4-bit" is told of A and B, "adapters" of A to C, "full" of D,
 # "recomputing" of cells with checkpointing, "kept" of those without.
@@ -294,17 +294,17 @@ COUNTS: dict[str, dict[str, str]] = {
     "peftkit": {
         "logits": "never held whole: TRL's fused head works in tiles, and one tile is counted",
         "4-bit": "the linear layers; embeddings and head stay in bf16",
-        "adapters": "weights and both states in fp32, gradients as they come",
+        "adapters": "weights, both states, and gradients once they are there, in fp32",
         "full": "weights, gradients, both states and the step's roots in the type the plan holds weights in",
         "recomputing": "one input per layer, and one layer's tensors",
         "kept": "the tensors that the real code saves",
-        "beside tensors": "the allocator's reserve (4 % by closed form, replayed by trace), a 520 MiB context",
+        "beside tensors": "the allocator's reserve (closed form: 4 %, trace: replayed), a 520 MiB context",
     },
     "fitcheck-llm": {
         "logits": "whole, in fp32, 4 times over for a 4-bit base and 3.5 times otherwise",
         "4-bit": "the linear layers; embeddings, head and norms in fp32",
         "adapters": "weights, gradients and both states in fp32",
-        "full": "weights and gradients in bf16, both states, and always an fp32 master copy; no step temporaries",
+        "full": "weights and gradients in bf16, both states, an fp32 master copy; no step temporaries",
         "recomputing": "one input per layer (fp32 for a 4-bit base), and the larger of logits and one layer",
         "kept": "12 hidden, 3 query, 1 key/value and 3 MLP widths for each layer, and the logits",
         "beside tensors": "500 MiB and 5 % of weights and activations; only a T4 has fitted values",
@@ -323,15 +323,15 @@ COUNTS: dict[str, dict[str, str]] = {
         "4-bit": "all parameters, embeddings and head too, and 2 %",
         "adapters": "weights and gradients in bf16, both states in fp32",
         "full": "weights and gradients in bf16, both states in fp32; no step temporaries",
-        "recomputing": "4 hidden widths per layer, halved for flash attention, doubled for QLoRA; no MLP width",
-        "kept": "10 hidden widths per layer, halved for flash attention; no MLP width",
+        "recomputing": "4 hidden widths per layer, halved for flash attention, doubled for QLoRA; no MLP",
+        "kept": "10 hidden widths per layer, halved for flash attention; no MLP",
         "beside tensors": "20 % of the sum",
     },
     "ml-memguard": {
         "logits": "not counted: there is no input for the vocabulary",
         "4-bit": "all parameters, embeddings and head too, and half a bit each for scales",
-        "adapters": "every target as hidden by hidden; in bf16 with gradients and three more copies as states",
-        "full": "weights twice, gradients, and three more copies as states, all in bf16",
+        "adapters": "every target as hidden by hidden, in bf16, with gradients and three copies as states",
+        "full": "weights twice, gradients, and three copies as states, all in bf16",
         "recomputing": "5 layers of 32 (the square root), each with 9 hidden widths and one MLP width",
         "kept": "9 hidden widths and one MLP width for each layer",
         "beside tensors": "25 % of the sum and 400 MiB; a key/value cache is counted among the tensors",
@@ -387,8 +387,8 @@ def install(folder: Path) -> tuple[Path, list[str]]:
     """A virtual environment with the others in it: (its packages, what was installed)."""
     subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
     pip = [str(folder / "venv" / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", *PINS], check=True)
-    done = subprocess.run([*pip, "install", "--quiet", "--no-deps", *NO_DEPS], check=False)
+    subprocess.run([*pip, "install", "-qq", *PINS], check=True)
+    done = subprocess.run([*pip, "install", "-qq", "--no-deps", *NO_DEPS], check=False)
     if done.returncode != 0:
         print("DeepSpeed could not be installed: it is left out")
     listed = subprocess.run([*pip, "freeze"], check=True, capture_output=True, text=True)

@@ -49,7 +49,7 @@ def plan_recipe(arguments: argparse.Namespace) -> int:
     from peftkit.cli.tables import print_account
 
     loaded = api.load_recipe(arguments.recipe, arguments.overrides)
-    if arguments.measure:
+    if arguments.measure or arguments.trace:
         from peftkit.cli.display import quiet_loggers
 
         quiet_loggers()
