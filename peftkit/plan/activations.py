@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
 
@@ -193,7 +193,12 @@ def is_adapted(module: Module, plan: Plan) -> bool:
     """Whether the method trains something at this module."""
     if plan.method.peft is None:
         return True
-    return any(matches(module.name, ending) for ending in plan.method.target_modules)
+    return _is_target(module.name, plan.method.target_modules)
+
+
+@lru_cache(maxsize=2**16)
+def _is_target(name: str, targets: tuple[str, ...]) -> bool:
+    return any(matches(name, ending) for ending in targets)
 
 
 def _casts_bytes(layer: Layer, plan: Plan) -> float:

@@ -107,6 +107,10 @@ def choose(plan: Plan, facts: Facts, free: Free, *, checkpoints: bool) -> tuple[
     best: tuple[tuple[int, float], Plan] | None = None
     smallest: tuple[int, Plan] | None = None
     for variant in _variants(plan, free, checkpoints=checkpoints):
+        smaller = variant.train.optimizer in _SMALLER_OPTIMIZERS
+        rank = 1 + _SMALLER_OPTIMIZERS.index(variant.train.optimizer) if smaller else 0
+        if best is not None and rank > best[0][0]:
+            break  # smaller states are for where larger ones fit in no variant
         batch = longest_batch(variant, facts)
         too_large = batch.num_rows * batch.num_tokens > _FULL_BATCH_TOKENS
         if free.micro_batch and too_large and variant.train.micro_batch > 1:
@@ -115,8 +119,6 @@ def choose(plan: Plan, facts: Facts, free: Free, *, checkpoints: bool) -> tuple[
         fit = judge(memory, facts.device)
         if smallest is None or fit.needed_bytes < smallest[0]:
             smallest = (fit.needed_bytes, variant)
-        smaller = variant.train.optimizer in _SMALLER_OPTIMIZERS
-        rank = 1 + _SMALLER_OPTIMIZERS.index(variant.train.optimizer) if smaller else 0
         cost = (rank, _cost(variant, facts))
         if fit.verdict == "fits" and (best is None or cost < best[0]):
             best = (cost, variant)
