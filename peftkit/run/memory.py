@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from peftkit.errors import UserError
 from peftkit.model.locate import cache_folder
 from peftkit.plan import Batch, Facts, Memory, Peak, Plan
 from peftkit.plan.fit import judge, longest_batch, micro_batches, with_micro_batch
-from peftkit.plan.memory import CONTEXT_BYTES, between_steps, kept_by_malloc, weight_bytes
+from peftkit.plan.memory import CONTEXT_BYTES, between_steps, kept_by_malloc
 from peftkit.recipe import LoadedRecipe
 from peftkit.run.environment import versions
 from peftkit.run.facts import memory_problems
@@ -23,7 +23,10 @@ from peftkit.rundir import read_json, write_json
 if TYPE_CHECKING:
     from peftkit.model.trace.step import Traced
 
-_FEW_LAYERS = 12  # up to so many layers the model is traced as it is
+_FEW_LAYERS = 12  # no stand-in is shallower: peaks of shallow models stand at other moments
+_WORTH = 0.8  # three stand-ins are traced only where they have fewer layers than this share of the model's
+_GAP = 6  # layers between two stand-ins
+_UNEVEN = 0.001  # of a peak, what may be off the line
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists with one entry per layer
 _CACHED = 256  # traces that are kept
@@ -113,23 +116,43 @@ def _key(plan: Plan, config: Mapping[str, Any], batch: Batch) -> str:
         )
     }  # fmt: skip
     kept["base"].pop("id"), kept["base"].pop("revision")
-    whole = {**kept, "config": dict(config), "batch": asdict(batch), "versions": versions(), "format": 3}
+    whole = {**kept, "config": dict(config), "batch": asdict(batch), "versions": versions(), "format": 4}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _memory(plan: Plan, shape: ModelShape, config: Mapping[str, Any], batch: Batch) -> Memory:
     period = 2 if plan.train.gradient_checkpointing == "selective" else 1
-    shallow = _shallow(shape, config, period=period)
-    if shallow is not None:
-        near, far = (
-            (depth, traced(_for_layers(plan, depth), _with_layers(config, depth), batch)) for depth in shallow
-        )
-        found = _extrapolated(plan, shape, batch, near, far)
-        exact = weight_bytes(shape, plan)
-        if abs(found.peaks[0].components["base weights"] - exact) <= 0.001 * exact:
-            return found
+    depths = _shallow(shape, config, period=period)
+    if depths is not None:
+        found = [traced(_for_layers(plan, n), _with_layers(config, n), batch) for n in depths]
+        if _on_a_line(found):
+            near, far = (depths[0], found[0]), (depths[-1], found[-1])
+            return _extrapolated(plan, shape, batch, near, far)
     whole = traced(plan, config, batch)
     return as_memory(plan, shape, batch, _components(whole), whole.reserved_bytes)
+
+
+def _on_a_line(found: Sequence[Traced]) -> bool:
+    """Whether every component at every peak grows evenly over the three depths.
+
+    A peak may stand at one moment of the backward pass in a shallow model and at another in a deep one: also
+    where all gradients together grow faster than the peak does, they will pass it further down.
+    """
+    low, middle, high = (_components(one) for one in found)
+    ends = [
+        sum(parts["optimizer step"].values()) - parts["optimizer step"].get("temporaries", 0)
+        for parts in (low, high)
+    ]
+    highest = [sum(parts["backward"].values()) for parts in (low, high)]
+    if ends[1] - ends[0] > highest[1] - highest[0] + _UNEVEN * highest[1]:
+        return False
+    for phase, parts in middle.items():
+        slack = _UNEVEN * sum(parts.values())
+        for name in {*low[phase], *parts, *high[phase]}:
+            between = (low[phase].get(name, 0) + high[phase].get(name, 0)) / 2
+            if abs(parts.get(name, 0) - between) > slack:
+                return False
+    return True
 
 
 def _for_layers(plan: Plan, depth: int) -> Plan:
@@ -148,7 +171,7 @@ def _components(found: Traced) -> dict[str, dict[str, float]]:
 def _extrapolated(
     plan: Plan, shape: ModelShape, batch: Batch, near: tuple[int, Traced], far: tuple[int, Traced]
 ) -> Memory:
-    """Each component is linear in the number of layers: two depths give any other."""
+    """Each component is linear in the number of layers: two of the depths give any other."""
     times = (shape.dims.num_layers - near[0]) / (far[0] - near[0])
     low, high = _components(near[1]), _components(far[1])
     phases = {
@@ -190,21 +213,22 @@ def as_memory(
     )
 
 
-def _shallow(shape: ModelShape, config: Mapping[str, Any], *, period: int) -> tuple[int, int] | None:
-    """Two smaller depths that stand for the whole model; None where it is traced as it is.
+def _shallow(shape: ModelShape, config: Mapping[str, Any], *, period: int) -> tuple[int, int, int] | None:
+    """Three smaller depths, evenly spaced, that stand for the whole model; None where it is traced as it is.
 
-    Layers of different kinds must come in the same turns in all three: every `period` layers something
+    Layers of different kinds must come in the same turns in all of them: every `period` layers something
     repeats, whatever the family's own turns are.
     """
     num = shape.dims.num_layers
-    if num <= _FEW_LAYERS or len(shape.family.stacks) != 1 or shape.family.inferred:
+    if len(shape.family.stacks) != 1 or shape.family.inferred:
         return None
-    for step in range(period, num // 3 + 1, period):
-        near = step + num % step if num % step else step
-        near = near if near >= 2 else near + step
-        far = near + step
-        if far < num and _stand_for(shape, config, near, far):
-            return near, far
+    for turn in range(period, num // 3 + 1, period):
+        gap = -(-_GAP // turn) * turn
+        near = _FEW_LAYERS + (num - _FEW_LAYERS) % turn
+        if 3 * (near + gap) > _WORTH * num:
+            return None
+        if _stand_for(shape, config, near, near + 2 * gap):
+            return near, near + gap, near + 2 * gap
     return None
 
 

@@ -102,6 +102,7 @@ def test_a_traced_step_is_what_the_allocator_reports(method, checkpointing, tmp_
     assert predicted == pytest.approx(peak, rel=0.005, abs=slack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "method", "checkpointing"),
     [
@@ -112,23 +113,50 @@ def test_a_traced_step_is_what_the_allocator_reports(method, checkpointing, tmp_
         ("gemma3_text", "full", False),
     ],
 )
-def test_two_depths_give_the_whole_model(model_type, method, checkpointing, monkeypatch):
+def test_three_depths_give_the_whole_model(model_type, method, checkpointing, monkeypatch):
     kinds = ["sliding_attention"] * 5 + ["full_attention"]
-    layers = {"layer_types": kinds * 3} if model_type == "gemma3_text" else {}
-    config = json.loads(
-        tiny_config(model_type, num_hidden_layers=18 if layers else 14, **layers).to_json_string()
-    )
+    layers = {"layer_types": kinds * 13} if model_type == "gemma3_text" else {}
+    config = json.loads(tiny_config(model_type, num_hidden_layers=78, **layers).to_json_string())
     train = {"max_length": 64, "micro_batch": 1, "gradient_checkpointing": checkpointing}
     plan = plan_for(config, method, device=GPU, train=train)
     shape = shape_from_config(config)
-    depths = memory._shallow(shape, config, period=1)
-    assert depths == ((2, 3) if model_type == "llama" else (8, 13))  # as many of each kind, in proportion
-    monkeypatch.setenv("PEFTKIT_CACHE", "/nonexistent")
-    near_and_far = memory._memory(plan, shape, config, plan.batch)
     whole = memory.traced(plan, config, plan.batch)
-    for peak in near_and_far.peaks:
+    seen, traced = [], memory.traced
+    monkeypatch.setattr(memory, "traced", lambda *given: seen.append(given) or traced(*given))
+    few = memory._memory(plan, shape, config, plan.batch)
+    assert [c["num_hidden_layers"] for _, c, _ in seen] == [12, 18, 24]
+    for peak in few.peaks:
         if peak.phase in whole.peaks:
             assert peak.allocated_bytes == pytest.approx(whole.peaks[peak.phase].allocated_bytes, rel=1e-4)
+
+
+def test_stand_ins_have_layers_of_each_kind_in_proportion():
+    """Windows come in turns of six, recomputation in turns of two; shallow models are traced as they are."""
+
+    def depths(model_type, num, period=1, **more):
+        config = json.loads(tiny_config(model_type, num_hidden_layers=num, **more).to_json_string())
+        return memory._shallow(shape_from_config(config), config, period=period)
+
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    assert depths("llama", 32) is None
+    assert depths("llama", 80) == (12, 18, 24)
+    assert depths("llama", 81, period=2) == (13, 19, 25)
+    assert depths("gemma3_text", 80, layer_types=(kinds * 14)[:80]) == (14, 20, 26)
+
+
+def test_a_peak_that_moves_with_the_depth_is_not_extrapolated():
+    """Up to some 30 layers the highest point of this step is at the loss, beyond it is after all gradients."""
+    config = json.loads(tiny_config("llama").to_json_string())
+
+    def at(depth, method):
+        deep = {**config, "num_hidden_layers": depth}
+        train = {"max_length": 64, "batch_size": 1, "gradient_checkpointing": True}
+        plan = plan_for(deep, method, device=GPU, train=train)
+        return memory.traced(plan, deep, plan.batch)
+
+    assert memory._on_a_line([at(depth, "lora") for depth in (2, 4, 6)])
+    assert not memory._on_a_line([at(depth, "full") for depth in (2, 4, 6)])  # even, and yet passed later
+    assert not memory._on_a_line([at(depth, "full") for depth in (20, 35, 50)])  # uneven
 
 
 def test_a_traced_plan_is_kept_and_found_again(monkeypatch, tmp_path):
