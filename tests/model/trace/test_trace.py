@@ -145,7 +145,7 @@ def test_stand_ins_have_layers_of_each_kind_in_proportion():
 
 
 def test_a_peak_that_moves_with_the_depth_is_not_extrapolated():
-    """Up to some 30 layers the highest point of this step is at the loss, beyond it is after all gradients."""
+    """Up to some 30 layers this step is highest at the loss, beyond that after all gradients."""
     config = json.loads(tiny_config("llama").to_json_string())
 
     def at(depth, method):
@@ -154,7 +154,7 @@ def test_a_peak_that_moves_with_the_depth_is_not_extrapolated():
         plan = plan_for(deep, method, device=GPU, train=train)
         return memory.traced(plan, deep, plan.batch)
 
-    assert memory._on_a_line([at(depth, "lora") for depth in (2, 4, 6)])
+    assert memory._on_a_line([at(depth, "ia3") for depth in (2, 4, 6)])
     assert not memory._on_a_line([at(depth, "full") for depth in (2, 4, 6)])  # even, and yet passed later
     assert not memory._on_a_line([at(depth, "full") for depth in (20, 35, 50)])  # uneven
 
