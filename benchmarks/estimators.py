@@ -7,8 +7,7 @@ a temporary virtual environment and called through their public functions with t
 network. These are predictions: nothing here is measured, so this tells who differs and why, not who is right.
 
 Two numbers each: `tensors` is the sum without what an estimator adds for allocator, context and safety,
-`total` is what it tells its user. For peftkit these are `allocated_bytes` and `needed_bytes`. Beside its own
-trace, which looks at few layers and extrapolates, all layers are traced as a check.
+`total` is what it tells its user. For peftkit these are `allocated_bytes` and `needed_bytes`.
 """
 
 from __future__ import annotations
@@ -230,13 +229,11 @@ def recipe_of(cell: Cell, precision: str) -> dict[str, Any]:
 
 
 def peftkit(depth: str, precision: str = "bf16") -> Callable[[Cell], Found]:
-    """peftkit's closed form, its trace, or the trace of all layers without extrapolation."""
+    """peftkit's closed form, or its trace."""
 
     def estimate(cell: Cell) -> Found:
         from peftkit.recipe import load
         from peftkit.run.account import account
-        from peftkit.run.facts import light_config
-        from peftkit.run.memory import traced
 
         loaded = load(recipe_of(cell, precision))
         told = account(loaded, gpu="h100-80gb", trace=depth == "trace")
@@ -251,12 +248,6 @@ def peftkit(depth: str, precision: str = "bf16") -> Callable[[Cell], Found]:
         }
         parts, total = peak.components, memory.needed_bytes
         phase, tensors = peak.phase, peak.allocated_bytes
-        if depth == "all layers":
-            assert plan.batch is not None
-            whole = traced(plan, light_config(loaded), plan.batch)
-            phase, highest = max(whole.peaks.items(), key=lambda item: item[1].allocated_bytes)
-            parts, tensors = highest.components, highest.allocated_bytes
-            total = max(tensors, whole.reserved_bytes) + memory.context_bytes
         sizes = {name: size / GIB for name, size in parts.items()}
         return found(total / GIB, tensors / GIB, sizes, phase=phase, **held)
 
@@ -266,7 +257,6 @@ def peftkit(depth: str, precision: str = "bf16") -> Callable[[Cell], Found]:
 OWN: dict[str, Callable[[Cell], Found]] = {
     "peftkit, closed form": peftkit("closed form"),
     "peftkit, trace": peftkit("trace"),
-    "peftkit, all layers": peftkit("all layers"),
 }
 HERE: dict[str, Callable[[Cell], Found]] = {  # need torch: they run in the project's own interpreter
     "accelerate estimate-memory": accelerate,
@@ -284,7 +274,6 @@ VARIANTS: dict[str, Callable[[Cell], Found]] = {
     "fitcheck-llm, its default of fp32 states": lambda cell: fitcheck(cell, "fp32"),
     "peftkit, closed form, precision: auto": peftkit("closed form", "auto"),
     "peftkit, trace, precision: auto": peftkit("trace", "auto"),
-    "peftkit, all layers, precision: auto": peftkit("all layers", "auto"),
 }
 ALL = {**OWN, **THERE, **HERE, **VARIANTS}
 
@@ -401,21 +390,6 @@ def shown(told: Found) -> str:
     return f"{told['tensors_gib']:.2f} / {told['total_gib']:.2f}"
 
 
-def disagreements(estimates: Mapping[str, Mapping[str, Found]]) -> list[str]:
-    """Where peftkit's extrapolated trace is more than 2 % from the trace of all layers."""
-    pairs = (("peftkit, trace", "peftkit, all layers"),)
-    pairs += (("peftkit, trace, precision: auto", "peftkit, all layers, precision: auto"),)
-    notes = []
-    for near, whole in pairs:
-        for cell, told in estimates[near].items():
-            for key in ("tensors_gib", "total_gib"):
-                one, other = told.get(key), estimates[whole][cell].get(key)
-                if one and other and abs(one - other) > 0.02 * other:
-                    text = f"{near}, {cell}, {key}: {one:.2f} extrapolated, {other:.2f} with all layers"
-                    notes.append(text)
-    return notes
-
-
 def held_in(estimates: Mapping[str, Mapping[str, Found]]) -> list[str]:
     """In which type peftkit's plan holds what it trains in D."""
     notes = []
@@ -442,7 +416,7 @@ def compare() -> None:
     for estimator, by_cell in estimates.items():
         row = [shown(by_cell.get(cell.name, {"none": ""})) for cell in CELLS]
         print(f"{estimator:<42}" + "".join(f"{text:>18}" for text in row))
-    notes = [*held_in(estimates), *disagreements(estimates)]
+    notes = held_in(estimates)
     print("\n".join(notes))
     result = {
         "what": "predictions, none measured; GiB; tensors: without allocator, context and safety",
