@@ -116,7 +116,7 @@ def _key(plan: Plan, config: Mapping[str, Any], batch: Batch) -> str:
         )
     }  # fmt: skip
     kept["base"].pop("id"), kept["base"].pop("revision")
-    whole = {**kept, "config": dict(config), "batch": asdict(batch), "versions": versions(), "format": 4}
+    whole = {**kept, "config": dict(config), "batch": asdict(batch), "versions": versions(), "format": 5}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -135,15 +135,18 @@ def _memory(plan: Plan, shape: ModelShape, config: Mapping[str, Any], batch: Bat
 def _on_a_line(found: Sequence[Traced]) -> bool:
     """Whether every component at every peak grows evenly over the three depths.
 
-    A peak may stand at one moment of the backward pass in a shallow model and at another in a deep one: also
-    where all gradients together grow faster than the peak does, they will pass it further down.
+    A peak may stand at one moment in a shallow model and at another in a deep one. The top of the backward
+    pass is looked at apart; below it the peak is early or late, and where all gradients together grow faster
+    than it does, it will be late in a deeper model.
     """
     low, middle, high = (_components(one) for one in found)
+    if {*low} != {*high}:
+        return False
     ends = [
         sum(parts["optimizer step"].values()) - parts["optimizer step"].get("temporaries", 0)
         for parts in (low, high)
     ]
-    highest = [sum(parts["backward"].values()) for parts in (low, high)]
+    highest = [sum(parts.get("backward below", {}).values()) for parts in (low, high)]
     if ends[1] - ends[0] > highest[1] - highest[0] + _UNEVEN * highest[1]:
         return False
     for phase, parts in middle.items():
@@ -165,7 +168,7 @@ def _for_layers(plan: Plan, depth: int) -> Plan:
 
 
 def _components(found: Traced) -> dict[str, dict[str, float]]:
-    return {phase: dict(snapshot.components) for phase, snapshot in found.peaks.items()}
+    return {phase: dict(snapshot.components) for phase, snapshot in found.moments.items()}
 
 
 def _extrapolated(
@@ -193,6 +196,9 @@ def as_memory(
     reserved_bytes: int,
 ) -> Memory:
     """The plan's value from traced components, with generation's cache beside them."""
+    top, below = phases["backward"], phases.get("backward below", {})
+    phases = {name: parts for name, parts in phases.items() if name != "backward below"}
+    phases["backward"] = max(top, below, key=lambda parts: sum(parts.values()))
     peaks = [
         Peak(phase, {name: round(size) for name, size in sizes.items() if round(size) > 0})
         for phase, sizes in phases.items()

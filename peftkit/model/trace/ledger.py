@@ -13,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkit.plan.memory import TILE_VOCAB
 
-SETUP, FORWARD, BACKWARD, OPTIMIZER, EVALUATION = (
+# the backward pass from the first gradient of a trained tensor on is a phase of its own
+SETUP, FORWARD, BACKWARD, BELOW, OPTIMIZER, EVALUATION = (
     "setup",
     "forward",
     "backward",
+    "backward below",
     "optimizer step",
     "evaluation",
 )
@@ -72,7 +74,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def allocate(self, num_bytes: int, kind: str) -> int:
         """Write down a block that no tensor stands for. Returns its number."""
         rounded = -(-num_bytes // self.round_to) * self.round_to
-        in_backward = self.phase == BACKWARD
+        in_backward = self.phase in {BACKWARD, BELOW}
         self.blocks.append(Block(rounded, kind, self.phase, in_backward and torch.is_grad_enabled()))
         self.events.append((len(self.blocks) - 1, True))
         return len(self.blocks) - 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,15 @@ from peftkit.model.blank import blank_model
 from peftkit.model.tensors import weight_tensors
 from peftkit.model.trace.caching import reserved_bytes
 from peftkit.model.trace.kernels import SCRATCH, Head, Kernels, Target
-from peftkit.model.trace.ledger import BACKWARD, EVALUATION, FORWARD, OPTIMIZER, Ledger, Snapshot
+from peftkit.model.trace.ledger import (
+    BACKWARD,
+    BELOW,
+    EVALUATION,
+    FORWARD,
+    OPTIMIZER,
+    Ledger,
+    Snapshot,
+)
 from peftkit.plan import Plan
 from peftkit.plan.memory import Static, evaluation_batch, static_memory
 from peftkit.plan.plan import Batch
@@ -30,13 +38,25 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
 
 @dataclass(frozen=True)
 class Traced:
-    """Peaks by phase, what CUDA's allocator would reserve for them, and what never leaves the device."""
+    """Peaks by phase, what CUDA's allocator would reserve for them, and what never leaves the device.
 
-    peaks: Mapping[str, Snapshot]
+    `moments` tells the backward pass in two: at its top, and from the first gradient on.
+    """
+
+    moments: Mapping[str, Snapshot]
     static_bytes: int
     kept_bytes: int
     reserved_bytes: int
     num_trainable: int
+
+    @property
+    def peaks(self) -> dict[str, Snapshot]:
+        """By phase, the backward pass as one."""
+        found = dict(self.moments)
+        below = found.pop(BELOW, None)
+        if below is not None and below.allocated_bytes > found[BACKWARD].allocated_bytes:
+            found[BACKWARD] = replace(below, phase=BACKWARD)
+        return found
 
 
 def build(plan: Plan, config: Any, *, recomputing: Callable[[], Any] = nullcontext) -> Any:
@@ -68,6 +88,12 @@ def batch_of(batch: Batch, task: str) -> dict[str, torch.Tensor]:
 
 def _set_up(ledger: Ledger, model: Any, plan: Plan, static: Static) -> None:
     """What is there before the step: weights, adapter, optimizer states, gradients of earlier passes."""
+
+    def arrived(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        ledger.see(parameter.grad, "gradients")
+        ledger.phase = BELOW if ledger.phase == BACKWARD else ledger.phase
+
     for tensor, is_trained in weight_tensors(model):
         ledger.see(tensor, "adapter" if is_trained and plan.method.peft is not None else "base weights")
     for buffer in model.buffers():
@@ -82,7 +108,7 @@ def _set_up(ledger: Ledger, model: Any, plan: Plan, static: Static) -> None:
         if plan.train.accumulation > 1:
             parameter.grad = torch.empty_like(parameter)
             ledger.see(parameter.grad, "gradients")
-        parameter.register_post_accumulate_grad_hook(lambda p: ledger.see(p.grad, "gradients"))
+        parameter.register_post_accumulate_grad_hook(arrived)
 
 
 def _fused_loss(model: Any, batch: Mapping[str, Any]) -> Any:
@@ -145,7 +171,7 @@ def trace(plan: Plan, config: Any, batch: Batch, *, loss: Loss | None) -> Traced
         head = _head(model, held_out, target) if loss is None else None
         with torch.no_grad(), Kernels(target, autocast, head=head):
             _fused_loss(model, inputs) if loss is None else loss(model, inputs)
-    peaks = ledger.peaks((FORWARD, BACKWARD, OPTIMIZER, EVALUATION))
+    peaks = ledger.peaks((FORWARD, BACKWARD, BELOW, OPTIMIZER, EVALUATION))
     reserved = reserved_bytes([b.num_bytes for b in ledger.blocks], ledger.events) if target == "cuda" else 0
     del model, inputs
     gc.collect()

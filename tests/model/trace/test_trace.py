@@ -144,19 +144,30 @@ def test_stand_ins_have_layers_of_each_kind_in_proportion():
     assert depths("gemma3_text", 80, layer_types=(kinds * 14)[:80]) == (14, 20, 26)
 
 
-def test_a_peak_that_moves_with_the_depth_is_not_extrapolated():
-    """Up to some 30 layers this step is highest at the loss, beyond that after all gradients."""
+def test_the_backward_pass_is_told_in_two():
+    """Up to some 30 layers this step is highest at the loss, beyond that after all gradients: both are even."""
     config = json.loads(tiny_config("llama").to_json_string())
 
-    def at(depth, method):
+    def at(depth):
         deep = {**config, "num_hidden_layers": depth}
         train = {"max_length": 64, "batch_size": 1, "gradient_checkpointing": True}
-        plan = plan_for(deep, method, device=GPU, train=train)
+        plan = plan_for(deep, "full", device=GPU, train=train)
         return memory.traced(plan, deep, plan.batch)
 
-    assert memory._on_a_line([at(depth, "ia3") for depth in (2, 4, 6)])
-    assert not memory._on_a_line([at(depth, "full") for depth in (2, 4, 6)])  # even, and yet passed later
-    assert not memory._on_a_line([at(depth, "full") for depth in (20, 35, 50)])  # uneven
+    shallow, *_, deep = found = [at(depth) for depth in (10, 30, 50)]
+    assert "logits and loss" in shallow.peaks["backward"].components
+    assert "logits and loss" not in deep.peaks["backward"].components
+    assert memory._on_a_line(found)
+
+
+@pytest.mark.parametrize("sizes", [(10, 20, 40), (10, 25, 30)])
+def test_what_does_not_grow_evenly_is_not_extrapolated(sizes):
+    def step(size):
+        names = ("forward", "backward", "backward below", "optimizer step", "evaluation")
+        return Traced({n: Snapshot(n, {"gradients": 1000 * size}) for n in names}, 0, 0, 0, 0)
+
+    assert memory._on_a_line([step(size) for size in (10, 20, 30)])
+    assert not memory._on_a_line([step(size) for size in sizes])
 
 
 def test_a_traced_plan_is_kept_and_found_again(monkeypatch, tmp_path):
