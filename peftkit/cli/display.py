@@ -68,7 +68,9 @@ def _out_of_memory(event: dict[str, Any]) -> str:
 def _compared(event: dict[str, Any]) -> str:
     said, was = show_bytes(event["predicted_bytes"]), show_bytes(event["measured_bytes"])
     error = event["error_percent"]
-    return f"memory of training: {said} predicted, {was} measured" + (f" ({error:+.1f} %)" if error else "")
+    if error is None:
+        return f"memory of training: {said} predicted, too little to be told from the process's own"
+    return f"memory of training: {said} predicted, {was} measured ({error:+.1f} %)"
 
 
 _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -57,8 +57,7 @@ def print_account(found: Account) -> None:
     """Parameters, memory at the peak by component, fit, nearest changes, time and what was assumed."""
     console = _console()
     plan, memory = found.plan, found.memory
-    added = (plan.method.num_trainable or 0) if plan.method.peft else 0
-    total = found.num_parameters + added
+    total = found.num_total
     console.print(_parameters(plan.method.trainable_by_role or {}, plan.method.num_trainable or 0, total))
     layers = ", ".join(f"{place}: {show_count(n)}" for place, n in plan.method.trainable_by_layers.items())
     console.print(f"by layers: {layers}\n", highlight=False, soft_wrap=True)
@@ -132,14 +131,17 @@ def _work_rows(found: Account) -> list[tuple[str, str]]:
         rows.append(("longest batch", f"{batch.num_rows} rows of {show_count(batch.num_tokens)} tokens"))
     rows.append(("work per step", f"{work.flops_per_step / 1e12:.2f} teraflops"))
     if work.tokens_per_second and work.seconds:
-        rows.append(("speed", f"{work.tokens_per_second:,.0f} tokens/s, as measured on this device"))
+        rows.append(("speed", f"{work.tokens_per_second:,.3g} tokens/s, as measured on this device"))
         rows.append(("time", show_seconds(work.seconds)))
     else:
         rows.append(("time", "unknown: no run of this kind was measured on this device yet"))
     if work.price is not None:
         rows.append(("price", f"{work.price:.2f}"))
     rows.append(
-        ("disk", f"{show_bytes(work.checkpoint_bytes)} of checkpoints, {show_bytes(work.result_bytes)}")
+        (
+            "disk",
+            f"{show_bytes(work.checkpoint_bytes)} of checkpoints, {show_bytes(work.result_bytes)} of result",
+        )
     )
     if work.download_bytes:
         rows.append(("download", f"about {show_bytes(work.download_bytes)}, unless it is here already"))

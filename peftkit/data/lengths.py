@@ -8,7 +8,7 @@ from peftkit.data.formats import Example
 from peftkit.data.mask import Tokenized
 from peftkit.plan import Lengths, Row
 
-_LONGEST = 64  # rows that are kept by themselves: a micro-batch is no larger
+_LONGEST = 64  # rows that are kept by themselves; those after them are taken to be as long as the last
 _TEMPLATE_BYTES = 32  # what a chat template may add to a turn, in tokens
 
 
@@ -21,7 +21,16 @@ def _lengths(rows: Sequence[Row], source: str) -> Lengths:
         num_tokens=sum(row.num_tokens for row in rows),
         num_learnt=sum(row.num_learnt for row in rows),
         source=source,
+        num_rows=len(rows),
     )
+
+
+def longest(lengths: Lengths | None) -> Row | None:
+    """The longest side of each kind, of different rows perhaps."""
+    if lengths is None:
+        return None
+    rows = lengths.longest
+    return Row(rows[0].num_tokens, max(row.num_labels for row in rows), rows[0].num_learnt)
 
 
 def counted(rows: Sequence[Tokenized], task: str) -> Lengths | None:

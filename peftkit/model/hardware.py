@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.util
 import os
 import platform
@@ -113,7 +114,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    told = ("can't allocate memory", "std::bad_alloc", "not enough memory")  # torch on a CPU has no class
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch on a CPU, the driver, cuBLAS, Triton and MPS have no class of their own for it
+    told = ("can't allocate memory", "std::bad_alloc", "not enough memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
 
 

@@ -57,8 +57,8 @@ def _on_data(plan: Plan, facts: Facts) -> Iterator[Decision]:
         reason = f"every row is seen {epochs:.0f} times: held-out rows show when it only memorises"
         yield _told("epochs", f"{epochs:.0f}", reason)
     trained = plan.method.num_trainable or 0
-    learnt = data.lengths.num_learnt if data.lengths else 0
-    if plan.method.peft is not None and trained and learnt > trained:
+    learnt = data.lengths.num_learnt if data.lengths and data.lengths.source == "counted" else 0
+    if plan.method.name in {"lora", "qlora"} and learnt > trained > 0:
         tokens = f"{show_count(learnt)} learnt tokens for {show_count(trained)} trained parameters"
         reason = (
             f"{tokens}: an adapter may run out of capacity (Schulman et al. 2025); a larger rank gives more"

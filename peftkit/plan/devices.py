@@ -12,8 +12,9 @@ from peftkit.errors import Problem, UserError, did_you_mean
 from peftkit.plan.facts import DeviceFacts
 
 _GIB = 2**30
-_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*(gib|gb|mib|mb)?$", re.IGNORECASE)
-_UNITS = {"gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6}
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?)(tib|tb|gib|gb|g|mib|mb)?$")
+_UNITS = {"tib": 2**40, "tb": 10**12, "gib": 2**30, "g": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6}
+_MOST_GIB = 1024  # a larger bare number is the name of a GPU without its series
 
 
 @dataclass(frozen=True)
@@ -63,25 +64,28 @@ def device_of(text: str, here: DeviceFacts, *, where: str = "--gpu") -> tuple[De
     A size is a GPU of that memory with bf16; a bare number means GiB.
     """
     wanted = text.strip().lower().replace("_", "-").replace(" ", "-")
+    joined = wanted.replace("-", "")
     if wanted == "this":
         return here, ""
-    gpu = GPUS.get(wanted) or GPUS.get(text.strip().lower().replace(" ", ""))
+    known = {name.replace("-", ""): gpu for name, gpu in GPUS.items()}
+    known |= {gpu.title.lower().replace(" ", "").replace("-", ""): gpu for gpu in GPUS.values()}
+    gpu = known.get(joined)
     if gpu is not None:
         memory = int(gpu.memory_gib * _GIB)
         made = DeviceFacts("cuda", gpu.title, memory, gpu.has_bf16, has_bitsandbytes=True)
         return made, "bitsandbytes is assumed to be installed there"
-    size = _SIZE.match(wanted)
-    if size and float(size[1]) > 0:
-        unit = (size[2] or "gib").lower()
-        memory = int(float(size[1]) * _UNITS[unit])
+    size = _SIZE.match(joined) if not wanted.startswith("-") else None
+    memory = int(float(size[1]) * _UNITS[size[2] or "gib"]) if size else 0
+    if size and 0 < memory <= _MOST_GIB * 2**30:
         made = DeviceFacts("cuda", f"a GPU of {text.strip()}", memory, True, has_bitsandbytes=True)
         assumed = "a GPU with bf16 and bitsandbytes is assumed"
         if size[2] is None:
             made = replace(made, name=f"a GPU of {size[1]} GiB")
             assumed = f"{text} is read as {size[1]} GiB (write 24GiB or 24GB to say which); {assumed}"
         return made, assumed
-    known = did_you_mean(wanted, list(GPUS))
-    raise UserError(Problem(where, repr(text), "a GPU's name, a size such as 24GiB, or this", known))
+    alike = [name for name in GPUS if joined and joined in name.replace("-", "")]
+    fix = f"did you mean {' or '.join(alike)}?" if alike else did_you_mean(wanted, list(GPUS))
+    raise UserError(Problem(where, repr(text), "a GPU's name, a size such as 24GiB, or this", fix))
 
 
 def teraflops_of(name: str) -> float | None:

@@ -47,10 +47,12 @@ class Lengths:
     num_tokens: int  # of all rows
     num_learnt: int
     source: str  # "counted" | "at most": bytes of text where nothing was tokenized
+    num_rows: int
 
     @property
     def mean(self) -> float:
-        return sum(self.deciles) / len(self.deciles)
+        """Tokens of a row."""
+        return self.num_tokens / self.num_rows
 
     def likely_longest(self, num_rows: int) -> float:
         """The length to which `num_rows` rows drawn at random are padded, about."""
@@ -69,6 +71,7 @@ class DataFacts:
     format: str
     labels: tuple[str, ...] = ()  # of classification, sorted
     lengths: Lengths | None = None
+    longest_eval: Row | None = None
 
 
 @dataclass(frozen=True)

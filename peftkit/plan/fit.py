@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from peftkit.plan.facts import DeviceFacts, Facts
-from peftkit.plan.memory import closed_form
-from peftkit.plan.plan import Batch, Memory, Plan
+from peftkit.plan.memory import closed_form, evaluation_rows
+from peftkit.plan.plan import Batch, Decision, Memory, Plan, TrainPlan
 from peftkit.units import show_bytes
 
 TIGHT = 0.08  # of the device's memory: below this margin a run may fail by fragmentation
@@ -36,6 +36,8 @@ def judge(memory: Memory, device: DeviceFacts) -> Fit:
     """Compare what is needed with what the device has free."""
     free = device.memory_bytes - device.used_bytes
     needed = memory.needed_bytes
+    if device.kind != "cuda" and needed > free >= memory.peak.allocated_bytes + memory.context_bytes:
+        return Fit("tight", needed, free)  # what glibc may keep of freed memory is an upper bound
     if needed > free:
         return Fit("does not fit", needed, free)
     return Fit("fits" if free - needed >= TIGHT * device.memory_bytes else "tight", needed, free)
@@ -50,13 +52,28 @@ def longest_batch(plan: Plan, facts: Facts) -> Batch:
     if lengths is None:
         tokens = plan.data.max_length
         labels = tokens if plan.base.task == "seq2seq" else 0
-        return Batch(micro, tokens, labels, micro * (tokens - 1), is_padded=micro > 1)
-    rows, most = lengths.longest[:micro], plan.data.max_length
+        made = Batch(micro, tokens, labels, micro * (tokens - 1), is_padded=micro > 1)
+        return _with_held_out(made, plan, facts)
+    most, missing = plan.data.max_length, min(micro, lengths.num_rows) - len(lengths.longest)
+    rows = [*lengths.longest[:micro], *[lengths.longest[-1]] * missing]
     tokens = min(rows[0].num_tokens, most)
     labels = min(max(row.num_labels for row in rows), most)
     learnt = sum(min(row.num_learnt, most) for row in rows)
     uneven = len({min(row.num_tokens, most) for row in rows}) > 1 or lengths.source != "counted"
-    return Batch(len(rows), tokens, labels, learnt, is_padded=uneven)
+    return _with_held_out(Batch(len(rows), tokens, labels, learnt, is_padded=uneven), plan, facts)
+
+
+def _with_held_out(batch: Batch, plan: Plan, facts: Facts) -> Batch:
+    """With the held-out rows that are looked at together, as long as the longest where that is known."""
+    if not plan.data.eval or (facts.data is not None and facts.data.num_eval == 0):
+        return batch
+    rows, row, most = evaluation_rows(plan), None, plan.data.max_length
+    if facts.data is not None:
+        rows, row = min(rows, facts.data.num_eval), facts.data.longest_eval
+    if row is None:
+        return replace(batch, eval_rows=rows, eval_tokens=batch.num_tokens, eval_labels=batch.num_labels)
+    tokens, labels = min(row.num_tokens, most), min(row.num_labels, most)
+    return replace(batch, eval_rows=rows, eval_tokens=tokens, eval_labels=labels)
 
 
 def micro_batches(batch_size: int) -> list[int]:
@@ -68,6 +85,23 @@ def with_micro_batch(plan: Plan, size: int) -> Plan:
     """The same global batch in other pieces."""
     train = replace(plan.train, micro_batch=size, accumulation=plan.train.batch_size // size)
     return replace(plan, train=train)
+
+
+def revised(plan: Plan, train: TrainPlan, facts: Facts, reason: str) -> Plan:
+    """The plan with other values of `train`; the decisions that changed say why."""
+    values = {
+        "train.micro_batch": train.micro_batch,
+        "train.accumulation": train.accumulation,
+        "train.gradient_checkpointing": train.gradient_checkpointing,
+    }
+    decisions = tuple(
+        Decision(d.key, values[d.key], "decided", reason)
+        if d.key in values and d.value != values[d.key] and str(d.value).lower() != str(values[d.key])
+        else d
+        for d in plan.decisions
+    )
+    made = replace(plan, train=train, decisions=decisions)
+    return replace(made, batch=longest_batch(made, facts))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from peftkit.archs import ModelShape
 from peftkit.plan.activations import is_adapted, is_fitted, kept_bytes, virtual_tokens
@@ -148,6 +148,14 @@ def _trained_shapes(shape: ModelShape, plan: Plan) -> list[tuple[int, ...]]:
     return matrices + ([(rest,)] if rest > 0 else [])
 
 
+def state_bytes(shape: ModelShape, plan: Plan) -> int:
+    """The optimizer's states, on the device and on the host."""
+    shapes = _trained_shapes(shape, plan)
+    item = ITEM_BYTES[plan.base.dtype] if plan.method.peft is None else 4
+    static = static_memory(plan, shapes, [item] * len(shapes))
+    return sum(static.optimizer_blocks) + static.host_bytes
+
+
 def _head_bytes(shape: ModelShape, plan: Plan, batch: Batch) -> tuple[int, int]:
     """(forward, backward) bytes of logits and loss at their highest."""
     item = 2 if plan.train.autocast else ITEM_BYTES[plan.base.dtype]
@@ -174,16 +182,15 @@ def evaluation_rows(plan: Plan) -> int:
     return max(8, plan.train.micro_batch) if plan.device == "cpu" else plan.train.micro_batch
 
 
-def evaluation_batch(plan: Plan, batch: Batch) -> Batch:
-    """Held-out rows that are looked at together, as long as the longest of those trained on."""
-    rows = evaluation_rows(plan)
-    learnt = rows * (batch.num_tokens - 1)
-    return replace(batch, num_rows=rows, num_learnt=learnt, is_padded=rows > 1)
+def evaluation_batch(batch: Batch) -> Batch:
+    """Held-out rows that are looked at together."""
+    rows, tokens = batch.eval_rows, batch.eval_tokens
+    return Batch(rows, tokens, batch.eval_labels, rows * (tokens - 1), is_padded=rows > 1)
 
 
 def generation_bytes(shape: ModelShape, plan: Plan, batch: Batch) -> int:
     """Keys, values and states that generation keeps, for the prompts that are answered at once."""
-    length = batch.num_tokens + plan.evaluate.max_new_tokens + virtual_tokens(plan)
+    length = batch.eval_tokens + plan.evaluate.max_new_tokens + virtual_tokens(plan)
     numbers = shape.cache_at(length) + shape.state_per_sequence
     return plan.evaluate.generation_batch * numbers * ITEM_BYTES[plan.base.dtype]
 
@@ -230,10 +237,10 @@ def closed_form(shape: ModelShape, plan: Plan, batch: Batch) -> Memory:
         max((Peak("backward", _sum(held, one)) for one in backwards), key=lambda p: p.allocated_bytes),
         Peak("optimizer step", _sum(held, {"gradients": trainable, "temporaries": static.step_bytes})),
     ]
-    if plan.data.eval:
-        seen = evaluation_batch(plan, batch)
+    if batch.eval_rows:
+        seen = evaluation_batch(batch)
         logits, _ = _head_bytes(shape, plan, seen)
-        inside = passing * seen.num_rows // max(1, batch.num_rows)
+        inside = passing * seen.num_rows * seen.num_tokens // max(1, batch.num_rows * batch.num_tokens)
         more = {"logits and loss": logits, "temporaries": max(kept["casts"], inside)}
         peaks.append(Peak("evaluation", _sum(held, more)))
     peaks += between_steps(shape, plan, batch, held)
@@ -253,7 +260,7 @@ def closed_form(shape: ModelShape, plan: Plan, batch: Batch) -> Memory:
 def between_steps(shape: ModelShape, plan: Plan, batch: Batch, held: Mapping[str, int]) -> list[Peak]:
     """The peaks of a checkpoint's write, which copies nothing on the device, and of generation."""
     found = [Peak("checkpoint write", _sum(held, {}))]
-    if plan.data.eval and plan.evaluate.metric in {"exact_match", "token_f1"}:
+    if batch.eval_rows and plan.evaluate.metric in {"exact_match", "token_f1"}:
         found.append(Peak("generation", _sum(held, {"cache": generation_bytes(shape, plan, batch)})))
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peftkit.methods import PeftSpec
@@ -55,8 +55,8 @@ class MethodPlan:
     lr_ratio: float | None
     trainable_by_role: Mapping[str, int] | None
     num_parameters: int
-    trainable_by_layers: Mapping[str, int]  # ranges of alike layers; empty in a plan that is refused
     roles: Mapping[str, str]  # path of a module with * for numbers -> its role
+    trainable_by_layers: Mapping[str, int] = field(default_factory=dict)  # ranges of alike layers
 
     @property
     def num_trainable(self) -> int | None:
@@ -114,7 +114,8 @@ class EvaluatePlan:
 class Batch:
     """The shapes of one micro-batch.
 
-    `num_labels` is the target's length of an encoder-decoder, `num_learnt` counts what the loss sees.
+    `num_labels` is the target's length of an encoder-decoder, `num_learnt` counts what the loss sees. What
+    starts with `eval_` is of the held-out rows that are looked at together; no rows means no evaluation.
     """
 
     num_rows: int
@@ -122,6 +123,9 @@ class Batch:
     num_labels: int
     num_learnt: int
     is_padded: bool
+    eval_rows: int = 0
+    eval_tokens: int = 0
+    eval_labels: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,12 @@ class Memory:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Memory:
-        """The value that `asdict` wrote."""
+        """The value that `asdict` wrote. Raises ValueError where it was not."""
+        sizes = [value["reserved_bytes"], value["context_bytes"], value["host_bytes"]]
+        for peak in value["peaks"]:
+            sizes += dict(peak["components"]).values()
+        if not value["peaks"] or not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError("peaks and sizes in bytes are expected")
         return cls(**{**value, "peaks": tuple(Peak(**peak) for peak in value["peaks"])})
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peftkit.archs import ModelShape
 from peftkit.plan.facts import Facts
-from peftkit.plan.memory import ITEM_BYTES
+from peftkit.plan.memory import ITEM_BYTES, state_bytes
 from peftkit.plan.plan import Plan
 
 _TOKENS_PER_PARAMETER = 20  # compute-optimal pre-training (Hoffmann et al. 2022)
@@ -50,16 +51,17 @@ def flops_per_token(shape: ModelShape, plan: Plan, length: float) -> float:
     if plan.method.peft is None:
         passes += 2.0
     passes += {"none": 0.0, "selective": 1.0, "full": 2.0}[plan.train.gradient_checkpointing]
-    attention = 2.0 * length * shape.dims.q * shape.num_cached_layers
+    attention = length * shape.dims.q * shape.num_cached_layers  # each pass counts 2 of it
     adapter = 6.0 * (plan.method.num_trainable or 0) if plan.method.peft is not None else 0.0
     return passes * (active_parameters(shape) + attention) + adapter
 
 
 def speed_key(plan: Plan) -> str:
-    """Which measured speed holds for a plan: the types, 4-bit or not, recomputation."""
+    """Which measured speed holds for a plan: types, 4-bit or not, recomputation, and the size within x4."""
     kind = plan.train.autocast or plan.base.dtype
     quantized = " 4-bit" if plan.base.quant_type else ""
-    return f"{kind}{quantized} {plan.train.gradient_checkpointing}"
+    size = 4 ** round(math.log(max(1, plan.method.num_parameters), 4)) / 1e6
+    return f"{kind}{quantized} {plan.train.gradient_checkpointing}, about {size:.3g}M parameters"
 
 
 def work_of(
@@ -82,7 +84,7 @@ def work_of(
         tokens_per_second=speed / flops * tokens if speed else None,
         seconds=seconds,
         price=seconds / 3600 * price_per_hour if seconds and price_per_hour else None,
-        checkpoint_bytes=3 * trainable * item * _KEPT_CHECKPOINTS,
+        checkpoint_bytes=(trainable * item + state_bytes(shape, plan)) * _KEPT_CHECKPOINTS,
         result_bytes=trainable * item,
         download_bytes=2 * shape.num_parameters if plan.base.kind == "hub" else 0,
         tokens_per_trainable=all_tokens / trainable if all_tokens and trainable else None,

@@ -15,7 +15,7 @@ from peftkit.plan.throughput import Work, flops_per_token, speed_key, work_of
 from peftkit.recipe import LoadedRecipe
 from peftkit.run.calibration import add_run, read_calibration
 from peftkit.run.facts import light_config, light_facts
-from peftkit.run.memory import trace_memory
+from peftkit.run.memory import settle
 from peftkit.run.trial import Trial, run_trial
 from peftkit.units import show_bytes
 
@@ -67,6 +67,12 @@ class Account:
         return self.plan.memory
 
     @property
+    def num_total(self) -> int:
+        """Parameters of the base and of what is added to it."""
+        added = (self.plan.method.num_trainable or 0) if self.plan.method.peft else 0
+        return self.num_parameters + added
+
+    @property
     def driver(self) -> str:
         """The recipe's line behind the largest part of the peak that can be changed."""
         parts = {n: s for n, s in self.memory.peak.components.items() if n in DRIVERS}
@@ -85,7 +91,7 @@ class Account:
         memory = self.memory
         return {
             "trainable": self.plan.method.num_trainable,
-            "total": self.num_parameters,
+            "total": self.num_total,
             "by_role": dict(self.plan.method.trainable_by_role or {}),
             "by_layers": dict(self.plan.method.trainable_by_layers),
             "device": asdict(self.device),
@@ -118,6 +124,10 @@ def _assumptions(facts: Facts, plan: Plan, said: str) -> list[str]:
     elif lengths.source != "counted":
         most = plan.batch.num_tokens if plan.batch else 0
         assumed.append(f"rows are at most {most} tokens long, from their bytes; --trace counts them")
+    if lengths is not None and lengths.longest[0].num_tokens > plan.data.max_length:
+        assumed.append(
+            f"rows of more than {plan.data.max_length} tokens are dropped or cut (data.truncation)"
+        )
     if facts.device.used_bytes > 0.25 * facts.device.memory_bytes:
         used, whole = show_bytes(facts.device.used_bytes), show_bytes(facts.device.memory_bytes)
         assumed.append(f"{used} of the device's {whole} are in use by others")
@@ -148,12 +158,8 @@ def account(
             facts, note = _counted(loaded, facts, plan, examples)
             notes += [note] if note else []
             plan = make_plan(loaded, facts)
-        assert plan.batch is not None
-        found = trace_memory(plan, facts.model.shape, config, plan.batch)
-        if found.memory is not None:
-            plan = replace(plan, memory=found.memory)
-        else:
-            notes.append(f"not traced ({found.reason}): the closed form stands")
+        plan, note = settle(loaded, facts, plan, config)
+        notes += [f"{note}: the closed form stands"] if note else []
     assert plan.memory is not None
     if plan.memory.bound:
         notes.append(f"{plan.memory.bound}: --trace tells exactly")
@@ -189,14 +195,18 @@ def _tried(plan: Plan, facts: Facts, config: Mapping[str, Any]) -> Trial:
         facts.device.name,
         speed_key(plan),
         flops_per_second=work * tokens / trial.step_seconds,
-        memory={"depth": "traced", **asdict(trial), "error_percent": round(trial.error_percent, 2)},
+        memory={
+            "depth": plan.memory.depth if plan.memory else "",
+            **asdict(trial),
+            "error_percent": round(trial.error_percent, 2),
+        },
     )
     return trial
 
 
 def _counted(loaded: LoadedRecipe, facts: Facts, plan: Plan, examples: Any) -> tuple[Facts, str]:
     """Facts with the rows' lengths in tokens, or why they could not be counted."""
-    from peftkit.data.lengths import counted
+    from peftkit.data.lengths import counted, longest
     from peftkit.data.prepare import prepare
     from peftkit.model.load import load_tokenizer, loadable
     from peftkit.run.facts import find_base
@@ -209,4 +219,5 @@ def _counted(loaded: LoadedRecipe, facts: Facts, plan: Plan, examples: Any) -> t
     task = facts.model.shape.task
     prepared = prepare(examples, tokenizer, plan.data, task=task, labels=plan.base.labels)
     assert facts.data is not None
-    return replace(facts, data=replace(facts.data, lengths=counted(prepared.train, task))), ""
+    lengths, held_out = counted(prepared.train, task), longest(counted(prepared.eval, task))
+    return replace(facts, data=replace(facts.data, lengths=lengths, longest_eval=held_out)), ""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftkit.data.lengths import at_most
+from peftkit.data.lengths import at_most, longest
 from peftkit.data.prepare import Examples, read_examples
 from peftkit.errors import Problem, UserError
 from peftkit.model.gguf import header_config
@@ -107,7 +107,14 @@ def data_facts(examples: Examples | None, task: str) -> DataFacts | None:
     if examples is None:
         return None
     lengths = at_most(examples.train, task)
-    return DataFacts(len(examples.train), len(examples.eval), examples.format, examples.labels, lengths)
+    return DataFacts(
+        len(examples.train),
+        len(examples.eval),
+        examples.format,
+        examples.labels,
+        lengths,
+        longest(at_most(examples.eval, task)),
+    )
 
 
 def memory_problems(
@@ -120,6 +127,8 @@ def memory_problems(
     memory = plan.memory
     assert memory is not None
     fit = judge(memory, facts.device)
+    if fit.verdict != "does not fit":
+        return []
     needed = fit.needed_bytes
     if memory.bound:
         needed = next(p.allocated_bytes for p in memory.peaks if p.phase == "optimizer step")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import interrupt
-from peftkit.data.lengths import counted
+from peftkit.data.lengths import counted, longest
 from peftkit.data.prepare import Examples, Prepared, prepare
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 from peftkit.plan import DataFacts, Facts, Plan, make_plan
@@ -24,6 +24,7 @@ from peftkit.run.facts import (
     converted,
     data_facts,
     light_facts,
+    memory_problems,
     model_facts,
     read,
     refuse_where_it_cannot_run,
@@ -124,7 +125,10 @@ def _open(
         observer({"event": "warning", "text": f"only held-out rows have the classes {names}: never learnt"})
     prepared = prepare(examples, tokenizer, plan.data, task=facts.model.shape.task, labels=plan.base.labels)
     lengths = counted(prepared.train, facts.model.shape.task)
-    rows = DataFacts(len(prepared.train), len(prepared.eval), plan.data.format, plan.base.labels, lengths)
+    held_out = longest(counted(prepared.eval, facts.model.shape.task))
+    rows = DataFacts(
+        len(prepared.train), len(prepared.eval), plan.data.format, plan.base.labels, lengths, held_out
+    )
     facts, config = replace(facts, data=rows), converted(base, source).config or {}
     plan = make_plan(loaded, facts)
     if (run.path / "plan.json").exists():
@@ -133,6 +137,9 @@ def _open(
         plan, note = settle(loaded, facts, plan, config)
         if note:
             observer({"event": "warning", "text": note})
+        problems = memory_problems(loaded, plan, facts, slack=1.0)
+        if problems:
+            raise UserError(problems)
     chats = bool(examples.train[0].messages)
     return _Stage(run, loaded, facts, config, plan, tokenizer, source, prepared, chats, observer, started)
 
@@ -259,9 +266,9 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
     target = run.adapter if plan.method.peft else run.model
     with publish_folder(target, step=published_step, base=plan.base.id) as folder:
         adapter.save_result(model, plan, stage.tokenizer, folder, start=run.path / "adapter_start")
+    stage.emit("done", step=step, published_step=published_step, result=target.name, memory=memory_used())
     mean = prepared.num_tokens / max(1, len(prepared.train))
     calibrate(run, plan, stage.facts.model.shape, device=stage.facts.device.name, mean_tokens=mean)
-    stage.emit("done", step=step, published_step=published_step, result=target.name, memory=memory_used())
 
 
 def _tell_start(stage: _Stage) -> None:

@@ -10,15 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from peftkit.archs import ModelShape, shape_from_config
-from peftkit.errors import UserError
+from peftkit.methods import METHODS
 from peftkit.model.locate import cache_folder
 from peftkit.plan import Batch, Facts, Memory, Peak, Plan
-from peftkit.plan.fit import judge, longest_batch, micro_batches, with_micro_batch
+from peftkit.plan.fit import judge, micro_batches, revised, with_micro_batch
 from peftkit.plan.memory import CONTEXT_BYTES, between_steps, kept_by_malloc
+from peftkit.plan.plan import TrainPlan
 from peftkit.recipe import LoadedRecipe
 from peftkit.run.environment import versions
-from peftkit.run.facts import memory_problems
 from peftkit.rundir import read_json, write_json
+from peftkit.units import show_bytes
 
 if TYPE_CHECKING:
     from peftkit.model.trace.step import Traced
@@ -64,7 +65,7 @@ def trace_memory(plan: Plan, shape: ModelShape, config: Mapping[str, Any], batch
     """The memory of `plan` on `batch` by the ledger, from the cache where it was traced before."""
     path = cache_folder() / "traces" / f"{_key(plan, config, batch)}.json"
     if path.is_file():
-        with suppress(ValueError, KeyError, TypeError):  # a cut file is traced again
+        with suppress(OSError, ValueError, KeyError, TypeError):  # a cut file is traced again
             return Outcome(Memory.from_json(read_json(path)), from_cache=True)
     try:
         memory = _memory(plan, shape, config, batch)
@@ -72,17 +73,18 @@ def trace_memory(plan: Plan, shape: ModelShape, config: Mapping[str, Any], batch
         # foreign code on a device without numbers: whatever it raises, there is no prediction
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         return Outcome(None, f"{type(error).__name__}: {line}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, asdict(memory))
-    _forget_old(path.parent.glob("*.json"))
+    with suppress(OSError):  # a cache that cannot be written costs the next plan a trace
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(memory))
+        _forget_old(path.parent.glob("*.json"))
     return Outcome(memory)
 
 
 def settle(loaded: LoadedRecipe, facts: Facts, plan: Plan, config: Mapping[str, Any]) -> tuple[Plan, str]:
     """(the plan with its traced memory, what is to be told).
 
-    Where the recipe leaves the micro-batch open and the trace finds that it does not fit after all, the next
-    smaller piece is traced. Raises UserError where nothing fits.
+    Where the trace finds that the chosen values do not fit after all, the next smaller ones that the recipe
+    leaves open are traced, and their decisions say so.
     """
     while True:
         assert plan.batch is not None
@@ -90,18 +92,28 @@ def settle(loaded: LoadedRecipe, facts: Facts, plan: Plan, config: Mapping[str, 
         if found.memory is None:
             return plan, f"no exact prediction of memory, because the trace stopped ({found.reason})"
         plan = replace(plan, memory=found.memory)
-        if judge(found.memory, facts.device).verdict != "does not fit":
+        fit = judge(found.memory, facts.device)
+        smaller = _next_smaller(loaded, plan) if fit.verdict == "does not fit" else None
+        if smaller is None:
             return plan, ""
-        smaller = [size for size in micro_batches(plan.train.batch_size) if size < plan.train.micro_batch]
-        if loaded.recipe.train.micro_batch != "auto" or not smaller:
-            raise UserError(memory_problems(loaded, plan, facts, slack=1.0))
-        plan = with_micro_batch(plan, smaller[0])
-        plan = replace(plan, batch=longest_batch(plan, facts))
+        reason = f"what was chosen first needs {show_bytes(fit.needed_bytes)}, as the trace found"
+        plan = revised(plan, smaller, facts, reason)
+
+
+def _next_smaller(loaded: LoadedRecipe, plan: Plan) -> TrainPlan | None:
+    """The next values that take less, of those that the recipe leaves to the plan."""
+    train, asked = plan.train, loaded.recipe.train
+    sizes = [size for size in micro_batches(train.batch_size) if size < train.micro_batch]
+    if asked.micro_batch == "auto" and sizes:
+        return with_micro_batch(plan, sizes[0]).train
+    can = asked.gradient_checkpointing == "auto" and METHODS[plan.method.name].allows_checkpointing
+    more = {"none": "selective", "selective": "full"}.get(train.gradient_checkpointing)
+    return replace(train, gradient_checkpointing=more) if can and more else None
 
 
 def _forget_old(paths: Any) -> None:
     newest_first = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in newest_first[_CACHED:]:
+    for path in newest_first[_CACHED:]:  # another process may do the same: its OSError ends this one
         path.unlink(missing_ok=True)
 
 
@@ -116,7 +128,7 @@ def _key(plan: Plan, config: Mapping[str, Any], batch: Batch) -> str:
         )
     }  # fmt: skip
     kept["base"].pop("id"), kept["base"].pop("revision")
-    whole = {**kept, "config": dict(config), "batch": asdict(batch), "versions": versions(), "format": 5}
+    whole = {**kept, "config": dict(config), "batch": asdict(batch), "versions": versions(), "format": 6}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -202,7 +214,7 @@ def as_memory(
     peaks = [
         Peak(phase, {name: round(size) for name, size in sizes.items() if round(size) > 0})
         for phase, sizes in phases.items()
-        if phase != "evaluation" or plan.data.eval
+        if phase != "evaluation" or batch.eval_rows
     ]
     still = {"base weights", "adapter", "optimizer", "workspaces"}
     held = {name: size for name, size in peaks[0].components.items() if name in still}

@@ -6,15 +6,17 @@ import traceback
 from dataclasses import dataclass, replace
 
 from peftkit.errors import Problem
-from peftkit.plan import Decision, Facts, Peak, Plan
+from peftkit.plan import Facts, Peak, Plan
 from peftkit.plan.changes import nearest_changes
-from peftkit.plan.fit import longest_batch, micro_batches, with_micro_batch
+from peftkit.plan.fit import micro_batches, revised, with_micro_batch
+from peftkit.plan.memory import evaluation_rows
 from peftkit.recipe import LoadedRecipe
 from peftkit.units import show_bytes
 
 # Where a frame of the traceback stands tells the phase; the innermost that tells anything counts.
 _PHASES = (
     ("/peftkit/model/load.py", "loading"),
+    ("/peftkit/model/adapter.py", "start of the adapter"),
     ("/peftkit/evaluate/generation.py", "generation"),
     ("/peftkit/evaluate/losses.py", "evaluation"),
     ("/peftkit/train/checkpoint.py", "checkpoint write"),
@@ -84,12 +86,10 @@ def smaller(plan: Plan, facts: Facts, shortage: Shortage) -> Plan | None:
     Every decision keeps its reason: the new ones say what happened.
     """
     sizes = [size for size in micro_batches(plan.train.batch_size) if size < plan.train.micro_batch]
-    if not sizes or shortage.phase in {"loading", "optimizer step", "checkpoint write", "generation"}:
+    if not sizes or shortage.phase not in {"forward", "backward", "evaluation"}:
         return None
     made = with_micro_batch(plan, sizes[0])
+    if shortage.phase == "evaluation" and evaluation_rows(made) == evaluation_rows(plan):
+        return None  # a CPU looks at eight held-out rows whatever the micro-batch
     reason = f"on_oom: adapt, after {plan.train.micro_batch} at once ran out of memory"
-    changed = {"train.micro_batch": sizes[0], "train.accumulation": made.train.accumulation}
-    decisions = tuple(
-        Decision(d.key, changed[d.key], "decided", reason) if d.key in changed else d for d in made.decisions
-    )
-    return replace(made, decisions=decisions, batch=longest_batch(made, facts))
+    return revised(plan, made.train, facts, reason)

@@ -9,7 +9,7 @@ def advised(device, method, *, rows=1000, learnt=10_000, epochs=1.0):
     loaded = load(
         {"base": "o/m", "method": method, "data": {"train": "x.jsonl"}, "train": {"epochs": epochs}}
     )
-    lengths = Lengths((Row(512, 0, 256),) * 64, (256,) * 11, 4 * learnt, learnt, "counted")
+    lengths = Lengths((Row(512, 0, 256),) * 64, (256,) * 11, 4 * learnt, learnt, "counted", 64)
     facts = Facts(device, ModelFacts("o/m", "hub", LLAMA), DataFacts(rows, 10, "chat", lengths=lengths))
     plan = make_plan(loaded, facts)
     return {d.key: d for d in plan.decisions if d.key.startswith("advice.")}

@@ -24,7 +24,7 @@ def gpu(name):
 
 
 def planned(device, method="qlora", lengths=None, **sections):
-    loaded = load({"base": "o/m", "method": method, "data": {"train": "x.jsonl"}, **sections})
+    loaded = load({"base": "o/m", "method": method, "data": {"train": "x.jsonl"}} | sections)
     data = DataFacts(1000, 10, "chat", lengths=lengths)
     facts = Facts(device, ModelFacts("o/m", "hub", LLAMA), data)
     return loaded, facts, make_plan(loaded, facts)
@@ -37,6 +37,11 @@ def test_a_device_is_a_name_a_size_or_this():
     assert gpu("24gb").memory_bytes == 24 * 10**9
     assert gpu("this") is HERE
     assert not gpu("t4").supports_bf16
+    assert gpu("24 GiB").memory_bytes == gpu("24G").memory_bytes == 24 * 2**30
+    assert gpu("NVIDIA H100 80GB HBM3") == gpu("h100-80gb")
+    for unclear, told in {"h100": "h100-80gb or h100-pcie", "a100": "a100-80gb", "4090": "rtx4090"}.items():
+        with pytest.raises(UserError, match=told):
+            gpu(unclear)
     assert "24 GiB" in device_of("24", HERE)[1]  # a bare number is ambiguous: it is said how it is read
 
 
@@ -90,11 +95,32 @@ def test_what_does_not_fit_names_changes_that_do():
 
 def test_the_longest_rows_are_those_of_the_data():
     rows = tuple(Row(n, 0, n // 2) for n in (900, 300, 200, 100))
-    lengths = Lengths(rows, tuple(range(100, 1000, 80))[:11], 1500, 750, "counted")
+    lengths = Lengths(rows, tuple(range(100, 1000, 80))[:11], 1500, 750, "counted", 4)
     given = {"train": {"max_length": 2048, "micro_batch": 2, "batch_size": 2}}
     _, facts, plan = planned(gpu("h100-80gb"), lengths=lengths, **given)
     batch = longest_batch(plan, facts)
     assert (batch.num_rows, batch.num_tokens, batch.num_learnt, batch.is_padded) == (2, 900, 600, True)
+
+
+def test_a_micro_batch_may_be_larger_than_the_rows_that_are_known_by_length():
+    rows = tuple(Row(100, 0, 50) for _ in range(64))
+    lengths = Lengths(rows, (50,) * 11, 50 * 3000, 25 * 3000, "counted", 3000)
+
+    def batch(micro):
+        given = {"train": {"max_length": 2048, "micro_batch": micro, "batch_size": micro}}
+        return planned(gpu("h100-80gb"), lengths=lengths, **given)[2].batch
+
+    assert batch(1000).num_rows == 1000
+    assert batch(4000).num_rows == 3000  # there are no more
+
+
+def test_held_out_rows_are_planned_by_their_own_length():
+    _, facts, plan = planned(gpu("h100-80gb"), data={"train": "x.jsonl", "eval": "y.jsonl"})
+    long = replace(facts, data=replace(facts.data, num_eval=3, longest_eval=Row(1500, 0, 700)))
+    none = replace(facts, data=replace(facts.data, num_eval=0))
+    assert longest_batch(plan, none).eval_rows == 0
+    batch = longest_batch(plan, long)
+    assert (batch.eval_rows, batch.eval_tokens) == (min(3, plan.train.micro_batch), 1500)
 
 
 def test_work_follows_from_parameters_and_the_measured_speed():

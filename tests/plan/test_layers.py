@@ -33,6 +33,8 @@ def test_the_ranges_sum_up_to_what_is_trained(config, name):
     data_format = "text" if config is LLAMA else "prompt-completion"
     method = plan_for(config, name, data_format=data_format).method
     assert sum(method.trainable_by_layers.values()) == method.num_trainable > 0
+    assert (SHARED in method.trainable_by_layers) == (name in {"prefix", "prompt"})  # nothing hides there
+    assert min(method.trainable_by_layers.values()) > 0
 
 
 def test_alike_layers_are_one_range():

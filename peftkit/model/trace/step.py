@@ -164,13 +164,14 @@ def trace(plan: Plan, config: Any, batch: Batch, *, loss: Loss | None) -> Traced
         ledger.free(ledger.allocate(static.step_bytes, "temporaries"))
         del value
         model.zero_grad(set_to_none=True)
-        ledger.phase = EVALUATION
-        model.eval()
-        held_out = evaluation_batch(plan, batch)
-        inputs = batch_of(held_out, plan.base.task)
-        head = _head(model, held_out, target) if loss is None else None
-        with torch.no_grad(), Kernels(target, autocast, head=head):
-            _fused_loss(model, inputs) if loss is None else loss(model, inputs)
+        if batch.eval_rows:
+            ledger.phase = EVALUATION
+            model.eval()
+            held_out = evaluation_batch(batch)
+            inputs = batch_of(held_out, plan.base.task)
+            head = _head(model, held_out, target) if loss is None else None
+            with torch.no_grad(), Kernels(target, autocast, head=head):
+                _fused_loss(model, inputs) if loss is None else loss(model, inputs)
     peaks = ledger.peaks((FORWARD, BACKWARD, BELOW, OPTIMIZER, EVALUATION))
     reserved = reserved_bytes([b.num_bytes for b in ledger.blocks], ledger.events) if target == "cuda" else 0
     del model, inputs

@@ -16,7 +16,8 @@ from peftkit.evaluate.losses import collate
 from peftkit.model.adapter import attach
 from peftkit.model.load import load_model
 from peftkit.model.trace.caching import reserved_bytes
-from peftkit.model.trace.ledger import FORWARD, Ledger
+from peftkit.model.trace.ledger import FORWARD, Ledger, Snapshot
+from peftkit.model.trace.step import Traced
 from peftkit.plan import Batch, DeviceFacts
 from peftkit.run import memory
 from peftkit.train.objectives import supervised
@@ -145,7 +146,7 @@ def test_stand_ins_have_layers_of_each_kind_in_proportion():
 
 
 def test_the_backward_pass_is_told_in_two():
-    """Up to some 30 layers this step is highest at the loss, beyond that after all gradients: both are even."""
+    """Up to some 30 layers this step is highest at the loss, then after all gradients: both grow evenly."""
     config = json.loads(tiny_config("llama").to_json_string())
 
     def at(depth):
