@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
@@ -56,28 +56,39 @@ def types_of(plan: Plan) -> Types:
 
 @dataclass
 class Layer:
-    """The modules and norms of one block."""
+    """The modules and norms of one block. Blocks of one `kind` differ in nothing but their names."""
 
     modules: list[Module] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
+    kind: int = 0
 
     def size(self, *roles: str) -> int:
         """Output width of the first module that plays one of the roles; 0 where none does."""
         return next((m.d_out for m in self.modules if m.role in roles), 0)
 
 
-def layers_of(shape: ModelShape) -> list[Layer]:
+def layers_of(shape: ModelShape) -> tuple[Layer, ...]:
     """Blocks in order. Modules outside any block belong to none."""
+    return _layers(shape.modules, shape.tensors)
+
+
+@lru_cache(maxsize=8)
+def _layers(modules: tuple[Module, ...], tensors: tuple[Tensor, ...]) -> tuple[Layer, ...]:
     found: dict[str, Layer] = {}
-    for module in shape.modules:
+    for module in modules:
         block = _BLOCK.match(f"{module.name}.")
         if block:
             found.setdefault(block[1], Layer()).modules.append(module)
-    for tensor in shape.tensors:
+    for tensor in tensors:
         block = _BLOCK.match(f"{tensor.name}.")
         if block and tensor.role in {"norms", "gated norms"}:
             found.setdefault(block[1], Layer()).norms.append(tensor)
-    return list(found.values())
+    kinds: dict[Any, int] = {}
+    for layer in found.values():
+        parts = tuple(replace(part, name=part.name.rsplit(".", 1)[-1]) for part in layer.modules)
+        norms = tuple((norm.role, norm.num_parameters) for norm in layer.norms)
+        layer.kind = kinds.setdefault((parts, norms), len(kinds))
+    return tuple(found.values())
 
 
 @dataclass(frozen=True)
@@ -271,9 +282,18 @@ def kept_bytes(
     added = virtual_tokens(plan) if plan.method.name == "prompt" else 0
     tokens = batch.num_rows * (batch.num_tokens + added)
     blocks = layers_of(shape)
-    more = [_correction(corrections.get("layer", {}), features(b, shape, batch)) for b in blocks]
-    layers = [layer_bytes(block, shape, plan, batch, more[i]) for i, block in enumerate(blocks)]
-    casts = [_casts_bytes(layer, plan) for layer in blocks]
+    fitted = corrections.get("layer", {})
+    known: dict[Any, tuple[Kept, float]] = {}
+
+    def of(block: Layer) -> tuple[Kept, float]:
+        alike = (block.kind, tuple(is_adapted(module, plan) for module in block.modules))
+        if alike not in known:
+            more = _correction(fitted, features(block, shape, batch))
+            known[alike] = layer_bytes(block, shape, plan, batch, more), _casts_bytes(block, plan)
+        return known[alike]
+
+    layers = [of(block)[0] for block in blocks]
+    casts = [of(block)[1] for block in blocks]
     inputs = shape.dims.hidden * types.hidden
     mode = plan.train.gradient_checkpointing
     again = [mode == "full" or (mode == "selective" and i % 2 == 0) for i in range(len(layers))]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from peftkit.plan.facts import DeviceFacts, Facts
-from peftkit.plan.memory import closed_form, evaluation_rows
+from peftkit.plan.memory import Held, closed_form, evaluation_rows, held_by
 from peftkit.plan.plan import Batch, Decision, Memory, Plan, TrainPlan
 from peftkit.units import show_bytes
 
@@ -140,6 +140,7 @@ def choose(plan: Plan, facts: Facts, free: Free, *, checkpoints: bool) -> tuple[
     shape = facts.model.shape
     best: tuple[tuple[int, float], Plan] | None = None
     smallest: tuple[int, Plan] | None = None
+    fixed: dict[str, Held] = {}
     for variant in _variants(plan, free, checkpoints=checkpoints):
         smaller = variant.train.optimizer in _SMALLER_OPTIMIZERS
         rank = 1 + _SMALLER_OPTIMIZERS.index(variant.train.optimizer) if smaller else 0
@@ -149,7 +150,9 @@ def choose(plan: Plan, facts: Facts, free: Free, *, checkpoints: bool) -> tuple[
         too_large = batch.num_rows * batch.num_tokens > _FULL_BATCH_TOKENS
         if free.micro_batch and too_large and variant.train.micro_batch > 1:
             continue
-        memory = closed_form(shape, variant, batch)
+        name = variant.train.optimizer
+        fixed[name] = fixed.get(name) or held_by(shape, variant)
+        memory = closed_form(shape, variant, batch, fixed=fixed[name])
         fit = judge(memory, facts.device)
         if smallest is None or fit.needed_bytes < smallest[0]:
             smallest = (fit.needed_bytes, variant)

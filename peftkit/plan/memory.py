@@ -150,9 +150,7 @@ def _trained_shapes(shape: ModelShape, plan: Plan) -> list[tuple[int, ...]]:
 
 def state_bytes(shape: ModelShape, plan: Plan) -> int:
     """The optimizer's states, on the device and on the host."""
-    shapes = _trained_shapes(shape, plan)
-    item = ITEM_BYTES[plan.base.dtype] if plan.method.peft is None else 4
-    static = static_memory(plan, shapes, [item] * len(shapes))
+    static = held_by(shape, plan).static
     return sum(static.optimizer_blocks) + static.host_bytes
 
 
@@ -209,17 +207,32 @@ def _kept(shape: ModelShape, plan: Plan, batch: Batch, *, fitted: bool) -> dict[
     return {name: int(times * size) + (states if name != "casts" else 0) for name, size in found.items()}
 
 
-def closed_form(shape: ModelShape, plan: Plan, batch: Batch) -> Memory:
-    """The memory of `plan` on `batch` without running anything."""
+@dataclass(frozen=True)
+class Held:
+    """What lies there whatever the batch: the base's weights, and what follows from the trained tensors."""
+
+    weight_bytes: int
+    static: Static
+
+
+def held_by(shape: ModelShape, plan: Plan) -> Held:
+    """What a plan holds throughout: it hangs on base, method and optimizer alone."""
+    shapes = _trained_shapes(shape, plan)
+    item = ITEM_BYTES[plan.base.dtype] if plan.method.peft is None else 4
+    return Held(weight_bytes(shape, plan), static_memory(plan, shapes, [item] * len(shapes)))
+
+
+def closed_form(shape: ModelShape, plan: Plan, batch: Batch, *, fixed: Held | None = None) -> Memory:
+    """The memory of `plan` on `batch` without running anything. `fixed` is `held_by`, where it is known."""
     whole = plan.method.peft is None
     item = ITEM_BYTES[plan.base.dtype] if whole else 4
     trainable = (plan.method.num_trainable or 0) * item
-    shapes = _trained_shapes(shape, plan)
-    static = static_memory(plan, shapes, [item] * len(shapes))
+    fixed = fixed or held_by(shape, plan)
+    static = fixed.static
     fitted = is_fitted(shape, plan)
     kept = _kept(shape, plan, batch, fitted=fitted)
     held = {
-        "base weights": weight_bytes(shape, plan),
+        "base weights": fixed.weight_bytes,
         "adapter": 0 if whole else trainable,
         "optimizer": sum(static.optimizer_blocks),
         "workspaces": static.workspace_bytes,

@@ -48,7 +48,8 @@ def _selection(d: Decisions, shape: ModelShape, method: Method) -> Selection:
     extra = getattr(d.loaded.recipe.method, "target_parameters", ())
     named, problems = resolve_parameters(extra, shape, d.where("method.target_parameters"))
     d.problems.extend(problems)
-    modules = [m for m in shape.modules if m in modules or m in named]
+    wanted_names = {module.name for module in (*modules, *named)}
+    modules = [module for module in shape.modules if module.name in wanted_names]
     chosen = select(modules, shape, as_parameters=method.reaches_parameters, named=named)
     shown = [*chosen.names, *chosen.parameters]
     if wanted == "auto":

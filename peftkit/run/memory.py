@@ -24,9 +24,9 @@ from peftkit.units import show_bytes
 if TYPE_CHECKING:
     from peftkit.model.trace.step import Traced
 
-_FEW_LAYERS = 12  # no stand-in is shallower: peaks of shallow models stand at other moments
+_FEW_LAYERS = 8  # no stand-in is shallower: peaks of shallow models stand at other moments
 _WORTH = 0.8  # three stand-ins are traced only where they have fewer layers than this share of the model's
-_GAP = 6  # layers between two stand-ins
+_GAP = 4  # layers between two stand-ins
 _UNEVEN = 0.001  # of a peak, what may be off the line
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists with one entry per layer

@@ -125,7 +125,8 @@ def test_three_depths_give_the_whole_model(model_type, method, checkpointing, mo
     seen, traced = [], memory.traced
     monkeypatch.setattr(memory, "traced", lambda *given: seen.append(given) or traced(*given))
     few = memory._memory(plan, shape, config, plan.batch)
-    assert [c["num_hidden_layers"] for _, c, _ in seen] == [12, 18, 24]
+    depths = [12, 18, 24] if layers else [8, 12, 16]
+    assert [config["num_hidden_layers"] for _, config, _ in seen] == depths
     for peak in few.peaks:
         if peak.phase in whole.peaks:
             assert peak.allocated_bytes == pytest.approx(whole.peaks[peak.phase].allocated_bytes, rel=1e-4)
@@ -140,9 +141,9 @@ def test_stand_ins_have_layers_of_each_kind_in_proportion():
 
     kinds = ["sliding_attention"] * 5 + ["full_attention"]
     assert depths("llama", 32) is None
-    assert depths("llama", 80) == (12, 18, 24)
-    assert depths("llama", 81, period=2) == (13, 19, 25)
-    assert depths("gemma3_text", 80, layer_types=(kinds * 14)[:80]) == (14, 20, 26)
+    assert depths("llama", 80) == (8, 12, 16)
+    assert depths("llama", 81, period=2) == (9, 13, 17)
+    assert depths("gemma3_text", 80, layer_types=(kinds * 14)[:80]) == (8, 14, 20)
 
 
 def test_the_backward_pass_is_told_in_two():
