@@ -42,6 +42,7 @@ from peftkit.model.load import load_model  # noqa: E402
 from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Plan, make_plan  # noqa: E402
 from peftkit.plan.plan import Batch  # noqa: E402
 from peftkit.recipe import load  # noqa: E402
+from peftkit.run.trial import allocator_peak  # noqa: E402
 from peftkit.train.assemble import rows_of  # noqa: E402
 from peftkit.train.objectives import sft, supervised  # noqa: E402
 
@@ -238,11 +239,7 @@ class Measure(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.profile is not None:
             self.profile.__exit__(None, None, None)
-            events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-            current = 0
-            for event in sorted(events, key=lambda e: e.start_ns()):
-                current += event.nbytes()
-                self.peak_bytes = max(self.peak_bytes, current)
+            self.peak_bytes = allocator_peak(self.profile)
 
 
 def measured(cell: Cell, plan: Plan, folder: str, output: Path) -> int:

@@ -134,14 +134,14 @@ def _watch(model: Any, *, on_gpu: bool) -> Any:
                 self.reserved_bytes = max(self.reserved_bytes, torch.cuda.max_memory_reserved())
             if self.profile is not None:
                 self.profile.__exit__(None, None, None)
-                self.peak_bytes = self.there + _highest(self.profile)
+                self.peak_bytes = self.there + allocator_peak(self.profile)
                 self.profile = None
 
     return Watch()
 
 
-def _highest(profiled: Any) -> int:
-    """The highest sum of the allocations and frees that the profiler saw."""
+def allocator_peak(profiled: Any) -> int:
+    """The highest sum of the allocations and frees of torch's CPU allocator in a profile, in bytes."""
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     current = highest = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

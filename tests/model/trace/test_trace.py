@@ -20,6 +20,7 @@ from peftkit.model.trace.ledger import FORWARD, Ledger, Snapshot
 from peftkit.model.trace.step import Traced
 from peftkit.plan import Batch, DeviceFacts
 from peftkit.run import memory
+from peftkit.run.trial import allocator_peak
 from peftkit.train.objectives import supervised
 from tests.conformance.cells import rows_for
 from tests.conftest import save_tiny
@@ -91,13 +92,7 @@ def test_a_traced_step_is_what_the_allocator_reports(method, checkpointing, tmp_
     batch = collate(rows_for("causal-lm"), 0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         supervised.loss(model, batch, "causal-lm").backward()
-    current = peak = 0
-    for event in sorted(
-        (e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"),
-        key=lambda e: e.start_ns(),
-    ):
-        current += event.nbytes()
-        peak = max(peak, current)
+    peak = allocator_peak(run)
     # beside the ledger checkpointing holds the CPU's random state, 5,056 bytes, for each layer
     slack = 3 * torch.get_rng_state().nbytes if checkpointing else 0
     assert predicted == pytest.approx(peak, rel=0.005, abs=slack)
