@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from html import escape
 
 _SHARE = re.compile(r"^(\d+(?:\.\d+)?)\s*%$")
 
@@ -46,3 +48,9 @@ def show_seconds(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def html_table(rows: Iterable[Sequence[str]]) -> str:
+    """Rows of texts as a table for notebooks, escaped."""
+    cells = ("".join(f"<td style='text-align:left'>{escape(text)}</td>" for text in row) for row in rows)
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in cells) + "</table>"

@@ -11,7 +11,6 @@ from rich.table import Table
 from peftkit.api import Account, Evaluation, Inspection
 from peftkit.plan import Plan
 from peftkit.report import Summary
-from peftkit.run.account import DRIVERS
 from peftkit.run.trial import Trial
 from peftkit.units import show_bytes, show_count, show_percent, show_seconds
 
@@ -63,27 +62,13 @@ def print_account(found: Account) -> None:
     console.print(f"by layers: {layers}\n", highlight=False, soft_wrap=True)
     table = _table("memory at the peak", "", "", "because of")
     table.columns[1].justify = "right"
-    for name, size in sorted(memory.peak.components.items(), key=lambda item: -item[1]):
-        if size >= 2**20:
-            table.add_row(name, show_bytes(size), found.basis(name), DRIVERS.get(name, ""))
-    table.add_row("allocated", show_bytes(memory.peak.allocated_bytes), f"in the {memory.peak.phase}", "")
-    reserve = memory.reserved_bytes - memory.peak.allocated_bytes
-    if reserve:
-        how = "replayed" if memory.depth == "traced" and plan.device == "cuda" else "assumed"
-        table.add_row("reserve of the allocator", show_bytes(reserve), how, "")
-    beside = "CUDA context" if plan.device == "cuda" else "Python and its libraries"
-    table.add_row(beside, show_bytes(memory.context_bytes), "assumed", "")
-    table.add_row("needed", show_bytes(memory.needed_bytes), memory.depth, "")
-    if memory.host_bytes:
-        table.add_row("optimizer states on the host", show_bytes(memory.host_bytes), "derived", "")
+    for row in found.memory_rows():
+        table.add_row(*row)
     console.print(table)
     peaks = ", ".join(f"{peak.phase} {show_bytes(peak.allocated_bytes)}" for peak in memory.peaks)
     console.print(f"\npeaks: {peaks}", highlight=False, soft_wrap=True)
     console.print(f"driven by {found.driver}", highlight=False, soft_wrap=True)
-    margin = show_bytes(abs(found.fit.margin_bytes))
-    left = "missing" if found.fit.margin_bytes < 0 else "left"
-    where = f"{found.device.name} with {show_bytes(found.fit.free_bytes)} free"
-    console.print(f"{found.fit.verdict} on {where}: {margin} {left}", style="bold", highlight=False)
+    console.print(found.verdict, style="bold", highlight=False)
     if found.trial is not None:
         console.print(_trial_line(found.trial), highlight=False, soft_wrap=True)
     if found.changes:

@@ -12,7 +12,7 @@ from peftkit.methods import METHODS
 from peftkit.plan.applies import nearest_method, refusal
 from peftkit.plan.kernels import kernels_text, missing_kernels
 from peftkit.plan.method import coverage, default_selection
-from peftkit.units import show_bytes, show_count, show_percent
+from peftkit.units import html_table, show_bytes, show_count, show_percent
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal pretraining
 _CACHE_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
@@ -125,12 +125,8 @@ class Inspection:
         return found
 
     def _repr_html_(self) -> str:
-        def table(rows: list[tuple[str, ...]]) -> str:
-            lines = ("".join(f"<td style='text-align:left'>{escape(c)}</td>" for c in row) for row in rows)
-            return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
-
         mind = "".join(f"<li>{escape(text)}</li>" for text in self.mind)
-        return f"{table([*self.rows()])}{table([*self.method_rows()])}<ul>{mind}</ul>"
+        return f"{html_table(self.rows())}{html_table(self.method_rows())}<ul>{mind}</ul>"
 
 
 def _answer(name: str, shape: ModelShape) -> MethodAnswer:

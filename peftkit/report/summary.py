@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
 from peftkit.plan import Plan
 from peftkit.rundir import RunDir, read_json
-from peftkit.units import show_bytes, show_count, show_percent, show_seconds
+from peftkit.units import html_table, show_bytes, show_count, show_percent, show_seconds
 
 
 @dataclass(frozen=True)
@@ -99,11 +98,7 @@ class Summary:
         return rows
 
     def _repr_html_(self) -> str:
-        body = "".join(
-            f"<tr><th style='text-align:left'>{escape(k)}</th><td>{escape(v)}</td></tr>"
-            for k, v in self.rows()
-        )
-        return f"<table>{body}</table>"
+        return html_table(self.rows())
 
 
 def _last(events: list[dict[str, Any]], name: str, **match: Any) -> dict[str, Any] | None:

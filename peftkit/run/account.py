@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from html import escape
 from typing import Any
 
 from peftkit.errors import Problem, UserError
@@ -17,8 +18,9 @@ from peftkit.run.calibration import add_run, read_calibration
 from peftkit.run.facts import light_config, light_facts
 from peftkit.run.memory import settle
 from peftkit.run.trial import Trial, run_trial
-from peftkit.units import show_bytes
+from peftkit.units import html_table, show_bytes
 
+_SHOWN_BYTES = 2**20  # smaller components are left out of the table
 # Which line of a recipe drives a component.
 DRIVERS: Mapping[str, str] = {
     "base weights": "base.id and method.name",
@@ -85,6 +87,38 @@ class Account:
     def basis(self, component: str) -> str:
         """Whether a component is measured by the trace, derived or assumed."""
         return BASIS.get(component, ("derived", "measured"))[self.memory.depth == "traced"]
+
+    def memory_rows(self) -> list[tuple[str, str, str, str]]:
+        """(component, size, how it is known, the recipe's line) at the peak, and what comes on top."""
+        memory, peak = self.memory, self.memory.peak
+        rows = [
+            (name, show_bytes(size), self.basis(name), DRIVERS.get(name, ""))
+            for name, size in sorted(peak.components.items(), key=lambda item: -item[1])
+            if size >= _SHOWN_BYTES
+        ]
+        on_gpu = self.plan.device == "cuda"
+        rows.append(("allocated", show_bytes(peak.allocated_bytes), f"in the {peak.phase}", ""))
+        reserve = memory.reserved_bytes - peak.allocated_bytes
+        if reserve:
+            how = "replayed" if memory.depth == "traced" and on_gpu else "assumed"
+            rows.append(("reserve of the allocator", show_bytes(reserve), how, ""))
+        beside = "CUDA context" if on_gpu else "Python and its libraries"
+        rows.append((beside, show_bytes(memory.context_bytes), "assumed", ""))
+        rows.append(("needed", show_bytes(memory.needed_bytes), memory.depth, ""))
+        if memory.host_bytes:
+            rows.append(("optimizer states on the host", show_bytes(memory.host_bytes), "derived", ""))
+        return rows
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether it fits where, and the margin."""
+        margin = show_bytes(abs(self.fit.margin_bytes))
+        left = "missing" if self.fit.margin_bytes < 0 else "left"
+        where = f"{self.device.name} with {show_bytes(self.fit.free_bytes)} free"
+        return f"{self.fit.verdict} on {where}: {margin} {left}"
+
+    def _repr_html_(self) -> str:
+        return f"{html_table(self.memory_rows())}<p>{escape(self.verdict)}</p>"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

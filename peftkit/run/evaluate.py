@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +15,7 @@ from peftkit.errors import Problem, UserError
 from peftkit.plan.plan import DataPlan
 from peftkit.plan.task import FORMAT_TASKS
 from peftkit.run.result import Result, open_result, positions_of
+from peftkit.units import html_table
 
 _MAX_WINDOWS = 8  # per context length: enough to see a trend, cheap enough to wait for
 
@@ -65,9 +65,7 @@ class Evaluation:
         return [head, *body] if body else []
 
     def _repr_html_(self) -> str:
-        lines = [*self.rows(), *self.context_rows()]
-        cells = ("".join(f"<td>{escape(text)}</td>" for text in line) for line in lines)
-        return "<table>" + "".join(f"<tr>{line}</tr>" for line in cells) + "</table>"
+        return html_table([*self.rows(), *self.context_rows()])
 
 
 def _examples(result: Result, data: str | None, path: Path) -> Any:

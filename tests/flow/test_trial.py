@@ -38,6 +38,7 @@ def test_measured_is_what_was_predicted(case, unseen):
     assert found.trial.num_steps == 3
     assert found.trial.step_seconds > 0
     assert abs(found.trial.error_percent) < 2.0
+    assert "base weights" in found._repr_html_()
 
 
 def test_a_trial_teaches_this_devices_speed(unseen, tmp_path, monkeypatch):
