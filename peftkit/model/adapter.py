@@ -90,6 +90,9 @@ def attach(model: Any, plan: Plan, tokenizer: Any, *, eva_batches: Iterable[Mapp
     config = _peft_config(model, plan, tokenizer)
     wrapped = peft.get_peft_model(model, config)
     in_fp32(wrapped)
+    for name, parameter in wrapped.named_parameters():
+        if ".ranknum." in name:  # AdaLoRA's counter of ranks: moving it off the CPU, PEFT makes it trainable
+            parameter.requires_grad_(False)
     for active in wrapped.peft_config.values():
         active.base_model_name_or_path = plan.base.id
         active.revision = plan.base.revision

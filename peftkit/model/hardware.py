@@ -35,10 +35,16 @@ def _cpu() -> DeviceFacts:
         kind="cpu",
         name=fields.get("model name", "CPU"),
         memory_bytes=psutil.virtual_memory().total,
-        used_bytes=psutil.virtual_memory().total - psutil.virtual_memory().available,
+        used_bytes=_used_by_others(),
         supports_bf16=fast,
         has_bitsandbytes=_has_bitsandbytes(),
     )
+
+
+def _used_by_others() -> int:
+    """Host memory that is not there for this process, beside what it holds itself."""
+    memory = psutil.virtual_memory()
+    return max(0, int(memory.total - memory.available - psutil.Process().memory_info().rss))
 
 
 def _nvidia() -> DeviceFacts | None:

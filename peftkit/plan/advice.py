@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from peftkit.methods import METHODS
+from peftkit.plan.applies import refusal
 from peftkit.plan.facts import Facts
 from peftkit.plan.fit import judge
 from peftkit.plan.memory import closed_form
@@ -29,7 +31,8 @@ def _told(about: str, value: str, reason: str) -> Decision:
 def _on_method(plan: Plan, facts: Facts) -> Iterator[Decision]:
     assert plan.memory is not None
     name, fit = plan.method.name, judge(plan.memory, facts.device)
-    if fit.verdict == "does not fit" and name in {"full", "lora"} and facts.device.kind == "cuda":
+    can = facts.device.kind == "cuda" and not refusal(METHODS["qlora"], facts.model.shape)
+    if fit.verdict == "does not fit" and name in {"full", "lora"} and can:
         reason = f"{name} needs {show_bytes(-fit.margin_bytes)} more than is free"
         yield _told("method", "qlora", f"{reason}; a 4-bit base takes a quarter (Dettmers et al. 2023)")
     elif name == "full" and facts.data is not None and facts.data.num_train < _FEW_ROWS:

@@ -1,4 +1,4 @@
-"""Does a plan fit on a device, and what would: the choice of `auto` values, and the nearest changes."""
+"""Does a plan fit on a device: the longest batch, the verdict, and the choice of `auto` values."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from peftkit.plan.memory import ITEM_BYTES, state_bytes
 from peftkit.plan.plan import Plan
 
 _TOKENS_PER_PARAMETER = 20  # compute-optimal pre-training (Hoffmann et al. 2022)
-_KEPT_CHECKPOINTS = 2  # the newest and the best
+_KEPT_CHECKPOINTS = 3  # the newest two and the best
 
 
 @dataclass(frozen=True)

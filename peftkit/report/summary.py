@@ -106,6 +106,16 @@ def _last(events: list[dict[str, Any]], name: str, **match: Any) -> dict[str, An
     return found[-1] if found else None
 
 
+def _peaks(events: list[dict[str, Any]]) -> dict[str, int]:
+    """The highest of each kind over the run: the measurement starts anew between its phases."""
+    found: dict[str, int] = {}
+    for event in events:
+        for key, value in event["memory"].items() if isinstance(event.get("memory"), dict) else ():
+            if key.startswith("peak_"):
+                found[key] = max(value, found.get(key, 0))
+    return found
+
+
 def _final_steps(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Step events, the last record of each step: a resumed run may have trained some twice."""
     by_step = {event["step"]: event for event in events if event["event"] == "step"}
@@ -142,7 +152,6 @@ def read_summary(run: RunDir) -> Summary:
     done, counted = _last(events, "done"), _last(events, "parameters") or {}
     before, after = _last(events, "metric", when="before"), _last(events, "metric", when="after")
     rates = sorted(e["tokens_per_second"] for e in steps if e.get("tokens_per_second"))
-    memory = (done or (steps[-1] if steps else {})).get("memory", {})
     return Summary(
         path=run.path,
         base=plan.base.id,
@@ -161,7 +170,7 @@ def read_summary(run: RunDir) -> Summary:
         metric_after=after["value"] if after else None,
         num_metric_examples=after["num_examples"] if after else 0,
         other_scores=_others(before, after),
-        peak_bytes={key: value for key, value in memory.items() if key.startswith("peak_")},
+        peak_bytes=_peaks(events),
         train_seconds=sum(e["step_seconds"] for e in steps),
         total_seconds=events[-1]["at_seconds"] if events else 0.0,
         tokens_per_second=rates[len(rates) // 2] if rates else None,

@@ -17,6 +17,7 @@ from peftkit.recipe import LoadedRecipe
 from peftkit.run.calibration import add_run, read_calibration
 from peftkit.run.facts import light_config, light_facts
 from peftkit.run.memory import settle
+from peftkit.run.oom import shortage_of
 from peftkit.run.trial import Trial, run_trial
 from peftkit.units import html_table, show_bytes
 
@@ -157,7 +158,7 @@ def _assumptions(facts: Facts, plan: Plan, said: str) -> list[str]:
         assumed.append(text)
     elif lengths.source != "counted":
         most = plan.batch.num_tokens if plan.batch else 0
-        assumed.append(f"rows are at most {most} tokens long, from their bytes; --trace counts them")
+        assumed.append(f"rows are at most {most} tokens long, from their bytes (--trace counts tokens)")
     if lengths is not None and lengths.longest[0].num_tokens > plan.data.max_length:
         assumed.append(
             f"rows of more than {plan.data.max_length} tokens are dropped or cut (data.truncation)"
@@ -196,14 +197,17 @@ def account(
         notes += [f"{note}: the closed form stands"] if note else []
     assert plan.memory is not None
     if plan.memory.bound:
-        notes.append(f"{plan.memory.bound}: --trace tells exactly")
+        notes.append(plan.memory.bound + ("" if trace else ": --trace tells exactly"))
     fit = judge(plan.memory, facts.device)
     changes = nearest_changes(loaded, facts, plan) if fit.verdict == "does not fit" else []
     trial = None
-    if measure and fit.verdict != "does not fit":
-        trial = _tried(plan, facts, config)
-    elif measure:
+    if measure and facts.device.kind == "mps":
+        notes.append("not measured: torch tells no peak of this device's memory")
+    elif measure and fit.verdict == "does not fit":
         notes.append("not measured: it does not fit here")
+    elif measure:
+        trial, note = _tried(plan, facts, config)
+        notes += [note] if note else []
     speeds = read_calibration().speeds.get(facts.device.name, {})
     price = loaded.recipe.devices.price_per_hour
     return Account(
@@ -218,11 +222,19 @@ def account(
     )
 
 
-def _tried(plan: Plan, facts: Facts, config: Mapping[str, Any]) -> Trial:
-    """Three real steps on this device, which also teach its speed."""
+def _tried(plan: Plan, facts: Facts, config: Mapping[str, Any]) -> tuple[Trial | None, str]:
+    """Three real steps on this device, which also teach its speed, or why there are none."""
+    from peftkit.model.hardware import is_out_of_memory
+
     assert plan.batch is not None
     shape, batch = facts.model.shape, plan.batch
-    trial = run_trial(plan, config, batch, vocab=shape.dims.vocab)
+    try:
+        trial = run_trial(plan, config, batch, vocab=shape.dims.vocab)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        shortage = shortage_of(error, step=None, occupied_bytes=0)
+        return None, f"not measured: the device ran out of memory in the {shortage.phase}"
     work = flops_per_token(shape, plan, batch.num_tokens)
     tokens = batch.num_rows * batch.num_tokens * min(2, plan.train.accumulation)
     add_run(
@@ -235,7 +247,7 @@ def _tried(plan: Plan, facts: Facts, config: Mapping[str, Any]) -> Trial:
             "error_percent": round(trial.error_percent, 2),
         },
     )
-    return trial
+    return trial, ""
 
 
 def _counted(loaded: LoadedRecipe, facts: Facts, plan: Plan, examples: Any) -> tuple[Facts, str]:
@@ -249,7 +261,7 @@ def _counted(loaded: LoadedRecipe, facts: Facts, plan: Plan, examples: Any) -> t
         source = loadable(find_base(loaded), loaded.where(("base", "id")))
         tokenizer = load_tokenizer(source, plan.base)
     except UserError as error:
-        return facts, f"no tokenizer at hand ({error.problems[0].got}): lengths stay bounds"
+        return facts, f"no tokens were counted, because no tokenizer is at hand: {error.problems[0].got}"
     task = facts.model.shape.task
     prepared = prepare(examples, tokenizer, plan.data, task=task, labels=plan.base.labels)
     assert facts.data is not None

@@ -233,6 +233,7 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
     model = adapter.attach(model, plan, stage.tokenizer, eva_batches=_batches(stage))
     adapter.save_start(model, plan, run.path / "adapter_start")
     _tell_parameters(stage, model)
+    reset_peak()
     training = assemble(
         model,
         plan,
@@ -244,15 +245,15 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
         checkpoint=checkpoint,
     )
     passed = training.preflight()
-    release()
-    reset_peak()
-    before = memory_used().get("resident_bytes", 0) - tensor_bytes(model)
     stage.emit("preflight", **asdict(passed), memory=memory_used())
     if checkpoint is None:
         _measure(stage, model, "before")
         training.measure_start()
     else:
         stage.emit("resume", step=int(checkpoint.name.removeprefix("step-")))
+    release()
+    reset_peak()
+    before = memory_used().get("resident_bytes", 0) - tensor_bytes(model)
     step = training.run()
     compared = compare_memory(plan, memory_used(), before)
     if compared is not None:
@@ -334,6 +335,8 @@ def _measure(stage: _Stage, model: Any, when: str) -> None:
     wanted = stage.plan.evaluate
     if wanted.metric is None or not stage.prepared.eval_examples:
         return
+    from peftkit.model.hardware import memory_used
+
     stage.emit("phase", name="metric", detail=f"{wanted.metric} {when} training")
     measured = measure(
         model,
@@ -350,6 +353,7 @@ def _measure(stage: _Stage, model: Any, when: str) -> None:
         scores=measured.scores,
         num_examples=measured.num_examples,
         samples=measured.samples,
+        memory=memory_used(),
     )
 
 

@@ -127,8 +127,9 @@ def _key(plan: Plan, config: Mapping[str, Any], batch: Batch) -> str:
             "optimizer", "micro_batch", "accumulation", "gradient_checkpointing", "autocast", "weight_decay",
         )
     }  # fmt: skip
-    kept["base"].pop("id"), kept["base"].pop("revision")
-    whole = {**kept, "config": dict(config), "batch": asdict(batch), "versions": versions(), "format": 6}
+    if not plan.base.trust_remote_code:  # else the code that comes with it counts too
+        kept["base"].pop("id"), kept["base"].pop("revision")
+    whole = {**kept, "config": dict(config), "batch": asdict(batch), "versions": versions(), "format": 7}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

@@ -25,6 +25,7 @@ _PHASES = (
     ("/torch/autograd/graph.py", "backward"),
 )
 _STILL = {"base weights", "adapter", "workspaces"}  # there from the start: they do not grow
+_GROWS_IN = {"optimizer": "optimizer step", "gradients": "backward"}  # and lie still in other phases
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,11 @@ def exceeded(plan: Plan, shortage: Shortage) -> str:
     peak = _planned_peak(plan, shortage.phase)
     if peak is None:
         return f"in {shortage.phase}, for which the plan has no peak; {there}"
-    growing = {name: size for name, size in peak.components.items() if name not in _STILL}
+    growing = [
+        name
+        for name in peak.components
+        if name not in _STILL and _GROWS_IN.get(name, shortage.phase) == shortage.phase
+    ]
     name = max(growing or peak.components, key=lambda part: peak.components[part])
     planned = f"{show_bytes(peak.components[name])} of {show_bytes(peak.allocated_bytes)} planned"
     return f"in the {shortage.phase}, for {name} ({planned}); {there}"

@@ -71,7 +71,7 @@ class Record(TrainerCallback):
         assert self.evaluate is not None
         loss = self.evaluate(model)
         best = step > 0 and self.progress.note(loss, step, self.plan.train.min_delta)
-        self.emit("eval", step=step, loss=loss, best=best)
+        self.emit("eval", step=step, loss=loss, best=best, memory=memory_used())
         if self.stops_early:
             self.emit("early_stop", step=step, patience=self.plan.train.patience)
         return best

@@ -167,6 +167,13 @@ def test_what_does_not_grow_evenly_is_not_extrapolated(sizes):
     assert not memory._on_a_line([step(size) for size in sizes])
 
 
+@pytest.mark.parametrize("method", ["lora", "adalora", "ia3", "prefix", "vera", "oft", "full"])
+def test_what_is_traced_trains_what_was_planned(method):
+    config = json.loads(tiny_config("llama").to_json_string())
+    plan = plan_for(config, method)
+    assert memory.traced(plan, config, plan.batch).num_trainable == plan.method.num_trainable
+
+
 def test_a_traced_plan_is_kept_and_found_again(monkeypatch, tmp_path):
     monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path))
     config = json.loads(tiny_config("llama").to_json_string())

@@ -1,0 +1,64 @@
+"""What a CPU's process really grows by in training, against the trace: glibc keeps freed pages.
+
+    python benchmarks/process_memory.py
+
+Each row fine-tunes the quickstart's model for four steps in a process of its own; the run itself compares
+(event "memory"). The share is what was kept of what comes and goes: it is where the plan's reserve on a CPU
+comes from. torch's own allocator is compared in memory.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import write_result
+
+ROOT = Path(__file__).parent.parent
+RECIPE = str(ROOT / "recipes" / "quickstart.yaml")
+SHORT = ["train.max_steps=4", "train.eval_steps=4", "evaluate.metric=null"]
+ROWS: dict[str, list[str]] = {
+    "lora": ["method.name=lora"],
+    "lora, pieces of 2": ["method.name=lora", "train.micro_batch=2"],
+    "qlora": [],
+    "qlora, pieces of 4": ["train.micro_batch=4"],
+    "qlora, recomputed": ["train.gradient_checkpointing=true"],
+}
+
+
+def run(overrides: list[str]) -> dict[str, Any]:
+    """The run's own comparison, and the share of what comes and goes that the process kept."""
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name) / "run"
+        command = [sys.executable, "-m", "peftkit", "finetune", RECIPE, *SHORT, *overrides, "--out", str(out)]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+        plan = json.loads((out / "plan.json").read_text())
+    [told] = [event for event in events if event["event"] == "memory"]
+    peaks = [sum(peak["components"].values()) for peak in plan["memory"]["peaks"]]
+    moving = max(peaks) - min(peaks)
+    share = (told["measured_bytes"] - told["predicted_bytes"]) / moving
+    kept = {key: told[key] for key in ("predicted_bytes", "measured_bytes", "error_percent")}
+    return {**kept, "share_kept": round(share, 2)}
+
+
+def main() -> None:
+    found = {}
+    for label, overrides in ROWS.items():
+        found[label] = one = run(overrides)
+        print(
+            f"{label:20s} predicted {one['predicted_bytes'] / 2**20:8.0f} MiB  "
+            f"process {one['measured_bytes'] / 2**20:8.0f} MiB  {one['error_percent']:+6.1f} %  "
+            f"kept {one['share_kept']:.2f} of what comes and goes",
+            flush=True,
+        )
+    write_result("process_memory", {"rows": found})
+
+
+if __name__ == "__main__":
+    main()
