@@ -35,9 +35,14 @@ def converted_folder(base: Base, where: str) -> Path:
                 "remove this folder: it is made again from the GGUF file",
             )
         )
-    with publish_folder(folder, source=str(base.path), source_sha256=digest) as staging:
-        _convert(base.path, staging, where)
-        interrupt.stop_if_requested("interrupted while converting the base; nothing is left of it")
+    try:
+        with publish_folder(folder, source=str(base.path), source_sha256=digest) as staging:
+            _convert(base.path, staging, where)
+            interrupt.stop_if_requested("interrupted while converting the base; nothing is left of it")
+    except OSError:
+        if verify_folder(folder, hashes=False):
+            raise
+        # another process was faster: its conversion of the same bytes is as good
     return folder
 
 

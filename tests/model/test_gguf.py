@@ -176,3 +176,21 @@ def test_smollm2_answers_as_it_should(tmp_path, monkeypatch):
     )
     assert answers[0].strip() == "The capital of Japan is Tokyo."
     assert answers[1].startswith(" Paris")
+
+
+def test_two_at_once_both_get_the_base(llama_gguf, monkeypatch):
+    """While one converts, another finishes first: both go on with a whole folder."""
+    from peftkit.model import gguf
+
+    real, nested = gguf._convert, []
+
+    def convert(path, staging, where):
+        real(path, staging, where)
+        if not nested:
+            nested.append(path)
+            nested.append(converted_folder(find(llama_gguf), "base"))  # the other one
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    folder = converted_folder(find(llama_gguf), "base")
+    assert nested[1] == folder
+    assert not list(folder.parent.glob(".tmp-*"))
