@@ -25,7 +25,7 @@ CONTEXT_BYTES = {
     "mps": 750 * 2**20,
 }  # CUDA context; Python and torch
 RESERVE_SHARE = 0.04  # of what is allocated, beside it, by torch's CUDA allocator; the trace replays it
-# of what comes and goes, kept by glibc: 0.14 to 0.45 was measured for a 135M model, 0.46 to 0.97 in 4-bit
+# of what comes and goes, kept by glibc: up to 0.46, in 4-bit up to 0.81 (benchmarks/process_memory.py)
 RESERVE_SHARE_CPU, RESERVE_SHARE_CPU_4BIT = 0.5, 1.0
 TILE_TOKENS, TILE_VOCAB = 4096, 32768  # of TRL's fused head
 TILE_BYTES = {"forward": 13, "backward": 29, "softcap": 4}  # per element of a tile, where Triton is missing
