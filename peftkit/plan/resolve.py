@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from peftkit.archs import Family, ModelShape
 from peftkit.errors import UserError
@@ -21,6 +22,7 @@ from peftkit.plan.plan import BasePlan, DataPlan, Decision, EvaluatePlan, Plan, 
 from peftkit.plan.targets import select
 from peftkit.plan.task import FORMAT_TASKS, METRICS, metric_of
 from peftkit.recipe import LoadedRecipe, check
+from peftkit.recipe.schema import Source
 
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _EVALS_PER_RUN = 5
@@ -183,10 +185,19 @@ def _check_classes(d: Decisions, facts: Facts) -> None:
         )
 
 
+def _named(source: Any) -> Any:
+    """A source of data in words; a share or nothing stays what it is."""
+    if not isinstance(source, Source):
+        return source
+    rest = source.model_dump(exclude_unset=True, exclude={"path", "columns", "format"})
+    told = ", ".join(f"{key} {value}" for key, value in rest.items())
+    return f"{source.path} ({told})" if told else source.path
+
+
 def _data(d: Decisions, facts: Facts) -> DataPlan:
     data = d.loaded.recipe.data
-    d.keep("data.train", data.train)
-    d.keep("data.eval", data.eval)
+    d.keep("data.train", [_named(source) for source in data.sources])
+    d.keep("data.eval", _named(data.eval))
     d.keep("data.columns", dict(data.columns))
     found = facts.data.format if facts.data else None
     kind = str(d.keep("data.format", data.format, found, "from the columns of the data"))
@@ -201,8 +212,8 @@ def _data(d: Decisions, facts: Facts) -> DataPlan:
     max_length = choose_max_length(d, facts.model.shape, virtual)
     _check_classes(d, facts)
     return DataPlan(
-        train=tuple(data.train),
-        eval=data.eval,
+        train=tuple(source.path for source in data.sources),
+        eval=_named(data.eval),
         format=kind,
         columns=dict(data.columns),
         mask=mask,

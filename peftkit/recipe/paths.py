@@ -6,7 +6,7 @@ import os.path
 from collections.abc import Callable
 from pathlib import Path
 
-from peftkit.recipe.schema import Recipe
+from peftkit.recipe.schema import AnySource, Recipe, Source
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
@@ -32,9 +32,18 @@ def anchored(recipe: Recipe, folder: Callable[..., Path]) -> Recipe:
     base, data = recipe.base, recipe.data
     if is_model_path(base.id, folder("base", "id")):
         base = base.model_copy(update={"id": _absolute(base.id, folder("base", "id"))})
-    train = [data.train] if isinstance(data.train, str) else data.train
-    train = [_absolute(t, folder("data", "train")) if is_data_path(t) else t for t in train]
-    update: dict[str, object] = {"train": train}
-    if isinstance(data.eval, str) and is_data_path(data.eval):
-        update["eval"] = _absolute(data.eval, folder("data", "eval"))
+    given = data.train if isinstance(data.train, list) else [data.train]
+    update: dict[str, object] = {"train": [_anchored(source, folder("data", "train")) for source in given]}
+    if isinstance(data.eval, str | Source):
+        update["eval"] = _anchored(data.eval, folder("data", "eval"))
+    if data.chat.template is not None:
+        template = _absolute(data.chat.template, folder("data", "chat", "template"))
+        update["chat"] = data.chat.model_copy(update={"template": template})
     return recipe.model_copy(update={"base": base, "data": data.model_copy(update=update)})
+
+
+def _anchored(source: AnySource, folder: Path) -> AnySource:
+    """The source with an absolute path, where it is a path."""
+    if isinstance(source, Source):
+        return source.model_copy(update={"path": _anchored(source.path, folder)})
+    return _absolute(source, folder) if is_data_path(source) else source

@@ -69,25 +69,76 @@ class Base(Options):
     rope_scaling: RopeScaling | None = Field(None, description="a longer context, for families with RoPE")
 
 
+FormatName = Literal[
+    "auto",
+    "chat",
+    "prompt-completion",
+    "instruction",
+    "question-answer",
+    "preference",
+    "seq2seq",
+    "classification",
+    "token-classification",
+    "text",
+]
+Columns = Annotated[
+    dict[str, str],
+    Field(
+        description="our field name -> your column name, or a Jinja line such as '{{ title }}: {{ body }}'"
+    ),
+]
+
+
+class Source(Options):
+    """One source of rows. What it leaves out is as `data` says."""
+
+    path: str = Field(description="file, folder, glob, URL (https://, s3://, ...) or hub id")
+    config: str | None = Field(None, description="of a hub dataset")
+    split: str = Field("train", description="of a hub dataset")
+    revision: str | None = Field(None, description="of a hub dataset: commit, tag or branch")
+    rows: PositiveInt | None = Field(None, description="take so many rows, drawn by the seed")
+    weight: PositiveFloat | None = Field(None, description="share of the mixture, relative to the others")
+    format: FormatName | None = None
+    columns: Columns | None = None
+
+
+class Chat(Options):
+    """How chats become text."""
+
+    template: str | None = Field(None, description="file with a Jinja chat template, instead of the model's")
+    system: str | None = Field(None, description="system prompt for chats that bring none")
+    thinking: Literal["keep", "drop"] = Field("keep", description="reasoning that answers bring with them")
+
+
+AnySource = str | Source
+
+
 class Data(Options):
     """What is learnt from, and what is held out."""
 
-    train: str | Annotated[list[str], Field(min_length=1)] = Field(
-        description="file, list of files, or hub id"
+    train: AnySource | Annotated[list[AnySource], Field(min_length=1)] = Field(
+        description="file, folder, glob, URL or hub id; a mapping with config, split, rows, ...; or a list"
     )
-    eval: Annotated[str | Share | None, BeforeValidator(_share)] = Field(
+    eval: Annotated[AnySource | Share | None, BeforeValidator(_share)] = Field(
         0.05, description="file, hub split, a share of train such as 5%, or null"
     )
-    format: Literal[
-        "auto", "chat", "prompt-completion", "instruction", "classification", "token-classification", "text"
-    ] = "auto"
-    columns: dict[str, str] = Field({}, description="our field name -> your column name")
+    group: str | None = Field(None, description="column whose rows stay on one side of the split")
+    format: FormatName = "auto"
+    columns: Columns = Field(default_factory=dict)
+    chat: Chat = Chat()
     mask: Literal["completion", "assistant", "last-turn", "all"] = Field(
         "completion", description="tokens that count in the loss; on chats, completion means assistant turns"
     )
-    truncation: Literal["auto", "keep_end", "drop", "error"] = Field(
-        "auto", description="rows longer than max_length: auto drops them, and says how many"
+    truncation: Literal["auto", "keep_end", "drop", "split", "error"] = Field(
+        "auto", description="rows longer than max_length: auto drops them (raw text is split), and says so"
     )
+    waive: list[str] = Field([], description="checks of the data that may fail, by name")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where the rows to train on come from."""
+        given = self.train if isinstance(self.train, list) else [self.train]
+        return tuple(source if isinstance(source, Source) else Source(path=source) for source in given)
 
 
 class Schedule(Options):

@@ -19,6 +19,7 @@ from peftkit.plan.changes import nearest_changes
 from peftkit.plan.fit import judge
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.paths import is_data_path
+from peftkit.recipe.schema import Source
 from peftkit.units import show_bytes
 
 _SLACK = 1.05  # the closed form's error
@@ -31,7 +32,7 @@ def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
     base = _shapes(loaded)
     if base.kind == "gguf" and base.path is not None:
         base = replace(base, config=header_config(base.path, where))
-    examples = read(loaded) if all(is_data_path(name) for name in recipe.data.train) else None
+    examples = read(loaded) if all(is_data_path(s.path) for s in recipe.data.sources) else None
     try:
         model = model_facts(loaded, base, examples)
     except UserError:
@@ -93,8 +94,8 @@ def read(loaded: LoadedRecipe) -> Examples:
     """The recipe's data, read and split."""
     data = loaded.recipe.data
     return read_examples(
-        list(data.train),
-        data.eval,
+        [source.path for source in data.sources],
+        data.eval.path if isinstance(data.eval, Source) else data.eval,
         wanted_format=data.format,
         columns=dict(data.columns),
         seed=loaded.recipe.seed,

@@ -94,7 +94,17 @@ def test_the_set_of_recipe_keys_is_frozen():
         "rope_scaling",
         "trust_remote_code",
     ]
-    assert keys(fields["data"].annotation) == ["columns", "eval", "format", "mask", "train", "truncation"]
+    assert keys(fields["data"].annotation) == [
+        "chat",
+        "columns",
+        "eval",
+        "format",
+        "group",
+        "mask",
+        "train",
+        "truncation",
+        "waive",
+    ]
     assert keys(fields["train"].annotation) == [
         "batch_size",
         "checkpoint_steps",
