@@ -11,6 +11,8 @@ from peftkit.plan import Lengths, Row
 _LONGEST = 64  # rows that are kept by themselves; those after them are taken to be as long as the last
 _TEMPLATE_BYTES = 32  # what a chat template may add to a turn, in tokens
 
+Sizes = Sequence[tuple[int, int]]
+
 
 def _lengths(rows: Sequence[Row], source: str) -> Lengths:
     ordered = sorted(rows, key=lambda row: row.num_tokens)
@@ -41,15 +43,19 @@ def counted(rows: Sequence[Tokenized], task: str) -> Lengths | None:
     return _lengths(found, "counted") if found else None
 
 
-def at_most(examples: Sequence[Example], task: str) -> Lengths | None:
+def sizes_of(example: Example) -> tuple[int, int]:
+    """(bytes that are asked, bytes that are answered last) of an example, with what a template may add."""
+    turns = [m["content"] for m in example.messages]
+    asked = [example.prompt, *example.words, *turns[:-1]]
+    answered = turns[-1] if turns else example.completion
+    extra = _TEMPLATE_BYTES * max(1, len(turns))
+    return sum(len(text.encode()) for text in asked) + extra, len(answered.encode()) + 1
+
+
+def at_most(sizes: Sizes, task: str) -> Lengths | None:
     """Bounds without a tokenizer: a token is at least one byte of text. None where there are no rows."""
-    found = []
-    for example in examples:
-        turns = [m["content"] for m in example.messages]
-        asked = [example.prompt, *example.words, *turns]
-        answered = [example.completion]
-        size = sum(len(text.encode()) for text in asked) + _TEMPLATE_BYTES * max(1, len(turns))
-        target = sum(len(text.encode()) for text in answered) + 1
-        whole = size if task == "seq2seq" else size + target
-        found.append(Row(whole, target if task == "seq2seq" else 0, whole))
+    if task == "seq2seq":
+        found = [Row(asked, answered, asked) for asked, answered in sizes]
+    else:
+        found = [Row(asked + answered, 0, asked + answered) for asked, answered in sizes]
     return _lengths(found, "at most") if found else None

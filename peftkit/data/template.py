@@ -1,38 +1,66 @@
-"""Examples as text, with the spans that an answer covers. Training and generation render the same way."""
+"""Examples as text, with the spans that answers cover. Training and generation render the same way."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
-from peftkit.data.formats import Example
+from peftkit.data.formats import Example, Message
 from peftkit.errors import Problem, UserError
 
 # For bases that bring no chat template. Stored with the adapter, so that inference renders alike.
 DEFAULT_TEMPLATE = (
+    "{% if tools %}Tools:\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}\n{% endif %}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}### Assistant:\n{{ message['content'] }}{{ eos_token }}\n\n"
+    "{% if message['role'] == 'assistant' %}### Assistant:\n{{ message['content'] }}"
+    "{% if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}{% endif %}{{ eos_token }}\n\n"
     "{% elif message['role'] == 'system' %}{{ message['content'] }}\n\n"
+    "{% elif message['role'] == 'tool' %}### Tool:\n{{ message['content'] }}\n\n"
     "{% else %}### User:\n{{ message['content'] }}\n\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}### Assistant:\n{% endif %}"
 )
+_PROBE = "peftkit probe"
 
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) of an answer."""
+    """Characters [start, end) of an answer, and its weight in the loss."""
 
     start: int
     end: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """An example as the model sees it, and where its answers stand, first to last."""
+    """An example as the model sees it, and where its answers stand, first to last.
+
+    `lost` says what of the example the text does not hold.
+    """
 
     text: str
     answers: tuple[Span, ...]
     where: str
+    lost: str = ""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How chats become text. `marked` is a template whose generation markers give the spans.
+
+    Without one, spans come from rendering prefixes: what the template adds for an answer beyond the prompt
+    for it. `reason` says why.
+    """
+
+    source: str  # "the model's own" | "the default" | a file
+    marked: str | None
+    reason: str
+
+
+NO_CHATS = Style("none", None, "no chats in the data")
 
 
 def ensure_template(tokenizer: Any) -> bool:
@@ -43,56 +71,166 @@ def ensure_template(tokenizer: Any) -> bool:
     return True
 
 
-def _apply(tokenizer: Any, messages: Any, *, ask: bool, where: str) -> str:
+def template_of(tokenizer: Any) -> str:
+    """The template that chats are rendered with, where a tokenizer brings several the default one."""
+    found = tokenizer.chat_template
+    return str(found["default"] if isinstance(found, Mapping) and "default" in found else found)
+
+
+@lru_cache(maxsize=32)
+def takes_system(template: str) -> bool:
+    """Whether a template renders a system turn: some refuse it, some leave it out."""
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    turns = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "hi"}]
+    try:
+        [text], _ = render_jinja_template([turns], chat_template=template, bos_token="", eos_token="")
+    except (jinja2.TemplateError, TypeError):
+        return False
+    return _PROBE in text
+
+
+def _turns(messages: Sequence[Message], tokenizer: Any) -> list[Message]:
+    """The turns as the template takes them: a system prompt goes into the first user turn where it must."""
+    if messages and messages[0]["role"] == "system" and not takes_system(template_of(tokenizer)):
+        if len(messages) > 1 and messages[1]["role"] == "user":
+            both = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+            return [{**messages[1], "content": both}, *messages[2:]]
+        return list(messages[1:])
+    return list(messages)
+
+
+def _refused(where: str, error: Exception) -> UserError:
+    got = f"a chat that the model's template refuses ({error})"
+    return UserError(Problem(where, got, "turns in the order that the template knows"))
+
+
+def apply(tokenizer: Any, messages: Sequence[Message], tools: Any, *, ask: bool, where: str) -> str:
     import jinja2
 
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
-    except jinja2.TemplateError as error:
-        raise UserError(
-            Problem(
-                where,
-                f"a chat that the model's template refuses ({error})",
-                "turns in the order that the template knows",
+        return str(
+            tokenizer.apply_chat_template(
+                _turns(messages, tokenizer), tools=tools, tokenize=False, add_generation_prompt=ask
             )
-        ) from None
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise _refused(where, error) from None
 
 
-def render(example: Example, tokenizer: Any) -> Rendered:
+def _weights(example: Example) -> list[float]:
+    """The weights of the answers that are learnt, first to last."""
+    return [
+        float(message.get("weight", 1.0)) * example.weight
+        for message in example.messages[example.num_given :]
+        if message["role"] == "assistant"
+    ]
+
+
+def by_markers(example: Example, tokenizer: Any, template: str) -> Rendered:
+    """Text and spans by the template's generation markers: one rendering."""
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    turns = _turns(example.messages, tokenizer)
+    try:
+        [text], [spans] = render_jinja_template(
+            [turns],
+            tools=list(example.tools) or None,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise _refused(example.where, error) from None
+    num_answers = sum(m["role"] == "assistant" for m in example.messages)
+    if len(spans) != num_answers:
+        got = f"{len(spans)} marked answers of {num_answers}"
+        raise UserError(Problem(example.where, got, "a template that marks every answer once"))
+    weights = _weights(example)
+    chosen = spans[num_answers - len(weights) :]
+    answers = tuple(Span(a, b, w) for (a, b), w in zip(chosen, weights, strict=True))
+    return Rendered(text, answers, example.where)
+
+
+def by_prefixes(example: Example, tokenizer: Any, *, last_only: bool) -> Rendered:
+    """Text and spans by rendering what comes before each answer with the prompt for it, and up to its end."""
+    tools, where = list(example.tools) or None, example.where
+    text = apply(tokenizer, example.messages, tools, ask=False, where=where)
+    places = [
+        i for i, m in enumerate(example.messages) if m["role"] == "assistant" and i >= example.num_given
+    ]
+    pairs = list(zip(places, _weights(example), strict=True))
+    answers = []
+    for i, weight in pairs[-1:] if last_only else pairs:
+        before = apply(tokenizer, example.messages[:i], tools, ask=True, where=where)
+        is_last = i + 1 == len(example.messages)
+        after = (
+            text if is_last else apply(tokenizer, example.messages[: i + 1], tools, ask=False, where=where)
+        )
+        if not (after.startswith(before) and text.startswith(after)):
+            got, fix = (
+                "a chat template that rewrites earlier turns",
+                "use data.mask: last-turn, or another template",
+            )
+            raise UserError(Problem(where, got, "a template whose prompt is a prefix of the whole chat", fix))
+        answers.append(Span(len(before), len(after), weight))
+    return Rendered(text, tuple(answers), where)
+
+
+def _said(content: str) -> str:
+    """What of an answer every template keeps: some take the reasoning out."""
+    return content.rsplit("</think>", 1)[-1].strip()
+
+
+def lost_in(example: Example, rendered: Rendered) -> str:
+    """What of a chat its text does not hold; empty where all is there."""
+    text = rendered.text
+    for number, message in enumerate(example.messages, start=1):
+        content = message["content"].strip()
+        if content and content not in text and _said(content) not in text:
+            as_json = json.dumps(content, ensure_ascii=False)[1:-1]
+            if as_json not in text:
+                return f"turn {number} ({message['role']})"
+        reasoning = message.get("reasoning_content")
+        if reasoning and reasoning.strip() not in text:
+            return f"the reasoning of turn {number}"
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in text:
+                return f"the tool call of turn {number}"
+    answers = [m for m in example.messages[example.num_given :] if m["role"] == "assistant"]
+    for span, message in zip(rendered.answers[::-1], answers[::-1], strict=False):
+        if _said(message["content"]) not in text[span.start : span.end]:
+            return "an answer that does not stand where it is learnt"
+    return ""
+
+
+def render(
+    example: Example, tokenizer: Any, style: Style | None = None, *, mask: str = "completion"
+) -> Rendered:
     """Text and answer spans of an example.
 
-    A chat is rendered turn by turn: what the template adds for an assistant turn beyond the prompt for it is
-    the answer. That holds only for templates in which earlier turns do not change when later ones come; where
-    it does not hold, UserError says so (never a wrong mask).
+    Raises UserError for a chat that the template refuses, and where earlier turns change when later ones
+    come, so that no span is certain: never a wrong mask.
     """
     if not example.messages:
         text = example.prompt + example.completion
-        return Rendered(text, (Span(len(example.prompt), len(text)),), example.where)
-    text = _apply(tokenizer, example.messages, ask=False, where=example.where)
-    answers = []
-    for i, message in enumerate(example.messages):
-        if message["role"] != "assistant" or i < example.num_given:
-            continue
-        before = _apply(tokenizer, example.messages[:i], ask=True, where=example.where)
-        after = _apply(tokenizer, example.messages[: i + 1], ask=False, where=example.where)
-        if not (after.startswith(before) and text.startswith(after)):
-            raise UserError(
-                Problem(
-                    example.where,
-                    "a chat template that rewrites earlier turns",
-                    "a template whose prompt is a prefix of the whole chat",
-                    "use data.mask: last-turn with single-turn chats, or another template",
-                )
-            )
-        answers.append(Span(len(before), len(after)))
-    return Rendered(text, tuple(answers), example.where)
+        return Rendered(text, (Span(len(example.prompt), len(text), example.weight),), example.where)
+    if style is not None and style.marked is not None:
+        made = by_markers(example, tokenizer, style.marked)
+    else:
+        made = by_prefixes(example, tokenizer, last_only=mask == "last-turn")
+    lost = lost_in(example, made)
+    return replace(made, lost=lost) if lost else made
 
 
 def render_prompt(example: Example, tokenizer: Any) -> tuple[str, str]:
     """(prompt, reference answer) of an example's last turn, for generation."""
     if not example.messages:
         return example.prompt, example.completion
-    prompt = _apply(tokenizer, example.messages[:-1], ask=True, where=example.where)
+    tools = list(example.tools) or None
+    prompt = apply(tokenizer, example.messages[:-1], tools, ask=True, where=example.where)
     return prompt, example.messages[-1]["content"]
 
 

@@ -1,0 +1,72 @@
+"""Rows that are longer than the model is to see: dropped, cut at the front, split, or refused. All are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from peftkit.data.gate.tally import SHOWN
+from peftkit.data.mask import Tokenized
+from peftkit.errors import Problem, UserError
+from peftkit.plan.plan import DataPlan
+
+
+@dataclass
+class Fitted:
+    """What became of rows. `lost_learnt` are learnt tokens that no longer are, `learnt` all that there were."""
+
+    num_dropped: int = 0
+    num_cut: int = 0
+    num_split: int = 0
+    num_learnt: int = 0
+    num_learnt_lost: int = 0
+    longest: int = 0
+    shortest: int = 0
+    num_rows: int = 0
+    too_long: list[tuple[str, int]] = field(default_factory=list)
+
+
+def _split(row: Tokenized, room: int) -> Iterator[Tokenized]:
+    """A row in pieces that fit; pieces in which nothing is learnt are left out."""
+    for start in range(0, len(row.input_ids), room):
+        piece = row.cut(start, start + room)
+        if piece.num_learnt:
+            yield piece
+
+
+def fit(row: Tokenized, plan: DataPlan, found: Fitted) -> list[Tokenized]:
+    """The row, or what the truncation policy makes of it; `found` counts it."""
+    length, learnt = row.length, row.num_learnt
+    found.num_rows += 1
+    found.num_learnt += learnt
+    found.longest = max(found.longest, length)
+    found.shortest = min(found.shortest or length, length)
+    if length <= plan.max_length:
+        return [row]
+    if len(found.too_long) < SHOWN:
+        found.too_long.append((row.where, length))
+    if plan.truncation == "split":
+        found.num_split += 1
+        return [*_split(row, plan.max_length)]
+    if plan.truncation == "keep_end":
+        cut = row.cut(len(row.input_ids) - plan.max_length, len(row.input_ids))
+        found.num_cut += 1
+        found.num_learnt_lost += learnt - cut.num_learnt
+        return [cut]
+    found.num_dropped += 1
+    found.num_learnt_lost += learnt
+    return []
+
+
+def refuse_long(found: Sequence[Fitted], plan: DataPlan) -> None:
+    """Raises UserError for rows that are too long, where the recipe asks for that."""
+    if plan.truncation != "error":
+        return
+    fix = "raise train.max_length or set data.truncation: drop"
+    problems = [
+        Problem(where, f"{length} tokens", f"at most {plan.max_length}", fix)
+        for one in found
+        for where, length in one.too_long
+    ]
+    if problems:
+        raise UserError(problems)

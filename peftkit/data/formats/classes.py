@@ -1,0 +1,50 @@
+"""Classified text and tagged words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from peftkit.data.formats.base import BadRow, Example, Format, string
+from peftkit.data.formats.chat import listed
+from peftkit.data.read import Row
+
+
+def _class(value: Any, name: str) -> str:
+    """A class as text: whole numbers and text are classes, nothing else is."""
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        check = "empty-answers" if value is None or value == "" else "missing-fields"
+        raise BadRow(f"{name} is {value!r}", f"a class in {name}, as text or a whole number", check=check)
+    return str(value)
+
+
+def _classification(row: Row) -> Example:
+    text = string(row.fields, "text")
+    return Example(row.where, prompt=text, label=_class(row.fields.get("label"), "label"))
+
+
+def _token_classification(row: Row) -> Example:
+    name = "tags" if "tags" in row.fields else "ner_tags"
+    words, tags = (listed(row.fields.get(key), key) for key in ("tokens", name))
+    if not isinstance(words, list) or not isinstance(tags, list) or not words:
+        raise BadRow(f"tokens and {name} that are not lists", f"a list of words and a list of {name}")
+    if len(words) != len(tags):
+        raise BadRow(f"{len(words)} tokens with {len(tags)} {name}", "one tag for each token")
+    if not all(isinstance(word, str) and word.strip() for word in words):
+        raise BadRow("a token that is empty or no text", "words as text")
+    return Example(row.where, words=tuple(words), tags=tuple(_class(tag, name) for tag in tags))
+
+
+def sorted_labels(found: Iterable[str]) -> tuple[str, ...]:
+    """Classes in order: numbers by value, text by alphabet."""
+    labels = set(found)
+    if labels and all(re.fullmatch(r"-?\d+", label, re.ASCII) for label in labels):
+        return tuple(sorted(labels, key=lambda label: (int(label), label)))
+    return tuple(sorted(labels))
+
+
+FORMATS = {
+    "token-classification": Format((("tokens", "tags"), ("tokens", "ner_tags")), _token_classification),
+    "classification": Format((("text", "label"),), _classification),
+}

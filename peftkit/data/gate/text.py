@@ -1,0 +1,142 @@
+"""What the text of a row shows by itself, looked at while it is read: every row, before any tokenizer."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+from peftkit.data.formats.base import Example
+from peftkit.data.gate.tally import Tally
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u0080-\u009f\u200b\u2060\ufdd0-\ufdef\ufffe\uffff]")
+_EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{2,63})+")
+_SECRETS: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
+    (mark, name, re.compile(pattern))
+    for mark, name, pattern in (
+        ("-----BEGIN", "a private key", r"-----BEGIN (?:[A-Z]+ ){0,2}PRIVATE KEY-----"),
+        ("AKIA", "an AWS access key", r"\bAKIA[0-9A-Z]{16}\b"),
+        ("ASIA", "an AWS access key", r"\bASIA[0-9A-Z]{16}\b"),
+        ("sk-", "an API key", r"\bsk-(?:proj-|ant-[a-z0-9]+-)?[A-Za-z0-9_-]{20,}"),
+        ("sk_live_", "a Stripe key", r"\bsk_live_[A-Za-z0-9]{16,}"),
+        ("gh", "a GitHub token", r"\bgh[pousr]_[A-Za-z0-9]{36,}"),
+        ("github_pat_", "a GitHub token", r"\bgithub_pat_[A-Za-z0-9_]{40,}"),
+        ("glpat-", "a GitLab token", r"\bglpat-[A-Za-z0-9_-]{20,}"),
+        ("hf_", "a Hugging Face token", r"\bhf_[A-Za-z0-9]{30,}"),
+        ("xox", "a Slack token", r"\bxox[abprs]-[A-Za-z0-9-]{10,}"),
+        ("AIza", "a Google API key", r"\bAIza[A-Za-z0-9_-]{35}\b"),
+        ("eyJ", "a signed web token", r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"),
+    )
+)
+
+
+def text_of(example: Example) -> str:
+    """Everything that a row says."""
+    if example.messages:
+        parts = [m["content"] for m in example.messages]
+        if not isinstance(example.rejected, str):
+            parts += [m["content"] for m in example.rejected]
+        return "\n".join(parts)
+    rejected = example.rejected if isinstance(example.rejected, str) else ""
+    return "\n".join(
+        part for part in (example.prompt, example.completion, rejected, " ".join(example.words)) if part
+    )
+
+
+def is_mojibake(text: str) -> bool:
+    """Whether UTF-8 was read as a Windows or Latin code page on the way, so that 'é' became 'Ã©'."""
+    for word in text.split():
+        if word.isascii():
+            continue
+        raw = bytearray()
+        for char in word:
+            try:
+                raw += char.encode("cp1252")
+            except UnicodeEncodeError:
+                if ord(char) > 0xFF:
+                    break
+                raw.append(ord(char))
+        else:
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError:
+                continue
+            return True
+    return False
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def hidden(secret: str) -> str:
+    """Enough of a secret to find it, never all of it."""
+    return f"{secret[:6]}... ({len(secret)} characters)"
+
+
+def look(example: Example, tally: Tally) -> None:
+    """Count what one row shows."""
+    text = text_of(example)
+    odd = _CONTROL.search(text)
+    if odd:
+        tally.add("control-characters", example.where, f"U+{ord(odd[0]):04X} at character {odd.start()}")
+    if not text.isascii():
+        if "\ufffd" in text or "\u00c3" in text or "\u00e2" in text or "\u00c2" in text:
+            _mojibake(text, example.where, tally)
+        elif is_mojibake(text):
+            tally.add("mojibake", example.where, _short(text))
+    for mark, name, pattern in _SECRETS:
+        if mark in text and (found := pattern.search(text)):
+            tally.add("secrets", example.where, f"{name}: {hidden(found[0])}")
+    if "@" in text and (found := _EMAIL.search(text)):
+        tally.add("emails", example.where, hidden(found[0]))
+    if example.messages:
+        _roles(example, tally)
+    if example.rejected:
+        _preference(example, tally)
+
+
+def _mojibake(text: str, where: str, tally: Tally) -> None:
+    if "\ufffd" in text:
+        place = text.index("\ufffd")
+        around = text[max(0, place - 15) : place + 15]
+        tally.add("mojibake", where, f"the replacement character in {_short(around)}")
+    elif is_mojibake(text):
+        word = next(w for w in text.split() if not w.isascii() and is_mojibake(w))
+        tally.add("mojibake", where, _short(word))
+
+
+def _roles(example: Example, tally: Tally) -> None:
+    """Turns out of order, and answers that are empty."""
+    turns = example.messages
+    if len(turns) == 2 and turns[0]["role"] == "user":
+        return
+    for number, (before, after) in enumerate(pairwise(turns), start=2):
+        one, other = before["role"], after["role"]
+        if other == "system":
+            tally.add("roles", example.where, f"turn {number} is a system turn")
+            return
+        if one == other and one in {"user", "assistant"}:
+            tally.add("roles", example.where, f"turns {number - 1} and {number} are both {one}")
+            return
+        if other == "tool" and one not in {"assistant", "tool"}:
+            tally.add("roles", example.where, f"turn {number} is a tool's after {one}")
+            return
+    for number, turn in enumerate(turns, start=1):
+        given = number <= example.num_given
+        if (
+            turn["role"] == "assistant"
+            and not given
+            and not turn["content"].strip()
+            and not turn.get("tool_calls")
+        ):
+            tally.add("empty-answers", example.where, f"turn {number} says nothing")
+            return
+
+
+def _preference(example: Example, tally: Tally) -> None:
+    chosen = example.messages[-1]["content"] if example.messages else example.completion
+    rejected = example.rejected if isinstance(example.rejected, str) else example.rejected[-1]["content"]
+    if chosen.strip() == rejected.strip():
+        tally.add("chosen-equals-rejected", example.where, _short(chosen))
+    elif len(chosen) > len(rejected):
+        tally.add("chosen-longer", example.where, f"{len(chosen)} against {len(rejected)} characters")

@@ -1,0 +1,78 @@
+"""What tokens and labels of a row show, looked at while it is tokenized: every row."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from peftkit.data.formats.base import Example
+from peftkit.data.gate.tally import Tally
+from peftkit.data.gate.text import text_of
+from peftkit.data.mask import IGNORED, Tokenized
+
+# what other models' templates write: as text it teaches nothing but how to write it
+_FOREIGN = re.compile(
+    r"<\|(?:im_start|im_end|eot_id|start_header_id|end_header_id|begin_of_text|endoftext|end|user|assistant|"
+    r"system)\|>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|### (?:Instruction|Response|Assistant|Human):"
+)
+_MARKS = ("<|", "_of_turn>", "INST]", "SYS>>", "### ")
+
+
+def last_learnt(row: Tokenized) -> int | None:
+    """The last token that is learnt."""
+    return next((label for label in reversed(row.labels) if label != IGNORED), None)
+
+
+class Watch:
+    """Looks at texts and rows as they pass, and counts what is odd in `tally`."""
+
+    def __init__(self, tokenizer: Any, task: str) -> None:
+        self.tally = Tally()
+        self.task = task
+        self._bos, self._unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
+        self.special = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
+        typed = sorted(
+            {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 2}
+        )
+        self._typed = re.compile("|".join(map(re.escape, typed))) if typed else None
+        self._typed_marks = tuple({text[:2] for text in typed})
+        self.ends: Counter[int] = Counter()
+        self.largest_id = 0
+
+    def text(self, example: Example) -> None:
+        """Special tokens that stand in what people wrote."""
+        text = text_of(example)
+        if self._typed is not None and any(mark in text for mark in self._typed_marks):
+            found = self._typed.search(text)
+            if found:
+                self.tally.add("special-tokens", example.where, f"{found[0]} at character {found.start()}")
+                return
+        if any(mark in text for mark in _MARKS):
+            found = _FOREIGN.search(text)
+            if found:
+                self.tally.add("foreign-markers", example.where, f"{found[0]} at character {found.start()}")
+
+    def row(self, row: Tokenized) -> None:
+        """A row before it is fitted to the length."""
+        ids = row.input_ids
+        self.largest_id = max(self.largest_id, max(ids, default=0))
+        if self._unknown is not None and self._unknown in ids:
+            self.tally.add("unknown-tokens", row.where, f"{ids.count(self._unknown)} of {len(ids)} tokens")
+        if self._bos is not None and ids[:2] == [self._bos, self._bos]:
+            self.tally.add("double-bos", row.where, "two start tokens")
+        if self.task not in {"causal-lm", "seq2seq"}:
+            return
+        last = last_learnt(row)
+        if last is not None:
+            self.ends[last] += 1
+            if last not in self.special:
+                self.tally.add("end-token", row.where, "what is learnt does not end in an end token")
+
+    def to_json(self) -> dict[str, Any]:
+        """What was seen, as plain values."""
+        return {
+            "tally": self.tally.to_json(),
+            "ends": [[token, count] for token, count in self.ends.most_common(8)],
+            "largest_id": self.largest_id,
+        }

@@ -1,0 +1,240 @@
+"""Read a recipe's data once: rows become examples on disk, what is odd is noted, and a part is held out.
+
+Memory does not grow with the data, and the same data is not read twice: the result is kept by content hash.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from peftkit.data import cache
+from peftkit.data.examples import Examples
+from peftkit.data.formats import BadRow, Example, reader
+from peftkit.data.formats.columns import renamer
+from peftkit.data.gate.tally import Tally
+from peftkit.data.gate.text import look
+from peftkit.data.lengths import sizes_of
+from peftkit.data.mixture import Part, Where, drawn, format_of, held_sources
+from peftkit.data.read import Fault, Row, content_key, read
+from peftkit.data.spill import Lines, Picked, Writer, load_numbers, save_numbers
+from peftkit.data.split import split_share, without_near
+from peftkit.errors import Problem, UserError
+from peftkit.recipe.schema import Chat, Data, Source
+
+# checks whose rows cannot be used: waived, they are left out; otherwise they stop the run
+UNUSABLE = ("malformed-rows", "encoding", "missing-fields", "empty-answers", "roles")
+LEFT_OUT = "left-out"  # rows that could not be used, whatever the check
+_TRAIN, _EVAL = ("data", "train"), ("data", "eval")
+_FIXES = {
+    "malformed-rows": "mend the file",
+    "encoding": "convert the file to UTF-8",
+    "missing-fields": "mend the rows, or map other columns",
+    "empty-answers": "give an answer, or take the rows out",
+    "roles": "end each chat with an assistant turn",
+}
+
+
+class _Reading:
+    """Rows of all sources on their way to disk."""
+
+    def __init__(self, data: Data, folder: Path, where: Where) -> None:
+        self.data, self.folder, self.where = data, folder, where
+        self.rows = Writer(folder / "rows.jsonl")
+        self.tally = Tally()
+        self.asked, self.answered, self.units = array("Q"), array("Q"), array("Q")
+
+    def take(self, source: Source, key: tuple[str, ...]) -> Part:
+        """Read one source. Raises UserError where no row of it can be used."""
+        start, before = len(self.rows), self.tally.to_json()
+        name, convert, rename = "", None, None
+        for row in read(source, where=self.where(key)):
+            if isinstance(row, Fault):
+                self._leave_out(row.kind, row.problem.where, _told(row.problem))
+                continue
+            try:
+                if convert is None or rename is None:
+                    columns = self.data.columns if source.columns is None else source.columns
+                    rename = renamer(columns, row, self.where(("data", "columns")))
+                    name, convert = reader(rename(row), source.format or self.data.format)
+                self._keep(adjusted(convert(rename(row)), self.data.chat), row)
+            except BadRow as bad:
+                self._leave_out(bad.check, row.where, f"{bad.got}, expected {bad.expected}")
+        if len(self.rows) == start:
+            problems = problems_of(self.tally, UNUSABLE) if self.tally.to_json() != before else []
+            raise UserError(problems or Problem(source.path, "no rows", "at least one row"))
+        return Part(source, name, start, len(self.rows))
+
+    def _leave_out(self, check: str, where: str, what: str) -> None:
+        self.tally.add(check, where, what)
+        self.tally.add(LEFT_OUT, where, check)
+
+    def _keep(self, example: Example, row: Row) -> None:
+        group = self.data.group
+        unit = " ".join(example.key.lower().split()) if group is None else str(_group(row, group))
+        look(example, self.tally)
+        self.rows.append(example.to_json())
+        asked, answered = sizes_of(example)
+        self.asked.append(asked)
+        self.answered.append(answered)
+        self.units.append(int.from_bytes(blake2b(unit.encode(), digest_size=8).digest(), "little"))
+
+    def close(self, **numbers: array[int]) -> None:
+        """Write out what is kept beside the rows."""
+        self.rows.close()
+        for name, values in {"asked": self.asked, "answered": self.answered, **numbers}.items():
+            save_numbers(self.folder / f"{name}.u64", values)
+
+
+def _group(row: Row, column: str) -> Any:
+    if column not in row.fields:
+        raise BadRow(f"no column {column}", "the column that data.group names")
+    return row.fields[column]
+
+
+def _told(problem: Problem) -> str:
+    return f"{problem.got}, expected {problem.expected}"
+
+
+def adjusted(example: Example, chat: Chat) -> Example:
+    """The example with the recipe's system prompt, and without reasoning where that is dropped."""
+    turns = example.messages
+    if not turns or (chat.system is None and chat.thinking == "keep"):
+        return example
+    given = example.num_given
+    if chat.thinking == "drop":
+        turns = tuple(_without_reasoning(turn) for turn in turns)
+    if chat.system is not None and turns[0]["role"] != "system":
+        turns = ({"role": "system", "content": chat.system}, *turns)
+        given += 1 if given else 0
+    return replace(example, messages=turns, num_given=given)
+
+
+def _without_reasoning(turn: Any) -> Any:
+    """An assistant's turn without its reasoning field, and without a leading <think> block."""
+    if turn["role"] != "assistant":
+        return turn
+    content = turn["content"]
+    if content.lstrip().startswith("<think>") and "</think>" in content:
+        content = content.split("</think>", 1)[1].lstrip("\n")
+    return {**{k: v for k, v in turn.items() if k != "reasoning_content"}, "content": content}
+
+
+def ingest(data: Data, *, seed: int, where: Where) -> Examples:
+    """The examples of a recipe's data, read and split, from the cache where they were read before.
+
+    Rows that cannot be used are noted in the tally and left out. Raises UserError for what is missing, for a
+    source of which no row can be used, and for columns and mixtures that do not fit.
+    """
+    held = held_sources(data, where)
+    everything = [*((s, _TRAIN) for s in data.sources), *((s, _EVAL) for s in held)]
+    key = cache.key_of(
+        sources=[[s.model_dump(), content_key(s, where=where(at))] for s, at in everything],
+        data=data.model_dump(include={"eval", "group", "format", "columns", "chat"}),
+        seed=seed,
+    )
+    found = cache.find("rows", key)
+    if found is None:
+        with cache.making("rows", key) as folder:
+            meta = _read_all(data, held, folder, seed=seed, where=where)
+            found = cache.publish(folder, "rows", key, meta), meta
+    return _opened(*found, key)
+
+
+def _read_all(
+    data: Data, held_sources: Sequence[Source], folder: Path, *, seed: int, where: Where
+) -> dict[str, Any]:
+    """Fill a folder with the rows of all sources. Returns what is to be known of them."""
+    reading = _Reading(data, folder, where)
+    parts = [reading.take(source, _TRAIN) for source in data.sources]
+    name = format_of(parts, where(_TRAIN))
+    kept, held, num_near = array("Q"), array("Q"), 0
+    for numbers in drawn(parts, seed, where(_TRAIN)):
+        kept.extend(numbers)
+    if name != "mixed":
+        reading.data = data.model_copy(update={"format": name})  # held-out rows are of the same format
+    for source in held_sources:
+        part = reading.take(source, _EVAL)
+        held.extend(range(part.start, part.stop))
+    if isinstance(data.eval, float) and data.eval > 0:
+        kept, held, num_near = _split(data.eval, kept, reading, seed)
+    reading.close(train=kept, eval=held)
+    return {"format": name, "tally": reading.tally.to_json(), "num_near": num_near}
+
+
+def _split(
+    share: float, kept: array[int], reading: _Reading, seed: int
+) -> tuple[array[int], array[int], int]:
+    """(rows to train on, rows held out, how many went back to training)."""
+    units = [reading.units[number] for number in kept]
+    places, num_near = split_share(units, share, seed), 0
+    if places:
+        rows = Lines(reading.folder / "rows.jsonl", Example.from_json, places=reading.rows.flush())
+        places, num_near = without_near(Keys(Picked(rows, kept)), units, places)
+    return (
+        array("Q", (n for place, n in enumerate(kept) if place not in places)),
+        array("Q", (n for place, n in enumerate(kept) if place in places)),
+        num_near,
+    )
+
+
+class Keys(Sequence[str]):
+    """What rows ask, as text."""
+
+    def __init__(self, rows: Sequence[Example]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index].key
+
+
+def _opened(folder: Path, meta: Any, key: str) -> Examples:
+    """The examples that a folder keeps."""
+    rows = Lines(folder / "rows.jsonl", Example.from_json)
+    numbers = {name: load_numbers(folder / f"{name}.u64") for name in ("train", "eval", "asked", "answered")}
+    asked, answered = numbers["asked"], numbers["answered"]
+
+    def sizes(name: str) -> list[tuple[int, int]]:
+        return [(asked[n], answered[n]) for n in numbers[name]]
+
+    return Examples(
+        train=Picked(rows, numbers["train"]),
+        eval=Picked(rows, numbers["eval"]),
+        format=meta["format"],
+        tally=Tally.from_json(meta["tally"]),
+        key=key,
+        num_near=meta["num_near"],
+        sizes=(sizes("train"), sizes("eval")),
+    )
+
+
+def problems_of(tally: Tally, checks: Iterable[str]) -> list[Problem]:
+    """The rows that checks found, as problems; each check lists its first few and counts the others."""
+    problems = []
+    for check in checks:
+        noticed = tally.of(check)
+        for where, what in noticed.rows:
+            got, _, expected = what.partition(", expected ")
+            problems.append(Problem(where, got, expected or "a row that can be used"))
+        if noticed.count > len(noticed.rows):
+            got = f"{noticed.count - len(noticed.rows)} more rows like these"
+            problems.append(Problem("data", got, "none", _FIXES.get(check, "")))
+    return problems
+
+
+def refuse_unusable(examples: Examples, waived: Sequence[str]) -> None:
+    """Raises UserError for rows that cannot be used, by file and line, unless their check is waived."""
+    problems = problems_of(examples.tally, [check for check in UNUSABLE if check not in waived])
+    if problems:
+        names = [c for c in UNUSABLE if c not in waived and examples.tally.of(c).count]
+        fix = f"or leave such rows out: data.waive: [{', '.join(names)}]"
+        last = problems[-1]
+        problems[-1] = replace(last, fix=f"{last.fix}; {fix}" if last.fix else fix)
+        raise UserError(problems)

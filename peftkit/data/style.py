@@ -1,0 +1,85 @@
+"""How chats are rendered: which template, and what tells where answers stand, proven on a sample.
+
+The only home of TRL in `data/`: its training templates carry generation markers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from peftkit.data.formats import Example
+from peftkit.data.template import (
+    NO_CHATS,
+    Style,
+    apply,
+    by_markers,
+    by_prefixes,
+    ensure_template,
+    lost_in,
+    template_of,
+)
+from peftkit.errors import UserError
+
+_SAMPLE = 24
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _proves(examples: Sequence[Example], tokenizer: Any, marked: str, *, same_text: bool) -> bool:
+    """Whether a template's markers give whole answers, and with `same_text` the model's own text."""
+    try:
+        for example in examples:
+            made = by_markers(example, tokenizer, marked)
+            tools = list(example.tools) or None
+            if same_text and made.text != apply(tokenizer, example.messages, tools, ask=False, where=""):
+                return False
+            if "stand where" in lost_in(example, made):
+                return False
+    except UserError:
+        return False
+    return True
+
+
+def _prefixes_hold(examples: Sequence[Example], tokenizer: Any, mask: str) -> bool:
+    try:
+        for example in examples:
+            by_prefixes(example, tokenizer, last_only=mask == "last-turn")
+    except UserError:
+        return False
+    return True
+
+
+def _training_template(tokenizer: Any) -> str | None:
+    """TRL's template with generation markers for the model's own one, where it knows it."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        return get_training_chat_template(processing_class=tokenizer)
+    except Exception:  # noqa: BLE001  whatever its probes raise, there is another way
+        return None
+
+
+def choose_style(examples: Sequence[Example], tokenizer: Any, *, mask: str, source: str = "") -> Style:
+    """How the chats among `examples` are rendered, proven on a sample of them.
+
+    Markers of the model's own template serve first, TRL's training templates next, prefixes last. The
+    tokenizer gets the default template where it has none.
+    """
+    if not any(example.messages for example in examples[:1]) and not any(e.messages for e in examples[-1:]):
+        return NO_CHATS
+    default = ensure_template(tokenizer)
+    source = source or ("the default" if default else "the model's own")
+    step = max(1, len(examples) // _SAMPLE)
+    sample = [e for e in (examples[i] for i in range(0, len(examples), step)) if e.messages][:_SAMPLE]
+    own = template_of(tokenizer)
+    if _MARKER.search(own) and _proves(sample, tokenizer, own, same_text=False):
+        return Style(source, own, "its generation markers")
+    training = None if default else _training_template(tokenizer)
+    if training and _proves(sample, tokenizer, training, same_text=True):
+        return Style(source, training, "TRL's training template, which renders the same text")
+    if _prefixes_hold(sample, tokenizer, mask):
+        return Style(source, None, "what is added beyond the prompt for an answer")
+    if training and _proves(sample, tokenizer, training, same_text=False):
+        return Style(source, training, "TRL's training template: the model's own rewrites earlier turns")
+    return Style(source, None, "what is added beyond the prompt for an answer")
