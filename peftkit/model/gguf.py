@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import interrupt
+from peftkit.cache import cache_folder
 from peftkit.errors import Problem, UserError
-from peftkit.model.locate import Base, cache_folder, check_pin
+from peftkit.model.locate import Base, check_pin
 from peftkit.rundir import publish_folder, sha256_of, verify_folder, write_json
 
 _FORMAT = 1  # raise when what is written changes, so that older conversions are not reused

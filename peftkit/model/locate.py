@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from peftkit.archs import EMBEDDED, KNOWN, Embedded
 from peftkit.errors import Problem, UserError, did_you_mean
+from peftkit.hub import hub_answers, hub_is_off
 from peftkit.rundir import sha256_of
 
 Kind = Literal["hub", "folder", "gguf", "embedded"]
@@ -25,13 +26,6 @@ class Base:
     kind: Kind
     path: Path | None
     config: dict[str, Any] | None
-
-
-def cache_folder() -> Path:
-    """Where converted bases are kept: $PEFTKIT_CACHE, else the user's cache folder."""
-    given = os.environ.get("PEFTKIT_CACHE")
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(given) if given else Path(root) / "peftkit"
 
 
 def embedded_file(name: str, where: str) -> tuple[Embedded, Path]:
@@ -116,23 +110,6 @@ def _folder(path: Path, where: str, *, shapes_alone: bool) -> Base:
     return Base(str(path), "folder", path, config)
 
 
-def _hub_answers() -> bool:
-    """Whether the hub can be reached, asked once and briefly: its client would retry for half a minute."""
-    import socket
-    from urllib.parse import urlsplit
-
-    if os.environ.get("HF_HUB_OFFLINE", "") not in {"", "0"}:
-        return False
-    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    port = address.port or (80 if address.scheme == "http" else 443)
-    try:
-        with socket.create_connection((address.hostname or "", port), timeout=3):
-            return True
-    except OSError:
-        return proxied  # through a proxy, only the client can tell
-
-
 def _hub(model_id: str, revision: str | None, where: str) -> Base:
     """A hub model: its configuration from the cache, from the hub, or from the shapes shipped here."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -153,7 +130,7 @@ def _hub(model_id: str, revision: str | None, where: str) -> Base:
 
     try:
         cached = hf_hub_download(
-            model_id, "config.json", revision=revision, local_files_only=not _hub_answers()
+            model_id, "config.json", revision=revision, local_files_only=not hub_answers()
         )
         config = json.loads(Path(cached).read_text())
     except GatedRepoError:
@@ -177,7 +154,7 @@ def _hub(model_id: str, revision: str | None, where: str) -> Base:
             f"for which the hub answered {status}", "try again later, or give a local folder"
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
-        offline = os.environ.get("HF_HUB_OFFLINE", "") not in {"", "0"}
+        offline = hub_is_off()
         reason = (
             "which is not in the cache while HF_HUB_OFFLINE is set"
             if offline

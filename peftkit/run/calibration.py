@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftkit.model.locate import cache_folder
+from peftkit.cache import cache_folder
 from peftkit.rundir import read_json, write_json
 
 _NEW_SHARE = 0.5  # how much a new run counts against what was known

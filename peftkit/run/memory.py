@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from peftkit.archs import ModelShape, shape_from_config
+from peftkit.cache import cache_folder
 from peftkit.methods import METHODS
-from peftkit.model.locate import cache_folder
 from peftkit.plan import Batch, Facts, Memory, Peak, Plan
 from peftkit.plan.fit import judge, micro_batches, revised, with_micro_batch
 from peftkit.plan.memory import CONTEXT_BYTES, between_steps, kept_by_malloc

@@ -10,9 +10,10 @@ import torch
 import transformers
 from packaging.version import Version
 
+from peftkit.cache import cache_folder
 from peftkit.errors import Interrupted, UserError
 from peftkit.model.gguf import converted_folder, header_config
-from peftkit.model.locate import cache_folder, locate
+from peftkit.model.locate import locate
 from tests.conftest import TINY_LLAMA
 from tests.tiny import tiny_config
 from tests.tiny_gguf import write_gguf

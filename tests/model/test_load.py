@@ -71,7 +71,7 @@ def test_a_hub_that_does_not_answer_is_told(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    assert not module._hub_answers()
+    assert not module.hub_answers()
     with pytest.raises(UserError, match="hub cannot be reached"):
         find("owner/name")
 

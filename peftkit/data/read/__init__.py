@@ -1,0 +1,9 @@
+"""Rows of anything: files, folders, globs, URLs and hub datasets, lazily. The only home of `datasets`."""
+
+from __future__ import annotations
+
+from peftkit.data.read.hub import to_dataset
+from peftkit.data.read.rows import MAX_PROBLEMS, Fault, Row
+from peftkit.data.read.sources import content_key, read, read_rows
+
+__all__ = ["MAX_PROBLEMS", "Fault", "Row", "content_key", "read", "read_rows", "to_dataset"]

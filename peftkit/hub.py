@@ -1,0 +1,27 @@
+"""Whether the model hub can be reached, asked once and briefly: its clients would retry for half a minute."""
+
+from __future__ import annotations
+
+import os
+
+
+def hub_is_off() -> bool:
+    """Whether HF_HUB_OFFLINE forbids to ask the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "") not in {"", "0"}
+
+
+def hub_answers() -> bool:
+    """Whether the hub may be asked and takes a connection."""
+    import socket
+    from urllib.parse import urlsplit
+
+    if hub_is_off():
+        return False
+    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        with socket.create_connection((address.hostname or "", port), timeout=3):
+            return True
+    except OSError:
+        return proxied  # through a proxy, only the client can tell
