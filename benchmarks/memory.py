@@ -34,8 +34,8 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from transformers import AutoConfig, PreTrainedTokenizerFast, TrainerCallback  # noqa: E402
 
 from peftkit.archs import shape_from_config  # noqa: E402
-from peftkit.data import to_dataset  # noqa: E402
 from peftkit.data.mask import Tokenized  # noqa: E402
+from peftkit.data.read import to_dataset  # noqa: E402
 from peftkit.model import adapter  # noqa: E402
 from peftkit.model.inspect import AUTO_CLASSES  # noqa: E402
 from peftkit.model.load import load_model  # noqa: E402

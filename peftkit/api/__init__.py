@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftkit.data.gate.report import DataReport
 from peftkit.plan import Plan
 from peftkit.plan.inspection import Inspection
 from peftkit.recipe import LoadedRecipe, Recipe, load
@@ -16,10 +17,12 @@ from peftkit.rundir import RunDir
 
 __all__ = [
     "Account",
+    "DataReport",
     "Evaluation",
     "Inspection",
     "Observer",
     "RecipeLike",
+    "check_data",
     "evaluate_run",
     "finetune",
     "generate",
@@ -72,6 +75,17 @@ def plan_recipe(
     from peftkit.run.account import account
 
     return account(load_recipe(source, overrides), gpu=gpu, trace=trace, measure=measure)
+
+
+def check_data(source: RecipeLike, overrides: Sequence[str] = (), *, full: bool = False) -> DataReport:
+    """The data gate: samples token by token, lengths, totals, and what every check says.
+
+    No weights are loaded. Near duplicates are sought in a sample of 10,000 rows, with `full` in all. Raises
+    UserError for what cannot be read at all; what is wrong with rows the report says.
+    """
+    from peftkit.run.check import check_data as check
+
+    return check(load_recipe(source, overrides), full=full)
 
 
 def finetune(

@@ -69,6 +69,17 @@ COMMANDS: tuple[Command, ...] = (
         ),
     ),
     Command(
+        "check",
+        "the data gate: tokens and mask of samples, and checks that pass, warn or fail",
+        (
+            _RECIPE,
+            _OVERRIDES,
+            _arg("--html", metavar="FILE", help="write a page as well"),
+            _arg("--full", action="store_true", help="near duplicates among all rows, not a sample"),
+            _arg("--json", action="store_true"),
+        ),
+    ),
+    Command(
         "inspect",
         "what a model is, what it takes, and which methods can train it",
         (
@@ -112,6 +123,7 @@ COMMANDS: tuple[Command, ...] = (
 
 
 FUNCTIONS = {
+    "check": "check_data",
     "eval": "evaluate",
     "inspect": "inspect_model",
     "plan": "plan_recipe",
@@ -137,7 +149,7 @@ def _quiet_libraries() -> None:
     """The libraries' own chatter would tear the display; what matters of it, peftkit says itself."""
     for name, value in (
         ("TRANSFORMERS_VERBOSITY", "error"),
-        ("TOKENIZERS_PARALLELISM", "false"),
+        ("TOKENIZERS_PARALLELISM", "true"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("DATASETS_VERBOSITY", "error"),
     ):

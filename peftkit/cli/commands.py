@@ -61,6 +61,30 @@ def plan_recipe(arguments: argparse.Namespace) -> int:
     return 2 if found.fit.verdict == "does not fit" else 0
 
 
+def check_data(arguments: argparse.Namespace) -> int:
+    """Show what is learnt, and what every check says. Returns 2 where one fails."""
+    from pathlib import Path
+
+    from peftkit import api
+    from peftkit.cli.data import print_data_report
+    from peftkit.cli.display import quiet_loggers
+
+    quiet_loggers()
+    loaded = api.load_recipe(arguments.recipe, arguments.overrides)
+    report = api.check_data(loaded, full=arguments.full)
+    if arguments.html:
+        from peftkit.report.data_page import data_page
+        from peftkit.rundir import write_text
+
+        title = f"The data of {Path(loaded.name).name}"
+        write_text(Path(arguments.html), data_page(report.to_json(), report.rows(), title=title))
+    if arguments.json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        print_data_report(report)
+    return 2 if report.failed else 0
+
+
 def resume(arguments: argparse.Namespace) -> int:
     """Go on with a run."""
     from peftkit import api

@@ -5,37 +5,76 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import blake2b
 
 from peftkit.data.formats import CLASSES, Example, labels_of
 from peftkit.data.gate.tally import Tally
+from peftkit.data.gate.text import text_of
 from peftkit.data.lengths import Sizes, sizes_of
+from peftkit.data.spill import Picked
+
+Numbers = tuple[int, int, int, int]
+
+
+# what is known of each row: bytes asked and answered, hashes of all that it says and of what it asks
+NUMBERS = ("asked", "answered", "hash", "input_hash")
+
+
+def hash_of(text: str) -> int:
+    """64 bits that stand for a text."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def numbers_of(example: Example) -> tuple[int, int, int, int]:
+    """The values of `NUMBERS` for one example. Case and blanks do not count in what it asks."""
+    asked = " ".join(example.key.lower().split())
+    return (*sizes_of(example), hash_of(f"{asked}\0{text_of(example)}\0{example.answer}"), hash_of(asked))
+
+
+class Kept(Picked[Example]):
+    """Examples on disk. `name` stands for their content; `numbered` has the `NUMBERS` of each."""
+
+    def __init__(
+        self, items: Sequence[Example], numbers: Sequence[int], *, name: str, numbered: Sequence[Numbers]
+    ) -> None:
+        super().__init__(items, numbers)
+        self.name, self.numbered = name, numbered
+
+
+def numbered(examples: Sequence[Example]) -> Sequence[Numbers]:
+    """The `NUMBERS` of each example, counted in reading or now."""
+    return examples.numbered if isinstance(examples, Kept) else [numbers_of(e) for e in examples]
 
 
 @dataclass(frozen=True)
 class Examples:
     """Two sequences of examples. Those of `ingest` are read from disk as they are asked for.
 
-    `key` names their content; empty for examples made by hand. `num_near` counts rows that were to be held
-    out and went back to training, because a row there nearly repeats them.
+    `num_near` counts rows that were to be held out and went back to training, because a row there nearly
+    repeats them.
     """
 
     train: Sequence[Example]
     eval: Sequence[Example]
     format: str
     tally: Tally = field(default_factory=Tally)
-    key: str = ""
     num_near: int = 0
-    sizes: tuple[Sizes, Sizes] | None = None  # of train and eval, where they were counted in reading
+
+    @property
+    def key(self) -> str:
+        """A name for the content of both; empty where some of it was made by hand."""
+        names = [rows.name if isinstance(rows, Kept) else "" for rows in (self.train, self.eval) if len(rows)]
+        return " ".join(names) if all(names) else ""
 
     @cached_property
     def train_sizes(self) -> Sizes:
         """(bytes asked, bytes answered) of each row to train on."""
-        return self.sizes[0] if self.sizes else [sizes_of(example) for example in self.train]
+        return [(asked, answered) for asked, answered, *_ in numbered(self.train)]
 
     @cached_property
     def eval_sizes(self) -> Sizes:
         """(bytes asked, bytes answered) of each held-out row."""
-        return self.sizes[1] if self.sizes else [sizes_of(example) for example in self.eval]
+        return [(asked, answered) for asked, answered, *_ in numbered(self.eval)]
 
     @cached_property
     def train_labels(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Rows that are longer than the model is to see: dropped, cut at the front, split, or refused. All are counted."""
+"""Rows longer than the model is to see: dropped, cut at the front, split, or refused. All are counted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftkit.plan.plan import DataPlan
 
 @dataclass
 class Fitted:
-    """What became of rows. `lost_learnt` are learnt tokens that no longer are, `learnt` all that there were."""
+    """What became of rows: of `num_learnt` tokens that were to be learnt, `num_learnt_lost` no longer are."""
 
     num_dropped: int = 0
     num_cut: int = 0

@@ -8,17 +8,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from peftkit.data import cache
-from peftkit.data.examples import Examples
+from peftkit.data.examples import NUMBERS, Examples, Kept, hash_of, numbers_of
 from peftkit.data.formats import BadRow, Example, reader
 from peftkit.data.formats.columns import renamer
 from peftkit.data.gate.tally import Tally
 from peftkit.data.gate.text import look
-from peftkit.data.lengths import sizes_of
 from peftkit.data.mixture import Part, Where, drawn, format_of, held_sources
 from peftkit.data.read import Fault, Row, content_key, read
 from peftkit.data.spill import Lines, Picked, Writer, load_numbers, save_numbers
@@ -46,7 +44,8 @@ class _Reading:
         self.data, self.folder, self.where = data, folder, where
         self.rows = Writer(folder / "rows.jsonl")
         self.tally = Tally()
-        self.asked, self.answered, self.units = array("Q"), array("Q"), array("Q")
+        self.numbers = {name: array("Q") for name in NUMBERS}
+        self.units = array("Q")
 
     def take(self, source: Source, key: tuple[str, ...]) -> Part:
         """Read one source. Raises UserError where no row of it can be used."""
@@ -75,18 +74,17 @@ class _Reading:
 
     def _keep(self, example: Example, row: Row) -> None:
         group = self.data.group
-        unit = " ".join(example.key.lower().split()) if group is None else str(_group(row, group))
+        unit = None if group is None else hash_of(str(_group(row, group)))
         look(example, self.tally)
         self.rows.append(example.to_json())
-        asked, answered = sizes_of(example)
-        self.asked.append(asked)
-        self.answered.append(answered)
-        self.units.append(int.from_bytes(blake2b(unit.encode(), digest_size=8).digest(), "little"))
+        for name, value in zip(NUMBERS, numbers_of(example), strict=True):
+            self.numbers[name].append(value)
+        self.units.append(self.numbers["input_hash"][-1] if unit is None else unit)
 
     def close(self, **numbers: array[int]) -> None:
         """Write out what is kept beside the rows."""
         self.rows.close()
-        for name, values in {"asked": self.asked, "answered": self.answered, **numbers}.items():
+        for name, values in {**self.numbers, **numbers}.items():
             save_numbers(self.folder / f"{name}.u64", values)
 
 
@@ -198,21 +196,14 @@ class Keys(Sequence[str]):
 def _opened(folder: Path, meta: Any, key: str) -> Examples:
     """The examples that a folder keeps."""
     rows = Lines(folder / "rows.jsonl", Example.from_json)
-    numbers = {name: load_numbers(folder / f"{name}.u64") for name in ("train", "eval", "asked", "answered")}
-    asked, answered = numbers["asked"], numbers["answered"]
+    found = {name: load_numbers(folder / f"{name}.u64") for name in ("train", "eval", *NUMBERS)}
 
-    def sizes(name: str) -> list[tuple[int, int]]:
-        return [(asked[n], answered[n]) for n in numbers[name]]
+    def kept(name: str) -> Kept:
+        columns = [[found[column][n] for n in found[name]] for column in NUMBERS]
+        return Kept(rows, found[name], name=f"{key}-{name}", numbered=[*zip(*columns, strict=True)])
 
-    return Examples(
-        train=Picked(rows, numbers["train"]),
-        eval=Picked(rows, numbers["eval"]),
-        format=meta["format"],
-        tally=Tally.from_json(meta["tally"]),
-        key=key,
-        num_near=meta["num_near"],
-        sizes=(sizes("train"), sizes("eval")),
-    )
+    tally = Tally.from_json(meta["tally"])
+    return Examples(kept("train"), kept("eval"), meta["format"], tally, meta["num_near"])
 
 
 def problems_of(tally: Tally, checks: Iterable[str]) -> list[Problem]:

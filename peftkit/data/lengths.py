@@ -37,8 +37,13 @@ def longest(lengths: Lengths | None) -> Row | None:
 
 def counted(rows: Sequence[Tokenized], task: str) -> Lengths | None:
     """The lengths of tokenized rows; None where there are none."""
+    from peftkit.data.store import Counts
+
+    made = Counts.of(rows)
+    columns = (made.tokens.tolist(), made.labels.tolist(), made.learnt.tolist())
     found = [
-        Row(len(row.input_ids), len(row.labels) if task == "seq2seq" else 0, row.num_learnt) for row in rows
+        Row(tokens, labels if task == "seq2seq" else 0, learnt)
+        for tokens, labels, learnt in zip(*columns, strict=True)
     ]
     return _lengths(found, "counted") if found else None
 

@@ -21,7 +21,6 @@ from peftkit.data.gate.tokens import Watch
 from peftkit.data.ingest import ingest, refuse_unusable
 from peftkit.data.mask import IGNORED, Tokenized, encode, tokenize
 from peftkit.data.spill import Picked
-from peftkit.data.store import Counts, TokenRows, Writer, sha256_of
 from peftkit.data.style import choose_style
 from peftkit.data.template import NO_CHATS, Style, ensure_template, render
 from peftkit.errors import Problem, UserError
@@ -49,7 +48,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenized sets and what became of the rows. `fingerprint` is of their bytes; empty for rows in memory."""
+    """Tokenized sets and what became of the rows. `fingerprint` is of those on disk."""
 
     train: Sequence[Tokenized]
     eval: Sequence[Tokenized]
@@ -69,10 +68,14 @@ class Prepared:
 
     @property
     def num_tokens(self) -> int:
+        from peftkit.data.store import Counts
+
         return int(Counts.of(self.train).tokens.sum())
 
     @property
     def num_learnt(self) -> int:
+        from peftkit.data.store import Counts
+
         return int(Counts.of(self.train).learnt.sum())
 
 
@@ -214,9 +217,12 @@ def prepare(
 
     `stops` are tokens at which generation stops. Raises UserError where no row is left to learn from.
     """
-    style = NO_CHATS
+    style, source = NO_CHATS, ""
+    if plan.chat_template is not None:
+        tokenizer.chat_template = Path(plan.chat_template).read_text(encoding="utf-8")
+        source = Path(plan.chat_template).name
     if task == "causal-lm":
-        style = choose_style(examples.train or examples.eval, tokenizer, mask=plan.mask)
+        style = choose_style(examples.train or examples.eval, tokenizer, mask=plan.mask, source=source)
     elif needs_template(examples.train[:_CHUNK]) or needs_template(examples.eval[:_CHUNK]):
         default = ensure_template(tokenizer)
         style = Style("the default" if default else "the model's own", None, "the last answer is the target")
@@ -225,14 +231,16 @@ def prepare(
         train, held = _InMemory(), _InMemory()
         watch = Watch(tokenizer, task)
         fitted = [_fill(examples.train, work, train, watch), _fill(examples.eval, work, held, watch)]
-        sets = (tuple(train.rows), tuple(held.rows), held.examples)
-        return _result(examples, work, sets, fitted, Seen.from_json(watch.to_json()), "")
+        made = (tuple(train.rows), tuple(held.rows), held.examples)
+        return _result(examples, work, made, fitted, Seen.from_json(watch.to_json()), "")
     key = work.key(examples)
     found = cache.find("tokens", key)
     if found is None:
         with cache.making("tokens", key) as folder:
             meta = _write(examples, work, folder)
             found = cache.publish(folder, "tokens", key, meta), meta
+    from peftkit.data.store import TokenRows
+
     folder, meta = found
     rows = {name: TokenRows([folder / f"{name}.arrow"]) for name in ("train", "eval")}
     fitted = [Fitted(**value) for value in meta["fitted"]]
@@ -242,6 +250,8 @@ def prepare(
 
 def _write(examples: Examples, work: _Work, folder: Path) -> dict[str, Any]:
     """Fill a folder with tokenized sets. Returns what is to be known of them."""
+    from peftkit.data.store import Writer, sha256_of
+
     watch = Watch(work.tokenizer, work.task)
     paths = [folder / "train.arrow", folder / "eval.arrow"]
     fitted = [

@@ -77,9 +77,9 @@ def _without(runs: Hashes, row: NDArray[np.int64], common: Hashes) -> tuple[Hash
 def bands(texts: Sequence[str], common: Hashes) -> Hashes:
     """(texts, bands): equal numbers in a column name candidates; 0 where a text is too short to compare."""
     runs, row = _without(*_runs(texts), common)
-    minima = np.full(len(texts) * _BINS, _EMPTY, np.uint32)
-    np.minimum.at(minima, row * _BINS + (runs & np.uint64(_BINS - 1)).astype(np.int64), _upper(runs))
-    minima = minima.reshape(len(texts), _BINS)
+    flat = np.full(len(texts) * _BINS, _EMPTY, np.uint32)
+    np.minimum.at(flat, row * _BINS + (runs & np.uint64(_BINS - 1)).astype(np.int64), _upper(runs))
+    minima = flat.reshape(len(texts), _BINS)
     short = np.bincount(row, minlength=len(texts)) < _FEWEST
     for _ in range(_BINS - 1):
         empty = minima == _EMPTY

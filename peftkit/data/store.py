@@ -1,4 +1,4 @@
-"""Tokenized rows on disk, memory-mapped: Arrow streams that hold token ids, labels, and where rows come from."""
+"""Tokenized rows on disk, memory-mapped: Arrow streams of token ids, labels, and where rows come from."""
 
 from __future__ import annotations
 

@@ -55,7 +55,8 @@ def _training_template(tokenizer: Any) -> str | None:
     from trl.chat_template_utils import get_training_chat_template
 
     try:
-        return get_training_chat_template(processing_class=tokenizer)
+        found: str | None = get_training_chat_template(processing_class=tokenizer)
+        return found
     except Exception:  # noqa: BLE001  whatever its probes raise, there is another way
         return None
 

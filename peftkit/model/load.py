@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -54,8 +55,39 @@ def load_tokenizer(source: str, plan: BasePlan) -> Any:
             Problem(f"base {plan.id}", "a tokenizer without padding or end token", "a padding token")
         )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # labels are masked by position, so the end stays learnt
+        # labels are masked by position, so that a padding token that is the end token hides nothing
+        tokenizer.pad_token = _reserved_token(tokenizer) or tokenizer.eos_token
     return tokenizer
+
+
+_RESERVED = re.compile(r"pad|reserved|unused|placeholder", re.IGNORECASE)
+
+
+def _reserved_token(tokenizer: Any) -> str | None:
+    """A special token that the vocabulary keeps for padding, or for nothing."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = [token.content for token in added if token.special and _RESERVED.search(token.content)]
+    return min(names, key=lambda name: "pad" not in name.lower(), default=None)
+
+
+def pad_policy(tokenizer: Any) -> tuple[str, str]:
+    """(the padding token, why it is that one)."""
+    pad = str(tokenizer.pad_token)
+    if pad == tokenizer.eos_token:
+        return pad, "the end token: labels are masked by position, so ends are still learnt"
+    if _RESERVED.search(pad) and "pad" not in pad.lower():
+        return pad, "a reserved token that nothing uses"
+    return pad, "the tokenizer's own"
+
+
+def stops_of(source: str, tokenizer: Any) -> frozenset[int]:
+    """Token ids at which generation stops: those of generation_config.json, and the tokenizer's end token."""
+    file = Path(source) / "generation_config.json"
+    known: Any = None
+    if file.is_file():
+        known = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    ids = known if isinstance(known, list) else [known]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int))
 
 
 def load_model(

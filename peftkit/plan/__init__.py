@@ -1,6 +1,6 @@
 """Everything decided, by a pure function of recipe and facts."""
 
-from peftkit.plan.facts import DataFacts, DeviceFacts, Facts, Lengths, ModelFacts, Row
+from peftkit.plan.facts import DataFacts, DeviceFacts, Facts, Lengths, ModelFacts, Row, TextFacts
 from peftkit.plan.plan import Batch, Decision, Memory, Peak, Plan
 from peftkit.plan.resolve import make_plan
 
@@ -16,5 +16,6 @@ __all__ = [
     "Peak",
     "Plan",
     "Row",
+    "TextFacts",
     "make_plan",
 ]

@@ -75,9 +75,22 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
+class TextFacts:
+    """How the tokenizer turned examples into tokens. `ends` are the last tokens learnt, commonest first."""
+
+    template: str  # whose; "none" without chats
+    marked: bool  # by generation markers, else by rendering prefixes
+    spans_reason: str
+    pad: str
+    pad_reason: str
+    ends: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Facts:
     """Everything that a plan rests on, beside the recipe."""
 
     device: DeviceFacts
     model: ModelFacts
     data: DataFacts | None
+    text: TextFacts | None = None

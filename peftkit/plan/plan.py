@@ -74,6 +74,9 @@ class DataPlan:
     mask: str
     truncation: str
     max_length: int
+    chat_template: str | None = None  # a file, instead of the model's own
+    system: str | None = None  # for chats that bring none
+    waive: tuple[str, ...] = ()  # checks that may fail
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,7 @@ class Plan:
         for key in ("labels", "head_modules", "skip_4bit", "experts_4bit"):
             base[key] = tuple(base[key])
         data = {**value["data"], "train": tuple(value["data"]["train"])}
+        data["waive"] = tuple(data.get("waive", ()))
         batch, memory = value.get("batch"), value.get("memory")
         return cls(
             base=BasePlan(**base),

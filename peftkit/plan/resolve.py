@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 from peftkit.archs import Family, ModelShape
 from peftkit.errors import UserError
 from peftkit.methods import METHODS, Method
 from peftkit.methods.qlora import QloraOptions
 from peftkit.plan.advice import advice
-from peftkit.plan.context import choose_max_length, rope_overrides
+from peftkit.plan.context import rope_overrides
+from peftkit.plan.data import data_plan
 from peftkit.plan.decisions import Decisions
 from peftkit.plan.facts import Facts
 from peftkit.plan.fit import Free, choose, longest_batch
 from peftkit.plan.kernels import kernels_text, missing_kernels
 from peftkit.plan.memory import closed_form
 from peftkit.plan.method import LOW_COVERAGE, coverage, largest_rest, method_plan
-from peftkit.plan.plan import BasePlan, DataPlan, Decision, EvaluatePlan, Plan, TrainPlan
+from peftkit.plan.plan import BasePlan, Decision, EvaluatePlan, Plan, TrainPlan
 from peftkit.plan.targets import select
 from peftkit.plan.task import FORMAT_TASKS, METRICS, metric_of
 from peftkit.recipe import LoadedRecipe, check
-from peftkit.recipe.schema import Source
 
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _EVALS_PER_RUN = 5
@@ -153,73 +152,6 @@ def _four_bit(d: Decisions, facts: Facts, method: Method) -> tuple[tuple[str, ..
         )
     experts = select([m for m in shape.modules if m.in_experts], shape, as_parameters=True).parameters
     return skip, experts
-
-
-def _mask(d: Decisions, facts: Facts, kind: str) -> str:
-    """Which tokens count in the loss."""
-    data, task = d.loaded.recipe.data, facts.model.shape.task
-    written = d.loaded.source(("data", "mask"))
-    if task != "causal-lm":
-        if written:
-            d.refuse(
-                "data.mask", f"a mask for {task}", "no mask", "only decoders learn a part of what they read"
-            )
-        if task == "seq2seq":
-            d.decide("data.mask", "all", "the encoder reads what comes before, the last answer is learnt")
-        return "all"
-    if kind != "text":
-        return str(d.keep("data.mask", data.mask))
-    if data.mask != "all" and written and data.format == "auto":
-        fix = "raw text has no completion: every token is learnt"
-        d.refuse("data.mask", f"{data.mask} on raw text", "all", fix)
-    d.decide("data.mask", "all", "raw text: every token is learnt")
-    return "all"
-
-
-def _check_classes(d: Decisions, facts: Facts) -> None:
-    """A classifier of one class learns nothing and is always right."""
-    if facts.data and facts.data.format in FORMAT_TASKS and len(facts.data.labels) < 2:
-        found = ", ".join(facts.data.labels) or "none"
-        d.refuse(
-            "data.train", f"rows of the one class {found}", "at least two classes", "is the column right?"
-        )
-
-
-def _named(source: Any) -> Any:
-    """A source of data in words; a share or nothing stays what it is."""
-    if not isinstance(source, Source):
-        return source
-    rest = source.model_dump(exclude_unset=True, exclude={"path", "columns", "format"})
-    told = ", ".join(f"{key} {value}" for key, value in rest.items())
-    return f"{source.path} ({told})" if told else source.path
-
-
-def _data(d: Decisions, facts: Facts) -> DataPlan:
-    data = d.loaded.recipe.data
-    d.keep("data.train", [_named(source) for source in data.sources])
-    d.keep("data.eval", _named(data.eval))
-    d.keep("data.columns", dict(data.columns))
-    found = facts.data.format if facts.data else None
-    kind = str(d.keep("data.format", data.format, found, "from the columns of the data"))
-    if data.eval and facts.data and facts.data.num_eval == 0:
-        d.decide("data.eval", None, "too few different rows to hold any out")
-    mask = _mask(d, facts, kind)
-    truncation = d.keep("data.truncation", data.truncation, "drop", "a cut answer teaches to stop early")
-    if truncation == "keep_end" and facts.model.shape.task != "causal-lm":
-        fix = "an encoder needs the start that its special tokens mark"
-        d.refuse("data.truncation", f"keep_end for {facts.model.shape.task}", "drop or error", fix)
-    virtual = getattr(d.loaded.recipe.method, "virtual_tokens", 0)
-    max_length = choose_max_length(d, facts.model.shape, virtual)
-    _check_classes(d, facts)
-    return DataPlan(
-        train=tuple(source.path for source in data.sources),
-        eval=_named(data.eval),
-        format=kind,
-        columns=dict(data.columns),
-        mask=mask,
-        truncation=str(truncation),
-        max_length=max_length,
-    )
 
 
 def _evaluate(d: Decisions, facts: Facts, method: Method) -> EvaluatePlan:
@@ -366,7 +298,7 @@ def make_plan(loaded: LoadedRecipe, facts: Facts) -> Plan:
     method = METHODS[recipe.method.name]
     d.keep("task", recipe.task, facts.model.shape.task, "what this family and this data are for")
     base, autocast = _base(d, facts, method)
-    data = _data(d, facts)
+    data = data_plan(d, facts)
     train = _train(d, facts, method, autocast)
     evaluate = _evaluate(d, facts, method)
     chosen = method_plan(d, facts.model.shape, train.num_steps)

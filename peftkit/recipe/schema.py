@@ -21,6 +21,7 @@ from peftkit.methods.prefix import PrefixOptions
 from peftkit.methods.prompt import PromptOptions
 from peftkit.methods.qlora import QloraOptions
 from peftkit.methods.vera import VeraOptions
+from peftkit.recipe.checks import CheckName
 from peftkit.units import parse_share
 
 Auto = Literal["auto"]
@@ -132,7 +133,7 @@ class Data(Options):
     truncation: Literal["auto", "keep_end", "drop", "split", "error"] = Field(
         "auto", description="rows longer than max_length: auto drops them (raw text is split), and says so"
     )
-    waive: list[str] = Field([], description="checks of the data that may fail, by name")
+    waive: list[CheckName] = Field([], description="checks of the data that may fail, by name")
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -254,7 +254,7 @@ def _counted(loaded: LoadedRecipe, facts: Facts, plan: Plan, examples: Any) -> t
     """Facts with the rows' lengths in tokens, or why they could not be counted."""
     from peftkit.data.lengths import counted, longest
     from peftkit.data.prepare import prepare
-    from peftkit.model.load import load_tokenizer, loadable
+    from peftkit.model.load import load_tokenizer, loadable, stops_of
     from peftkit.run.facts import find_base
 
     try:
@@ -263,7 +263,14 @@ def _counted(loaded: LoadedRecipe, facts: Facts, plan: Plan, examples: Any) -> t
     except UserError as error:
         return facts, f"no tokens were counted, because no tokenizer is at hand: {error.problems[0].got}"
     task = facts.model.shape.task
-    prepared = prepare(examples, tokenizer, plan.data, task=task, labels=plan.base.labels)
+    prepared = prepare(
+        examples,
+        tokenizer,
+        plan.data,
+        task=task,
+        labels=plan.base.labels,
+        stops=stops_of(source, tokenizer),
+    )
     assert facts.data is not None
     lengths, held_out = counted(prepared.train, task), longest(counted(prepared.eval, task))
     return replace(facts, data=replace(facts.data, lengths=lengths, longest_eval=held_out)), ""

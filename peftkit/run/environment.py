@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.data.mask import Tokenized
+from peftkit.data.prepare import Prepared
 from peftkit.plan import DeviceFacts
 
 _PACKAGES = (
@@ -64,9 +65,10 @@ def base_sha256(source: str) -> str | None:
     return digest.hexdigest()
 
 
-def fingerprints(source: str, *sets: Sequence[Tokenized]) -> dict[str, str | None]:
+def fingerprints(source: str, prepared: Prepared) -> dict[str, str | None]:
     """What must be the same when a run goes on."""
-    return {"data": data_sha256(*sets), "base": base_sha256(source)}
+    data = prepared.fingerprint or data_sha256(prepared.train, prepared.eval)
+    return {"data": data, "base": base_sha256(source)}
 
 
 def environment(device: DeviceFacts, prints: Mapping[str, str | None]) -> dict[str, Any]:

@@ -7,19 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peftkit.data.examples import Examples
+from peftkit.data.ingest import ingest, refuse_unusable
 from peftkit.data.lengths import at_most, longest
-from peftkit.data.prepare import Examples, read_examples
+from peftkit.data.prepare import Prepared
 from peftkit.errors import Problem, UserError
 from peftkit.model.gguf import header_config
 from peftkit.model.hardware import detect_device_light
 from peftkit.model.locate import Base, locate
 from peftkit.model.shapes import shape_of_base
-from peftkit.plan import DataFacts, Facts, Memory, ModelFacts, Plan
+from peftkit.plan import DataFacts, Facts, Memory, ModelFacts, Plan, TextFacts
 from peftkit.plan.changes import nearest_changes
 from peftkit.plan.fit import judge
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.paths import is_data_path
-from peftkit.recipe.schema import Source
 from peftkit.units import show_bytes
 
 _SLACK = 1.05  # the closed form's error
@@ -91,31 +92,36 @@ def converted(base: Base, source: str) -> Base:
 
 
 def read(loaded: LoadedRecipe) -> Examples:
-    """The recipe's data, read and split."""
+    """The recipe's data, read and split. Raises UserError for rows that cannot be used, unless waived."""
     data = loaded.recipe.data
-    return read_examples(
-        [source.path for source in data.sources],
-        data.eval.path if isinstance(data.eval, Source) else data.eval,
-        wanted_format=data.format,
-        columns=dict(data.columns),
-        seed=loaded.recipe.seed,
-        where=loaded.where,
-    )
+    found = ingest(data, seed=loaded.recipe.seed, where=loaded.where)
+    refuse_unusable(found, data.waive)
+    return found
 
 
 def data_facts(examples: Examples | None, task: str) -> DataFacts | None:
     """Row counts of examples as they were read, and bounds of their lengths."""
     if examples is None:
         return None
-    lengths = at_most(examples.train, task)
+    lengths = at_most(examples.train_sizes, task)
     return DataFacts(
         len(examples.train),
         len(examples.eval),
         examples.format,
         examples.labels,
         lengths,
-        longest(at_most(examples.eval, task)),
+        longest(at_most(examples.eval_sizes, task)),
     )
+
+
+def text_facts(tokenizer: Any, prepared: Prepared) -> TextFacts:
+    """What the tokenizer settled: template, spans, padding, and how answers end."""
+    from peftkit.model.load import pad_policy
+
+    pad, why = pad_policy(tokenizer)
+    style = prepared.style
+    ends = tuple(tokenizer.convert_ids_to_tokens([token for token, _ in prepared.seen.ends[:3]]))
+    return TextFacts(style.source, style.marked is not None, style.reason, pad, why, ends)
 
 
 def memory_problems(

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import interrupt
-from peftkit.data.lengths import counted, longest
+from peftkit.data.gate.report import DataReport
 from peftkit.data.prepare import Examples, Prepared, prepare
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
-from peftkit.plan import DataFacts, Facts, Plan, make_plan
+from peftkit.plan import Facts, Plan, make_plan
 from peftkit.recipe import LoadedRecipe, load
 from peftkit.recipe.document import dump_text
 from peftkit.report import Summary, read_plan, read_summary
 from peftkit.run import oom
+from peftkit.run.check import counted_facts, report_on
 from peftkit.run.compare import calibrate, compare_memory
 from peftkit.run.environment import environment, fingerprints
 from peftkit.run.facts import (
@@ -64,13 +65,14 @@ class _Stage:
     tokenizer: Any
     source: str
     prepared: Prepared
+    report: DataReport
     chats: bool
     observer: Observer
     started: float
 
     def fingerprints(self) -> dict[str, str | None]:
         """Of the data and the base, as they are now."""
-        return fingerprints(self.source, self.prepared.train, self.prepared.eval)
+        return fingerprints(self.source, self.prepared)
 
     def emit(self, event: str, **fields: Any) -> None:
         """Write an event and show it."""
@@ -105,12 +107,12 @@ def _open(
 ) -> _Stage:
     """Tokenizer and data first, so that bad data costs no model load; then the plan for the rows left."""
     from peftkit.model.hardware import detect_device
-    from peftkit.model.load import load_tokenizer, loadable
+    from peftkit.model.load import load_tokenizer, loadable, stops_of
 
     started = time.monotonic()
     source = loadable(base, loaded.where(("base", "id")))
     interrupt.stop_if_requested("interrupted before training; nothing was written")
-    examples = examples or read(loaded)
+    examples = read(loaded) if examples is None else examples
     plan_device = facts.device.kind
     facts = Facts(detect_device(), model_facts(loaded, converted(base, source), examples), None)
     facts = replace(facts, data=data_facts(examples, facts.model.shape.task))
@@ -120,17 +122,20 @@ def _open(
     if facts.device.kind != plan_device:
         text = f"the driver shows a {plan_device} device, but torch uses {facts.device.name}"
         observer({"event": "warning", "text": f"{text}: is the right torch installed?"})
-    if examples.labels_never_learnt:
-        names = ", ".join(examples.labels_never_learnt[:10])
-        observer({"event": "warning", "text": f"only held-out rows have the classes {names}: never learnt"})
-    prepared = prepare(examples, tokenizer, plan.data, task=facts.model.shape.task, labels=plan.base.labels)
-    lengths = counted(prepared.train, facts.model.shape.task)
-    held_out = longest(counted(prepared.eval, facts.model.shape.task))
-    rows = DataFacts(
-        len(prepared.train), len(prepared.eval), plan.data.format, plan.base.labels, lengths, held_out
+    stops = stops_of(source, tokenizer)
+    prepared = prepare(
+        examples,
+        tokenizer,
+        plan.data,
+        task=facts.model.shape.task,
+        labels=plan.base.labels,
+        stops=stops,
     )
-    facts, config = replace(facts, data=rows), converted(base, source).config or {}
+    facts = counted_facts(facts, plan, tokenizer, prepared)
+    config = converted(base, source).config or {}
     plan = make_plan(loaded, facts)
+    report = report_on(examples, prepared, plan, facts, tokenizer, stops=stops)
+    _tell_report(report, observer)
     if (run.path / "plan.json").exists():
         plan = read_plan(run)  # a run that goes on is planned already
     else:
@@ -141,7 +146,20 @@ def _open(
         if problems:
             raise UserError(problems)
     chats = bool(examples.train[0].messages)
-    return _Stage(run, loaded, facts, config, plan, tokenizer, source, prepared, chats, observer, started)
+    return _Stage(
+        run, loaded, facts, config, plan, tokenizer, source, prepared, report, chats, observer, started
+    )
+
+
+def _tell_report(report: DataReport, observer: Observer) -> None:
+    """What the data gate says. Raises UserError where a check fails that is not waived."""
+    observer({"event": "checks", "verdict": report.verdict})
+    for finding in report.findings:
+        if finding.status in {"warn", "waived"}:
+            word = "waived: " if finding.status == "waived" else ""
+            observer({"event": "warning", "text": f"{word}{finding.check}: {finding.said}"})
+    if report.failed:
+        raise UserError(report.problems())
 
 
 def _write_inputs(loaded: LoadedRecipe, stage: _Stage) -> None:
@@ -149,6 +167,7 @@ def _write_inputs(loaded: LoadedRecipe, stage: _Stage) -> None:
     resolved = dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
     write_text(stage.run.path / "recipe.yaml", loaded.text or resolved)
     write_text(stage.run.path / "resolved.yaml", resolved)
+    write_json(stage.run.path / "data.json", stage.report.to_json())
     write_json(stage.run.path / "environment.json", environment(stage.facts.device, stage.fingerprints()))
     write_json(stage.run.path / "plan.json", stage.plan.to_json())
 

@@ -157,7 +157,7 @@ def run_trial(plan: Plan, config: Mapping[str, Any], batch: Batch, *, vocab: int
     """
     from transformers import PrinterCallback, set_seed
 
-    from peftkit.data import to_dataset
+    from peftkit.data.read import to_dataset
     from peftkit.model import adapter
     from peftkit.model.blank import blank_model
     from peftkit.model.hardware import release

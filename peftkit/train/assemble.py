@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PrinterCallback
 
-from peftkit.data import to_dataset
 from peftkit.data.mask import Tokenized
+from peftkit.data.read import mapped_dataset, to_dataset
 from peftkit.errors import PeftkitError
 from peftkit.evaluate.losses import mean_token_loss
 from peftkit.methods import METHODS
@@ -30,6 +30,15 @@ from peftkit.train.record import Emit, Progress, Record
 def rows_of(tokenized: Sequence[Tokenized]) -> list[dict[str, list[int]]]:
     """Tokenized examples as the trainer's columns."""
     return [{"input_ids": row.input_ids, "labels": row.labels} for row in tokenized]
+
+
+def dataset_of(tokenized: Sequence[Tokenized]) -> Any:
+    """Tokenized examples as a dataset: from disk where they lie there."""
+    from peftkit.data.store import TokenRows
+
+    if isinstance(tokenized, TokenRows):
+        return mapped_dataset(tokenized.paths, ["input_ids", "labels"])
+    return to_dataset(rows_of(tokenized))
 
 
 def objective(plan: Plan) -> ModuleType:
@@ -149,7 +158,7 @@ def assemble(
         model,
         plan,
         tokenizer,
-        train=to_dataset(rows_of(train)),
+        train=dataset_of(train),
         output_dir=run.path,
         callbacks=callbacks,
         optimizer=optimizer,

@@ -37,7 +37,8 @@ class Example:
         if self.words:
             return " ".join(self.words)
         if self.messages:
-            return "\n".join(m["content"] for m in self.messages if m["role"] != "assistant")
+            asked = "\n".join(m["content"] for m in self.messages if m["role"] in {"user", "tool"})
+            return asked or self.messages[0]["content"]
         return self.prompt or self.completion
 
     @property

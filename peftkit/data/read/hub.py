@@ -71,6 +71,15 @@ def hub_key(source: Source, where: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
+def mapped_dataset(paths: Sequence[Path], columns: Sequence[str]) -> Any:
+    """A `datasets.Dataset` of some columns of Arrow streams, mapped: nothing is read into memory."""
+    import datasets
+
+    parts = [datasets.Dataset.from_file(str(path)) for path in paths]
+    found = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    return found.select_columns(list(columns))
+
+
 def to_dataset(rows: Sequence[Mapping[str, Any]]) -> Any:
     """A `datasets.Dataset` of tokenized rows, as the trainer wants it."""
     import datasets

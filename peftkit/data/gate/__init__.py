@@ -1,0 +1,1 @@
+"""The data gate: what is learnt, shown token by token, and checks that pass, warn or fail."""

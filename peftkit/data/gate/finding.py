@@ -1,0 +1,66 @@
+"""What a check says: pass, warn or fail, the rows that it is about, and how to mend them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peftkit.data.examples import Examples
+from peftkit.data.gate.tally import Noticed, Tally
+from peftkit.data.prepare import Prepared
+from peftkit.plan.plan import Plan
+
+Status = Literal["pass", "warn", "fail", "waived"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check. `rows` are the first few of `num_rows`: (where, what)."""
+
+    check: str
+    status: Status
+    said: str
+    num_rows: int = 0
+    rows: tuple[tuple[str, str], ...] = ()
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What checks look at. `num_embeddings` is None where no model is known, `full` looks at every row."""
+
+    examples: Examples
+    prepared: Prepared
+    plan: Plan
+    tokenizer: Any
+    num_embeddings: int | None
+    stops: frozenset[int]
+    full: bool
+
+    @property
+    def tally(self) -> Tally:
+        """What was noticed in reading and in tokenizing."""
+        return self.examples.tally.joined(self.prepared.seen.tally)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that were read and could be used."""
+        return len(self.examples.train) + len(self.examples.eval)
+
+
+def of_rows(check: str, status: Status, noticed: Noticed, said: str, fix: str) -> Finding:
+    """A finding about the rows that were noticed."""
+    return Finding(check, status, said, noticed.count, tuple(noticed.rows), fix)
+
+
+def of_pairs(
+    check: str, status: Status, rows: Sequence[tuple[str, str]], said: str, fix: str, *, shown: int = 20
+) -> Finding:
+    """A finding about rows that were gathered in a list."""
+    return Finding(check, status, said, len(rows), tuple(rows[:shown]), fix)
+
+
+def share(part: int, whole: int) -> str:
+    """'3 of 200 (1.5 %)'."""
+    return f"{part:,} of {whole:,} ({100 * part / max(1, whole):.2g} %)"

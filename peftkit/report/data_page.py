@@ -1,0 +1,84 @@
+"""The data gate as one self-contained HTML page, made from its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+_STYLE = """
+:root { color-scheme: light dark; --learnt: #0a7f3f; --learnt-back: #d9f5e3; --special: #0b6bcb;
+  --line: #8884; --warn: #a86400; --fail: #c4202b; --waived: #7b3fb3 }
+@media (prefers-color-scheme: dark) { :root { --learnt: #7ee2a4; --learnt-back: #123d25; --special: #8cc4ff;
+  --warn: #f0b357; --fail: #ff8088; --waived: #cba3f5 } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse; width: 100% }
+td, th { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line) }
+pre { white-space: pre-wrap; word-break: break-word; border: 1px solid var(--line); border-radius: 6px;
+  padding: .8rem; font: 13px/1.7 ui-monospace, monospace; max-height: 30rem; overflow: auto }
+pre span { border-right: 1px dotted var(--line) }
+.masked { opacity: .55 } .learnt { color: var(--learnt); background: var(--learnt-back) }
+.special { color: var(--special) }
+.learnt-special { color: var(--learnt); background: var(--learnt-back); font-weight: 700;
+  text-decoration: underline }
+.pass { color: var(--learnt) } .warn { color: var(--warn) } .fail { color: var(--fail); font-weight: 700 }
+.waived { color: var(--waived) } .bar { background: var(--learnt); height: .8rem; border-radius: 2px }
+.rows { font-size: 13px; opacity: .8 } .fix { font-size: 14px }
+td.bar-cell { width: 60% }
+"""
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>{body}</table>"
+
+
+def _sample(sample: Mapping[str, Any]) -> str:
+    spans = "".join(
+        f'<span class="{p["kind"].replace(" ", "-")}" title="{" ".join(map(str, p["ids"]))}">'
+        f"{escape(p['text'])}</span>"
+        for p in sample["pieces"]
+    )
+    return f"<h3>{escape(sample['set'])}: {escape(sample['where'])}</h3><pre>{spans}</pre>"
+
+
+def _finding(finding: Mapping[str, Any]) -> tuple[str, ...]:
+    status = finding["status"]
+    said = escape(finding["said"])
+    if status != "pass":
+        rows = "".join(f"<div>{escape(where)}: {escape(what)}</div>" for where, what in finding["rows"])
+        said += f'<div class="rows">{rows}</div>'
+        said += f'<div class="fix">fix: {escape(finding["fix"])}</div>' if finding["fix"] else ""
+    return f'<span class="{status}">{status}</span>', escape(finding["check"]), said
+
+
+def data_page(report: Mapping[str, Any], rows: list[tuple[str, str]], *, title: str) -> str:
+    """The page of a data report, as `to_json` gives it. `rows` are its totals in words."""
+    most = max((count for _, count in report["histogram"]), default=1)
+    bars: list[tuple[str, ...]] = [
+        (f"up to {upper:,}", f'<div class="bar" style="width:{100 * count / most:.1f}%"></div>', f"{count:,}")
+        for upper, count in report["histogram"]
+    ]
+    totals: list[tuple[str, ...]] = [(f"<b>{escape(name)}</b>", escape(value)) for name, value in rows]
+    totals += [
+        (f"<b>{escape(key)}</b>", f"{escape(value)}: {escape(reason)}")
+        for key, value, reason in report["decisions"]
+    ]
+    legend = " ".join(
+        f'<span class="{kind.replace(" ", "-")}">{kind}</span>'
+        for kind in ("masked", "learnt", "special", "learnt special")
+    )
+    order = {"fail": 0, "warn": 1, "waived": 2, "pass": 3}
+    findings = sorted(report["findings"], key=lambda finding: order[finding["status"]])
+    parts = [
+        f"<h1>{escape(title)}</h1><p>{escape(report['verdict'])}</p>",
+        f"<h2>Checks</h2>{_table([_finding(f) for f in findings])}",
+        f"<p class='rows'>near duplicates: {escape(report['sampled'])}</p>",
+        f"<h2>What is learnt</h2><p>{legend}; hover for token ids</p>",
+        *(_sample(sample) for sample in report["samples"]),
+        f"<h2>Totals</h2>{_table(totals)}",
+        f"<h2>Lengths in tokens</h2>{_table(bars)}",
+    ]
+    head = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"

@@ -1,0 +1,137 @@
+"""The data gate of a recipe: read, tokenized as in training, shown and judged, without any weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from peftkit.data.examples import Examples
+from peftkit.data.gate.report import DataReport, Totals, histogram
+from peftkit.data.ingest import ingest
+from peftkit.data.prepare import Prepared, prepare
+from peftkit.plan import DataFacts, Facts, Plan, make_plan
+from peftkit.plan.throughput import work_of
+from peftkit.recipe import LoadedRecipe
+from peftkit.run.calibration import read_calibration
+from peftkit.run.facts import converted, data_facts, find_base, model_facts, text_facts
+
+_SAMPLES = 3  # of each set
+_SHOWN_DECISIONS = ("data.", "train.packing", "train.sampling")
+
+
+def check_data(loaded: LoadedRecipe, *, full: bool = False) -> DataReport:
+    """The report on a recipe's data: a `DataReport`. Nothing is raised for rows: failed checks say it.
+
+    Raises UserError for a recipe, base or source that cannot be had, and where no row is left to learn from.
+    """
+    from peftkit.model.hardware import detect_device_light
+    from peftkit.model.load import load_tokenizer, loadable, stops_of
+
+    base = find_base(loaded)
+    source = loadable(base, loaded.where(("base", "id")))
+    data = loaded.recipe.data
+    examples = ingest(data, seed=loaded.recipe.seed, where=loaded.where)
+    model = model_facts(loaded, converted(base, source), examples)
+    facts = Facts(detect_device_light(), model, data_facts(examples, model.shape.task))
+    plan = make_plan(loaded, facts)
+    tokenizer = load_tokenizer(source, plan.base)
+    stops = stops_of(source, tokenizer)
+    task = model.shape.task
+    prepared = prepare(examples, tokenizer, plan.data, task=task, labels=plan.base.labels, stops=stops)
+    facts = counted_facts(facts, plan, tokenizer, prepared)
+    return report_on(examples, prepared, make_plan(loaded, facts), facts, tokenizer, stops=stops, full=full)
+
+
+def counted_facts(facts: Facts, plan: Plan, tokenizer: Any, prepared: Prepared) -> Facts:
+    """Facts with what tokenizing showed: rows that are left, their lengths, template and padding."""
+    from peftkit.data.lengths import counted, longest
+
+    task = facts.model.shape.task
+    rows = DataFacts(
+        num_train=len(prepared.train),
+        num_eval=len(prepared.eval),
+        format=plan.data.format,
+        labels=plan.base.labels,
+        lengths=counted(prepared.train, task),
+        longest_eval=longest(counted(prepared.eval, task)),
+    )
+    return replace(facts, data=rows, text=text_facts(tokenizer, prepared))
+
+
+def report_on(
+    examples: Examples,
+    prepared: Prepared,
+    plan: Plan,
+    facts: Facts,
+    tokenizer: Any,
+    *,
+    stops: frozenset[int],
+    full: bool = False,
+) -> DataReport:
+    """What the gate says of data that is prepared: a `DataReport`."""
+    from peftkit.data.gate.alike import SAMPLE
+    from peftkit.data.gate.finding import Data
+    from peftkit.data.gate.judge import judge
+    from peftkit.data.gate.samples import sample_of
+    from peftkit.data.store import Counts
+
+    data = Data(examples, prepared, plan, tokenizer, _num_embeddings(facts), stops, full)
+    lengths = Counts.of(prepared.train).tokens.tolist()
+    sets = {"train": prepared.train, "eval": prepared.eval}
+    samples = [
+        sample_of(rows[i], name, tokenizer, task=plan.base.task, labels=plan.base.labels)
+        for name, rows in sets.items()
+        for i in _places(len(rows))
+    ]
+    small = full or max(len(examples.train), len(examples.eval)) <= SAMPLE
+    return DataReport(
+        totals=_totals(prepared, plan, facts, sorted(lengths)),
+        histogram=histogram(lengths),
+        decisions=tuple(
+            (d.key, str(d.value), d.reason)
+            for d in plan.decisions
+            if d.reason and d.key.startswith(_SHOWN_DECISIONS)
+        ),
+        samples=tuple(samples),
+        findings=judge(data, plan.data.waive),
+        sampled="every row" if small else f"a sample of {SAMPLE:,} rows; --full looks at all",
+    )
+
+
+def _places(num_rows: int) -> list[int]:
+    """The first rows, and one from the middle."""
+    return sorted({*range(min(_SAMPLES - 1, num_rows)), *([num_rows // 2] if num_rows else [])})
+
+
+def _num_embeddings(facts: Facts) -> int | None:
+    """Rows of the model's embedding."""
+    return facts.model.shape.dims.vocab or None
+
+
+def _totals(prepared: Prepared, plan: Plan, facts: Facts, ordered: list[int]) -> Totals:
+    speeds: Mapping[str, float] = read_calibration().speeds.get(facts.device.name, {})
+    work = work_of(facts.model.shape, plan, facts, speeds, None)
+    return Totals(
+        format=plan.data.format,
+        num_train=len(prepared.train),
+        num_eval=len(prepared.eval),
+        num_tokens=prepared.num_tokens,
+        num_learnt=prepared.num_learnt,
+        longest=ordered[-1],
+        median=ordered[len(ordered) // 2],
+        batching=_batching(plan, facts),
+        num_steps=plan.train.num_steps,
+        tokens_per_second=work.tokens_per_second,
+        seconds=work.seconds,
+    )
+
+
+def _batching(plan: Plan, facts: Facts) -> str:
+    """How rows are put together, and how much of it is padding."""
+    lengths = facts.data.lengths if facts.data else None
+    rows = plan.train.micro_batch
+    if lengths is None or rows == 1:
+        return f"{plan.train.batch_size} rows a step, one at a time: no padding"
+    padding = 1 - lengths.mean / max(lengths.mean, lengths.likely_longest(rows))
+    return f"{plan.train.batch_size} rows a step, {rows} at a time: about {padding:.0%} padding"
