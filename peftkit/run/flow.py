@@ -14,6 +14,7 @@ from peftkit.data.lengths import counted, longest
 from peftkit.data.prepare import Examples, Prepared, prepare
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 from peftkit.plan import DataFacts, Facts, Plan, make_plan
+from peftkit.plan.packing import mean_tokens
 from peftkit.recipe import LoadedRecipe, load
 from peftkit.recipe.document import dump_text
 from peftkit.report import Summary, read_plan, read_summary
@@ -124,7 +125,7 @@ def _open(
         names = ", ".join(examples.labels_never_learnt[:10])
         observer({"event": "warning", "text": f"only held-out rows have the classes {names}: never learnt"})
     prepared = prepare(examples, tokenizer, plan.data, task=facts.model.shape.task, labels=plan.base.labels)
-    lengths = counted(prepared.train, facts.model.shape.task)
+    lengths = counted(prepared.train, facts.model.shape.task, plan.data.max_length)
     held_out = longest(counted(prepared.eval, facts.model.shape.task))
     rows = DataFacts(
         len(prepared.train), len(prepared.eval), plan.data.format, plan.base.labels, lengths, held_out
@@ -268,7 +269,7 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
     with publish_folder(target, step=published_step, base=plan.base.id) as folder:
         adapter.save_result(model, plan, stage.tokenizer, folder, start=run.path / "adapter_start")
     stage.emit("done", step=step, published_step=published_step, result=target.name, memory=memory_used())
-    mean = prepared.num_tokens / max(1, len(prepared.train))
+    mean = mean_tokens(plan, stage.facts)
     calibrate(run, plan, stage.facts.model.shape, device=stage.facts.device.name, mean_tokens=mean)
 
 
