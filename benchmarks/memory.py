@@ -35,7 +35,6 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, TrainerCallback  #
 
 from peftkit.archs import shape_from_config  # noqa: E402
 from peftkit.data.mask import Tokenized  # noqa: E402
-from peftkit.data.read import to_dataset  # noqa: E402
 from peftkit.model import adapter  # noqa: E402
 from peftkit.model.inspect import AUTO_CLASSES  # noqa: E402
 from peftkit.model.load import load_model  # noqa: E402
@@ -43,8 +42,8 @@ from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Plan, make_p
 from peftkit.plan.plan import Batch  # noqa: E402
 from peftkit.recipe import load  # noqa: E402
 from peftkit.run.trial import allocator_peak  # noqa: E402
-from peftkit.train.assemble import rows_of  # noqa: E402
 from peftkit.train.objectives import sft, supervised  # noqa: E402
+from peftkit.train.rows import training_set  # noqa: E402
 
 VOCAB, LENGTH, ROWS = 2048, 256, 2
 DEVICE = DeviceFacts("cpu", "a CPU", 24 * 2**30, True, True)
@@ -248,12 +247,13 @@ def measured(cell: Cell, plan: Plan, folder: str, output: Path) -> int:
     model = adapter.attach(load_model(folder, plan.base, device="cpu"), plan, tokenizer())
     watch = Measure()
     build = sft.trainer if cell.task == "causal-lm" else supervised.trainer
-    dataset = to_dataset(rows_of(rows_for(cell)))
+    dataset, collator = training_set(plan, rows_for(cell), 0)
     trainer = build(
         model,
         plan,
         tokenizer(),
         train=dataset,
+        collator=collator,
         output_dir=output,
         callbacks=[watch],
         optimizer=None,

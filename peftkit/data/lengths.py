@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from peftkit.data.formats import Example
 from peftkit.data.mask import Tokenized
-from peftkit.plan import Lengths, Row
+from peftkit.data.pack import pack
+from peftkit.plan import Lengths, Packs, Row
 
 _LONGEST = 64  # rows that are kept by themselves; those after them are taken to be as long as the last
 _TEMPLATE_BYTES = 32  # what a chat template may add to a turn, in tokens
@@ -35,8 +37,8 @@ def longest(lengths: Lengths | None) -> Row | None:
     return Row(rows[0].num_tokens, max(row.num_labels for row in rows), rows[0].num_learnt)
 
 
-def counted(rows: Sequence[Tokenized], task: str) -> Lengths | None:
-    """The lengths of tokenized rows; None where there are none."""
+def counted(rows: Sequence[Tokenized], task: str, room: int = 0) -> Lengths | None:
+    """The lengths of tokenized rows, and of packs of at most `room` tokens; None where there are no rows."""
     from peftkit.data.store import Counts
 
     made = Counts.of(rows)
@@ -45,7 +47,19 @@ def counted(rows: Sequence[Tokenized], task: str) -> Lengths | None:
         Row(tokens, labels if task == "seq2seq" else 0, learnt)
         for tokens, labels, learnt in zip(*columns, strict=True)
     ]
-    return _lengths(found, "counted") if found else None
+    if not found:
+        return None
+    lengths = _lengths(found, "counted")
+    fits = task == "causal-lm" and lengths.longest[0].num_tokens <= room
+    return replace(lengths, packs=_packs(found, room)) if fits else lengths
+
+
+def _packs(rows: Sequence[Row], room: int) -> Packs:
+    """The rows laid together, as training lays them."""
+    packs = [[rows[i] for i in numbers] for numbers in pack([row.num_tokens for row in rows], room)]
+    whole = [Row(sum(r.num_tokens for r in rows), 0, sum(r.num_learnt for r in rows)) for rows in packs]
+    fullest = sorted(whole, key=lambda row: row.num_tokens, reverse=True)[:_LONGEST]
+    return Packs(room, len(packs), tuple(fullest))
 
 
 def sizes_of(example: Example) -> tuple[int, int]:

@@ -34,6 +34,26 @@ def collate(rows: Sequence[Tokenized], pad_id: int, *, task: str = "causal-lm") 
     }
 
 
+def collate_packed(packs: Sequence[Sequence[Tokenized]], pad_id: int) -> dict[str, Any]:
+    """Tensors of shape (packs, longest pack): input_ids, position_ids, labels, and no attention_mask.
+
+    Positions start anew with each document: by that transformers keeps documents apart where there is
+    neither a mask nor a cache. Nothing is learnt at a document's first token, which the one before it would
+    predict. What fills up a pack is a document of its own.
+    """
+    import torch
+
+    longest = max(sum(len(row.input_ids) for row in pack) for pack in packs)
+    ids, positions, labels = [], [], []
+    for pack in packs:
+        rest = longest - sum(len(row.input_ids) for row in pack)
+        ids.append([i for row in pack for i in row.input_ids] + [pad_id] * rest)
+        positions.append([i for row in pack for i in range(len(row.input_ids))] + [*range(rest)])
+        labels.append([i for row in pack for i in (IGNORED, *row.labels[1:])] + [IGNORED] * rest)
+    made = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    return {name: torch.tensor(values) for name, values in made.items()}
+
+
 Call = Callable[[Any, Mapping[str, Any]], Any]
 
 

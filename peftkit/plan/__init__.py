@@ -1,6 +1,6 @@
 """Everything decided, by a pure function of recipe and facts."""
 
-from peftkit.plan.facts import DataFacts, DeviceFacts, Facts, Lengths, ModelFacts, Row, TextFacts
+from peftkit.plan.facts import DataFacts, DeviceFacts, Facts, Lengths, ModelFacts, Packs, Row, TextFacts
 from peftkit.plan.plan import Batch, Decision, Memory, Peak, Plan
 from peftkit.plan.resolve import make_plan
 
@@ -13,6 +13,7 @@ __all__ = [
     "Lengths",
     "Memory",
     "ModelFacts",
+    "Packs",
     "Peak",
     "Plan",
     "Row",

@@ -152,7 +152,7 @@ def _attention_bytes(layer: Layer, shape: ModelShape, plan: Plan, types: Types, 
     seen = batch.num_tokens + virtual_tokens(plan)
     if plan.base.attention == "sdpa":
         windowed = shape.num_windowed > 0 and batch.num_tokens >= shape.window
-        masked = batch.is_padded or windowed or plan.method.name == "prefix"
+        masked = batch.is_padded or batch.is_packed or windowed or plan.method.name == "prefix"
         keys = dims.q if masked else dims.kv
         ratio = seen / batch.num_tokens
         mask = seen * types.product if masked else 0

@@ -10,6 +10,7 @@ from peftkit.plan.applies import refusal
 from peftkit.plan.facts import Facts
 from peftkit.plan.fit import judge
 from peftkit.plan.memory import closed_form
+from peftkit.plan.packing import num_rows
 from peftkit.plan.plan import Decision, Plan
 from peftkit.units import show_bytes, show_count
 
@@ -55,7 +56,7 @@ def _on_data(plan: Plan, facts: Facts) -> Iterator[Decision]:
     data, steps = facts.data, plan.train.num_steps
     if data is None or not steps:
         return
-    epochs = steps * plan.train.batch_size / max(1, data.num_train)
+    epochs = steps * plan.train.batch_size / max(1, num_rows(plan, facts) or 0)
     if epochs > _MANY_EPOCHS:
         reason = f"every row is seen {epochs:.0f} times: held-out rows show when it only memorises"
         yield _told("epochs", f"{epochs:.0f}", reason)

@@ -39,6 +39,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Packs:
+    """Rows that lie together in `num` packs of at most `room` tokens. `fullest` are the fullest few."""
+
+    room: int
+    num: int
+    fullest: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
 class Lengths:
     """How long the rows are. `longest` are the longest few, longest first; `deciles` go from 0 to 100 %."""
 
@@ -48,15 +57,16 @@ class Lengths:
     num_learnt: int
     source: str  # "counted" | "at most": bytes of text where nothing was tokenized
     num_rows: int
+    packs: Packs | None = None  # where the rows were laid together
 
     @property
     def mean(self) -> float:
         """Tokens of a row."""
         return self.num_tokens / self.num_rows
 
-    def likely_longest(self, num_rows: int) -> float:
-        """The length to which `num_rows` rows drawn at random are padded, about."""
-        place = num_rows / (num_rows + 1) * (len(self.deciles) - 1)
+    def at(self, share: float) -> float:
+        """The length that a share of the rows does not exceed, about."""
+        place = share * (len(self.deciles) - 1)
         below = int(place)
         above = min(below + 1, len(self.deciles) - 1)
         return self.deciles[below] + (place - below) * (self.deciles[above] - self.deciles[below])

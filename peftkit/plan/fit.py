@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from peftkit.plan.facts import DeviceFacts, Facts
+from peftkit.plan.facts import DeviceFacts, Facts, Packs
 from peftkit.plan.memory import Held, closed_form, evaluation_rows, held_by
+from peftkit.plan.packing import best_sampling, mean_tokens, packs_of
 from peftkit.plan.plan import Batch, Decision, Memory, Plan, TrainPlan
 from peftkit.units import show_bytes
 
@@ -49,6 +50,8 @@ def longest_batch(plan: Plan, facts: Facts) -> Batch:
     Without counted lengths every row is taken to be as long as it may be.
     """
     micro, lengths = plan.train.micro_batch, facts.data.lengths if facts.data else None
+    if plan.train.packing:
+        return _with_held_out(_longest_packs(plan, packs_of(lengths, plan.data.max_length)), plan, facts)
     if lengths is None:
         tokens = plan.data.max_length
         labels = tokens if plan.base.task == "seq2seq" else 0
@@ -61,6 +64,16 @@ def longest_batch(plan: Plan, facts: Facts) -> Batch:
     learnt = sum(min(row.num_learnt, most) for row in rows)
     uneven = len({min(row.num_tokens, most) for row in rows}) > 1 or lengths.source != "counted"
     return _with_held_out(Batch(len(rows), tokens, labels, learnt, is_padded=uneven), plan, facts)
+
+
+def _longest_packs(plan: Plan, packs: Packs | None) -> Batch:
+    """The fullest packs together; where none are known, full ones."""
+    micro, most = plan.train.micro_batch, plan.data.max_length
+    if packs is None:
+        return Batch(micro, most, 0, micro * (most - 1), is_padded=False, is_packed=True)
+    rows = [packs.fullest[min(i, len(packs.fullest) - 1)] for i in range(min(micro, packs.num))]
+    learnt = sum(row.num_learnt for row in rows)
+    return Batch(len(rows), rows[0].num_tokens, 0, learnt, is_padded=False, is_packed=True)
 
 
 def _with_held_out(batch: Batch, plan: Plan, facts: Facts) -> Batch:
@@ -115,11 +128,10 @@ class Free:
 
 def _cost(plan: Plan, facts: Facts) -> float:
     """Time of a step per token, relative: work done again, padding, and passes that are too small."""
-    rows, lengths = plan.train.micro_batch, facts.data.lengths if facts.data else None
-    mean = lengths.mean if lengths else plan.data.max_length
-    padded = lengths.likely_longest(rows) if lengths and rows > 1 else mean
+    tokens = plan.train.micro_batch * mean_tokens(plan, facts)
+    sampling, shares = best_sampling(plan, facts)
     start = _PASS_TOKENS.get(facts.device.kind, 64)
-    return _SLOWER[plan.train.gradient_checkpointing] * max(1.0, padded / mean) * (1 + start / (rows * mean))
+    return _SLOWER[plan.train.gradient_checkpointing] / (1 - shares.get(sampling, 0.0)) * (1 + start / tokens)
 
 
 def _variants(plan: Plan, free: Free, *, checkpoints: bool) -> Iterator[Plan]:

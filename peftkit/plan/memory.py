@@ -176,8 +176,9 @@ def _head_bytes(shape: ModelShape, plan: Plan, batch: Batch) -> tuple[int, int]:
 
 
 def evaluation_rows(plan: Plan) -> int:
-    """How many held-out rows one pass takes: a CPU takes at least eight."""
-    return max(8, plan.train.micro_batch) if plan.device == "cpu" else plan.train.micro_batch
+    """How many held-out rows one pass takes: at least eight on a CPU, and where a micro-batch is of packs."""
+    few = plan.device == "cpu" or plan.train.packing
+    return max(8, plan.train.micro_batch) if few else plan.train.micro_batch
 
 
 def evaluation_batch(batch: Batch) -> Batch:

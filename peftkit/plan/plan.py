@@ -81,7 +81,10 @@ class DataPlan:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """The optimizer's work. `num_steps` is None until the number of rows is known."""
+    """The optimizer's work. `num_steps` is None until the number of rows is known.
+
+    With `packing` the rows of `batch_size` and `micro_batch` are packs of examples.
+    """
 
     num_steps: int | None
     num_warmup_steps: int
@@ -100,6 +103,8 @@ class TrainPlan:
     patience: int | None
     min_delta: float
     on_oom: str = "stop"
+    packing: bool = False
+    sampling: str = "random"  # or "by length": rows of like length together
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,7 @@ class Batch:
 
     `num_labels` is the target's length of an encoder-decoder, `num_learnt` counts what the loss sees. What
     starts with `eval_` is of the held-out rows that are looked at together; no rows means no evaluation.
+    With `is_packed` each row holds several documents, which a mask keeps apart.
     """
 
     num_rows: int
@@ -129,6 +135,7 @@ class Batch:
     eval_rows: int = 0
     eval_tokens: int = 0
     eval_labels: int = 0
+    is_packed: bool = False
 
 
 @dataclass(frozen=True)

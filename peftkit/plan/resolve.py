@@ -18,7 +18,8 @@ from peftkit.plan.fit import Free, choose, longest_batch
 from peftkit.plan.kernels import kernels_text, missing_kernels
 from peftkit.plan.memory import closed_form
 from peftkit.plan.method import LOW_COVERAGE, coverage, largest_rest, method_plan
-from peftkit.plan.plan import BasePlan, Decision, EvaluatePlan, Plan, TrainPlan
+from peftkit.plan.packing import Rows, choose_rows, choose_sampling
+from peftkit.plan.plan import BasePlan, EvaluatePlan, Plan, TrainPlan
 from peftkit.plan.targets import select
 from peftkit.plan.task import FORMAT_TASKS, METRICS, metric_of
 from peftkit.recipe import LoadedRecipe, check
@@ -187,36 +188,31 @@ def how_to_generate(family: Family, *, virtual_tokens: bool) -> tuple[int, bool]
     return 20 if family.batches_generation else 1, family.cached_prompts or not virtual_tokens
 
 
-def _batch(d: Decisions, facts: Facts) -> tuple[int, int]:
-    """Examples per step and per forward pass."""
+def _batch(d: Decisions, facts: Facts, method: Method, max_length: int) -> tuple[Rows, int]:
+    """The trainer's rows, examples or packs, and how many of them make a forward pass."""
     train = d.loaded.recipe.train
     rows = facts.data.num_train if facts.data else None
-    micro_given = train.micro_batch if isinstance(train.micro_batch, int) else 1
+    micro_given = train.micro_batch if isinstance(train.micro_batch, int) and train.packing is not True else 1
     default = 16 if rows is None else max(1, min(16, rows))
     default = max(micro_given, default - default % micro_given)
     batch = d.keep("train.batch_size", train.batch_size, default, "16 examples per step, or all there are")
+    chosen = choose_rows(d, facts, method, max_length, batch)
     if train.micro_batch == "auto":
-        return batch, 1  # chosen by memory, once everything else is decided
-    return batch, d.keep("train.micro_batch", train.micro_batch)
+        return chosen, 1  # chosen by memory, once everything else is decided
+    return chosen, d.keep("train.micro_batch", train.micro_batch)
 
 
-def _steps(d: Decisions, facts: Facts, batch: int) -> int | None:
+def _steps(d: Decisions, rows: Rows) -> int | None:
     train = d.loaded.recipe.train
-    rows = facts.data.num_train if facts.data else None
     if train.max_steps is not None:
         return int(d.keep("train.max_steps", train.max_steps))
     d.keep("train.epochs", train.epochs)
-    if rows is None:
+    if rows.num is None:
         return None
-    steps = max(1, math.ceil(math.ceil(rows / batch) * train.epochs))
-    d.made.append(
-        Decision(
-            "train.max_steps",
-            steps,
-            "decided",
-            f"{train.epochs:g} epochs of {rows} rows in batches of {batch}",
-        )
-    )
+    steps = max(1, math.ceil(math.ceil(rows.num / rows.batch_size) * train.epochs))
+    named = "packs" if rows.packing else "rows"
+    reason = f"{train.epochs:g} epochs of {rows.num} {named} in batches of {rows.batch_size}"
+    d.decide("train.max_steps", steps, reason)
     return steps
 
 
@@ -233,11 +229,11 @@ def _checkpointing(d: Decisions) -> str:
     return "none"  # chosen by memory, once everything else is decided
 
 
-def _train(d: Decisions, facts: Facts, method: Method, autocast: str | None) -> TrainPlan:
+def _train(d: Decisions, facts: Facts, method: Method, autocast: str | None, max_length: int) -> TrainPlan:
     train, shape = d.loaded.recipe.train, facts.model.shape
     rate, why = method.learning_rate(shape.num_parameters)
-    batch, micro = _batch(d, facts)
-    steps = _steps(d, facts, batch)
+    rows, micro = _batch(d, facts, method, max_length)
+    steps = _steps(d, rows)
     learning_rate = d.keep("train.learning_rate", train.learning_rate, rate, why)
     d.keep("train.schedule.kind", train.schedule.kind)
     d.keep("train.schedule.warmup", train.schedule.warmup)
@@ -277,9 +273,9 @@ def _train(d: Decisions, facts: Facts, method: Method, autocast: str | None) -> 
         max_grad_norm=train.max_grad_norm,
         weight_decay=train.weight_decay,
         optimizer=optimizer,
-        batch_size=batch,
+        batch_size=rows.batch_size,
         micro_batch=micro,
-        accumulation=max(1, batch // micro),
+        accumulation=max(1, rows.batch_size // micro),
         gradient_checkpointing=checkpointing,
         autocast=autocast,
         eval_steps=eval_steps,
@@ -287,6 +283,7 @@ def _train(d: Decisions, facts: Facts, method: Method, autocast: str | None) -> 
         patience=stopping.patience if stopping else None,
         min_delta=stopping.min_delta if stopping else 0.0,
         on_oom=train.on_oom,
+        packing=rows.packing,
     )
 
 
@@ -299,7 +296,7 @@ def make_plan(loaded: LoadedRecipe, facts: Facts) -> Plan:
     d.keep("task", recipe.task, facts.model.shape.task, "what this family and this data are for")
     base, autocast = _base(d, facts, method)
     data = data_plan(d, facts)
-    train = _train(d, facts, method, autocast)
+    train = _train(d, facts, method, autocast, data.max_length)
     evaluate = _evaluate(d, facts, method)
     chosen = method_plan(d, facts.model.shape, train.num_steps)
     d.keep("seed", recipe.seed)
@@ -317,7 +314,7 @@ def make_plan(loaded: LoadedRecipe, facts: Facts) -> Plan:
         evaluate=evaluate,
         decisions=(),
     )
-    plan = _settle(d, plan, facts, method)
+    plan = choose_sampling(d, _settle(d, plan, facts, method), facts)
     batch = longest_batch(plan, facts)
     memory = closed_form(facts.model.shape, plan, batch)
     plan = replace(plan, batch=batch, memory=memory)
@@ -339,7 +336,8 @@ def _settle(d: Decisions, plan: Plan, facts: Facts, method: Method) -> Plan:
     plan, why = choose(plan, facts, free, checkpoints=method.allows_checkpointing)
     if free.micro_batch:
         d.keep("train.micro_batch", "auto", plan.train.micro_batch, why)
-        times = f"{plan.train.batch_size} examples in passes of {plan.train.micro_batch}"
+        named = "packs" if plan.train.packing else "examples"
+        times = f"{plan.train.batch_size} {named} in passes of {plan.train.micro_batch}"
         d.decide("train.accumulation", plan.train.accumulation, times)
     if plan.train.optimizer != usual:
         d.revise("train.optimizer", plan.train.optimizer, f"states of {usual} do not fit; {why}")

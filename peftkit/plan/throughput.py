@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from peftkit.archs import ModelShape
 from peftkit.plan.facts import Facts
 from peftkit.plan.memory import ITEM_BYTES, state_bytes
+from peftkit.plan.packing import mean_tokens
 from peftkit.plan.plan import Plan
 
 _TOKENS_PER_PARAMETER = 20  # compute-optimal pre-training (Hoffmann et al. 2022)
@@ -68,8 +69,7 @@ def work_of(
     shape: ModelShape, plan: Plan, facts: Facts, speeds: Mapping[str, float], price_per_hour: float | None
 ) -> Work:
     """`speeds` maps a `speed_key` to measured operations per second on this device."""
-    lengths = facts.data.lengths if facts.data else None
-    mean = min(lengths.mean, plan.data.max_length) if lengths else plan.data.max_length
+    mean = mean_tokens(plan, facts)
     tokens = mean * plan.train.batch_size
     flops = flops_per_token(shape, plan, mean) * tokens
     speed = speeds.get(speed_key(plan))

@@ -95,7 +95,8 @@ def _prefix_projection(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem
 
 def _micro_batch_divides(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     batch, micro = recipe.train.batch_size, recipe.train.micro_batch
-    if isinstance(batch, int) and isinstance(micro, int) and batch % micro:
+    counts_packs = recipe.train.packing is True  # then the plan knows how many there are in a step
+    if isinstance(batch, int) and isinstance(micro, int) and batch % micro and not counts_packs:
         yield Problem(
             loaded.where(("train", "micro_batch")),
             f"{micro} with batch_size {batch}",

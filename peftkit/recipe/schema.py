@@ -169,7 +169,13 @@ class Train(Options):
         "auto", "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"
     ] = "auto"
     batch_size: Auto | PositiveInt = Field("auto", description="examples per optimizer step")
-    micro_batch: Auto | PositiveInt = Field("auto", description="examples per forward pass")
+    micro_batch: Auto | PositiveInt = Field(
+        "auto", description="examples per forward pass; with packing, packs of them"
+    )
+    packing: Auto | bool = Field(
+        "auto",
+        description="several examples in one row of max_length tokens, kept apart: hardly any padding",
+    )
     max_length: Auto | PositiveInt = Field(
         "auto", description="tokens per example; 2048, or what the model has positions for"
     )

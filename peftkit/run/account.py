@@ -272,5 +272,6 @@ def _counted(loaded: LoadedRecipe, facts: Facts, plan: Plan, examples: Any) -> t
         stops=stops_of(source, tokenizer),
     )
     assert facts.data is not None
-    lengths, held_out = counted(prepared.train, task), longest(counted(prepared.eval, task))
+    lengths = counted(prepared.train, task, plan.data.max_length)
+    held_out = longest(counted(prepared.eval, task))
     return replace(facts, data=replace(facts.data, lengths=lengths, longest_eval=held_out)), ""

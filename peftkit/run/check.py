@@ -11,6 +11,7 @@ from peftkit.data.gate.report import DataReport, Totals, histogram
 from peftkit.data.ingest import ingest
 from peftkit.data.prepare import Prepared, prepare
 from peftkit.plan import DataFacts, Facts, Plan, make_plan
+from peftkit.plan.packing import best_sampling
 from peftkit.plan.throughput import work_of
 from peftkit.recipe import LoadedRecipe
 from peftkit.run.calibration import read_calibration
@@ -53,7 +54,7 @@ def counted_facts(facts: Facts, plan: Plan, tokenizer: Any, prepared: Prepared) 
         num_eval=len(prepared.eval),
         format=plan.data.format,
         labels=plan.base.labels,
-        lengths=counted(prepared.train, task),
+        lengths=counted(prepared.train, task, plan.data.max_length),
         longest_eval=longest(counted(prepared.eval, task)),
     )
     return replace(facts, data=rows, text=text_facts(tokenizer, prepared))
@@ -76,7 +77,7 @@ def report_on(
     from peftkit.data.gate.samples import sample_of
     from peftkit.data.store import Counts
 
-    data = Data(examples, prepared, plan, tokenizer, _num_embeddings(facts), stops, full)
+    data = Data(examples, prepared, plan, tokenizer, facts, stops, full)
     lengths = Counts.of(prepared.train).tokens.tolist()
     sets = {"train": prepared.train, "eval": prepared.eval}
     samples = [
@@ -104,11 +105,6 @@ def _places(num_rows: int) -> list[int]:
     return sorted({*range(min(_SAMPLES - 1, num_rows)), *([num_rows // 2] if num_rows else [])})
 
 
-def _num_embeddings(facts: Facts) -> int | None:
-    """Rows of the model's embedding."""
-    return facts.model.shape.dims.vocab or None
-
-
 def _totals(prepared: Prepared, plan: Plan, facts: Facts, ordered: list[int]) -> Totals:
     speeds: Mapping[str, float] = read_calibration().speeds.get(facts.device.name, {})
     work = work_of(facts.model.shape, plan, facts, speeds, None)
@@ -129,9 +125,11 @@ def _totals(prepared: Prepared, plan: Plan, facts: Facts, ordered: list[int]) ->
 
 def _batching(plan: Plan, facts: Facts) -> str:
     """How rows are put together, and how much of it is padding."""
-    lengths = facts.data.lengths if facts.data else None
-    rows = plan.train.micro_batch
-    if lengths is None or rows == 1:
-        return f"{plan.train.batch_size} rows a step, one at a time: no padding"
-    padding = 1 - lengths.mean / max(lengths.mean, lengths.likely_longest(rows))
-    return f"{plan.train.batch_size} rows a step, {rows} at a time: about {padding:.0%} padding"
+    train, lengths = plan.train, facts.data.lengths if facts.data else None
+    if train.packing and lengths is not None and lengths.packs is not None:
+        packs = lengths.packs
+        full = lengths.num_tokens / (packs.num * packs.room)
+        return f"{packs.num:,} packs of {packs.room:,} tokens, {full:.1%} full; {train.batch_size} a step"
+    sampling, shares = best_sampling(plan, facts)
+    told = f"{train.batch_size} rows a step, {train.micro_batch} at a time"
+    return f"{told}, {sampling}: about {shares[sampling]:.0%} padding" if shares else f"{told}: no padding"

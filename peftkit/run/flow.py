@@ -14,6 +14,7 @@ from peftkit.data.gate.report import DataReport
 from peftkit.data.prepare import Examples, Prepared, prepare
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 from peftkit.plan import Facts, Plan, make_plan
+from peftkit.plan.packing import mean_tokens
 from peftkit.recipe import LoadedRecipe, load
 from peftkit.recipe.document import dump_text
 from peftkit.report import Summary, read_plan, read_summary
@@ -287,7 +288,7 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
     with publish_folder(target, step=published_step, base=plan.base.id) as folder:
         adapter.save_result(model, plan, stage.tokenizer, folder, start=run.path / "adapter_start")
     stage.emit("done", step=step, published_step=published_step, result=target.name, memory=memory_used())
-    mean = prepared.num_tokens / max(1, len(prepared.train))
+    mean = mean_tokens(plan, stage.facts)
     calibrate(run, plan, stage.facts.model.shape, device=stage.facts.device.name, mean_tokens=mean)
 
 

@@ -45,7 +45,7 @@ class Trial:
         return 100 * (self.predicted_reserved_bytes / self.measured_reserved_bytes - 1)
 
 
-def short(plan: Plan) -> Plan:
+def short(plan: Plan, batch: Batch) -> Plan:
     """The plan's step, three times, with at most two micro-batches: more add nothing to the peak."""
     num = min(2, plan.train.accumulation)
     train = replace(
@@ -55,11 +55,14 @@ def short(plan: Plan) -> Plan:
         accumulation=num,
         batch_size=num * plan.train.micro_batch,
     )
-    return replace(plan, train=train, data=replace(plan.data, eval=None))
+    return replace(plan, train=train, data=replace(plan.data, eval=None, max_length=batch.num_tokens))
 
 
 def _rows(plan: Plan, batch: Batch, vocab: int) -> list[Tokenized]:
-    """Rows that make micro-batches of the shapes of `batch`; where it is padded, all but one are shorter."""
+    """Rows that make micro-batches of the shapes of `batch`; where it is padded, all but one are shorter.
+
+    Where it is packed there are two documents to a pack.
+    """
     from peftkit.data.mask import IGNORED, Tokenized
 
     found = []
@@ -69,6 +72,10 @@ def _rows(plan: Plan, batch: Batch, vocab: int) -> list[Tokenized]:
         length = max(2, batch.num_tokens - shorter)
         ids = [4 + (7 * place + number) % max(1, vocab - 4) for place in range(length)]
         labels = [IGNORED] * max(0, length - learnt) + ids[max(0, length - learnt) :]
+        if batch.is_packed:
+            half = length // 2
+            found.append(Tokenized(ids[:half], labels[:half], str(number)))
+            ids, labels = ids[half:], labels[half:]
         if plan.base.task == "seq2seq":
             labels = ids[: batch.num_labels]
         elif plan.base.task == "classification":
@@ -157,28 +164,30 @@ def run_trial(plan: Plan, config: Mapping[str, Any], batch: Batch, *, vocab: int
     """
     from transformers import PrinterCallback, set_seed
 
-    from peftkit.data.read import to_dataset
     from peftkit.model import adapter
     from peftkit.model.blank import blank_model
     from peftkit.model.hardware import release
     from peftkit.model.load import read_config
-    from peftkit.train.assemble import objective, rows_of
+    from peftkit.train.assemble import objective
+    from peftkit.train.rows import training_set
 
     assert plan.memory is not None
     on_gpu = plan.device == "cuda"
     expected = max(p.allocated_bytes for p in plan.memory.peaks if p.phase in _TRAINED)
-    made = adapter.plain_start(short(plan))
+    made = adapter.plain_start(short(plan, batch))
     set_seed(plan.seed)
     device = "cuda:0" if on_gpu else plan.device
     model = adapter.attach(blank_model(made.base, read_config(config, made.base), device=device), made, None)
     release()
     watch = _watch(model, on_gpu=on_gpu)
     with tempfile.TemporaryDirectory() as folder:
+        dataset, collator = training_set(made, _rows(made, batch, vocab), pad_id=0)
         trainer = objective(made).trainer(
             model,
             made,
             _tokenizer(),
-            train=to_dataset(rows_of(_rows(made, batch, vocab))),
+            train=dataset,
+            collator=collator,
             output_dir=Path(folder),
             callbacks=[watch],
             optimizer=adapter.build_loraplus_optimizer(model, made) if made.method.lr_ratio else None,

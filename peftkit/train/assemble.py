@@ -12,33 +12,20 @@ from typing import Any
 from transformers import PrinterCallback
 
 from peftkit.data.mask import Tokenized
-from peftkit.data.read import mapped_dataset, to_dataset
 from peftkit.errors import PeftkitError
 from peftkit.evaluate.losses import mean_token_loss
 from peftkit.methods import METHODS
 from peftkit.model.adapter import build_loraplus_optimizer
 from peftkit.plan import Plan
 from peftkit.plan.memory import evaluation_rows
+from peftkit.plan.packing import BY_LENGTH
 from peftkit.rundir import RunDir, read_json, verify_folder
 from peftkit.train.budget import Budget
 from peftkit.train.checkpoint import Restore, handover_folder, load_trained
 from peftkit.train.objectives import sft, supervised
 from peftkit.train.preflight import Preflight, preflight
 from peftkit.train.record import Emit, Progress, Record
-
-
-def rows_of(tokenized: Sequence[Tokenized]) -> list[dict[str, list[int]]]:
-    """Tokenized examples as the trainer's columns."""
-    return [{"input_ids": row.input_ids, "labels": row.labels} for row in tokenized]
-
-
-def dataset_of(tokenized: Sequence[Tokenized]) -> Any:
-    """Tokenized examples as a dataset: from disk where they lie there."""
-    from peftkit.data.store import TokenRows
-
-    if isinstance(tokenized, TokenRows):
-        return mapped_dataset(tokenized.paths, ["input_ids", "labels"])
-    return to_dataset(rows_of(tokenized))
+from peftkit.train.rows import SeededOrder, longest, training_set
 
 
 def objective(plan: Plan) -> ModuleType:
@@ -65,7 +52,7 @@ class Training:
         return preflight(
             self.trainer.model,
             self.plan,
-            self.rows,
+            longest(self.plan, self.rows, self.plan.train.micro_batch),
             pad_id=self.pad_id,
             loss=objective(self.plan).loss,
         )
@@ -154,11 +141,15 @@ def assemble(
     optimizer = build_loraplus_optimizer(model, plan) if plan.method.lr_ratio is not None else None
     if METHODS[plan.method.name].schedule is not None:
         callbacks.append(Budget())
+    if plan.train.sampling == BY_LENGTH:
+        callbacks.append(SeededOrder())  # after what restores the random states
+    dataset, collator = training_set(plan, train, tokenizer.pad_token_id)
     trainer = objective(plan).trainer(
         model,
         plan,
         tokenizer,
-        train=dataset_of(train),
+        train=dataset,
+        collator=collator,
         output_dir=run.path,
         callbacks=callbacks,
         optimizer=optimizer,

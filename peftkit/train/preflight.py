@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from peftkit.data.mask import Tokenized
 from peftkit.errors import Problem, UserError
-from peftkit.evaluate.losses import collate
 from peftkit.model.adapter import trainable_tensors, wrapped_storages
 from peftkit.plan import Plan
 from peftkit.train.checkpoint import random_states, restore_random_states
+from peftkit.train.rows import Drawn, batch_of
 
 Loss = Callable[[Any, Mapping[str, Any], str], Any]
 _SHOWN = 3
@@ -56,9 +55,9 @@ def checksums(model: Any) -> dict[str, int]:
     return sums
 
 
-def _backward(model: Any, rows: Sequence[Tokenized], plan: Plan, *, pad_id: int, loss: Loss) -> float:
+def _backward(model: Any, chosen: Sequence[Drawn], plan: Plan, *, pad_id: int, loss: Loss) -> float:
     """The loss that is trained, and its gradients."""
-    made = collate(rows, pad_id, task=plan.base.task)
+    made = batch_of(plan, chosen, pad_id)
     batch = {key: value.to(model.device) for key, value in made.items()}
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.train.autocast or "")
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
@@ -96,20 +95,15 @@ def _refuse(where: str, names: Sequence[str], what: str, fix: str) -> Problem:
     return Problem(where, f"{what}: {shown}", "training that reaches everything it is to train", fix)
 
 
-def longest_first(rows: Sequence[Tokenized], num: int) -> list[Tokenized]:
-    """The `num` longest rows: the micro-batch that takes the most memory."""
-    return sorted(rows, key=lambda row: row.length, reverse=True)[:num]
+def preflight(model: Any, plan: Plan, largest: Sequence[Drawn], *, pad_id: int, loss: Loss) -> Preflight:
+    """Run the pass on the largest micro-batch that will come, of rows or packs.
 
-
-def preflight(model: Any, plan: Plan, rows: Sequence[Tokenized], *, pad_id: int, loss: Loss) -> Preflight:
-    """Run the pass on the largest micro-batch of `rows`: memory that is lacking shows here, not hours later.
-
+    Memory that is lacking shows here, not hours later.
     `loss` works out what is trained, for a model, a batch and a task. Raises UserError for what would train
     on nothing or change the base.
     """
     saved = random_states()
     frozen = checksums(model)
-    largest = longest_first(rows, plan.train.micro_batch)
     was_training = model.training
     model.train()
     kept: dict[str, torch.Tensor] = {}

@@ -78,6 +78,7 @@ class Record(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         self.parts = {name: parts[name] for name in ("model", "optimizer", "lr_scheduler")}
+        self.num_tokens = float(state.num_input_tokens_seen)  # of the run that this one goes on with
         self.emit("train_begin", step=state.global_step, num_steps=state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -110,7 +111,7 @@ class Record(TrainerCallback):
         return control
 
     def _tell_step(self, state: Any, logs: Any) -> None:
-        tokens = float(logs.get("num_tokens") or state.num_input_tokens_seen)
+        tokens = float(state.num_input_tokens_seen or logs.get("num_tokens") or 0)
         rate = (tokens - self.num_tokens) / self.step_seconds if self.step_seconds and tokens else None
         self.num_tokens = tokens
         self.emit(

@@ -177,7 +177,7 @@ def _check_training(bench: Bench, model: Any) -> dict[str, str]:
 
     found = {}
     try:
-        preflight(model, bench.plan, bench.rows, pad_id=0, loss=supervised.loss)
+        preflight(model, bench.plan, [[row] for row in bench.rows], pad_id=0, loss=supervised.loss)
         found["every trained tensor gets a gradient"] = "ok"
     except UserError as error:
         found["every trained tensor gets a gradient"] = str(error)

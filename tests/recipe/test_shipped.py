@@ -119,6 +119,7 @@ def test_the_set_of_recipe_keys_is_frozen():
         "micro_batch",
         "on_oom",
         "optimizer",
+        "packing",
         "precision",
         "schedule",
         "weight_decay",

@@ -27,7 +27,7 @@ def made(model_type, method, **arguments):
 
 
 def fly(plan, model):
-    return preflight(model, plan, rows_for("causal-lm"), pad_id=0, loss=supervised.loss)
+    return preflight(model, plan, [[row] for row in rows_for("causal-lm")], pad_id=0, loss=supervised.loss)
 
 
 def test_a_sound_adapter_passes_and_nothing_is_left_behind():

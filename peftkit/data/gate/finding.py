@@ -9,6 +9,7 @@ from typing import Any, Literal
 from peftkit.data.examples import Examples
 from peftkit.data.gate.tally import Noticed, Tally
 from peftkit.data.prepare import Prepared
+from peftkit.plan.facts import Facts
 from peftkit.plan.plan import Plan
 
 Status = Literal["pass", "warn", "fail", "waived"]
@@ -28,13 +29,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Data:
-    """What checks look at. `num_embeddings` is None where no model is known, `full` looks at every row."""
+    """What checks look at; with `full` every row is searched for near duplicates."""
 
     examples: Examples
     prepared: Prepared
     plan: Plan
     tokenizer: Any
-    num_embeddings: int | None
+    facts: Facts
     stops: frozenset[int]
     full: bool
 

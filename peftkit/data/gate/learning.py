@@ -7,6 +7,7 @@ import re
 from peftkit.data.gate.finding import Data, Finding, Status, of_pairs, of_rows, share
 from peftkit.data.store import Counts
 from peftkit.data.template import template_of
+from peftkit.plan.packing import num_rows
 from peftkit.units import show_count
 
 _DROPPED, _LOST = 0.2, 0.01
@@ -101,9 +102,10 @@ def round_trip(data: Data) -> Finding:
 def vocabulary(data: Data) -> Finding:
     """Token ids beyond the embedding: the run would stop, or on a GPU read other memory."""
     largest = data.prepared.seen.largest_id
-    if data.num_embeddings is None or largest < data.num_embeddings:
+    num_embeddings = data.facts.model.shape.dims.vocab
+    if largest < num_embeddings:
         return Finding("vocabulary", "pass", "every token has its embedding")
-    said = f"the token {largest} ({_token(data, largest)}) in a model with {data.num_embeddings:,} embeddings"
+    said = f"the token {largest} ({_token(data, largest)}) in a model with {num_embeddings:,} embeddings"
     return Finding("vocabulary", "fail", said, fix="use the tokenizer that belongs to this base")
 
 
@@ -112,7 +114,8 @@ def enough_data(data: Data) -> Finding:
     rows, plan = len(data.prepared.train), data.plan
     counts = Counts.of(data.prepared.train)
     learnt, trained = int(counts.learnt.sum()), plan.method.num_trainable or 0
-    epochs = (plan.train.num_steps or 0) * plan.train.batch_size / max(1, rows)
+    drawn = num_rows(plan, data.facts) or rows  # rows or packs
+    epochs = (plan.train.num_steps or 0) * plan.train.batch_size / max(1, drawn)
     said = f"{rows:,} rows, {show_count(learnt)} learnt tokens for {show_count(trained)} trained parameters"
     if epochs:
         said += f", each seen {epochs:.2g} times"

@@ -82,7 +82,8 @@ def batch_of(batch: Batch, task: str) -> dict[str, torch.Tensor]:
         "classification": (batch.num_rows,),
         "seq2seq": (batch.num_rows, batch.num_labels),
     }.get(task, size)
-    made = {"input_ids": size, "attention_mask": size, "labels": labels}
+    told_by = "position_ids" if batch.is_packed else "attention_mask"
+    made = {"input_ids": size, told_by: size, "labels": labels}
     return {name: torch.zeros(shape, dtype=torch.long, device="meta") for name, shape in made.items()}
 
 
@@ -143,7 +144,7 @@ def trace(plan: Plan, config: Any, batch: Batch, *, loss: Loss | None) -> Traced
         round_to=512 if target == "cuda" else 1,
         vocab=int(model.config.get_text_config().vocab_size),
         scratch=SCRATCH[target],
-        truth=lambda tensor: not batch.is_padded if tensor.dtype == torch.bool else 0,
+        truth=lambda tensor: not (batch.is_padded or batch.is_packed) if tensor.dtype == torch.bool else 0,
     )
     head = _head(model, batch, target) if loss is None else None
     if static.workspace_bytes:

@@ -17,14 +17,25 @@ def trainer(
     tokenizer: Any,
     *,
     train: Any,
+    collator: Any = None,
     output_dir: Path,
     callbacks: Sequence[Any],
     optimizer: Any,
 ) -> Any:
-    """An SFTTrainer over tokenized datasets with `input_ids` and `labels`."""
+    """An SFTTrainer over tokenized datasets with `input_ids` and `labels`, or over what `collator` reads.
+
+    A batch of such may bring `num_tokens`: TRL counts wrong where there is no attention mask.
+    """
     from trl import SFTConfig, SFTTrainer
 
-    made = SFTTrainer(
+    class Counting(SFTTrainer):
+        """Keeps the tokens that a batch says it has, where the Trainer keeps those that it counts."""
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self.state.num_input_tokens_seen += int(inputs.pop("num_tokens", 0))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    made = Counting(
         model=model,
         args=SFTConfig(
             **arguments(plan, output_dir=output_dir),
@@ -32,6 +43,7 @@ def trainer(
             packing=False,
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
+        data_collator=collator,
         train_dataset=train,
         processing_class=tokenizer,
         callbacks=list(callbacks),

@@ -18,17 +18,19 @@ def trainer(
     tokenizer: Any,
     *,
     train: Any,
+    collator: Any = None,
     output_dir: Path,
     callbacks: Sequence[Any],
     optimizer: Any,
 ) -> Any:
-    """A Seq2SeqTrainer or Trainer over tokenized datasets.
+    """A Seq2SeqTrainer or Trainer over tokenized datasets. `collator` is for what is not done here: packs.
 
     The loss is worked out here from the logits: the Trainer divides a model's own loss by the accumulation or
     not, depending on whether the model's signature takes loss arguments, which says nothing of what it does.
     """
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
+    assert collator is None, "the plan packs for the trainer of language models only"
     seq2seq = plan.base.task == "seq2seq"
     made, configured = (Seq2SeqTrainer, Seq2SeqTrainingArguments) if seq2seq else (Trainer, TrainingArguments)
 
@@ -46,7 +48,6 @@ def trainer(
         args=configured(
             **arguments(plan, output_dir=output_dir),
             include_num_input_tokens_seen="non_padding",
-            remove_unused_columns=False,
         ),
         data_collator=collated,
         compute_loss_func=loss,

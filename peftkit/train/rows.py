@@ -1,0 +1,80 @@
+"""What the trainer draws: tokenized rows or packs of them, in which order, and the batch they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from peftkit.data.mask import Tokenized
+from peftkit.data.pack import pack
+from peftkit.data.read import mapped_dataset, to_dataset
+from peftkit.data.store import Counts, TokenRows
+from peftkit.evaluate.losses import collate, collate_packed
+from peftkit.plan import Plan
+from peftkit.plan.packing import BY_LENGTH
+
+Drawn = list[Tokenized]  # one row by itself, or the documents of a pack
+Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+
+
+def _packs(plan: Plan, rows: Sequence[Tokenized]) -> list[list[int]]:
+    return pack(Counts.of(rows).tokens.tolist(), plan.data.max_length)
+
+
+def longest(plan: Plan, rows: Sequence[Tokenized], num: int) -> list[Drawn]:
+    """The `num` longest rows or packs that the trainer draws from: the micro-batch that takes most memory."""
+    counts = Counts.of(rows)
+    sizes = np.maximum(counts.tokens, counts.labels)
+    found = _packs(plan, rows) if plan.train.packing else [[number] for number in range(len(rows))]
+    first = sorted(found, key=lambda numbers: int(sizes[numbers].sum()), reverse=True)[:num]
+    return [[rows[number] for number in numbers] for numbers in first]
+
+
+def batch_of(plan: Plan, chosen: Sequence[Drawn], pad_id: int) -> dict[str, Any]:
+    """The tensors of a micro-batch."""
+    if plan.train.packing:
+        return collate_packed(chosen, pad_id)
+    return collate([row for one in chosen for row in one], pad_id, task=plan.base.task)
+
+
+def training_set(plan: Plan, rows: Sequence[Tokenized], pad_id: int) -> tuple[Any, Collator | None]:
+    """(the trainer's dataset, what makes a batch of its rows where the trainer's own does not).
+
+    A pack is held by the numbers of its rows, so that no token is held twice.
+    """
+    if plan.train.packing:
+
+        def collated(packs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+            chosen = [[rows[i] for i in one["rows"]] for one in packs]
+            num_tokens = sum(len(row.input_ids) for one in chosen for row in one)
+            return {**collate_packed(chosen, pad_id), "num_tokens": torch.tensor(num_tokens)}
+
+        return to_dataset([{"rows": numbers} for numbers in _packs(plan, rows)]), collated
+    columns = ["input_ids", "labels", *(["weights"] if is_weighted(rows) else [])]
+    by_length = plan.train.sampling == BY_LENGTH
+    if isinstance(rows, TokenRows):
+        found = mapped_dataset(rows.paths, [*columns, *(["num_tokens"] if by_length else [])])
+        return (found.rename_column("num_tokens", "length") if by_length else found), None
+    made = [{name: getattr(row, name) for name in columns} for row in rows]
+    if by_length:
+        made = [{**values, "length": row.length} for values, row in zip(made, rows, strict=True)]
+    return to_dataset(made), None
+
+
+def is_weighted(rows: Sequence[Tokenized]) -> bool:
+    """Whether some row's tokens do not all weigh the same in the loss."""
+    return rows.is_weighted if isinstance(rows, TokenRows) else any(row.weights for row in rows)
+
+
+class SeededOrder(TrainerCallback):
+    """Each epoch's order follows from the seed alone, so that a resumed run finds it again.
+
+    transformers' sampler by length draws from the random state as it happens to be when the epoch begins.
+    """
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        torch.manual_seed(args.seed + int(state.epoch + 1e-9))
