@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peftkit.data.examples import Examples
+from peftkit.data.gate.alike import SAMPLE
+from peftkit.data.gate.finding import Data
 from peftkit.data.gate.report import DataReport, Totals, histogram
 from peftkit.data.ingest import ingest
+from peftkit.data.lengths import counted, longest
 from peftkit.data.prepare import Prepared, prepare
 from peftkit.plan import DataFacts, Facts, Plan, make_plan
 from peftkit.plan.packing import best_sampling
@@ -21,34 +24,44 @@ _SAMPLES = 3  # of each set
 _SHOWN_DECISIONS = ("data.", "train.packing", "train.sampling")
 
 
+@dataclass(frozen=True)
+class Looked:
+    """Data as training will see it, the plan for the rows that are left, and what the gate says."""
+
+    facts: Facts
+    plan: Plan
+    tokenizer: Any
+    prepared: Prepared
+    report: DataReport
+
+
 def check_data(loaded: LoadedRecipe, *, full: bool = False) -> DataReport:
-    """The report on a recipe's data: a `DataReport`. Nothing is raised for rows: failed checks say it.
+    """The report on a recipe's data. Nothing is raised for rows: failed checks say it.
 
     Raises UserError for a recipe, base or source that cannot be had, and where no row is left to learn from.
     """
     from peftkit.model.hardware import detect_device_light
-    from peftkit.model.load import load_tokenizer, loadable, stops_of
+    from peftkit.model.load import loadable
 
     base = find_base(loaded)
     source = loadable(base, loaded.where(("base", "id")))
-    data = loaded.recipe.data
-    examples = ingest(data, seed=loaded.recipe.seed, where=loaded.where)
+    examples = ingest(loaded.recipe.data, seed=loaded.recipe.seed, where=loaded.where)
     model = model_facts(loaded, converted(base, source), examples)
-    facts = Facts(detect_device_light(), model, data_facts(examples, model.shape.task))
+    return look(loaded, Facts(detect_device_light(), model, None), examples, source, full=full).report
+
+
+def look(
+    loaded: LoadedRecipe, facts: Facts, examples: Examples, source: str, *, full: bool = False
+) -> Looked:
+    """Tokenize what was read, plan for the rows that are left, and judge them."""
+    from peftkit.model.load import load_tokenizer, stops_of
+
+    task = facts.model.shape.task
+    facts = replace(facts, data=data_facts(examples, task))
     plan = make_plan(loaded, facts)
     tokenizer = load_tokenizer(source, plan.base)
     stops = stops_of(source, tokenizer)
-    task = model.shape.task
     prepared = prepare(examples, tokenizer, plan.data, task=task, labels=plan.base.labels, stops=stops)
-    facts = counted_facts(facts, plan, tokenizer, prepared)
-    return report_on(examples, prepared, make_plan(loaded, facts), facts, tokenizer, stops=stops, full=full)
-
-
-def counted_facts(facts: Facts, plan: Plan, tokenizer: Any, prepared: Prepared) -> Facts:
-    """Facts with what tokenizing showed: rows that are left, their lengths, template and padding."""
-    from peftkit.data.lengths import counted, longest
-
-    task = facts.model.shape.task
     rows = DataFacts(
         num_train=len(prepared.train),
         num_eval=len(prepared.eval),
@@ -57,27 +70,19 @@ def counted_facts(facts: Facts, plan: Plan, tokenizer: Any, prepared: Prepared) 
         lengths=counted(prepared.train, task, plan.data.max_length),
         longest_eval=longest(counted(prepared.eval, task)),
     )
-    return replace(facts, data=rows, text=text_facts(tokenizer, prepared))
+    facts = replace(facts, data=rows, text=text_facts(tokenizer, prepared))
+    plan = make_plan(loaded, facts)
+    data = Data(examples, prepared, plan, tokenizer, facts, stops, full)
+    return Looked(facts, plan, tokenizer, prepared, _report(data))
 
 
-def report_on(
-    examples: Examples,
-    prepared: Prepared,
-    plan: Plan,
-    facts: Facts,
-    tokenizer: Any,
-    *,
-    stops: frozenset[int],
-    full: bool = False,
-) -> DataReport:
-    """What the gate says of data that is prepared: a `DataReport`."""
-    from peftkit.data.gate.alike import SAMPLE
-    from peftkit.data.gate.finding import Data
+def _report(data: Data) -> DataReport:
+    """What the gate says of data that is prepared."""
     from peftkit.data.gate.judge import judge
     from peftkit.data.gate.samples import sample_of
     from peftkit.data.store import Counts
 
-    data = Data(examples, prepared, plan, tokenizer, facts, stops, full)
+    examples, prepared, plan, tokenizer = data.examples, data.prepared, data.plan, data.tokenizer
     lengths = Counts.of(prepared.train).tokens.tolist()
     sets = {"train": prepared.train, "eval": prepared.eval}
     samples = [
@@ -85,9 +90,9 @@ def report_on(
         for name, rows in sets.items()
         for i in _places(len(rows))
     ]
-    small = full or max(len(examples.train), len(examples.eval)) <= SAMPLE
+    small = data.full or max(len(examples.train), len(examples.eval)) <= SAMPLE
     return DataReport(
-        totals=_totals(prepared, plan, facts, sorted(lengths)),
+        totals=_totals(prepared, plan, data.facts, sorted(lengths)),
         histogram=histogram(lengths),
         decisions=tuple(
             (d.key, str(d.value), d.reason)

@@ -11,7 +11,7 @@ from typing import Any
 
 from peftkit import interrupt
 from peftkit.data.gate.report import DataReport
-from peftkit.data.prepare import Examples, Prepared, prepare
+from peftkit.data.prepare import Examples, Prepared
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 from peftkit.plan import Facts, Plan, make_plan
 from peftkit.plan.packing import mean_tokens
@@ -19,12 +19,11 @@ from peftkit.recipe import LoadedRecipe, load
 from peftkit.recipe.document import dump_text
 from peftkit.report import Summary, read_plan, read_summary
 from peftkit.run import oom
-from peftkit.run.check import counted_facts, report_on
+from peftkit.run.check import Looked, look
 from peftkit.run.compare import calibrate, compare_memory
 from peftkit.run.environment import environment, fingerprints
 from peftkit.run.facts import (
     converted,
-    data_facts,
     light_facts,
     memory_problems,
     model_facts,
@@ -63,13 +62,19 @@ class _Stage:
     facts: Facts
     config: Mapping[str, Any]
     plan: Plan
-    tokenizer: Any
     source: str
-    prepared: Prepared
-    report: DataReport
+    looked: Looked
     chats: bool
     observer: Observer
     started: float
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.looked.tokenizer
+
+    @property
+    def prepared(self) -> Prepared:
+        return self.looked.prepared
 
     def fingerprints(self) -> dict[str, str | None]:
         """Of the data and the base, as they are now."""
@@ -108,35 +113,23 @@ def _open(
 ) -> _Stage:
     """Tokenizer and data first, so that bad data costs no model load; then the plan for the rows left."""
     from peftkit.model.hardware import detect_device
-    from peftkit.model.load import load_tokenizer, loadable, stops_of
+    from peftkit.model.load import loadable
 
     started = time.monotonic()
     source = loadable(base, loaded.where(("base", "id")))
     interrupt.stop_if_requested("interrupted before training; nothing was written")
     examples = read(loaded) if examples is None else examples
     plan_device = facts.device.kind
+    config = converted(base, source).config or {}
     facts = Facts(detect_device(), model_facts(loaded, converted(base, source), examples), None)
-    facts = replace(facts, data=data_facts(examples, facts.model.shape.task))
-    plan = make_plan(loaded, facts)
-    tokenizer = load_tokenizer(source, plan.base)
-    observer({"event": "phase", "name": "data", "detail": ", ".join(Path(t).name for t in plan.data.train)})
+    names = ", ".join(Path(source.path).name for source in loaded.recipe.data.sources)
+    observer({"event": "phase", "name": "data", "detail": names})
     if facts.device.kind != plan_device:
         text = f"the driver shows a {plan_device} device, but torch uses {facts.device.name}"
         observer({"event": "warning", "text": f"{text}: is the right torch installed?"})
-    stops = stops_of(source, tokenizer)
-    prepared = prepare(
-        examples,
-        tokenizer,
-        plan.data,
-        task=facts.model.shape.task,
-        labels=plan.base.labels,
-        stops=stops,
-    )
-    facts = counted_facts(facts, plan, tokenizer, prepared)
-    config = converted(base, source).config or {}
-    plan = make_plan(loaded, facts)
-    report = report_on(examples, prepared, plan, facts, tokenizer, stops=stops)
-    _tell_report(report, observer)
+    looked = look(loaded, facts, examples, source)
+    facts, plan = looked.facts, looked.plan
+    _tell_report(looked.report, observer)
     if (run.path / "plan.json").exists():
         plan = read_plan(run)  # a run that goes on is planned already
     else:
@@ -147,9 +140,7 @@ def _open(
         if problems:
             raise UserError(problems)
     chats = bool(examples.train[0].messages)
-    return _Stage(
-        run, loaded, facts, config, plan, tokenizer, source, prepared, report, chats, observer, started
-    )
+    return _Stage(run, loaded, facts, config, plan, source, looked, chats, observer, started)
 
 
 def _tell_report(report: DataReport, observer: Observer) -> None:
@@ -168,7 +159,7 @@ def _write_inputs(loaded: LoadedRecipe, stage: _Stage) -> None:
     resolved = dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
     write_text(stage.run.path / "recipe.yaml", loaded.text or resolved)
     write_text(stage.run.path / "resolved.yaml", resolved)
-    write_json(stage.run.path / "data.json", stage.report.to_json())
+    write_json(stage.run.path / "data.json", stage.looked.report.to_json())
     write_json(stage.run.path / "environment.json", environment(stage.facts.device, stage.fingerprints()))
     write_json(stage.run.path / "plan.json", stage.plan.to_json())
 
