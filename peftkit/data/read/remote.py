@@ -87,7 +87,7 @@ def remote_files(url: str, where: str, *, timeout: float = TIMEOUT_SECONDS) -> l
     """The files behind a URL, in the cache. Raises UserError where they cannot be had."""
     scheme = urlsplit(url).scheme.lower()
     if scheme in {"file", "local"}:
-        return local_files(unquote(urlsplit(url).path), "train", where)
+        return local_files(unquote(url.split("://", 1)[1]), "train", where)
     if scheme == "hf" and not hub_answers():
         fix = "give a file, or see that the hub can be reached and HF_HUB_OFFLINE is not set"
         raise UserError(Problem(where, f"{shown(url)} while the hub cannot be asked", "data at hand", fix))

@@ -108,7 +108,11 @@ def test_wrong_utf8_is_a_fault_of_its_row(tmp_path, through):
     text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
     one, two, three = through(pa.table({"text": text}), tmp_path / "a")
     assert (one.fields, three.fields) == ({"text": "one"}, {"text": "three"})
-    assert (two.kind, two.problem.where, two.problem.got) == ("encoding", "f row 2", "the byte 0xe9")
+    assert (two.kind, two.problem.where, two.problem.got) == (
+        "encoding",
+        "f row 2",
+        "the byte 0xe9",
+    )
 
 
 def test_columns_of_one_name(tmp_path):
@@ -151,3 +155,11 @@ def test_compressed_tables(tmp_path):
         packed = tmp_path / f"{name}.gz"
         packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
         assert [row.fields["text"] for row in read(reader, packed)] == ["x", "y"]
+
+
+@pytest.mark.parametrize("through", [as_file, as_stream])
+def test_offsets_that_point_astray_are_told_before_they_are_followed(tmp_path, through):
+    offsets = pa.array([0, 2, 2**30, 6], pa.int32()).buffers()[1]
+    text = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"abcdef")])
+    with pytest.raises(UserError, match="damaged"):
+        through(pa.table({"text": text}), tmp_path / "a")
