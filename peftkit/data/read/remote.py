@@ -133,14 +133,21 @@ def _pip_line(scheme: str, error: ImportError) -> str:
 
 
 def _kept(
-    url: str, facts: Mapping[str, Any], transfer: _Transfer, write: Callable[[Path], None], size: int | None
+    address: tuple[str, str],
+    facts: Mapping[str, Any],
+    transfer: _Transfer,
+    write: Callable[[Path], None],
+    size: int | None,
 ) -> Path:
-    """The cached copy of what `write` fetches: fetched only where the same version is not there yet."""
+    """The cached copy of what `write` fetches: fetched only where the same version is not there yet.
+
+    `address` is the URL that was asked for and the path of this file behind it.
+    """
     known = {name.lower(): value for name, value in facts.items()}
     version = [f"{name}={known[name]}" for name in _VERSION if known.get(name) is not None]
-    key = hashlib.sha256("\0".join([url, *version]).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\0".join([*address, *version]).encode()).hexdigest()[:32]
     folder = cache_folder() / "remote" / key
-    final = folder / f"content{''.join(suffixes(Path(urlsplit(url).path)))}"
+    final = folder / f"content{''.join(suffixes(Path(address[1])))}"
     if version and final.is_file():
         return final
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +206,7 @@ def _http(url: str, where: str, transfer: _Transfer, timeout: float) -> File:
                     transfer.tick()
 
         size = response.headers.get("Content-Length")
-        kept = _kept(url, dict(response.headers), transfer, write, int(size) if size else None)
+        kept = _kept((url, parts.path), dict(response.headers), transfer, write, int(size) if size else None)
         return File(kept, shown(url))
 
 
@@ -224,11 +231,12 @@ def _filesystem(url: str, where: str, transfer: _Transfer) -> list[File]:
         names = [root + name for name in chosen(below, shown(url), where)]
     else:
         _check_kind(path, url, where)
-        return [_copied(system, path, url, transfer)]
-    return [_copied(system, name, system.unstrip_protocol(name), transfer) for name in names]
+        return [_copied(system, path, (url, url), transfer)]
+    return [_copied(system, name, (url, system.unstrip_protocol(name)), transfer) for name in names]
 
 
-def _copied(system: Any, path: str, url: str, transfer: _Transfer) -> File:
+def _copied(system: Any, path: str, urls: tuple[str, str], transfer: _Transfer) -> File:
+    """One file of a filesystem; `urls` are the one asked for and the file's own."""
     from fsspec.callbacks import Callback
 
     def write(target: Path) -> None:
@@ -238,4 +246,4 @@ def _copied(system: Any, path: str, url: str, transfer: _Transfer) -> File:
 
     facts = system.info(path)
     transfer.tick()
-    return File(_kept(url, facts, transfer, write, facts.get("size")), shown(url))
+    return File(_kept((urls[0], path), facts, transfer, write, facts.get("size")), shown(urls[1]))
