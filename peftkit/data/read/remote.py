@@ -119,7 +119,8 @@ def _problem(url: str, where: str, error: Exception, timeout: float) -> Problem:
         return Problem(where, got, "the package", _pip_line(urlsplit(url).scheme, error))
     said = (str(error).splitlines() or [""])[0] or type(error).__name__
     parts = urlsplit(url)
-    for secret in (parts.query, parts.username, parts.password):
+    login, password = parts.netloc.rpartition("@")[0], parts.password or ""
+    for secret in (parts.query, login, password, unquote(password)):
         said = said.replace(secret, "***") if secret else said
     got = f"{name}, which cannot be fetched ({shown(said)[:200]})"
     return Problem(where, got, "a URL that can be read", "check the address and your access to it")

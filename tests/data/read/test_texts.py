@@ -127,6 +127,11 @@ def test_tables_with_bad_rows():
     assert "up to line 10" in fault(unclosed)
 
 
+def test_lines_that_end_in_carriage_returns_alone():
+    with pytest.raises(UserError, match="f:1: got a carriage return that ends no line"):
+        read(table, "a,b\r1,2\r")
+
+
 def test_a_quote_that_never_closes_swallows_no_more_than_the_limit():
     text = 'a,b\n1,"x\n' + "1,2\n" * 100
     swallowed, *others = read(table, text, limit=45)
