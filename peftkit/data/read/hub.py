@@ -16,13 +16,14 @@ from peftkit.hub import hub_answers, hub_is_off
 from peftkit.recipe.schema import Source
 
 _BATCH = 128
-_KNOWN = re.compile(r"(?:available configs|Available|Should be one of):? (\[[^\]]*\])")
+_KNOWN = re.compile(
+    r"(?:available configs|Available configs in the cache|Available|Should be one of):? (\[[^\]]*\])"
+)
 
 
 def dataset(source: Source, where: str) -> Any:
     """The `datasets.Dataset` behind a hub id, loaded once. Raises UserError where it cannot be had."""
-    local = Path(source.path).is_dir()
-    if not local and not hub_is_off() and not hub_answers():
+    if not hub_is_off() and not hub_answers():
         got = f"the hub dataset {source.path!r} while the hub cannot be reached"
         fix = "give a file, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
         raise UserError(Problem(where, got, "data at hand", fix))
@@ -45,12 +46,12 @@ def _problem(name: str, config: str | None, split: str, where: str, error: Excep
     said = str(error)
     if known := _KNOWN.search(said):
         names = re.findall(r"'([^']*)'", known[1])
-        is_split = "split" in said.splitlines()[0]
+        is_split = said.startswith("Unknown split")
         asked, key = (split, "split") if is_split else (config, "config")
         got = f"the hub dataset {name!r} with {'no' if asked is None else 'the'} {key} {asked or ''}".rstrip()
         fix = did_you_mean(asked, names) if asked else f"for example config: {names[0]}" if names else ""
         return Problem(where, got, f"a {key} of {', '.join(names)}", fix)
-    if hub_is_off() and isinstance(error, ConnectionError | FileNotFoundError):
+    if hub_is_off() and isinstance(error, ConnectionError):
         got = f"the hub dataset {name!r} while HF_HUB_OFFLINE is set"
         return Problem(where, got, "data at hand", "give a file, or unset HF_HUB_OFFLINE")
     first = (said.splitlines() or [type(error).__name__])[0][:160]

@@ -67,9 +67,9 @@ def local_files(path: str, split: str, where: str) -> list[File]:
         if suffixes(place)[0] not in READERS:
             raise UserError(Problem(where, path, f"a file of a known kind: {KNOWN}"))
         return [File(place, path)]
-    if place.is_dir():
+    if path and place.is_dir():
         return _of_folder(place, split, where)
-    if place.exists():
+    if path and place.exists():
         raise UserError(Problem(where, f"{path}, which is a pipe or a device", "a data file"))
     if is_glob(path):
         found = {match for match in glob.glob(path, recursive=True) if Path(match).is_file()}  # noqa: PTH207

@@ -87,7 +87,7 @@ def remote_files(url: str, where: str, *, timeout: float = TIMEOUT_SECONDS) -> l
     """The files behind a URL, in the cache. Raises UserError where they cannot be had."""
     scheme = urlsplit(url).scheme.lower()
     if scheme in {"file", "local"}:
-        return local_files(unquote(urlsplit(url).path), "train", where)
+        return local_files(unquote(url.split("://", 1)[1]), "train", where)
     if scheme == "hf" and not hub_answers():
         fix = "give a file, or see that the hub can be reached and HF_HUB_OFFLINE is not set"
         raise UserError(Problem(where, f"{shown(url)} while the hub cannot be asked", "data at hand", fix))
@@ -119,7 +119,8 @@ def _problem(url: str, where: str, error: Exception, timeout: float) -> Problem:
         return Problem(where, got, "the package", _pip_line(urlsplit(url).scheme, error))
     said = (str(error).splitlines() or [""])[0] or type(error).__name__
     parts = urlsplit(url)
-    for secret in (parts.query, parts.username, parts.password):
+    login, password = parts.netloc.rpartition("@")[0], parts.password or ""
+    for secret in (parts.query, login, password, unquote(password)):
         said = said.replace(secret, "***") if secret else said
     got = f"{name}, which cannot be fetched ({shown(said)[:200]})"
     return Problem(where, got, "a URL that can be read", "check the address and your access to it")
@@ -133,14 +134,21 @@ def _pip_line(scheme: str, error: ImportError) -> str:
 
 
 def _kept(
-    url: str, facts: Mapping[str, Any], transfer: _Transfer, write: Callable[[Path], None], size: int | None
+    address: tuple[str, str],
+    facts: Mapping[str, Any],
+    transfer: _Transfer,
+    write: Callable[[Path], None],
+    size: int | None,
 ) -> Path:
-    """The cached copy of what `write` fetches: fetched only where the same version is not there yet."""
+    """The cached copy of what `write` fetches: fetched only where the same version is not there yet.
+
+    `address` is the URL that was asked for and the path of this file behind it.
+    """
     known = {name.lower(): value for name, value in facts.items()}
     version = [f"{name}={known[name]}" for name in _VERSION if known.get(name) is not None]
-    key = hashlib.sha256("\0".join([url, *version]).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\0".join([*address, *version]).encode()).hexdigest()[:32]
     folder = cache_folder() / "remote" / key
-    final = folder / f"content{''.join(suffixes(Path(urlsplit(url).path)))}"
+    final = folder / f"content{''.join(suffixes(Path(address[1])))}"
     if version and final.is_file():
         return final
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +207,7 @@ def _http(url: str, where: str, transfer: _Transfer, timeout: float) -> File:
                     transfer.tick()
 
         size = response.headers.get("Content-Length")
-        kept = _kept(url, dict(response.headers), transfer, write, int(size) if size else None)
+        kept = _kept((url, parts.path), dict(response.headers), transfer, write, int(size) if size else None)
         return File(kept, shown(url))
 
 
@@ -224,11 +232,12 @@ def _filesystem(url: str, where: str, transfer: _Transfer) -> list[File]:
         names = [root + name for name in chosen(below, shown(url), where)]
     else:
         _check_kind(path, url, where)
-        return [_copied(system, path, url, transfer)]
-    return [_copied(system, name, system.unstrip_protocol(name), transfer) for name in names]
+        return [_copied(system, path, (url, url), transfer)]
+    return [_copied(system, name, (url, system.unstrip_protocol(name)), transfer) for name in names]
 
 
-def _copied(system: Any, path: str, url: str, transfer: _Transfer) -> File:
+def _copied(system: Any, path: str, urls: tuple[str, str], transfer: _Transfer) -> File:
+    """One file of a filesystem; `urls` are the one asked for and the file's own."""
     from fsspec.callbacks import Callback
 
     def write(target: Path) -> None:
@@ -238,4 +247,4 @@ def _copied(system: Any, path: str, url: str, transfer: _Transfer) -> File:
 
     facts = system.info(path)
     transfer.tick()
-    return File(_kept(url, facts, transfer, write, facts.get("size")), shown(url))
+    return File(_kept((urls[0], path), facts, transfer, write, facts.get("size")), shown(urls[1]))

@@ -17,7 +17,6 @@ from peftkit.recipe.paths import COMPRESSED_SUFFIXES
 
 MAX_LINE_BYTES = 64 * 2**20
 _PIECE = 2**20
-_UTF8_MARK = b"\xef\xbb\xbf"
 
 # how files begin that are not text
 _MAGIC = {
@@ -145,9 +144,8 @@ def lines(stream: io.BufferedReader, name: str, limit: int) -> Iterator[Line]:
             fix = "break it up; is it one record a line?"
             yield Line(number, "", num_bytes, malformed(f"{name}:{number}", got, expected, fix))
             continue
-        if number == 1:
-            raw = raw.removeprefix(_UTF8_MARK)
-        yield decoded(raw, number, name)
+        line = decoded(raw, number, name)
+        yield line._replace(text=line.text.removeprefix("\ufeff")) if number == 1 else line
 
 
 def decoded(raw: bytes, number: int, name: str) -> Line:

@@ -68,10 +68,24 @@ def _told(file: File, path: Path, kind: str) -> Iterator[None]:
 def _cut(batches: Iterable[Any]) -> Iterator[Any]:
     """The same rows in small batches: one of a million rows would become a million dicts at once."""
     for batch in batches:
+        _check(batch)
         for start in range(0, batch.num_rows, _BATCH):
-            piece = batch.slice(start, _BATCH)
-            piece.validate()  # offsets that point out of a damaged file
-            yield piece
+            yield batch.slice(start, _BATCH)
+
+
+def _check(batch: Any) -> None:
+    """Raises ArrowInvalid for offsets that point astray: followed, they end the process.
+
+    Text that is not UTF-8 is left to the row that holds it.
+    """
+    import pyarrow
+
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            if "Invalid UTF8" not in str(error):
+                raise
 
 
 def rows_of(file: File, schema: Any, batches: Iterable[Any]) -> Iterator[Row | Fault]:
@@ -83,21 +97,22 @@ def rows_of(file: File, schema: Any, batches: Iterable[Any]) -> Iterator[Row | F
     special = [field.name for field in schema if not _is_plain(field.type)]
     number = 0
     for batch in batches:
-        for fields in _dicts(batch if coarse is None else batch.cast(coarse, safe=False)):
+        for fields in _dicts(batch, coarse):
             number += 1
             yield _row(fields, special, f"{file.name} row {number}")
 
 
-def _dicts(batch: Any) -> Iterator[dict[str, Any] | Exception]:
+def _dicts(batch: Any, schema: Any) -> Iterator[dict[str, Any] | Exception]:
     """The batch as dicts. Where that fails, row by row, with what went wrong in place of a row."""
     try:
+        batch = batch if schema is None else batch.cast(schema, safe=False)
         yield from batch.to_pylist(maps_as_pydicts="strict")
-    except Exception as whole:  # noqa: BLE001  conversions raise many types: each row's own is told
+    except Exception as error:  # noqa: BLE001  conversions raise many types: each row's own is told
         if batch.num_rows == 1:
-            yield whole
+            yield error
             return
         for number in range(batch.num_rows):
-            yield from _dicts(batch.slice(number, 1))
+            yield from _dicts(batch.slice(number, 1), schema)
 
 
 def _row(fields: dict[str, Any] | Exception, special: list[str], where: str) -> Row | Fault:

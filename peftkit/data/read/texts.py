@@ -174,10 +174,9 @@ def _records(source: Iterator[Line], delimiter: str, name: str, limit: int) -> I
     """(cells or a fault, where the record begins)."""
     feed = _Feed(source, limit)
     reader = csv.reader(feed, delimiter=delimiter, strict=True)  # lax, it drops quotes and swallows files
-    fix = "close every quote, and double those inside a cell"
     while True:
         feed.begin()
-        fault = None
+        fault, fix = None, "close every quote, and double those inside a cell"
         try:
             cells = next(reader)
         except StopIteration:
@@ -187,6 +186,8 @@ def _records(source: Iterator[Line], delimiter: str, name: str, limit: int) -> I
             fault = malformed(f"{name}:{feed.first}", got, "a quote that closes", fix)
         except csv.Error as error:
             got = f"quotes that do not match ({error}), up to line {feed.last}"
+            if "new-line" in str(error):
+                got, fix = "a carriage return that ends no line", "quote the cell, or end lines by line feeds"
             fault = malformed(f"{name}:{feed.first}", got, "cells that can be told apart", fix)
         yield feed.fault or fault or cells, f"{name}:{feed.first}"
 
