@@ -98,6 +98,9 @@ def data_plan(d: Decisions, facts: Facts) -> DataPlan:
     if data.eval and facts.data and facts.data.num_eval == 0:
         d.decide("data.eval", None, "too few different rows to hold any out")
     mask = _mask(d, facts, kind)
+    weighted = bool(facts.data and facts.data.weighted)
+    if weighted:
+        d.decide("data.weights", True, "rows or turns bring weights: the loss is worked out from the logits")
     truncation = _truncation(d, facts, kind)
     _chat(d)
     if facts.text is not None:
@@ -116,4 +119,5 @@ def data_plan(d: Decisions, facts: Facts) -> DataPlan:
         chat_template=data.chat.template,
         system=data.chat.system,
         waive=tuple(data.waive),
+        weighted=weighted,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from peftkit.archs import ModelShape
 from peftkit.methods import Method
 from peftkit.plan.decisions import Decisions
 from peftkit.plan.facts import Facts, Lengths, Packs, Row
@@ -61,8 +60,9 @@ def mean_tokens(plan: Plan, facts: Facts) -> float:
     return mean * lengths.num_rows / (num_rows(plan, facts) or 1) if plan.train.packing else mean
 
 
-def _obstacle(d: Decisions, shape: ModelShape, method: Method) -> tuple[str, str]:
+def _obstacle(d: Decisions, facts: Facts, method: Method) -> tuple[str, str]:
     """(what packing does not go with, why); empty where it does."""
+    shape = facts.model.shape
     if shape.task != "causal-lm":
         return shape.task, "only a decoder reads several documents in one row"
     if shape.family.inferred:
@@ -71,6 +71,8 @@ def _obstacle(d: Decisions, shape: ModelShape, method: Method) -> tuple[str, str
         return shape.family.name, "the documents of a pack would see each other in this family"
     if method.virtual_tokens:
         return f"method {method.name}", "only the first document of a pack would see the virtual tokens"
+    if facts.data is not None and facts.data.weighted:
+        return "weighted rows", "their loss is another trainer's, which does not pack"
     also = getattr(d.loaded.recipe.method, "also_train", [])
     if any(not isinstance(item, str) for item in also):
         return (
@@ -84,7 +86,7 @@ def choose_rows(d: Decisions, facts: Facts, method: Method, max_length: int, bat
     """Whether examples are packed, and then how many packs hold about `batch_size` of them."""
     train, data = d.loaded.recipe.train, facts.data
     plain = Rows(False, data.num_train if data else None, batch_size)
-    what, why = _obstacle(d, facts.model.shape, method)
+    what, why = _obstacle(d, facts, method)
     if train.packing is True and what:
         d.refuse("train.packing", f"true with {what}", "false or auto", why)
         return plain

@@ -32,7 +32,7 @@ def objective(plan: Plan) -> ModuleType:
     """The file that trains this plan's task."""
     # TRL's fused loss reads the head past PEFT's wrapper of single token rows
     known = plan.base.task == "causal-lm" and not (plan.base.inferred or plan.method.token_rows)
-    return sft if known else supervised
+    return sft if known and not plan.data.weighted else supervised  # TRL's loss knows no weights
 
 
 @dataclass

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from peftkit.data.mask import Tokenized
 from peftkit.data.pack import pack
 from peftkit.data.read import mapped_dataset, to_dataset
-from peftkit.data.store import Counts, TokenRows
+from peftkit.data.store import Counts, TokenRows, is_weighted
 from peftkit.evaluate.losses import collate, collate_packed
 from peftkit.plan import Plan
 from peftkit.plan.packing import BY_LENGTH
@@ -63,11 +63,6 @@ def training_set(plan: Plan, rows: Sequence[Tokenized], pad_id: int) -> tuple[An
     if by_length:
         made = [{**values, "length": row.length} for values, row in zip(made, rows, strict=True)]
     return to_dataset(made), None
-
-
-def is_weighted(rows: Sequence[Tokenized]) -> bool:
-    """Whether some row's tokens do not all weigh the same in the loss."""
-    return rows.is_weighted if isinstance(rows, TokenRows) else any(row.weights for row in rows)
 
 
 class SeededOrder(TrainerCallback):

@@ -155,7 +155,7 @@ def test_a_gguf_file_is_a_base(recipe, tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
     recipe["base"] = str(write_gguf(tmp_path / "tiny.gguf", model, "llama", TINY_LLAMA / "tokenizer.json"))
     assert peftkit.make_plan(recipe).method.num_trainable > 0
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "bases").exists()  # planned from the header alone
     summary = peftkit.finetune(recipe, out=tmp_path / "run")
     assert summary.eval_loss_after < summary.eval_loss_before
     assert len(peftkit.generate(summary.path, ["Say alpha number 0"], max_new_tokens=3)) == 1

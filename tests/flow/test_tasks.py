@@ -217,7 +217,7 @@ def test_classes_that_only_held_out_rows_have_are_told(bases, tmp_path):
     peftkit.finetune(
         recipe_for(bases["bert"], data, "lora", max_steps=2), out=tmp_path / "run", observer=told.append
     )
-    assert any("zeta: never learnt" in e["text"] for e in told if e["event"] == "warning")
+    assert any("classes that are never learnt: zeta" in e["text"] for e in told if e["event"] == "warning")
 
 
 def test_measuring_on_other_data_is_refused(bases, tmp_path):

@@ -69,6 +69,16 @@ class Watch:
             if last not in self.special:
                 self.tally.add("end-token", row.where, "what is learnt does not end in an end token")
 
+    def state(self) -> dict[str, Any]:
+        """All that was seen, to go on from."""
+        return {**self.to_json(), "ends": [*self.ends.items()]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.tally = Tally.from_json(state["tally"])
+        self.ends = Counter(dict(state["ends"]))
+        self.largest_id = state["largest_id"]
+
     def to_json(self) -> dict[str, Any]:
         """What was seen, as plain values."""
         return {
