@@ -15,7 +15,7 @@ from peftkit.recipe.schema import Source
 def _mask(d: Decisions, facts: Facts, kind: str) -> str:
     """Which tokens count in the loss."""
     data, task = d.loaded.recipe.data, facts.model.shape.task
-    if kind == "preference":
+    if kind == "preference" and d.to_train:
         got = "preferences: peftkit checks them, and trains on no objective that compares answers yet"
         fix = "to learn the chosen answers: columns: {completion: chosen} with format: prompt-completion"
         d.refuse("data.format", got, "data with one answer a row", fix)
