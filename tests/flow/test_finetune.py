@@ -65,6 +65,7 @@ def test_run_directory_holds_what_the_design_promises(recipe, tmp_path):
         "recipe.yaml",
         "resolved.yaml",
         "plan.json",
+        "data.json",
         "environment.json",
         "events.jsonl",
         "checkpoints",
