@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from peftkit.methods import Method
 from peftkit.plan.decisions import Decisions
@@ -25,10 +26,6 @@ class Rows:
     num: int | None
     batch_size: int
 
-    @property
-    def name(self) -> str:
-        return "packs" if self.packing else "examples"
-
 
 def packs_of(lengths: Lengths | None, room: int) -> Packs | None:
     """The packs of rows of these lengths: counted, or about so many; None where no length is known."""
@@ -38,7 +35,7 @@ def packs_of(lengths: Lengths | None, room: int) -> Packs | None:
         return lengths.packs
     tokens = min(lengths.mean, room) * lengths.num_rows
     num = max(1, min(lengths.num_rows, round(tokens / room / _FULL)))
-    fullest = min(room, max(round(tokens / num), min(room, lengths.longest[0].num_tokens)))
+    fullest = room if num > 1 else min(room, round(tokens))
     learnt = round(fullest * min(1.0, lengths.num_learnt / lengths.num_tokens))
     return Packs(room, num, (Row(fullest, 0, learnt),))
 
@@ -134,6 +131,7 @@ def _packed(d: Decisions, facts: Facts, max_length: int, batch_size: int) -> Row
     return Rows(True, packs.num, size)
 
 
+@lru_cache(maxsize=256)  # many variants of a plan ask the same
 def padding(lengths: Lengths, most: int, *, micro: int, step: int, sampling: str) -> float:
     """The share of padding in micro-batches of `micro` rows, `step` of them to an optimizer step.
 

@@ -1,6 +1,7 @@
 """What is decided against padding, with its reasons, and what packing does not go with."""
 
 import json
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -119,6 +120,13 @@ def test_what_packing_does_not_go_with_is_refused(model_type, method, sections, 
         plan_for(config, method, train=train, **sections)
     kept = plan_for(config, method, train={"max_length": 64}, **sections)
     assert not kept.train.packing
+
+
+def test_a_model_of_no_known_family_is_not_packed():
+    unknown = replace(LLAMA, family=replace(LLAMA.family, inferred=True, mind=("looked at",)))
+    with pytest.raises(UserError, match=r"train\.packing.*no known family"):
+        planned(shape=unknown, packing=True)
+    assert not planned(shape=unknown)[0].train.packing
 
 
 def test_the_fullest_packs_are_the_longest_batch():
