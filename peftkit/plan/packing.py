@@ -72,10 +72,7 @@ def _obstacle(d: Decisions, facts: Facts, method: Method) -> tuple[str, str]:
         return "weighted rows", "their loss is another trainer's, which does not pack"
     also = getattr(d.loaded.recipe.method, "also_train", [])
     if any(not isinstance(item, str) for item in also):
-        return (
-            "also_train with tokens",
-            "rows of single tokens are trained by another trainer, which does not pack",
-        )
+        return "also_train with tokens", "single tokens' rows have another trainer, which does not pack"
     return "", ""
 
 
@@ -99,11 +96,10 @@ def choose_rows(d: Decisions, facts: Facts, method: Method, max_length: int, bat
 def _auto(d: Decisions, facts: Facts, max_length: int, batch_size: int) -> tuple[bool, str]:
     """Not on a CPU, where it was measured slower; on a GPU, where it was not measured, for much padding."""
     lengths = facts.data.lengths if facts.data else None
+    if facts.device.kind == "cpu":
+        return False, "on a CPU rows of like length together were measured faster (docs/packing.md)"
     if facts.device.kind != "cuda":
-        return (
-            False,
-            f"on {facts.device.kind} taking rows of like length together is faster (docs/packing.md)",
-        )
+        return False, f"not measured on {facts.device.kind}"
     if lengths is None or d.loaded.recipe.train.micro_batch != "auto":
         return False, "the rows' lengths are not known" if lengths is None else "train.micro_batch is given"
     left = padding(lengths, max_length, micro=batch_size, step=batch_size, sampling=BY_LENGTH)
