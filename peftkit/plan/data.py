@@ -87,7 +87,7 @@ def _text(d: Decisions, text: TextFacts) -> None:
 
 
 def data_plan(d: Decisions, facts: Facts) -> DataPlan:
-    """Sources, format, columns, mask, truncation and length, decided; what does not go together is refused."""
+    """Sources, format, columns, mask, truncation and length; what does not go together is refused."""
     data = d.loaded.recipe.data
     d.keep("data.train", [_named(source) for source in data.sources])
     d.keep("data.eval", _named(data.eval))

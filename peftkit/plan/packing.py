@@ -15,7 +15,8 @@ RANDOM, BY_LENGTH = "random", "by length"
 _FULL = 0.98  # of a pack's room, where the rows are not laid together yet: best-fit decreasing leaves less
 _MUCH_PADDING = 0.05  # of a micro-batch: from here on rows of like length are taken together
 _STILL_MUCH = 0.10  # what padding must be left then, for a GPU to pack
-_WINDOW_STEPS, _WINDOW_ROWS = 50, 1000  # transformers sorts windows of 50 steps; so many places tell enough
+WINDOW_STEPS = 50  # of which the rows are sorted by length
+_WINDOW_ROWS = 1000  # so many places tell enough
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,10 @@ def padding(lengths: Lengths, most: int, *, micro: int, step: int, sampling: str
     """The share of padding in micro-batches of `micro` rows, `step` of them to an optimizer step.
 
     No row exceeds `most`. At random the longest of each micro-batch counts; by length rows are sorted in
-    windows of many steps, as transformers' sampler does.
+    windows of many steps.
     """
     step = min(step, lengths.num_rows)
-    window = step * max(1, min(_WINDOW_STEPS, lengths.num_rows // (4 * step)))
+    window = step * max(1, min(WINDOW_STEPS, lengths.num_rows // step))
     num = window if sampling == BY_LENGTH else _WINDOW_ROWS
     if num > _WINDOW_ROWS:  # the same picture in fewer places
         micro, num = max(1, round(micro * _WINDOW_ROWS / num)), _WINDOW_ROWS

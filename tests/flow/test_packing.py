@@ -60,7 +60,7 @@ def test_stopped_and_resumed_equals_uninterrupted(how, step, uneven, tmp_path):
     assert weights(resumed) == weights(whole)
     assert resumed.eval_loss_after == whole.eval_loss_after
     rates = [event["tokens_per_second"] * event["step_seconds"] for event in events(tmp_path / "cut", "step")]
-    assert max(rates) < 8 * 64 * 1.01, "no step has the tokens of those before it"
+    assert max(rates) < 8 * 100, "no step has the tokens of those before it"
 
 
 def test_the_loss_of_packs_is_the_mean_over_their_documents(uneven, tmp_path):

@@ -1,12 +1,11 @@
 """What the trainer draws, in which order, and the batches it makes."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 
 from peftkit.data.mask import IGNORED, Tokenized
-from peftkit.train.rows import SeededOrder, batch_of, longest, training_set
+from peftkit.train.rows import batch_of, longest, order_by_length, training_set
 from tests.plans import cpu_plan
 
 ROWS = [Tokenized([5] * size, [IGNORED] * (size - 1) + [5], "") for size in (40, 30, 20, 10, 50)]
@@ -29,11 +28,12 @@ def test_packs_are_held_by_the_numbers_of_their_rows():
     assert all(torch.equal(batch[name], same[name]) for name in batch)
 
 
-def test_rows_by_themselves_are_columns_with_a_length_where_it_is_needed():
+def test_rows_by_themselves_are_columns():
     dataset, collator = training_set(planned(), ROWS, 0)
     assert collator is None and dataset.column_names == ["input_ids", "labels"]
-    dataset, _ = training_set(planned(sampling="by length"), ROWS, 0)
-    assert list(dataset["length"]) == [40, 30, 20, 10, 50]
+    plan = planned(sampling="by length", micro_batch=1, batch_size=1, num_steps=5)
+    dataset, _ = training_set(plan, ROWS, 0)
+    assert sorted(len(ids) for ids in dataset["input_ids"]) == [10, 20, 30, 40, 50]
 
 
 def test_the_longest_come_first_in_packs_too():
@@ -42,17 +42,23 @@ def test_the_longest_come_first_in_packs_too():
     assert [sum(row.length for row in pack) for pack in packs] == [60, 60]
 
 
-def test_an_epoch_has_its_own_order_and_a_resumed_one_the_same():
-    def order(epoch):
-        torch.rand(3)  # whatever was drawn before
-        SeededOrder().on_epoch_begin(SimpleNamespace(seed=7), SimpleNamespace(epoch=epoch), None)
-        return torch.randperm(50).tolist()
+def test_rows_by_length_are_alike_in_a_micro_batch_and_not_in_a_step():
+    rows = [Tokenized([5] * size, [5] * size, "") for size in (*range(2, 66), *range(2, 66))]
+    plan = planned(sampling="by length", micro_batch=4, batch_size=16, num_steps=20)
+    order = order_by_length(plan, rows)
+    assert len(order) == 320
+    counts = [order.count(number) for number in range(128)]
+    assert (min(counts), max(counts)) == (2, 3), "two and a half epochs"
+    lengths = [rows[number].length for number in order]
+    micro = [lengths[start : start + 4] for start in range(0, 320, 4)]
+    assert max(max(one) - min(one) for one in micro) <= 2
+    steps = [lengths[start : start + 16] for start in range(0, 320, 16)]
+    assert sum(max(one) - min(one) > 20 for one in steps) >= 15
+    assert order == order_by_length(plan, rows)
+    assert order != order_by_length(replace(plan, seed=plan.seed + 1), rows)
 
-    assert order(1) == order(1.4) == order(1.9999)
-    assert order(0) != order(1) != order(2)
 
-
-def test_rows_on_disk_are_mapped_with_their_length_and_weights(tmp_path):
+def test_rows_on_disk_are_mapped_with_their_weights(tmp_path):
     from peftkit.data.store import TokenRows, Writer
 
     weighted = Tokenized([1, 2, 3], [IGNORED, 2, 3], "a", [1.0, 0.5, 2.0])
@@ -60,12 +66,7 @@ def test_rows_on_disk_are_mapped_with_their_length_and_weights(tmp_path):
     writer.write([*ROWS, weighted], list(range(6)))
     writer.close()
     stored = TokenRows([tmp_path / "rows.arrow"])
-    dataset, _ = training_set(planned(sampling="by length"), stored, 0)
-    assert dataset.column_names == ["input_ids", "labels", "weights", "length"]
-    assert dataset[5] == {
-        "input_ids": [1, 2, 3],
-        "labels": [IGNORED, 2, 3],
-        "weights": [1.0, 0.5, 2.0],
-        "length": 3,
-    }
+    dataset, _ = training_set(planned(), stored, 0)
+    assert dataset.column_names == ["input_ids", "labels", "weights"]
+    assert dataset[5] == {"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "weights": [1.0, 0.5, 2.0]}
     assert [row.length for [row] in longest(planned(), stored, 2)] == [50, 40]
