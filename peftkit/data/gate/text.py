@@ -46,8 +46,8 @@ def _said(turn: Message) -> str:
 def text_of(example: Example) -> str:
     """Everything that a row says."""
     if example.messages:
-        rejected = () if isinstance(example.rejected, str) else example.rejected
-        return "\n".join(map(_said, (*example.messages, *rejected)))
+        turns = example.messages if isinstance(example.rejected, str) else example.messages + example.rejected
+        return "\n".join(map(_said, turns))
     rejected = example.rejected if isinstance(example.rejected, str) else ""
     return "\n".join(
         part for part in (example.prompt, example.completion, rejected, " ".join(example.words)) if part
