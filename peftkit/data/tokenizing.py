@@ -78,6 +78,8 @@ def _tokenized(examples: Sequence[Example], work: Work, watch: Watch) -> Iterato
                 watch.text(example)
                 if made.lost:
                     watch.tally.add("template", made.where, f"not in the rendered text: {made.lost}")
+                if made.lost_reasoning:
+                    watch.tally.add("reasoning", made.where, made.lost_reasoning)
             following = (rendered, pool.submit(encode, rendered, work.tokenizer))
             if waiting is not None:
                 yield _labelled(*waiting, work)

@@ -12,7 +12,10 @@ from peftkit.recipe import LoadedRecipe
 
 @dataclass
 class Decisions:
-    """Decisions and problems, in the order in which they are made. Without `to_train` data is only seen."""
+    """Decisions and problems, in the order in which they are made.
+
+    Without `to_train` data is only looked at.
+    """
 
     loaded: LoadedRecipe
     to_train: bool = True

@@ -19,9 +19,10 @@ _FOREIGN = re.compile(
 _MARKS = ("<|", "_of_turn>", "INST]", "SYS>>", "### ")
 
 
-def last_learnt(row: Tokenized) -> int | None:
-    """The last token that is learnt."""
-    return next((label for label in reversed(row.labels) if label != IGNORED), None)
+def ends_of(row: Tokenized) -> list[int]:
+    """The last token of every stretch that is learnt."""
+    following = [*row.labels[1:], IGNORED]
+    return [a for a, b in zip(row.labels, following, strict=True) if b == IGNORED and a != IGNORED]
 
 
 class Watch:
@@ -63,11 +64,11 @@ class Watch:
             self.tally.add("double-bos", row.where, "two start tokens")
         if self.task not in {"causal-lm", "seq2seq"}:
             return
-        last = last_learnt(row)
-        if last is not None:
-            self.ends[last] += 1
-            if last not in self.special:
-                self.tally.add("end-token", row.where, "what is learnt does not end in an end token")
+        ends = ends_of(row)
+        self.ends.update(ends[-1:])
+        number = next((n for n, token in enumerate(ends, start=1) if token not in self.special), None)
+        if number is not None:
+            self.tally.add("end-token", row.where, f"answer {number} does not end in an end token")
 
     def state(self) -> dict[str, Any]:
         """All that was seen, to go on from."""
