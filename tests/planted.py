@@ -475,7 +475,8 @@ def _near_leak(rows: Rows, draw: Random) -> list[int]:
 def _near_leaks(rows: Rows, draw: Random) -> list[int]:
     places = _some(rows.held, draw, 0.2)
     for at, source in zip(places, _some(rows.train, draw, 0.5), strict=False):
-        rows.held[at]["question"] = f"Now {rows.train[source]['question']}"
+        known = rows.train[source]
+        rows.held[at] = {**known, "question": f"Now {known['question']}"}
     return places
 
 

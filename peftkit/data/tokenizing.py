@@ -19,13 +19,14 @@ from peftkit.data.fit import Fitted, fit
 from peftkit.data.formats import Example
 from peftkit.data.gate.tokens import Watch
 from peftkit.data.mask import IGNORED, Tokenized, encode, tokenize
-from peftkit.data.template import Style, render
+from peftkit.data.template import Rendered, Style, render
 from peftkit.plan.plan import DataPlan
 from peftkit.rundir import write_json
 
 _CHUNK = 512
 PART_ROWS = 40_000  # examples to a file: what is done again at most after an interruption
 _POSITION = "position.json"
+_DECODED = 4  # rows of a chunk
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,20 @@ def _tokenized(examples: Sequence[Example], work: Work, watch: Watch) -> Iterato
                     watch.tally.add("reasoning", made.where, made.lost_reasoning)
             following = (rendered, pool.submit(encode, rendered, work.tokenizer))
             if waiting is not None:
-                yield _labelled(*waiting, work)
+                yield _labelled(*waiting, work, watch)
             waiting = following
         if waiting is not None:
-            yield _labelled(*waiting, work)
+            yield _labelled(*waiting, work, watch)
 
 
-def _labelled(rendered: Any, encoding: Any, work: Work) -> list[Tokenized]:
-    return tokenize(
+def _labelled(rendered: Sequence[Rendered], encoding: Any, work: Work, watch: Watch) -> list[Tokenized]:
+    """The rows of a chunk. Of the first few it is seen whether their tokens give back the text."""
+    rows = tokenize(
         rendered, work.tokenizer, mask=work.plan.mask, stops=work.stops, encoded=encoding.result()
     )
+    for row, made in zip(rows[:_DECODED], rendered, strict=False):
+        watch.round_trip(row, made.text)
+    return rows
 
 
 class InMemory:

@@ -51,7 +51,7 @@ def test_rows_by_length_are_alike_in_a_micro_batch_and_not_in_a_step():
     assert (min(counts), max(counts)) == (2, 3), "two and a half epochs"
     lengths = [rows[number].length for number in order]
     micro = [lengths[start : start + 4] for start in range(0, 320, 4)]
-    assert max(max(one) - min(one) for one in micro) <= 2
+    assert max(max(one) - min(one) for one in micro) <= 8
     steps = [lengths[start : start + 16] for start in range(0, 320, 16)]
     assert sum(max(one) - min(one) > 20 for one in steps) >= 15
     assert order == order_by_length(plan, rows)
