@@ -90,9 +90,9 @@ def _without_prefix(piece: str, tokenizer: Any, where: str) -> tuple[list[int], 
     raise UserError(Problem(where, got, expected, "use a template with a line break before answers"))
 
 
-def _in_pieces(rendered: Rendered, tokenizer: Any) -> _Pieces:
+def _in_pieces(rendered: Rendered, starts: Sequence[int], tokenizer: Any) -> _Pieces:
     """A text encoded in pieces that end where answers begin."""
-    cuts = sorted({0, *(span.start for span in rendered.answers), len(rendered.text)})
+    cuts = sorted({0, *starts, len(rendered.text)})
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     backend = tokenizer.backend_tokenizer
@@ -126,6 +126,20 @@ def _straddles(encoded: Encoded, char: int, length: int) -> bool:
     token = encoded.char_to_token(char)
     chars = None if token is None else encoded.token_to_chars(token)
     return chars is not None and chars[0] < char
+
+
+def _other_alone(encoded: Encoded, start: int, text: str) -> bool:
+    """Whether the text before an answer, encoded alone, is other tokens.
+
+    A token may straddle the start; and many tokenizers split the blanks before a word, but not those at the
+    end of a text.
+    """
+    if _straddles(encoded, start, len(text)):
+        return True
+    if not text[max(0, start - 2) : start].isspace() or start < 2:
+        return False
+    chars = encoded.token_to_chars(encoded.char_to_token(start - 2) or 0)
+    return chars is not None and chars[1] < start
 
 
 def _learnt_spans(rendered: Rendered, mask: str) -> tuple[Span, ...]:
@@ -235,16 +249,17 @@ def tokenize(
     token that is learnt too; where the text brings none, the tokenizer's end token is added. `stops` are
     tokens at which generation stops, `encoded` what `encode` gave for the batch.
 
-    Where a token would straddle the start of an answer, that text is encoded in pieces that end there: at
-    inference the prompt is encoded alone, and training must see the same prompt tokens.
+    Where the prompt alone would be other tokens, a text is encoded in pieces that end there: at inference
+    the prompt is encoded alone, and training must see the same tokens.
     """
     ends = _Ends.of(tokenizer, stops)
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     found = []
     for rendered, whole in zip(batch, encoded or encode(batch, tokenizer), strict=True):
-        length = len(rendered.text)
-        cut = any(_straddles(whole, span.start, length) for span in rendered.answers)
-        made = _in_pieces(rendered, tokenizer) if cut else whole
+        answers = rendered.answers[-1:] if mask == "last-turn" else rendered.answers
+        starts = [span.start for span in answers]
+        cut = any(_other_alone(whole, start, rendered.text) for start in starts)
+        made = _in_pieces(rendered, starts, tokenizer) if cut else whole
         row = _labelled(rendered, made, mask, ends, tokenizer.eos_token_id)
         if bos and row.input_ids[:1] != bos:
             weights = None if row.weights is None else [1.0, *row.weights]
