@@ -182,13 +182,14 @@ def _range(rendered: Rendered, encoded: Encoded, ids: list[int], span: Span, end
     """Tokens [first, stop) to learn: those whose characters overlap the span, up to the end of the turn.
 
     What the template puts after the end token is not learnt: the model stops before it. An end token that
-    stands right after the span is.
+    stands right after the span is. So is a token that has more of the answer than blanks.
     """
     text, size = rendered.text, len(ids)
     length = len(text)
     first = _token_at(encoded, span.start, length, size)
     stop = _token_at(encoded, span.end, length, size)
-    if stop < size and _straddles(encoded, span.end, length):
+    chars = encoded.token_to_chars(stop) if stop < size else None
+    if chars is not None and text[chars[0] : span.end].strip():  # it straddles the end
         stop += 1
     tail = stop
     while tail > first and (ids[tail - 1] in ends.added or _is_blank(encoded, tail - 1, text)):
