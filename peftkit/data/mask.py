@@ -90,23 +90,26 @@ def _without_prefix(piece: str, tokenizer: Any, where: str) -> tuple[list[int], 
     raise UserError(Problem(where, got, expected, "use a template with a line break before answers"))
 
 
-def _in_pieces(rendered: Rendered, starts: Sequence[int], tokenizer: Any) -> _Pieces:
-    """A text encoded in pieces that end where answers begin."""
-    cuts = sorted({0, *starts, len(rendered.text)})
-    ids: list[int] = []
-    offsets: list[tuple[int, int]] = []
+def _in_pieces(batch: Sequence[tuple[Rendered, list[int]]], tokenizer: Any) -> list[_Pieces]:
+    """Texts encoded in pieces that end where answers begin."""
     backend = tokenizer.backend_tokenizer
     prefixed = backend.encode("a", add_special_tokens=False).tokens[:1] != ["a"]
-    for start, end in pairwise(cuts):
-        text = rendered.text[start:end]
-        if start and prefixed:
-            piece, places = _without_prefix(text, tokenizer, rendered.where)
-        else:
-            made = backend.encode(text, add_special_tokens=False)
-            piece, places = made.ids, made.offsets
-        ids.extend(piece)
-        offsets.extend((a + start, b + start) for a, b in places)
-    return _Pieces(ids, offsets)
+    cuts = [sorted({0, *starts, len(rendered.text)}) for rendered, starts in batch]
+    texts = [r.text[a:b] for (r, _), places in zip(batch, cuts, strict=True) for a, b in pairwise(places)]
+    encoded = iter(backend.encode_batch(texts, add_special_tokens=False))
+    found = []
+    for (rendered, _), places in zip(batch, cuts, strict=True):
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for start, end in pairwise(places):
+            made = next(encoded)
+            piece, chars = made.ids, made.offsets
+            if start and prefixed:
+                piece, chars = _without_prefix(rendered.text[start:end], tokenizer, rendered.where)
+            ids.extend(piece)
+            offsets.extend((a + start, b + start) for a, b in chars)
+        found.append(_Pieces(ids, offsets))
+    return found
 
 
 def _token_at(encoded: Encoded, char: int, length: int, num_tokens: int) -> int:
@@ -253,15 +256,21 @@ def tokenize(
     Where the prompt alone would be other tokens, a text is encoded in pieces that end there: at inference
     the prompt is encoded alone, and training must see the same tokens.
     """
-    ends = _Ends.of(tokenizer, stops)
+    ends, eos = _Ends.of(tokenizer, stops), tokenizer.eos_token_id
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    found = []
-    for rendered, whole in zip(batch, encoded or encode(batch, tokenizer), strict=True):
+    made = list(encoded or encode(batch, tokenizer))
+    cuts = {}
+    for number, (rendered, whole) in enumerate(zip(batch, made, strict=True)):
         answers = rendered.answers[-1:] if mask == "last-turn" else rendered.answers
         starts = [span.start for span in answers]
-        cut = any(_other_alone(whole, start, rendered.text) for start in starts)
-        made = _in_pieces(rendered, starts, tokenizer) if cut else whole
-        row = _labelled(rendered, made, mask, ends, tokenizer.eos_token_id)
+        if any(_other_alone(whole, start, rendered.text) for start in starts):
+            cuts[number] = rendered, starts
+    if cuts:
+        for number, pieces in zip(cuts, _in_pieces(list(cuts.values()), tokenizer), strict=True):
+            made[number] = pieces
+    found = []
+    for rendered, tokens in zip(batch, made, strict=True):
+        row = _labelled(rendered, tokens, mask, ends, eos)
         if bos and row.input_ids[:1] != bos:
             weights = None if row.weights is None else [1.0, *row.weights]
             row = Tokenized([*bos, *row.input_ids], [IGNORED, *row.labels], row.where, weights)

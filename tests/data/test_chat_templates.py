@@ -227,7 +227,7 @@ FAMILIES = [
             tools=f"{LFM_CALL}It is 3.<|im_end|>",
             reasons="It is 2.<|im_end|><think>Again.</think>It is 4.<|im_end|>",
         )
-        for name in ("lfm2_2_5", "lfm2_2_5_v2")
+        for name in ("lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl")
     ),
     Family("llama3", "training", "{}<|eot_id|>", "<|eot_id|>", "<|begin_of_text|>", trims=str.strip),
     *(
@@ -453,7 +453,7 @@ def test_every_template_of_the_wheel_is_proven():
 
     names = {path.stem for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")}
     originals = {name for name in names if not name.endswith("_training")}
-    assert originals - {family.name for family in FAMILIES} <= {"lfm2_2_5_vl"}
+    assert originals == {family.name for family in FAMILIES}
 
 
 RANDOM = ("gptoss", "llama3", "llama3_1", "phi3", "qwen2_5", "qwen3")
