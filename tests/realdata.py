@@ -386,12 +386,12 @@ def _derived(folder: Path, tokenizer: Any = None, **changes: Any) -> Path:
 
 def _word_tokenizer() -> Any:
     """Words and single characters of GSM8K; what else there is becomes the unknown token."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     special = AutoTokenizer.from_pretrained(TINY_LLAMA).all_special_tokens
     words = Tokenizer(models.BPE(unk_token="<|unk|>"))
-    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     marks = [AddedToken(t, special=True, normalized=False) for t in [*special, *_ROLES, "<|unk|>"]]
     texts = [text for row in _problems(ASSETS / "gsm8k.train.jsonl") for text in row.values()]
     words.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2000, special_tokens=marks))
