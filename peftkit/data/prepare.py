@@ -18,7 +18,7 @@ from peftkit.data.gate.tokens import Watch
 from peftkit.data.ingest import ingest, refuse_unusable
 from peftkit.data.mask import Tokenized
 from peftkit.data.spill import Picked
-from peftkit.data.style import choose_style
+from peftkit.data.style import choose_style, read_template
 from peftkit.data.template import NO_CHATS, Style, ensure_template
 from peftkit.data.tokenizing import InMemory, Work, fill, write
 from peftkit.errors import Problem, UserError
@@ -108,9 +108,10 @@ def prepare(
     """
     style, source = NO_CHATS, ""
     if plan.chat_template is not None:
-        tokenizer.chat_template = Path(plan.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(Path(plan.chat_template))
         source = Path(plan.chat_template).name
-    if task == "causal-lm":
+    without_chats = examples.format in {"text", "seq2seq"}
+    if task == "causal-lm" and not without_chats:
         style = choose_style(examples.train or examples.eval, tokenizer, mask=plan.mask, source=source)
     elif needs_template(examples.train[:_LOOKED_AT]) or needs_template(examples.eval[:_LOOKED_AT]):
         default = ensure_template(tokenizer)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from peftkit.data.formats import Example
@@ -21,7 +22,7 @@ from peftkit.data.template import (
     takes_default,
     template_of,
 )
-from peftkit.errors import UserError
+from peftkit.errors import Problem, UserError
 
 _SAMPLE = 24
 _ASKED, _SAID = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
@@ -90,18 +91,40 @@ def _training_template(tokenizer: Any) -> str | None:
         return None
 
 
+def read_template(path: Path) -> str:
+    """A chat template from a file. Raises UserError where there is none, or it is no Jinja template."""
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        render_jinja_template([[_ASKED]], chat_template=text)
+    except OSError as error:
+        got = f"{path}, which cannot be read ({error.strerror})"
+        raise UserError(Problem("data.chat.template", got, "a file with a Jinja template")) from None
+    except UnicodeDecodeError:
+        raise UserError(Problem("data.chat.template", f"{path}, which is no UTF-8", "UTF-8 text")) from None
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(Problem(f"{path}:{error.lineno}", str(error), "a Jinja template")) from None
+    except (jinja2.TemplateError, TypeError):
+        return text  # it takes other turns
+    return text
+
+
 def choose_style(examples: Sequence[Example], tokenizer: Any, *, mask: str, source: str = "") -> Style:
     """How the chats among `examples` are rendered, proven on a sample of them.
 
     Markers of the model's own template serve first, TRL's training templates next, prefixes last. The
-    tokenizer gets the default template where it has none.
+    tokenizer gets the default template where it has none, and nothing where there are no chats.
     """
-    if not any(example.messages for example in examples[:1]) and not any(e.messages for e in examples[-1:]):
+    chats = next((i for i, example in enumerate(examples) if example.messages), None)
+    if chats is None:
         return NO_CHATS
     default = ensure_template(tokenizer)
     source = source or ("the default" if default else "the model's own")
     step = max(1, len(examples) // _SAMPLE)
-    sample = [e for e in (examples[i] for i in range(0, len(examples), step)) if e.messages][:_SAMPLE]
+    spread = [examples[i] for i in (chats, *range(0, len(examples), step))]
+    sample = [example for example in spread if example.messages][: _SAMPLE + 1]
     own = template_of(tokenizer)
     plain = [e for e in sample if takes_default(e, tokenizer)]
 

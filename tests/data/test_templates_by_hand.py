@@ -424,3 +424,16 @@ def test_text_without_a_template_ends_in_whatever_special_token_it_has():
     for text, more in (("a<|user|>", ""), ("a", "<|end|>"), ("a<|end|>\n", "")):
         [row] = tokenize([render(Example("w", completion=text), tokenizer)], tokenizer, mask="all")
         assert learnt(tokenizer, row) == text + more
+
+
+def test_a_template_in_a_file_is_read_and_its_mistakes_are_told(tmp_path):
+    from peftkit.data.style import read_template
+
+    good = "{% generation %}{{ bos_token }}{% endgeneration %}{{ raise_exception('x') }}"
+    (tmp_path / "good.jinja").write_text(good)
+    assert read_template(tmp_path / "good.jinja").startswith("{% generation %}")
+    (tmp_path / "bad.jinja").write_text("one\n{% for m in messages %}")
+    with pytest.raises(UserError, match=r"bad\.jinja:2: got .*expected a Jinja template"):
+        read_template(tmp_path / "bad.jinja")
+    with pytest.raises(UserError, match="which cannot be read"):
+        read_template(tmp_path / "none.jinja")
