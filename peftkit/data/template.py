@@ -38,13 +38,14 @@ class Span:
 class Rendered:
     """An example as the model sees it, and where its answers stand, first to last.
 
-    `lost` says what of the example the text does not hold.
+    `lost` says what of the example the text does not hold, `lost_reasoning` whose reasoning.
     """
 
     text: str
     answers: tuple[Span, ...]
     where: str
     lost: str = ""
+    lost_reasoning: str = ""
 
 
 @dataclass(frozen=True)
@@ -260,27 +261,52 @@ def _said(content: str) -> str:
     return content.rsplit("</think>", 1)[-1].strip()
 
 
-def _thought(content: str) -> str:
-    """The reasoning that an answer brings within its text."""
-    thought, mark, _ = content.rpartition("</think>")
-    return thought.removeprefix("<think>") if mark else ""
+def _outside(rendered: Rendered) -> str:
+    """The text without what is learnt of it: there stands what others said."""
+    edges = [0, *(edge for span in rendered.answers for edge in (span.start, span.end)), len(rendered.text)]
+    return "".join(rendered.text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
+
+
+def _end_in(text: str, content: str, start: int) -> int:
+    """Where a content that stands at `start` or later ends, as it is or as JSON; -1 where it does not."""
+    for form in (str, _said, lambda said: json.dumps(said, ensure_ascii=False)[1:-1]):
+        place = text.find(form(content), start)
+        if place >= 0:
+            return place + len(form(content))
+    return -1
 
 
 def lost_in(example: Example, rendered: Rendered) -> str:
-    """What of a chat its text does not hold; empty where all is there."""
-    text = rendered.text
+    """What of a chat its text does not hold; empty where all is there.
+
+    What others than the assistant say has to stand outside the answers, in its order: a tool's "24" stands in
+    the answer as well.
+    """
+    text, outside, at = rendered.text, _outside(rendered), 0
     for number, message in enumerate(example.messages, start=1):
         content = message["content"].strip()
-        if content and content not in text and _said(content) not in text:
-            as_json = json.dumps(content, ensure_ascii=False)[1:-1]
-            if as_json not in text:
-                return f"turn {number} ({message['role']})"
-        reasoning = message.get("reasoning_content") or _thought(content)
-        if reasoning and reasoning.strip() not in text:
-            return f"the reasoning of turn {number}"
+        if message["role"] in {"user", "tool"}:
+            at = _end_in(outside, content, at)
+        if at < 0 or _end_in(text, content, 0) < 0:
+            return f"turn {number} ({message['role']})"
+    answers = [m for m in example.messages[example.num_given :] if m["role"] == "assistant"]
+    for span, message in zip(rendered.answers[::-1], answers[::-1], strict=False):
+        learnt = text[span.start : span.end]
+        if _said(message["content"]) not in learnt:
+            return "an answer that does not stand where it is learnt"
         for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in text:
-                return f"the tool call of turn {number}"
+            if call["function"]["name"] not in learnt:
+                return f"the call of {call['function']['name']}"
+    return ""
+
+
+def reasoning_lost_in(example: Example, rendered: Rendered) -> str:
+    """The first turn whose reasoning the text does not hold; empty where none is lost."""
+    for number, message in enumerate(example.messages, start=1):
+        content, reasoning = message["content"].strip(), message.get("reasoning_content", "").strip()
+        inside = "</think>" in content and content not in rendered.text
+        if inside or (reasoning and reasoning not in rendered.text):
+            return f"the reasoning of turn {number}"
     return ""
 
 
@@ -312,8 +338,8 @@ def render(
     if misplaced(example, made):
         got = "an answer that does not stand where the template puts answers"
         raise UserError(Problem(example.where, got, "each answer in its turn", "use data.chat.template"))
-    lost = lost_in(example, made)
-    return replace(made, lost=lost) if lost else made
+    lost, reasoning = lost_in(example, made), reasoning_lost_in(example, made)
+    return replace(made, lost=lost, lost_reasoning=reasoning) if lost or reasoning else made
 
 
 def render_prompt(example: Example, tokenizer: Any) -> tuple[str, str]:

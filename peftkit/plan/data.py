@@ -15,7 +15,7 @@ from peftkit.recipe.schema import Source
 def _mask(d: Decisions, facts: Facts, kind: str) -> str:
     """Which tokens count in the loss."""
     data, task = d.loaded.recipe.data, facts.model.shape.task
-    if kind == "preference":
+    if kind == "preference" and d.to_train:
         got = "preferences: peftkit checks them, and trains on no objective that compares answers yet"
         fix = "to learn the chosen answers: columns: {completion: chosen} with format: prompt-completion"
         d.refuse("data.format", got, "data with one answer a row", fix)
@@ -87,6 +87,7 @@ def _text(d: Decisions, text: TextFacts) -> None:
 
 
 def data_plan(d: Decisions, facts: Facts) -> DataPlan:
+    """Sources, format, columns, mask, truncation and length; what does not go together is refused."""
     data = d.loaded.recipe.data
     d.keep("data.train", [_named(source) for source in data.sources])
     d.keep("data.eval", _named(data.eval))
@@ -98,6 +99,9 @@ def data_plan(d: Decisions, facts: Facts) -> DataPlan:
     if data.eval and facts.data and facts.data.num_eval == 0:
         d.decide("data.eval", None, "too few different rows to hold any out")
     mask = _mask(d, facts, kind)
+    weighted = bool(facts.data and facts.data.weighted)
+    if weighted:
+        d.decide("data.weights", True, "rows or turns bring weights: the loss is worked out from the logits")
     truncation = _truncation(d, facts, kind)
     _chat(d)
     if facts.text is not None:
@@ -116,4 +120,5 @@ def data_plan(d: Decisions, facts: Facts) -> DataPlan:
         chat_template=data.chat.template,
         system=data.chat.system,
         waive=tuple(data.waive),
+        weighted=weighted,
     )

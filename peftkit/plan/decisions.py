@@ -12,9 +12,13 @@ from peftkit.recipe import LoadedRecipe
 
 @dataclass
 class Decisions:
-    """Decisions and problems, in the order in which they are made."""
+    """Decisions and problems, in the order in which they are made.
+
+    Without `to_train` data is only looked at.
+    """
 
     loaded: LoadedRecipe
+    to_train: bool = True
     made: list[Decision] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 

@@ -287,10 +287,13 @@ def _train(d: Decisions, facts: Facts, method: Method, autocast: str | None, max
     )
 
 
-def make_plan(loaded: LoadedRecipe, facts: Facts) -> Plan:
-    """Decide everything. Raises UserError with every conflict between recipe, device, model and data."""
+def make_plan(loaded: LoadedRecipe, facts: Facts, *, to_train: bool = True) -> Plan:
+    """Decide everything. Raises UserError with every conflict between recipe, device, model and data.
+
+    Without `to_train`, data that nothing can train on yet is planned for as well: to be looked at.
+    """
     recipe = loaded.recipe
-    d = Decisions(loaded)
+    d = Decisions(loaded, to_train)
     d.problems.extend(check(loaded))
     method = METHODS[recipe.method.name]
     d.keep("task", recipe.task, facts.model.shape.task, "what this family and this data are for")

@@ -47,18 +47,26 @@ def check_data(loaded: LoadedRecipe, *, full: bool = False) -> DataReport:
     source = loadable(base, loaded.where(("base", "id")))
     examples = ingest(loaded.recipe.data, seed=loaded.recipe.seed, where=loaded.where)
     model = model_facts(loaded, converted(base, source), examples)
-    return look(loaded, Facts(detect_device_light(), model, None), examples, source, full=full).report
+    facts = Facts(detect_device_light(), model, None)
+    return look(loaded, facts, examples, source, full=full, to_train=False).report
 
 
 def look(
-    loaded: LoadedRecipe, facts: Facts, examples: Examples, source: str, *, full: bool = False
+    loaded: LoadedRecipe,
+    facts: Facts,
+    examples: Examples,
+    source: str,
+    *,
+    full: bool = False,
+    to_train: bool = True,
 ) -> Looked:
     """Tokenize what was read, plan for the rows that are left, and judge them."""
+    from peftkit.data.store import is_weighted
     from peftkit.model.load import load_tokenizer, stops_of
 
     task = facts.model.shape.task
     facts = replace(facts, data=data_facts(examples, task))
-    plan = make_plan(loaded, facts)
+    plan = make_plan(loaded, facts, to_train=to_train)
     tokenizer = load_tokenizer(source, plan.base)
     stops = stops_of(source, tokenizer)
     prepared = prepare(examples, tokenizer, plan.data, task=task, labels=plan.base.labels, stops=stops)
@@ -69,9 +77,10 @@ def look(
         labels=plan.base.labels,
         lengths=counted(prepared.train, task, plan.data.max_length),
         longest_eval=longest(counted(prepared.eval, task)),
+        weighted=is_weighted(prepared.train),
     )
     facts = replace(facts, data=rows, text=text_facts(tokenizer, prepared))
-    plan = make_plan(loaded, facts)
+    plan = make_plan(loaded, facts, to_train=to_train)
     data = Data(examples, prepared, plan, tokenizer, facts, stops, full)
     return Looked(facts, plan, tokenizer, prepared, _report(data))
 

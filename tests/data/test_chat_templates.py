@@ -445,7 +445,7 @@ def test_reasoning_is_learnt_where_the_template_keeps_it(family):
     tokenizer = tokenizer_of(family)
     _, [made], [row] = trained(tokenizer, [example(REASONS)], "completion", family.stops)
     assert learnt(tokenizer, row) == family.reasons
-    assert made.lost == ("" if "Add." in family.reasons else "the reasoning of turn 2")
+    assert made.lost_reasoning == ("" if "Add." in family.reasons else "the reasoning of turn 2")
 
 
 def test_every_template_of_the_wheel_is_proven():

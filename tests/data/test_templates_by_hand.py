@@ -406,7 +406,7 @@ def test_reasoning_that_a_template_takes_out_of_the_text_is_named():
         CHATML.replace("m['content'] +", "m['content'].split('</think>')[-1] +"), IM, eos=IM[0]
     )
     chat = (said("user", "q"), said("assistant", "<think>hm</think>yes"))
-    assert render(example(chat), tokenizer).lost == "the reasoning of turn 2"
+    assert render(example(chat), tokenizer).lost_reasoning == "the reasoning of turn 2"
 
 
 def test_a_base_without_a_template_learns_by_the_default_one():

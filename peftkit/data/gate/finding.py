@@ -64,4 +64,5 @@ def of_pairs(
 
 def share(part: int, whole: int) -> str:
     """'3 of 200 (1.5 %)'."""
-    return f"{part:,} of {whole:,} ({100 * part / max(1, whole):.2g} %)"
+    percent = 100 * part / max(1, whole)
+    return f"{part:,} of {whole:,} ({percent:.{2 if percent < 10 else 3}g} %)"

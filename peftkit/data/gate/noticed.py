@@ -10,12 +10,13 @@ from peftkit.data.gate.finding import Data, Finding, Status, of_rows, share
 
 @dataclass(frozen=True)
 class Kind:
-    """How a count becomes a finding: `warns` until so large a share of the rows, then it fails."""
+    """How a count becomes a finding: it warns until so large a share of the rows, then it fails."""
 
     good: str
     bad: str
     fix: str
     fails_from: float = 0.0  # share of the rows; above 1 it never fails
+    templated: bool = False  # fails only where a template writes markers: elsewhere they are the user's own
 
 
 _NEVER = 2.0
@@ -66,6 +67,7 @@ KINDS: dict[str, Kind] = {
         "rows with the markers of another chat template in their text",
         "give the turns as messages: the template writes the markers",
         0.5,
+        templated=True,
     ),
     "template": Kind(
         "every turn stands in the rendered text",
@@ -113,7 +115,10 @@ def _check(name: str, kind: Kind) -> Callable[[Data], Finding]:
         if not noticed.count:
             return Finding(name, "pass", kind.good)
         whole = data.num_rows
-        status: Status = "fail" if noticed.count >= kind.fails_from * whole else "warn"
+        fails = noticed.count >= kind.fails_from * whole
+        if kind.templated and data.prepared.style.source == "none":
+            fails = False
+        status: Status = "fail" if fails else "warn"
         return of_rows(name, status, noticed, f"{kind.bad}: {share(noticed.count, whole)}", kind.fix)
 
     return look

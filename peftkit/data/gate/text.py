@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import pairwise
 
-from peftkit.data.formats.base import Example
+from peftkit.data.formats.base import Example, Message
 from peftkit.data.gate.tally import Tally
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u0080-\u009f\u200b\u2060\ufdd0-\ufdef\ufffe\uffff]")
@@ -29,17 +30,27 @@ _SECRETS: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
 )
 
 
+def _said(turn: Message) -> str:
+    """What one turn says: its reasoning and its calls as well."""
+    if len(turn) == 2:  # the usual turn, at once
+        return str(turn["content"])
+    calls = turn.get("tool_calls")
+    parts = (
+        turn.get("reasoning_content"),
+        turn["content"],
+        json.dumps(calls, ensure_ascii=False) if calls else None,
+    )
+    return "\n".join(part for part in parts if part)
+
+
 def text_of(example: Example) -> str:
     """Everything that a row says."""
     if example.messages:
-        parts = [m["content"] for m in example.messages]
-        if not isinstance(example.rejected, str):
-            parts += [m["content"] for m in example.rejected]
-        return "\n".join(parts)
+        turns = () if isinstance(example.rejected, str) else example.rejected
+        return "\n".join(map(_said, (*example.messages, *turns)))
     rejected = example.rejected if isinstance(example.rejected, str) else ""
-    return "\n".join(
-        part for part in (example.prompt, example.completion, rejected, " ".join(example.words)) if part
-    )
+    parts = (example.prompt, example.completion, rejected, " ".join(example.words))
+    return "\n".join(part for part in parts if part)
 
 
 def is_mojibake(text: str) -> bool:
