@@ -303,10 +303,10 @@ def lost_in(example: Example, rendered: Rendered) -> str:
 def reasoning_lost_in(example: Example, rendered: Rendered) -> str:
     """The first turn whose reasoning the text does not hold; empty where none is lost."""
     for number, message in enumerate(example.messages, start=1):
-        content, reasoning = message["content"].strip(), message.get("reasoning_content", "").strip()
-        inside = "</think>" in content and content not in rendered.text
-        if inside or (reasoning and reasoning not in rendered.text):
-            return f"the reasoning of turn {number}"
+        inside, _, _ = message["content"].rpartition("</think>")
+        for reasoning in (inside.strip().removeprefix("<think>"), message.get("reasoning_content", "")):
+            if reasoning.strip() not in rendered.text:
+                return f"the reasoning of turn {number}"
     return ""
 
 
