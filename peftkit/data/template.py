@@ -276,12 +276,6 @@ def _end_in(text: str, content: str, start: int) -> int:
     return -1
 
 
-def _thought(content: str) -> str:
-    """The reasoning that an answer brings within its text."""
-    thought, mark, _ = content.rpartition("</think>")
-    return thought.removeprefix("<think>") if mark else ""
-
-
 def lost_in(example: Example, rendered: Rendered) -> str:
     """What of a chat its text does not hold; empty where all is there.
 
@@ -305,9 +299,10 @@ def lost_in(example: Example, rendered: Rendered) -> str:
 def reasoning_lost_in(example: Example, rendered: Rendered) -> str:
     """The first turn whose reasoning the text does not hold; empty where none is lost."""
     for number, message in enumerate(example.messages, start=1):
-        reasoning = message.get("reasoning_content") or _thought(message["content"])
-        if reasoning and reasoning.strip() not in rendered.text:
-            return f"the reasoning of turn {number}"
+        inside, _, _ = message["content"].rpartition("</think>")
+        for reasoning in (inside.strip().removeprefix("<think>"), message.get("reasoning_content", "")):
+            if reasoning.strip() not in rendered.text:
+                return f"the reasoning of turn {number}"
     return ""
 
 

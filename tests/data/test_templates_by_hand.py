@@ -13,6 +13,7 @@ from peftkit.data.template import DEFAULT_TEMPLATE, apply, render, render_prompt
 from peftkit.errors import UserError
 from tests.data.test_chat_templates import (
     CHATS,
+    FAMILIES,
     TOOLS,
     Family,
     before_last,
@@ -408,6 +409,14 @@ def test_reasoning_that_a_template_takes_out_of_the_text_is_named():
     )
     chat = (said("user", "q"), said("assistant", "<think>hm</think>yes"))
     assert render(example(chat), tokenizer).lost_reasoning == "the reasoning of turn 2"
+
+
+def test_reasoning_that_a_template_writes_otherwise_is_kept():
+    tokenizer = tokenizer_of(next(family for family in FAMILIES if family.name == "qwen3"))
+    chat = (said("user", "q"), said("assistant", "<think>hm</think>yes"))
+    _, [made], [row] = trained(tokenizer, [example(chat)], "completion")
+    assert learnt(tokenizer, row) == "<think>\nhm\n</think>\n\nyes<|im_end|>"
+    assert not made.lost_reasoning
 
 
 def test_a_base_without_a_template_learns_by_the_default_one():
