@@ -324,6 +324,9 @@ SETS: dict[str, Callable[[Real], Rows]] = {
     "intents as chats": _intents,
     "text": lambda real: Rows(real.speeches[:], real.held_speeches[:], suffix=".txt"),
     "text packed": lambda real: Rows(real.speeches[:], real.held_speeches[:], suffix=".txt.gz"),
+    "text in pieces": lambda real: Rows(
+        real.speeches[:], real.held_speeches[:], suffix=".txt", settings={"max_length": 32}
+    ),
     "text lines": lambda real: Rows(
         [{"text": s} for s in real.speeches], [{"text": s} for s in real.held_speeches]
     ),

@@ -14,7 +14,7 @@ from typing import Any
 
 from peftkit.cache import cache_folder
 
-VERSION = 2  # of what is kept: another one starts afresh
+VERSION = 3  # of what is kept: another one starts afresh
 _KEEP_BYTES = 20 * 2**30
 _META = "meta.json"
 
