@@ -123,10 +123,12 @@ class Cell:
     padded: bool = False
     accumulation: int = 1
     task: str = "causal-lm"
+    packed: bool = False
 
     def __str__(self) -> str:
         extra = [self.checkpointing, self.attention, self.precision, self.optimizer]
-        extra += ["padded"] * self.padded + [f"accumulation {self.accumulation}"] * (self.accumulation > 1)
+        extra += ["padded"] * self.padded + ["packed"] * self.packed
+        extra += [f"accumulation {self.accumulation}"] * (self.accumulation > 1)
         return f"{self.model} | {self.method} | {' | '.join(extra)}"
 
 
@@ -163,6 +165,16 @@ def cells() -> list[Cell]:
         )
     ]
     accumulation = [Cell(method=m, accumulation=2) for m in ("lora", "full")]
+    packing = [
+        Cell(model=name, packed=True, checkpointing=c, attention=a)
+        for name, c, a in (
+            ("llama", "none", "sdpa"),
+            ("llama", "full", "sdpa"),
+            ("llama", "none", "eager"),
+            ("gpt2", "none", "sdpa"),
+            ("gemma3_text", "none", "sdpa"),
+        )
+    ]
     tasks = {"t5": "seq2seq", "bert": "classification"}
     families = [
         Cell(model=name, method=m, checkpointing=c, task=tasks.get(name, "causal-lm"))
@@ -170,7 +182,7 @@ def cells() -> list[Cell]:
         if name != "llama"
         for m, c in (("lora", "none"), ("full", "full"))
     ]
-    return llama + methods + types + autocast + optimizers + padding + accumulation + families
+    return llama + methods + types + autocast + optimizers + padding + packing + accumulation + families
 
 
 def tokenizer() -> Any:
@@ -189,6 +201,9 @@ def rows_for(cell: Cell) -> list[Tokenized]:
         length = LENGTH - 56 if cell.padded and number % 2 else LENGTH
         ids = torch.randint(4, VOCAB, (length,), generator=generator).tolist()
         labels = {"classification": [number % 2], "seq2seq": ids[: LENGTH // 4]}.get(cell.task, list(ids))
+        if cell.packed:  # two documents to a pack, the shorter one first
+            found.append(Tokenized(ids[: LENGTH // 4], labels[: LENGTH // 4], f"{number} a"))
+            ids, labels = ids[LENGTH // 4 :], labels[LENGTH // 4 :]
         found.append(Tokenized(ids, labels, str(number)))
     return found
 
@@ -206,6 +221,7 @@ def plan_of(cell: Cell, config: dict[str, Any], folder: str) -> Plan:
                 "micro_batch": ROWS,
                 "batch_size": ROWS * cell.accumulation,
                 "optimizer": cell.optimizer,
+                "packing": cell.packed,
                 "precision": "bf16" if cell.precision == "autocast" else cell.precision,
                 "gradient_checkpointing": {"none": False, "full": True}.get(
                     cell.checkpointing, cell.checkpointing
@@ -276,8 +292,9 @@ def run(cell: Cell) -> dict[str, Any]:
         made.save_pretrained(folder)
         saved = json.loads((folder / "config.json").read_text())
         plan = plan_of(cell, {**saved, "num_labels": 2}, str(folder))
-        learnt = ROWS * (LENGTH - 1) - (56 if cell.padded else 0)
+        learnt = ROWS * (LENGTH - 1 - cell.packed) - (56 if cell.padded else 0)
         batch = Batch(ROWS, LENGTH, LENGTH // 4 if cell.task == "seq2seq" else 0, learnt, cell.padded)
+        batch = replace(batch, is_packed=cell.packed)
         started = time.perf_counter()
         found = traced(plan, saved, batch)
         seconds = time.perf_counter() - started

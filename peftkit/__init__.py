@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from peftkit.api import (
+        check_data,
         evaluate_run,
         finetune,
         generate,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 
 _API = (
+    "check_data",
     "evaluate_run",
     "finetune",
     "generate",
@@ -47,6 +49,7 @@ __all__ = [
     "PeftkitError",
     "Problem",
     "UserError",
+    "check_data",
     "evaluate_run",
     "finetune",
     "generate",

@@ -482,7 +482,7 @@ def _near_leak(rows: Rows, draw: Random) -> list[int]:
 def _near_leaks(rows: Rows, draw: Random) -> list[int]:
     places = _some(rows.held, draw, 0.2)
     for at, source in _sources(rows, places, draw):
-        rows.held[at]["question"] = f"Now {source['question']}"
+        rows.held[at] = {**source, "question": f"Now {source['question']}"}
     return places
 
 

@@ -110,10 +110,13 @@ def _work_rows(found: Account) -> list[tuple[str, str]]:
     plan, work = found.plan, found.work
     train, batch = plan.train, plan.batch
     rows = [("optimizer steps", show_count(train.num_steps) if train.num_steps else "unknown without data")]
-    rows.append(("batch", f"{train.batch_size} in passes of {train.micro_batch}"))
+    packs = " packs" if train.packing else ""
+    rows.append(("batch", f"{train.batch_size}{packs} in passes of {train.micro_batch}"))
     rows.append(("gradient checkpointing", train.gradient_checkpointing))
     if batch is not None:
-        rows.append(("longest batch", f"{batch.num_rows} rows of {show_count(batch.num_tokens)} tokens"))
+        rows.append(
+            ("longest batch", f"{batch.num_rows}{packs or ' rows'} of {show_count(batch.num_tokens)} tokens")
+        )
     rows.append(("work per step", f"{work.flops_per_step / 1e12:.2f} teraflops"))
     if work.tokens_per_second and work.seconds:
         rows.append(("speed", f"{work.tokens_per_second:,.3g} tokens/s, as measured on this device"))

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from peftkit.cache import cache_folder
 
 VERSION = 3  # of what is kept: another one starts afresh
 _KEEP_BYTES = 20 * 2**30
+_UNFINISHED_SECONDS = 14 * 86_400
 _META = "meta.json"
 
 
@@ -61,6 +63,29 @@ def making(kind: str, key: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def going_on(kind: str, key: str) -> Iterator[Path]:
+    """A folder to fill that stays when filling is interrupted, to go on with later.
+
+    Where another process fills it, a fresh one. `publish` makes it the kept one.
+    """
+    import fcntl
+
+    home = _home(kind)
+    with (home / f".{key}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            with making(kind, key) as folder:
+                yield folder
+            return
+        folder = home / f".{key}.going"
+        folder.mkdir(exist_ok=True, mode=0o700)
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+        (home / f".{key}.lock").unlink(missing_ok=True)
+
+
 def publish(folder: Path, kind: str, key: str, meta: Mapping[str, Any]) -> Path:
     """Keep a filled folder under its key: complete or not at all. Another's that came first is as good."""
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
@@ -78,16 +103,20 @@ def publish(folder: Path, kind: str, key: str, meta: Mapping[str, Any]) -> Path:
 
 
 def _prune(home: Path, *, keep: Path) -> None:
-    """Remove the least recently used folders beyond so many bytes."""
+    """Remove what was never finished, and the least recently used folders beyond so many bytes."""
     folders = []
     for path in home.iterdir():
         with suppress(OSError):  # another process may be pruning as well
-            size = sum(file.stat().st_size for file in path.iterdir())
-            folders.append((path.stat().st_mtime, size, path))
+            used = path.stat().st_mtime
+            if path.name.startswith("."):
+                if path.is_dir() and time.time() - used > _UNFINISHED_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
+                continue
+            folders.append((used, sum(file.stat().st_size for file in path.iterdir()), path))
     total = sum(size for _, size, _ in folders)
     for _, size, path in sorted(folders):
         if total <= _KEEP_BYTES:
             return
-        if path != keep and not path.name.startswith("."):
+        if path != keep:
             shutil.rmtree(path, ignore_errors=True)
             total -= size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from peftkit.archs import Task
@@ -32,16 +33,21 @@ def _seq2seq(examples: Sequence[Example], tokenizer: Any, ids: Mapping[str, int]
     targets = tokenizer(text_target=[target for _, target in pairs])["input_ids"]
     end = tokenizer.eos_token_id
     return [
-        Tokenized(list(s), list(t) if t and t[-1] == end else [*t, end], example.where)
-        for s, t, example in zip(sources, targets, examples, strict=True)
+        _weighted(Tokenized(list(s), list(t) if t and t[-1] == end else [*t, end], e.where), e.weight)
+        for s, t, e in zip(sources, targets, examples, strict=True)
     ]
+
+
+def _weighted(row: Tokenized, weight: float) -> Tokenized:
+    """The row with its weight at every label, where it has one of its own."""
+    return row if weight == 1.0 else replace(row, weights=[weight] * len(row.labels))
 
 
 def _classes(examples: Sequence[Example], tokenizer: Any, ids: Mapping[str, int]) -> list[Tokenized]:
     """The text's ids; the label is the class alone."""
     texts = tokenizer([example.prompt for example in examples])["input_ids"]
     return [
-        Tokenized(list(text), [ids[example.label]], example.where)
+        _weighted(Tokenized(list(text), [ids[example.label]], example.where), example.weight)
         for text, example in zip(texts, examples, strict=True)
     ]
 
@@ -60,7 +66,8 @@ def _tags(examples: Sequence[Example], tokenizer: Any, ids: Mapping[str, int]) -
         for word in encoded.word_ids(number):
             labels.append(ids[example.tags[word]] if word is not None and word != last else IGNORED)
             last = word
-        found.append(Tokenized(list(encoded["input_ids"][number]), labels, example.where))
+        row = Tokenized(list(encoded["input_ids"][number]), labels, example.where)
+        found.append(_weighted(row, example.weight))
     return found
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 from peftkit.data.gate.tally import SHOWN
 from peftkit.data.mask import IGNORED, Tokenized
@@ -25,6 +26,11 @@ class Fitted:
     shortest: int = 0
     num_rows: int = 0
     too_long: list[tuple[str, int]] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Fitted:
+        """What `asdict` gave."""
+        return cls(**{**value, "too_long": [(where, length) for where, length in value["too_long"]]})
 
 
 def _split(row: Tokenized, room: int) -> Iterator[Tokenized]:

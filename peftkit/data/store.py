@@ -141,6 +141,11 @@ class TokenRows(Sequence[Tokenized]):
         )
 
 
+def is_weighted(rows: Sequence[Tokenized]) -> bool:
+    """Whether some row's labels do not all weigh the same in the loss."""
+    return rows.is_weighted if isinstance(rows, TokenRows) else any(row.weights for row in rows)
+
+
 def sha256_of(paths: Iterable[Path]) -> str:
     """A fingerprint of the bytes of some files, in order."""
     digest = hashlib.sha256()

@@ -108,6 +108,7 @@ def _refused(where: str, error: Exception) -> UserError:
 
 
 def apply(tokenizer: Any, messages: Sequence[Message], tools: Any, *, ask: bool, where: str) -> str:
+    """A chat as the tokenizer's template writes it; with `ask` up to where an answer begins."""
     import jinja2
 
     try:

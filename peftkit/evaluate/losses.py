@@ -12,7 +12,8 @@ from peftkit.data.mask import IGNORED, Tokenized
 def collate(rows: Sequence[Tokenized], pad_id: int, *, task: str = "causal-lm") -> dict[str, Any]:
     """Right-padded tensors of shape (rows, longest): input_ids, attention_mask, labels.
 
-    The labels of classification have shape (rows,), those of seq2seq the length of the longest target.
+    The labels of classification have shape (rows,), those of seq2seq the length of the longest target. Where
+    some row has weights there are weights of the labels' shape.
     """
     import torch
 
@@ -27,11 +28,17 @@ def collate(rows: Sequence[Tokenized], pad_id: int, *, task: str = "causal-lm") 
         if task == "classification"
         else [padded(row.labels, IGNORED, longest_labels) for row in rows]
     )
-    return {
+    made = {
         "input_ids": torch.tensor([padded(row.input_ids, pad_id, longest) for row in rows]),
         "attention_mask": torch.tensor([padded([1] * len(row.input_ids), 0, longest) for row in rows]),
         "labels": torch.tensor(labels),
     }
+    if any(row.weights for row in rows):
+        each = [row.weights or [1.0] * len(row.labels) for row in rows]
+        most = 1 if task == "classification" else longest_labels
+        weights = torch.tensor([one + [0.0] * (most - len(one)) for one in each])
+        made["weights"] = weights[:, 0] if task == "classification" else weights
+    return made
 
 
 def collate_packed(packs: Sequence[Sequence[Tokenized]], pad_id: int) -> dict[str, Any]:
@@ -93,15 +100,15 @@ def batches(
 
 def inputs_of(model: Any, batch: Mapping[str, Any], task: str) -> dict[str, Any]:
     """A batch without labels; an encoder-decoder reads its target shifted by one instead."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs = {key: value for key, value in batch.items() if key not in {"labels", "weights"}}
     if task == "seq2seq":
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(batch["labels"])
     return inputs
 
 
-def summed_loss(logits: Any, labels: Any, task: str) -> Any:
-    """Cross entropy in nats, summed over what is learnt.
+def summed_loss(logits: Any, labels: Any, task: str, weights: Any = None) -> Any:
+    """Cross entropy in nats, summed over what is learnt, each label times its weight where there are weights.
 
     A decoder's positions predict the next token; virtual tokens may stand before them.
     """
@@ -109,8 +116,12 @@ def summed_loss(logits: Any, labels: Any, task: str) -> Any:
 
     if task == "causal-lm":
         logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
+        weights = None if weights is None else weights[:, 1:]
     flat = logits.reshape(-1, logits.shape[-1]).float()
-    return cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    if weights is None:
+        return cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    each = cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="none")
+    return (each * weights.reshape(-1)).sum()
 
 
 def mean_token_loss(

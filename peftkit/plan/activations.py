@@ -307,12 +307,15 @@ def kept_bytes(
     if blocks:
         top += _correction(corrections.get("above", {}), features(blocks[0], shape, batch))
     top += 20 if whole else 16  # token ids, and what a norm keeps per token
+    # each layer makes its own of the mask, and what is worked out again needs the one it was made from
+    masks = batch.num_rows * batch.num_tokens**2 if batch.is_packed and any(again) else 0
+    places = tokens if batch.is_packed else batch.num_tokens  # each pack has positions of its own
     rope = 2 * shape.dims.head_dim * types.hidden if shape.positions == "rope" else 0
     redone = max((layer.saved for i, layer in enumerate(layers) if again[i]), default=0.0)
     lasting = [c + _unpacked_bytes(blocks[i], plan) for i, c in enumerate(casts) if not again[i]]
     unpacked = max((_unpacked_bytes(b, plan) for i, b in enumerate(blocks) if again[i]), default=0.0)
     return {
-        "activations": tokens * (kept + top) + batch.num_tokens * rope + sum(lasting),
+        "activations": tokens * (kept + top) + places * rope + sum(lasting) + masks,
         "recomputed layer": tokens * redone + unpacked,
         "temporaries": tokens * max((layer.passing for layer in layers), default=0.0),
         "casts": sum(c for i, c in enumerate(casts) if again[i] and whole),

@@ -87,6 +87,7 @@ def _text(d: Decisions, text: TextFacts) -> None:
 
 
 def data_plan(d: Decisions, facts: Facts) -> DataPlan:
+    """Sources, format, columns, mask, truncation and length; what does not go together is refused."""
     data = d.loaded.recipe.data
     d.keep("data.train", [_named(source) for source in data.sources])
     d.keep("data.eval", _named(data.eval))
@@ -98,6 +99,9 @@ def data_plan(d: Decisions, facts: Facts) -> DataPlan:
     if data.eval and facts.data and facts.data.num_eval == 0:
         d.decide("data.eval", None, "too few different rows to hold any out")
     mask = _mask(d, facts, kind)
+    weighted = bool(facts.data and facts.data.weighted)
+    if weighted:
+        d.decide("data.weights", True, "rows or turns bring weights: the loss is worked out from the logits")
     truncation = _truncation(d, facts, kind)
     _chat(d)
     if facts.text is not None:
@@ -116,4 +120,5 @@ def data_plan(d: Decisions, facts: Facts) -> DataPlan:
         chat_template=data.chat.template,
         system=data.chat.system,
         waive=tuple(data.waive),
+        weighted=weighted,
     )

@@ -82,6 +82,7 @@ class DataFacts:
     labels: tuple[str, ...] = ()  # of classification, sorted
     lengths: Lengths | None = None
     longest_eval: Row | None = None
+    weighted: bool = False  # rows or turns do not all weigh the same
 
 
 @dataclass(frozen=True)

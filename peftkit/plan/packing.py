@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from peftkit.archs import ModelShape
 from peftkit.methods import Method
 from peftkit.plan.decisions import Decisions
 from peftkit.plan.facts import Facts, Lengths, Packs, Row
@@ -15,7 +15,8 @@ RANDOM, BY_LENGTH = "random", "by length"
 _FULL = 0.98  # of a pack's room, where the rows are not laid together yet: best-fit decreasing leaves less
 _MUCH_PADDING = 0.05  # of a micro-batch: from here on rows of like length are taken together
 _STILL_MUCH = 0.10  # what padding must be left then, for a GPU to pack
-_WINDOW_STEPS, _WINDOW_ROWS = 50, 1000  # transformers sorts windows of 50 steps; so many places tell enough
+WINDOW_STEPS = 50  # of which the rows are sorted by length
+_WINDOW_ROWS = 1000  # so many places tell enough
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,6 @@ class Rows:
     num: int | None
     batch_size: int
 
-    @property
-    def name(self) -> str:
-        return "packs" if self.packing else "examples"
-
 
 def packs_of(lengths: Lengths | None, room: int) -> Packs | None:
     """The packs of rows of these lengths: counted, or about so many; None where no length is known."""
@@ -39,7 +36,7 @@ def packs_of(lengths: Lengths | None, room: int) -> Packs | None:
         return lengths.packs
     tokens = min(lengths.mean, room) * lengths.num_rows
     num = max(1, min(lengths.num_rows, round(tokens / room / _FULL)))
-    fullest = min(room, max(round(tokens / num), min(room, lengths.longest[0].num_tokens)))
+    fullest = room if num > 1 else min(room, round(tokens))
     learnt = round(fullest * min(1.0, lengths.num_learnt / lengths.num_tokens))
     return Packs(room, num, (Row(fullest, 0, learnt),))
 
@@ -61,8 +58,9 @@ def mean_tokens(plan: Plan, facts: Facts) -> float:
     return mean * lengths.num_rows / (num_rows(plan, facts) or 1) if plan.train.packing else mean
 
 
-def _obstacle(d: Decisions, shape: ModelShape, method: Method) -> tuple[str, str]:
+def _obstacle(d: Decisions, facts: Facts, method: Method) -> tuple[str, str]:
     """(what packing does not go with, why); empty where it does."""
+    shape = facts.model.shape
     if shape.task != "causal-lm":
         return shape.task, "only a decoder reads several documents in one row"
     if shape.family.inferred:
@@ -71,12 +69,11 @@ def _obstacle(d: Decisions, shape: ModelShape, method: Method) -> tuple[str, str
         return shape.family.name, "the documents of a pack would see each other in this family"
     if method.virtual_tokens:
         return f"method {method.name}", "only the first document of a pack would see the virtual tokens"
+    if facts.data is not None and facts.data.weighted:
+        return "weighted rows", "their loss is another trainer's, which does not pack"
     also = getattr(d.loaded.recipe.method, "also_train", [])
     if any(not isinstance(item, str) for item in also):
-        return (
-            "also_train with tokens",
-            "rows of single tokens are trained by another trainer, which does not pack",
-        )
+        return "also_train with tokens", "single tokens' rows have another trainer, which does not pack"
     return "", ""
 
 
@@ -84,7 +81,7 @@ def choose_rows(d: Decisions, facts: Facts, method: Method, max_length: int, bat
     """Whether examples are packed, and then how many packs hold about `batch_size` of them."""
     train, data = d.loaded.recipe.train, facts.data
     plain = Rows(False, data.num_train if data else None, batch_size)
-    what, why = _obstacle(d, facts.model.shape, method)
+    what, why = _obstacle(d, facts, method)
     if train.packing is True and what:
         d.refuse("train.packing", f"true with {what}", "false or auto", why)
         return plain
@@ -100,11 +97,10 @@ def choose_rows(d: Decisions, facts: Facts, method: Method, max_length: int, bat
 def _auto(d: Decisions, facts: Facts, max_length: int, batch_size: int) -> tuple[bool, str]:
     """Not on a CPU, where it was measured slower; on a GPU, where it was not measured, for much padding."""
     lengths = facts.data.lengths if facts.data else None
+    if facts.device.kind == "cpu":
+        return False, "on a CPU rows of like length together were measured faster (docs/packing.md)"
     if facts.device.kind != "cuda":
-        return (
-            False,
-            f"on {facts.device.kind} taking rows of like length together is faster (docs/packing.md)",
-        )
+        return False, f"not measured on {facts.device.kind}"
     if lengths is None or d.loaded.recipe.train.micro_batch != "auto":
         return False, "the rows' lengths are not known" if lengths is None else "train.micro_batch is given"
     left = padding(lengths, max_length, micro=batch_size, step=batch_size, sampling=BY_LENGTH)
@@ -132,14 +128,15 @@ def _packed(d: Decisions, facts: Facts, max_length: int, batch_size: int) -> Row
     return Rows(True, packs.num, size)
 
 
+@lru_cache(maxsize=256)  # many variants of a plan ask the same
 def padding(lengths: Lengths, most: int, *, micro: int, step: int, sampling: str) -> float:
     """The share of padding in micro-batches of `micro` rows, `step` of them to an optimizer step.
 
     No row exceeds `most`. At random the longest of each micro-batch counts; by length rows are sorted in
-    windows of many steps, as transformers' sampler does.
+    windows of many steps.
     """
     step = min(step, lengths.num_rows)
-    window = step * max(1, min(_WINDOW_STEPS, lengths.num_rows // (4 * step)))
+    window = step * max(1, min(WINDOW_STEPS, lengths.num_rows // step))
     num = window if sampling == BY_LENGTH else _WINDOW_ROWS
     if num > _WINDOW_ROWS:  # the same picture in fewer places
         micro, num = max(1, round(micro * _WINDOW_ROWS / num)), _WINDOW_ROWS

@@ -77,6 +77,7 @@ class DataPlan:
     chat_template: str | None = None  # a file, instead of the model's own
     system: str | None = None  # for chats that bring none
     waive: tuple[str, ...] = ()  # checks that may fail
+    weighted: bool = False  # rows or turns do not all weigh the same in the loss
 
 
 @dataclass(frozen=True)

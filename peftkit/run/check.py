@@ -61,6 +61,7 @@ def look(
     to_train: bool = True,
 ) -> Looked:
     """Tokenize what was read, plan for the rows that are left, and judge them."""
+    from peftkit.data.store import is_weighted
     from peftkit.model.load import load_tokenizer, stops_of
 
     task = facts.model.shape.task
@@ -76,6 +77,7 @@ def look(
         labels=plan.base.labels,
         lengths=counted(prepared.train, task, plan.data.max_length),
         longest_eval=longest(counted(prepared.eval, task)),
+        weighted=is_weighted(prepared.train),
     )
     facts = replace(facts, data=rows, text=text_facts(tokenizer, prepared))
     plan = make_plan(loaded, facts, to_train=to_train)

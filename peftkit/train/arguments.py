@@ -33,7 +33,7 @@ def arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
         "max_grad_norm": train.max_grad_norm,
         "per_device_train_batch_size": train.micro_batch,
         "gradient_accumulation_steps": train.accumulation,
-        "train_sampling_strategy": "group_by_length" if train.sampling == BY_LENGTH else "random",
+        "train_sampling_strategy": "sequential" if train.sampling == BY_LENGTH else "random",
         "remove_unused_columns": False,
         "gradient_checkpointing": train.gradient_checkpointing != "none",
         "gradient_checkpointing_kwargs": _checkpointing(plan),

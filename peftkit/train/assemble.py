@@ -18,21 +18,20 @@ from peftkit.methods import METHODS
 from peftkit.model.adapter import build_loraplus_optimizer
 from peftkit.plan import Plan
 from peftkit.plan.memory import evaluation_rows
-from peftkit.plan.packing import BY_LENGTH
 from peftkit.rundir import RunDir, read_json, verify_folder
 from peftkit.train.budget import Budget
 from peftkit.train.checkpoint import Restore, handover_folder, load_trained
 from peftkit.train.objectives import sft, supervised
 from peftkit.train.preflight import Preflight, preflight
 from peftkit.train.record import Emit, Progress, Record
-from peftkit.train.rows import SeededOrder, longest, training_set
+from peftkit.train.rows import longest, training_set
 
 
 def objective(plan: Plan) -> ModuleType:
     """The file that trains this plan's task."""
     # TRL's fused loss reads the head past PEFT's wrapper of single token rows
     known = plan.base.task == "causal-lm" and not (plan.base.inferred or plan.method.token_rows)
-    return sft if known else supervised
+    return sft if known and not plan.data.weighted else supervised  # TRL's loss knows no weights
 
 
 @dataclass
@@ -141,8 +140,6 @@ def assemble(
     optimizer = build_loraplus_optimizer(model, plan) if plan.method.lr_ratio is not None else None
     if METHODS[plan.method.name].schedule is not None:
         callbacks.append(Budget())
-    if plan.train.sampling == BY_LENGTH:
-        callbacks.append(SeededOrder())  # after what restores the random states
     dataset, collator = training_set(plan, train, tokenizer.pad_token_id)
     trainer = objective(plan).trainer(
         model,

@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
 
 from peftkit.data.mask import Tokenized
 from peftkit.data.pack import pack
 from peftkit.data.read import mapped_dataset, to_dataset
-from peftkit.data.store import Counts, TokenRows
+from peftkit.data.store import Counts, TokenRows, is_weighted
 from peftkit.evaluate.losses import collate, collate_packed
 from peftkit.plan import Plan
-from peftkit.plan.packing import BY_LENGTH
+from peftkit.plan.packing import BY_LENGTH, WINDOW_STEPS
 
 Drawn = list[Tokenized]  # one row by itself, or the documents of a pack
 Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
@@ -55,26 +54,30 @@ def training_set(plan: Plan, rows: Sequence[Tokenized], pad_id: int) -> tuple[An
 
         return to_dataset([{"rows": numbers} for numbers in _packs(plan, rows)]), collated
     columns = ["input_ids", "labels", *(["weights"] if is_weighted(rows) else [])]
-    by_length = plan.train.sampling == BY_LENGTH
     if isinstance(rows, TokenRows):
-        found = mapped_dataset(rows.paths, [*columns, *(["num_tokens"] if by_length else [])])
-        return (found.rename_column("num_tokens", "length") if by_length else found), None
-    made = [{name: getattr(row, name) for name in columns} for row in rows]
-    if by_length:
-        made = [{**values, "length": row.length} for values, row in zip(made, rows, strict=True)]
-    return to_dataset(made), None
+        found = mapped_dataset(rows.paths, columns)
+    else:
+        found = to_dataset([{name: getattr(row, name) for name in columns} for row in rows])
+    return (found.select(order_by_length(plan, rows)) if plan.train.sampling == BY_LENGTH else found), None
 
 
-def is_weighted(rows: Sequence[Tokenized]) -> bool:
-    """Whether some row's tokens do not all weigh the same in the loss."""
-    return rows.is_weighted if isinstance(rows, TokenRows) else any(row.weights for row in rows)
+def order_by_length(plan: Plan, rows: Sequence[Tokenized]) -> list[int]:
+    """The numbers of all rows that training draws, in order: what stands together in a micro-batch is alike.
 
-
-class SeededOrder(TrainerCallback):
-    """Each epoch's order follows from the seed alone, so that a resumed run finds it again.
-
-    transformers' sampler by length draws from the random state as it happens to be when the epoch begins.
+    Each epoch's rows are shuffled, windows of them sorted by length and cut into micro-batches, and these
+    shuffled again, so that an optimizer step sees rows of all lengths. It follows from the seed alone.
     """
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        torch.manual_seed(args.seed + int(state.epoch + 1e-9))
+    counts = Counts.of(rows)
+    sizes = np.maximum(counts.tokens, counts.labels)
+    micro, total = plan.train.micro_batch, (plan.train.num_steps or 0) * plan.train.batch_size
+    chance = np.random.default_rng(plan.seed)
+    num_epochs = -(-total // len(rows))
+    drawn = np.concatenate([chance.permutation(len(rows)) for _ in range(num_epochs)])[:total]
+    step = plan.train.batch_size
+    window = step * max(1, min(WINDOW_STEPS, len(rows) // step))  # no more than an epoch
+    found = []
+    for start in range(0, total, window):
+        part = drawn[start : start + window]
+        alike = part[np.argsort(sizes[part], kind="stable")].reshape(-1, micro)
+        found.append(alike[chance.permutation(len(alike))].ravel())
+    return [int(number) for number in np.concatenate(found)]

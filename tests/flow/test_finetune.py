@@ -65,6 +65,7 @@ def test_run_directory_holds_what_the_design_promises(recipe, tmp_path):
         "recipe.yaml",
         "resolved.yaml",
         "plan.json",
+        "data.json",
         "environment.json",
         "events.jsonl",
         "checkpoints",
@@ -155,7 +156,7 @@ def test_a_gguf_file_is_a_base(recipe, tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
     recipe["base"] = str(write_gguf(tmp_path / "tiny.gguf", model, "llama", TINY_LLAMA / "tokenizer.json"))
     assert peftkit.make_plan(recipe).method.num_trainable > 0
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "bases").exists()  # planned from the header alone
     summary = peftkit.finetune(recipe, out=tmp_path / "run")
     assert summary.eval_loss_after < summary.eval_loss_before
     assert len(peftkit.generate(summary.path, ["Say alpha number 0"], max_new_tokens=3)) == 1

@@ -1,5 +1,7 @@
 """Packed and bucketed training from a recipe to its result, stopped and resumed too."""
 
+from pathlib import Path
+
 import pytest
 
 import peftkit
@@ -29,6 +31,13 @@ def by_length(recipe):
     return recipe
 
 
+def classes(recipe):
+    """Another trainer, which makes its batches itself."""
+    rows = [{"text": " ".join([WORDS[i % 3]] * (1 + 5 * i % 17)), "label": WORDS[i % 3]} for i in range(40)]
+    write_jsonl(Path(recipe["data"]["train"]), rows)
+    return by_length(recipe)
+
+
 def packed(recipe):
     recipe["train"].update(packing=True, batch_size=8, micro_batch=1)
     return recipe
@@ -39,7 +48,7 @@ def events(path, kind):
 
 
 @pytest.mark.parametrize("step", [7, 8])
-@pytest.mark.parametrize("how", [by_length, packed])
+@pytest.mark.parametrize("how", [by_length, classes, packed])
 def test_stopped_and_resumed_equals_uninterrupted(how, step, uneven, tmp_path):
     source = how(uneven)  # 4 steps an epoch: in the middle and at its end
     whole = peftkit.finetune(source, out=tmp_path / "whole")
@@ -51,13 +60,13 @@ def test_stopped_and_resumed_equals_uninterrupted(how, step, uneven, tmp_path):
     assert weights(resumed) == weights(whole)
     assert resumed.eval_loss_after == whole.eval_loss_after
     rates = [event["tokens_per_second"] * event["step_seconds"] for event in events(tmp_path / "cut", "step")]
-    assert max(rates) < 8 * 64 * 1.01, "no step has the tokens of those before it"
+    assert max(rates) < 8 * 100, "no step has the tokens of those before it"
 
 
 def test_the_loss_of_packs_is_the_mean_over_their_documents(uneven, tmp_path):
     """All rows in one step, whose adapter starts at nothing: before it, the same rows held out."""
     uneven["method"]["dropout"] = 0.0
-    uneven["data"]["eval"] = uneven["data"]["train"]
+    uneven["data"] |= {"eval": uneven["data"]["train"], "waive": ["leakage"]}
     for micro in (1, 2):
         uneven["train"] |= {"packing": True, "batch_size": 40, "micro_batch": micro, "max_steps": 1}
         run = tmp_path / str(micro)

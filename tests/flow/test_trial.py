@@ -41,6 +41,14 @@ def test_measured_is_what_was_predicted(case, unseen):
     assert "base weights" in found._repr_html_()
 
 
+def test_packs_are_measured_as_packs(unseen):
+    """Each of two documents, which a mask keeps apart."""
+    unseen["train"].update(packing=True, batch_size=24, micro_batch=2)
+    found = peftkit.plan_recipe(unseen, measure=True)
+    assert found.plan.batch.is_packed and found.plan.batch.num_rows == 2
+    assert abs(found.trial.error_percent) < 2.0
+
+
 def test_a_trial_teaches_this_devices_speed(unseen, tmp_path, monkeypatch):
     monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path / "cache"))
     found = peftkit.plan_recipe(unseen, measure=True)

@@ -112,6 +112,26 @@ def test_dense_decoders_keep_what_the_closed_form_says(model_type, method, preci
     _within(model_type, method, precision)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_packs_keep_their_mask_and_positions(model_type, checkpointing):
+    """With and without packing the closed form is as near: what the mask adds is right."""
+    from peftkit.run.memory import traced
+
+    size = (8, 4, 32, 320, 2, 256)
+    config = fitted.config_of(model_type, size, 4)
+    errors = []
+    for is_packed in (False, True):
+        batch = Batch(2, 256, 0, 2 * 255, is_padded=False, is_packed=is_packed)
+        plan = fitted.plan_at(config, "lora", "fp32", batch)
+        plan = replace(plan, train=replace(plan.train, gradient_checkpointing=checkpointing))
+        real = traced(plan, config, batch).peaks["backward"].allocated_bytes
+        said = closed_form(shape_from_config(config), plan, batch).peaks[1].allocated_bytes
+        errors.append((said - real) / real)
+    assert errors[1] == pytest.approx(errors[0], abs=5e-4)
+    assert abs(errors[1]) < 0.02
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "method", "precision"), [c for c in UNSEEN if c[0] not in QUICK])
 def test_every_other_dense_decoder_too(model_type, method, precision):

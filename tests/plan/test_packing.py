@@ -1,6 +1,7 @@
 """What is decided against padding, with its reasons, and what packing does not go with."""
 
 import json
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -38,15 +39,22 @@ def planned(device=GPU, method="lora", data=None, shape=LLAMA, **train):
 
 
 def real_padding(found, micro, step, *, by_length):
-    """What transformers' sampler, or a random order, really pads."""
-    from transformers.trainer_pt_utils import get_length_grouped_indices
+    """What the trainer's order, or a random one, really pads over an epoch."""
+    from peftkit.train.rows import order_by_length
 
     lengths = [len(row.input_ids) for row in found]
     order = list(range(len(lengths)))
     Random(1).shuffle(order)
-    order = get_length_grouped_indices(lengths, step) if by_length else order
+    if by_length:
+        plan, _ = planned(micro_batch=micro, batch_size=step, max_steps=num_steps(len(found), step))
+        order = order_by_length(plan, found)
     pieces = [[lengths[i] for i in order[s : s + micro]] for s in range(0, len(order), micro)]
-    return 1 - sum(lengths) / sum(max(piece) * len(piece) for piece in pieces)
+    held = sum(max(piece) * len(piece) for piece in pieces)
+    return 1 - sum(sum(piece) for piece in pieces) / held
+
+
+def num_steps(num_rows, step):
+    return num_rows // step
 
 
 @pytest.mark.parametrize(("num", "micro", "step"), [(800, 8, 8), (3000, 4, 16), (40, 4, 8), (20_000, 16, 64)])
@@ -64,7 +72,7 @@ def test_rows_of_like_length_are_taken_together_where_padding_would_be_much():
     plan, decided = planned(micro_batch=8, packing=False)
     assert plan.train.sampling == BY_LENGTH == decided["train.sampling"].value
     assert decided["train.sampling"].reason == (
-        "about 40 % of a micro-batch is padding at random, 3 % by length"
+        "about 40 % of a micro-batch is padding at random, 1 % by length"
     )
     assert planned(micro_batch=1, packing=False)[0].train.sampling == RANDOM
     assert planned(micro_batch=8, data=rows(shortest=195), packing=False)[0].train.sampling == RANDOM
@@ -119,6 +127,13 @@ def test_what_packing_does_not_go_with_is_refused(model_type, method, sections, 
         plan_for(config, method, train=train, **sections)
     kept = plan_for(config, method, train={"max_length": 64}, **sections)
     assert not kept.train.packing
+
+
+def test_a_model_of_no_known_family_is_not_packed():
+    unknown = replace(LLAMA, family=replace(LLAMA.family, inferred=True, mind=("looked at",)))
+    with pytest.raises(UserError, match=r"train\.packing.*no known family"):
+        planned(shape=unknown, packing=True)
+    assert not planned(shape=unknown)[0].train.packing
 
 
 def test_the_fullest_packs_are_the_longest_batch():

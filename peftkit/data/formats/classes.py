@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from peftkit.data.formats.base import BadRow, Example, Format, string
+from peftkit.data.formats.base import BadRow, Example, Format, string, weight_of
 from peftkit.data.formats.chat import listed
 from peftkit.data.read import Row
 
@@ -21,7 +21,9 @@ def _class(value: Any, name: str) -> str:
 
 def _classification(row: Row) -> Example:
     text = string(row.fields, "text")
-    return Example(row.where, prompt=text, label=_class(row.fields.get("label"), "label"))
+    return Example(
+        row.where, prompt=text, label=_class(row.fields.get("label"), "label"), weight=weight_of(row.fields)
+    )
 
 
 def _token_classification(row: Row) -> Example:
@@ -33,7 +35,12 @@ def _token_classification(row: Row) -> Example:
         raise BadRow(f"{len(words)} tokens with {len(tags)} {name}", "one tag for each token")
     if not all(isinstance(word, str) and word.strip() for word in words):
         raise BadRow("a token that is empty or no text", "words as text")
-    return Example(row.where, words=tuple(words), tags=tuple(_class(tag, name) for tag in tags))
+    return Example(
+        row.where,
+        words=tuple(words),
+        tags=tuple(_class(tag, name) for tag in tags),
+        weight=weight_of(row.fields),
+    )
 
 
 def sorted_labels(found: Iterable[str]) -> tuple[str, ...]:

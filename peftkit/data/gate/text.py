@@ -46,12 +46,11 @@ def _said(turn: Message) -> str:
 def text_of(example: Example) -> str:
     """Everything that a row says."""
     if example.messages:
-        turns = example.messages if isinstance(example.rejected, str) else example.messages + example.rejected
-        return "\n".join(map(_said, turns))
+        turns = () if isinstance(example.rejected, str) else example.rejected
+        return "\n".join(map(_said, (*example.messages, *turns)))
     rejected = example.rejected if isinstance(example.rejected, str) else ""
-    return "\n".join(
-        part for part in (example.prompt, example.completion, rejected, " ".join(example.words)) if part
-    )
+    parts = (example.prompt, example.completion, rejected, " ".join(example.words))
+    return "\n".join(part for part in parts if part)
 
 
 def is_mojibake(text: str) -> bool:

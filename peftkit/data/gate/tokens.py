@@ -31,6 +31,7 @@ class Watch:
     def __init__(self, tokenizer: Any, task: str) -> None:
         self.tally = Tally()
         self.task = task
+        self._decode = tokenizer.decode
         self._bos, self._unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
         self.special = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
         typed = sorted(
@@ -69,6 +70,27 @@ class Watch:
         number = next((n for n, token in enumerate(ends, start=1) if token not in self.special), None)
         if number is not None:
             self.tally.add("end-token", row.where, f"answer {number} does not end in an end token")
+
+    def round_trip(self, row: Tokenized, text: str) -> None:
+        """Whether a row's tokens give back its text; blanks do not count."""
+        if self._unknown in row.input_ids:
+            return  # told by a check of its own
+        found = "".join(self._decode(row.input_ids).split())
+        wanted = "".join(text.split())
+        if wanted not in found:
+            place = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), 0)
+            got = f"{found[place : place + 20]!r} for {wanted[place : place + 20]!r}"
+            self.tally.add("round-trip", row.where, got)
+
+    def state(self) -> dict[str, Any]:
+        """All that was seen, to go on from."""
+        return {**self.to_json(), "ends": [*self.ends.items()]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.tally = Tally.from_json(state["tally"])
+        self.ends = Counter(dict(state["ends"]))
+        self.largest_id = state["largest_id"]
 
     def to_json(self) -> dict[str, Any]:
         """What was seen, as plain values."""

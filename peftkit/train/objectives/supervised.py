@@ -35,22 +35,32 @@ def trainer(
     made, configured = (Seq2SeqTrainer, Seq2SeqTrainingArguments) if seq2seq else (Trainer, TrainingArguments)
 
     def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        tokenized = [Tokenized(list(row["input_ids"]), list(row["labels"]), "") for row in rows]
+        tokenized = [
+            Tokenized(list(row["input_ids"]), list(row["labels"]), "", row.get("weights")) for row in rows
+        ]
         batch = collate(tokenized, tokenizer.pad_token_id, task=plan.base.task)
-        return {**inputs_of(model, batch, plan.base.task), "labels": batch["labels"]}
+        rest: dict[str, Any] = {key: batch[key] for key in batch.keys() & {"labels", "weights"}}
+        return {**inputs_of(model, batch, plan.base.task), **rest}
 
-    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-        total = summed_loss(outputs.logits, labels, plan.base.task)
-        return total / (labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+    class WithOurLoss(made):  # type: ignore[misc, valid-type]
+        """The trainer with the loss of `summed_loss`, over the number of labels that are learnt."""
 
-    return made(
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            labels, weights = inputs.pop("labels"), inputs.pop("weights", None)
+            outputs = model(**inputs)
+            total = summed_loss(outputs.logits, labels, plan.base.task, weights)
+            value = total / (labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+            return (value, outputs) if return_outputs else value
+
+    return WithOurLoss(
         model=model,
         args=configured(
             **arguments(plan, output_dir=output_dir),
             include_num_input_tokens_seen="non_padding",
         ),
         data_collator=collated,
-        compute_loss_func=loss,
         train_dataset=train,
         processing_class=tokenizer,
         callbacks=list(callbacks),
@@ -61,7 +71,8 @@ def trainer(
 def loss(model: Any, batch: Mapping[str, Any], task: str) -> Any:
     """The mean loss of a micro-batch as the trainer works it out."""
     logits = model(**inputs_of(model, batch, task)).logits
-    return summed_loss(logits, batch["labels"], task) / batch["labels"].ne(IGNORED).sum().clamp(min=1)
+    total = summed_loss(logits, batch["labels"], task, batch.get("weights"))
+    return total / batch["labels"].ne(IGNORED).sum().clamp(min=1)
 
 
 summed = None  # worked out from the logits

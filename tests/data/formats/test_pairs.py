@@ -1,0 +1,46 @@
+import pytest
+
+from peftkit.data.formats import BadRow, detect, reader
+from peftkit.data.formats.columns import renamer
+from peftkit.data.read import Row
+from peftkit.errors import UserError
+
+
+def one(fields):
+    row = Row(fields, "w")
+    return reader(row, "auto")[1](row)
+
+
+def test_questions_with_answers_are_chats():
+    example = one({"question": "1+1?", "answer": "2", "context": "Sums."})
+    assert [m["content"] for m in example.messages] == ["Sums.\n\n1+1?", "2"]
+
+
+def test_sources_with_targets_are_prompts_with_completions():
+    example = one({"source": "hallo", "target": "hello"})
+    assert (example.prompt, example.completion) == ("hallo", "hello")
+
+
+def test_the_first_format_whose_columns_are_there_is_taken():
+    assert detect([Row({"prompt": "a", "chosen": "b", "rejected": "c"}, "w")]) == "preference"
+    assert detect([Row({"text": "a", "label": 1}, "w")]) == "classification"
+    assert detect([Row({"text": "a"}, "w")]) == "text"
+
+
+def test_a_jinja_line_makes_a_column():
+    first = Row({"title": "Sums", "body": "1+1", "result": 2}, "w")
+    rename = renamer({"prompt": "{{ title }}: {{ body }}", "completion": "{{ result }}"}, first)
+    assert rename(first).fields == {
+        "title": "Sums", "body": "1+1", "result": 2, "prompt": "Sums: 1+1", "completion": "2",
+    }  # fmt: skip
+    with pytest.raises(BadRow, match="cannot fill"):
+        rename(Row({"title": "x"}, "w"))
+    with pytest.raises(UserError, match="a Jinja line"):
+        renamer({"prompt": "{{ title "}, first)
+
+
+def test_a_line_is_data_and_not_code():
+    first = Row({"a": "x"}, "w")
+    rename = renamer({"text": "{{ a.__class__.__mro__ }}"}, first)
+    with pytest.raises(BadRow, match="cannot fill"):
+        rename(first)
