@@ -622,6 +622,19 @@ def _other_template(rows: Rows, draw: Random) -> list[int]:
     return []
 
 
+@_fault("a tokenizer that drops capitals", "chat", "round-trip", "fail")
+def _small_letters(rows: Rows, draw: Random) -> list[int]:
+    rows.base, rows.train, rows.held = "small letters", rows.train[:100], []
+    return list(range(4))  # a few of every 512 are looked at
+
+
+@_fault("a tokenizer that composes accents", "chat", "round-trip", "pass")
+def _composed(rows: Rows, draw: Random) -> list[int]:
+    rows.base = "composed"
+    _say(rows.train[0], 0, lambda text: f"The cafe\u0301: {text}")
+    return []
+
+
 @_fault("a row of weight 0", "chat", "masked-rows", "fail")
 def _weightless(rows: Rows, draw: Random) -> list[int]:
     at = _one(rows.train, draw)

@@ -342,10 +342,11 @@ def make_bases(folder: Path, real: Real) -> dict[str, Path]:
     """Tiny bases by name, all with the tiny Llama's tokenizer or one derived from it.
 
     bert and t5 are of other tasks; `pad is end` pads with its end token; `start` has a start token and adds
-    it; `few embeddings` has fewer than its tokenizer has tokens; `words` knows only what stands in problems.
+    it; `few embeddings` has fewer than its tokenizer has tokens; `words` knows only what stands in problems;
+    `small letters` drops capitals, `composed` composes accents.
     """
     import torch
-    from tokenizers import processors
+    from tokenizers import normalizers, processors
     from transformers import AutoTokenizer
 
     from tests.tiny import tiny_model
@@ -373,6 +374,10 @@ def make_bases(folder: Path, real: Real) -> dict[str, Path]:
         ]
     )
     found["start"] = _derived(folder / "start", tokenizer, vocab_size=len(tokenizer))
+    for name, normalizer in (("small letters", normalizers.Lowercase()), ("composed", normalizers.NFC())):
+        tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
+        tokenizer.backend_tokenizer.normalizer = normalizer
+        found[name] = _derived(folder / name, tokenizer)
     found["words"] = _derived(folder / "words", _word_tokenizer(real))
     return found
 
@@ -389,12 +394,12 @@ def _derived(folder: Path, tokenizer: Any = None, **changes: Any) -> Path:
 
 def _word_tokenizer(real: Real) -> Any:
     """Words and single characters of problems; what else there is becomes the unknown token."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     special = AutoTokenizer.from_pretrained(TINY_LLAMA).all_special_tokens
     words = Tokenizer(models.BPE(unk_token="<|unk|>"))
-    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     marks = [AddedToken(t, special=True, normalized=False) for t in [*special, *_ROLES, "<|unk|>"]]
     texts = [text for row in [*real.problems, *real.held_problems] for text in row.values()]
     words.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2000, special_tokens=marks))
