@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
-from peftkit.data.template import Rendered, Span, adds_bos
+from peftkit.data.template import Rendered, Span, adds_bos, turn_end
+from peftkit.errors import Problem, UserError
 
 IGNORED = -100  # torch's cross entropy leaves these labels out
 
@@ -74,26 +75,51 @@ def encode(batch: Sequence[Rendered], tokenizer: Any) -> list[Encoded]:
     return list(backend.encode_batch([r.text for r in batch], add_special_tokens=False))
 
 
-def _in_pieces(rendered: Rendered, tokenizer: Any) -> _Pieces:
-    """A text encoded in pieces that end where answers begin."""
-    cuts = sorted({0, *(span.start for span in rendered.answers), len(rendered.text)})
-    ids: list[int] = []
-    offsets: list[tuple[int, int]] = []
-    for start, end in pairwise(cuts):
-        piece = tokenizer(rendered.text[start:end], add_special_tokens=False, return_offsets_mapping=True)
-        ids.extend(piece["input_ids"])
-        offsets.extend((a + start, b + start) for a, b in piece["offset_mapping"])
-    return _Pieces(ids, offsets)
+def _without_prefix(piece: str, tokenizer: Any, where: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """(ids, characters) of a text in the middle of another.
+
+    Tokenizers after SentencePiece's manner put a blank before whatever they are given. It goes to a
+    character that is put there first and taken off again.
+    """
+    for guard in ("\n", "0", "a"):
+        made = tokenizer.backend_tokenizer.encode(guard + piece, add_special_tokens=False)
+        place = made.char_to_token(1)
+        if place is not None and made.token_to_chars(place)[0] == 1:
+            return made.ids[place:], [(a - 1, b - 1) for a, b in made.offsets[place:]]
+    got, expected = "an answer that begins inside a token", "a prompt that is tokens of its own"
+    raise UserError(Problem(where, got, expected, "use a template with a line break before answers"))
 
 
-def _token_at(encoded: Encoded, char: int, length: int) -> int:
+def _in_pieces(batch: Sequence[tuple[Rendered, list[int]]], tokenizer: Any) -> list[_Pieces]:
+    """Texts encoded in pieces that end where answers begin."""
+    backend = tokenizer.backend_tokenizer
+    prefixed = backend.encode("a", add_special_tokens=False).tokens[:1] != ["a"]
+    cuts = [sorted({0, *starts, len(rendered.text)}) for rendered, starts in batch]
+    texts = [r.text[a:b] for (r, _), places in zip(batch, cuts, strict=True) for a, b in pairwise(places)]
+    encoded = iter(backend.encode_batch(texts, add_special_tokens=False))
+    found = []
+    for (rendered, _), places in zip(batch, cuts, strict=True):
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for start, end in pairwise(places):
+            made = next(encoded)
+            piece, chars = made.ids, made.offsets
+            if start and prefixed:
+                piece, chars = _without_prefix(rendered.text[start:end], tokenizer, rendered.where)
+            ids.extend(piece)
+            offsets.extend((a + start, b + start) for a, b in chars)
+        found.append(_Pieces(ids, offsets))
+    return found
+
+
+def _token_at(encoded: Encoded, char: int, length: int, num_tokens: int) -> int:
     """The first token that stands for `char` or for what follows it."""
     while char < length:
         token = encoded.char_to_token(char)
         if token is not None:
             return token
         char += 1
-    return len(encoded.ids)
+    return num_tokens
 
 
 def _straddles(encoded: Encoded, char: int, length: int) -> bool:
@@ -105,6 +131,20 @@ def _straddles(encoded: Encoded, char: int, length: int) -> bool:
     return chars is not None and chars[0] < char
 
 
+def _other_alone(encoded: Encoded, start: int, text: str) -> bool:
+    """Whether the text before an answer, encoded alone, is other tokens.
+
+    A token may straddle the start; and many tokenizers split the blanks before a word, but not those at the
+    end of a text.
+    """
+    if _straddles(encoded, start, len(text)):
+        return True
+    if not text[max(0, start - 2) : start].isspace() or start < 2:
+        return False
+    chars = encoded.token_to_chars(encoded.char_to_token(start - 2) or 0)
+    return chars is not None and chars[1] < start
+
+
 def _learnt_spans(rendered: Rendered, mask: str) -> tuple[Span, ...]:
     if mask == "all":
         weight = rendered.answers[-1].weight if rendered.answers else 1.0
@@ -114,10 +154,26 @@ def _learnt_spans(rendered: Rendered, mask: str) -> tuple[Span, ...]:
 
 @dataclass(frozen=True)
 class _Ends:
-    """What may end a turn: `special` tokens, and among them those at which generation stops."""
+    """What may end a turn: tokens at which generation stops, and those that `close` a turn in the template.
 
-    special: frozenset[int]
+    `added` are all that stand beside the vocabulary of words.
+    """
+
     stops: frozenset[int]
+    close: frozenset[int]
+    added: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: Any, stops: frozenset[int]) -> _Ends:
+        """What the template writes after an answer closes turns; without one, any special token does."""
+        added = tokenizer.added_tokens_decoder
+        if tokenizer.chat_template:
+            ids = tokenizer.backend_tokenizer.encode(turn_end(tokenizer), add_special_tokens=False).ids
+            close = added.keys() & set(ids)
+        else:
+            close = {number for number, token in added.items() if token.special}
+        stops = stops | ({tokenizer.eos_token_id} - {None})
+        return cls(stops, stops | close, stops | added.keys() | set(tokenizer.all_special_ids))
 
 
 def _is_blank(encoded: Encoded, token: int, text: str) -> bool:
@@ -125,53 +181,62 @@ def _is_blank(encoded: Encoded, token: int, text: str) -> bool:
     return chars is not None and not text[slice(*chars)].strip()
 
 
-def _range(rendered: Rendered, encoded: Encoded, span: Span, ends: _Ends) -> tuple[int, int]:
+def _range(rendered: Rendered, encoded: Encoded, ids: list[int], span: Span, ends: _Ends) -> tuple[int, int]:
     """Tokens [first, stop) to learn: those whose characters overlap the span, up to the end of the turn.
 
-    Blanks that the template puts after the end token are not learnt: the model stops before them. An end
-    token that stands right after the span is.
+    What the template puts after the end token is not learnt: the model stops before it. An end token that
+    stands right after the span is. So is a token that has more of the answer than blanks.
     """
-    text, ids = rendered.text, encoded.ids
-    first = _token_at(encoded, span.start, len(text))
-    stop = _token_at(encoded, span.end, len(text))
-    if stop < len(ids) and _straddles(encoded, span.end, len(text)):
+    text, size = rendered.text, len(ids)
+    length = len(text)
+    first = _token_at(encoded, span.start, length, size)
+    stop = _token_at(encoded, span.end, length, size)
+    chars = encoded.token_to_chars(stop) if stop < size else None
+    if chars is not None and text[chars[0] : span.end].strip():  # it straddles the end
         stop += 1
-    last = stop - 1
-    while last > first and ids[last] not in ends.special and _is_blank(encoded, last, text):
-        last -= 1
-    if last >= first and ids[last] in ends.special:
-        return first, last + 1
-    if stop < len(ids) and ids[stop] in ends.stops:
+    tail = stop
+    while tail > first and (ids[tail - 1] in ends.added or _is_blank(encoded, tail - 1, text)):
+        tail -= 1
+    closing = [place for place in range(tail, stop) if ids[place] in ends.close]
+    if closing:
+        halts = [place for place in closing if ids[place] in ends.stops]
+        return first, (halts[0] if halts else closing[-1]) + 1
+    if stop < size and ids[stop] in ends.close:
         stop += 1
     return first, stop
 
 
-def _ends(rendered: Rendered, encoded: Encoded, last: int, special: frozenset[int]) -> bool:
-    """Whether the text ends in a special token at or after `last`, or before it with only blanks between."""
-    if any(token in special for token in encoded.ids[last:]):
-        return True
-    while last > 0 and _is_blank(encoded, last, rendered.text):
+def _is_open(rendered: Rendered, encoded: Encoded, ids: list[int], stop: int, ends: _Ends) -> bool:
+    """Whether a text ends, but for blanks, in what is learnt up to `stop`, and no token closes it."""
+    text = rendered.text
+    if not stop or not all(_is_blank(encoded, place, text) for place in range(stop, len(ids))):
+        return False
+    last = stop - 1
+    while last > 0 and ids[last] not in ends.close and _is_blank(encoded, last, text):
         last -= 1
-        if encoded.ids[last] in special:
-            return True
-    return False
+    return ids[last] not in ends.close
 
 
-def _labelled(
-    rendered: Rendered, encoded: Encoded, mask: str, ends: _Ends
-) -> tuple[list[int], list[int], list[float] | None]:
-    """(ids, labels, weights) before a start or end token is added."""
-    ids = list(encoded.ids)
-    labels, weights = [IGNORED] * len(ids), None
+def _labelled(rendered: Rendered, encoded: Encoded, mask: str, ends: _Ends, eos: int | None) -> Tokenized:
+    """A row before a start token is added."""
+    ids = encoded.ids
+    labels, weights, end = [IGNORED] * len(ids), None, 0
     for span in _learnt_spans(rendered, mask):
-        if span.weight == 0.0:
+        first, stop = (0, len(ids)) if mask == "all" else _range(rendered, encoded, ids, span, ends)
+        if span.weight == 0.0 or first == stop:
             continue
-        first, stop = (0, len(ids)) if mask == "all" else _range(rendered, encoded, span, ends)
-        labels[first:stop] = ids[first:stop]
+        end = stop
+        labels[first:end] = ids[first:end]
         if span.weight != 1.0 or weights is not None:
             weights = [1.0] * len(ids) if weights is None else weights
-            weights[first:stop] = [span.weight] * (stop - first)
-    return ids, labels, weights
+            weights[first:end] = [span.weight] * (end - first)
+    if _is_open(rendered, encoded, ids, end, ends):
+        if eos is None:
+            got, fix = "a tokenizer without an end token", "set eos_token in tokenizer_config.json"
+            raise UserError(Problem(rendered.where, got, "a token that ends answers", fix))
+        weights = None if weights is None else [*weights, weights[end - 1]]
+        ids, labels = [*ids, eos], [*labels, eos]
+    return Tokenized(ids, labels, rendered.where, weights)
 
 
 def tokenize(
@@ -188,27 +253,26 @@ def tokenize(
     token that is learnt too; where the text brings none, the tokenizer's end token is added. `stops` are
     tokens at which generation stops, `encoded` what `encode` gave for the batch.
 
-    Where a token would straddle the start of an answer, that text is encoded in pieces that end there: at
-    inference the prompt is encoded alone, and training must see the same prompt tokens.
+    Where the prompt alone would be other tokens, a text is encoded in pieces that end there: at inference
+    the prompt is encoded alone, and training must see the same tokens.
     """
-    eos = tokenizer.eos_token_id
-    special = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
-    ends = _Ends(special, stops | {eos})
+    ends, eos = _Ends.of(tokenizer, stops), tokenizer.eos_token_id
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    made = list(encoded or encode(batch, tokenizer))
+    cuts = {}
+    for number, (rendered, whole) in enumerate(zip(batch, made, strict=True)):
+        answers = rendered.answers[-1:] if mask == "last-turn" else rendered.answers
+        starts = [span.start for span in answers]
+        if any(_other_alone(whole, start, rendered.text) for start in starts):
+            cuts[number] = rendered, starts
+    if cuts:
+        for number, pieces in zip(cuts, _in_pieces(list(cuts.values()), tokenizer), strict=True):
+            made[number] = pieces
     found = []
-    for rendered, whole in zip(batch, encoded or encode(batch, tokenizer), strict=True):
-        length = len(rendered.text)
-        cut = any(_straddles(whole, span.start, length) for span in rendered.answers)
-        made = _in_pieces(rendered, tokenizer) if cut else whole
-        ids, labels, weights = _labelled(rendered, made, mask, ends)
-        last = next((i for i in range(len(ids) - 1, -1, -1) if labels[i] != IGNORED), None)
-        if last is not None and not _ends(rendered, made, last, special):
-            ids.append(eos)
-            labels.append(eos)
-            weights = None if weights is None else [*weights, weights[last]]
-        if bos and ids[:1] != bos:
-            ids.insert(0, bos[0])
-            labels.insert(0, IGNORED)
-            weights = None if weights is None else [1.0, *weights]
-        found.append(Tokenized(ids, labels, rendered.where, weights))
+    for rendered, tokens in zip(batch, made, strict=True):
+        row = _labelled(rendered, tokens, mask, ends, eos)
+        if bos and row.input_ids[:1] != bos:
+            weights = None if row.weights is None else [1.0, *row.weights]
+            row = Tokenized([*bos, *row.input_ids], [IGNORED, *row.labels], row.where, weights)
+        found.append(row)
     return found

@@ -17,28 +17,57 @@ from peftkit.data.template import (
     by_markers,
     by_prefixes,
     ensure_template,
-    lost_in,
+    misplaced,
+    takes_default,
     template_of,
 )
 from peftkit.errors import UserError
 
 _SAMPLE = 24
+_ASKED, _SAID = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+_CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+# turns that the sample may lack: the prompt for an answer may be another after a tool's turn
+_PROBES = (
+    Example("", messages=(_ASKED, _SAID)),
+    Example(
+        "",
+        messages=(
+            _ASKED,
+            {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+            {"role": "tool", "name": "f", "content": "1"},
+            _SAID,
+        ),
+    ),
+)
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def _proves(examples: Sequence[Example], tokenizer: Any, marked: str, *, same_text: bool) -> bool:
-    """Whether a template's markers give whole answers, and with `same_text` the model's own text."""
+    """Whether a template's markers give whole answers of chats that the model's own template takes as well.
+
+    With `same_text`, whether it writes them alike.
+    """
     try:
         for example in examples:
-            made = by_markers(example, tokenizer, marked)
-            tools = list(example.tools) or None
-            if same_text and made.text != apply(tokenizer, example.messages, tools, ask=False, where=""):
-                return False
-            if "stand where" in lost_in(example, made):
+            made = by_markers(example, tokenizer, marked, within=True)
+            own = apply(tokenizer, example.messages, example.tools, ask=False, where="")
+            if (same_text and made.text != own) or misplaced(example, made):
                 return False
     except UserError:
         return False
     return True
+
+
+def _within(examples: Sequence[Example], tokenizer: Any, marked: str) -> bool:
+    """Whether spans that a template marks begin before the prompt for the answer ends."""
+    for example in examples:
+        try:
+            exact, as_marked = (by_markers(example, tokenizer, marked, within=w) for w in (True, False))
+        except UserError:  # a probe that this template does not take
+            continue
+        if exact.answers != as_marked.answers:
+            return True
+    return False
 
 
 def _prefixes_hold(examples: Sequence[Example], tokenizer: Any, mask: str) -> bool:
@@ -74,13 +103,18 @@ def choose_style(examples: Sequence[Example], tokenizer: Any, *, mask: str, sour
     step = max(1, len(examples) // _SAMPLE)
     sample = [e for e in (examples[i] for i in range(0, len(examples), step)) if e.messages][:_SAMPLE]
     own = template_of(tokenizer)
-    if _MARKER.search(own) and _proves(sample, tokenizer, own, same_text=False):
-        return Style(source, own, "its generation markers")
+    plain = [e for e in sample if takes_default(e, tokenizer)]
+
+    def by(marked: str, reason: str) -> Style:
+        return Style(source, marked, reason, _within([*plain, *_PROBES], tokenizer, marked))
+
+    if _MARKER.search(own) and _proves(plain, tokenizer, own, same_text=False):
+        return by(own, "its generation markers")
     training = None if default else _training_template(tokenizer)
-    if training and _proves(sample, tokenizer, training, same_text=True):
-        return Style(source, training, "TRL's training template, which renders the same text")
+    if training and _proves(plain, tokenizer, training, same_text=True):
+        return by(training, "TRL's training template, which renders the same text")
     if _prefixes_hold(sample, tokenizer, mask):
         return Style(source, None, "what is added beyond the prompt for an answer")
-    if training and _proves(sample, tokenizer, training, same_text=False):
-        return Style(source, training, "TRL's training template: the model's own rewrites earlier turns")
+    if training and _proves(plain, tokenizer, training, same_text=False):
+        return by(training, "TRL's training template: the model's own rewrites earlier turns")
     return Style(source, None, "what is added beyond the prompt for an answer")

@@ -53,12 +53,13 @@ class Style:
     """How chats become text. `marked` is a template whose generation markers give the spans.
 
     Without one, spans come from rendering prefixes: what the template adds for an answer beyond the prompt
-    for it. `reason` says why.
+    for it. `reason` says why. `within` says that marked spans begin before the prompt for the answer ends.
     """
 
     source: str  # "the model's own" | "the default" | a file
     marked: str | None
     reason: str
+    within: bool = False
 
 
 NO_CHATS = Style("none", None, "no chats in the data")
@@ -72,34 +73,60 @@ def ensure_template(tokenizer: Any) -> bool:
     return True
 
 
-def template_of(tokenizer: Any) -> str:
-    """The template that chats are rendered with, where a tokenizer brings several the default one."""
+def template_of(tokenizer: Any, tools: Any = None) -> str:
+    """The template that chats are rendered with; of several, the one that transformers takes."""
     found = tokenizer.chat_template
-    return str(found["default"] if isinstance(found, Mapping) and "default" in found else found)
+    if not isinstance(found, Mapping):
+        return str(found)
+    name = "tool_use" if tools and "tool_use" in found else "default"
+    return str(found.get(name, found))
+
+
+def takes_default(example: Example, tokenizer: Any) -> bool:
+    """Whether a chat is rendered with the default template: some bring another one for chats with tools."""
+    return not example.tools or template_of(tokenizer, example.tools) == template_of(tokenizer)
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}]
+
+
+def _writes(template: str, *turns: Message) -> bool:
+    """Whether a template takes turns and writes the probe that one of them holds."""
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        [text], _ = render_jinja_template([list(turns)], chat_template=template, bos_token="", eos_token="")
+    except (jinja2.TemplateError, TypeError):
+        return False
+    return _PROBE in str(text)
+
+
+@lru_cache(maxsize=32)
+def takes_parts(template: str) -> bool:
+    """Whether contents must be lists of parts, as for models that see: plain text is left out."""
+    text, parts = ({"role": "user", "content": content} for content in (_PROBE, _parts(_PROBE)))
+    return not _writes(template, text) and _writes(template, parts)
 
 
 @lru_cache(maxsize=32)
 def takes_system(template: str) -> bool:
     """Whether a template renders a system turn: some refuse it, some leave it out."""
-    import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    turns = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "hi"}]
-    try:
-        [text], _ = render_jinja_template([turns], chat_template=template, bos_token="", eos_token="")
-    except (jinja2.TemplateError, TypeError):
-        return False
-    return _PROBE in text
+    system, user = (_parts(text) if takes_parts(template) else text for text in (_PROBE, "hi"))
+    return _writes(template, {"role": "system", "content": system}, {"role": "user", "content": user})
 
 
-def _turns(messages: Sequence[Message], tokenizer: Any) -> list[Message]:
+def _turns(messages: Sequence[Message], template: str) -> list[Message]:
     """The turns as the template takes them: a system prompt goes into the first user turn where it must."""
-    if messages and messages[0]["role"] == "system" and not takes_system(template_of(tokenizer)):
-        if len(messages) > 1 and messages[1]["role"] == "user":
-            both = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-            return [{**messages[1], "content": both}, *messages[2:]]
-        return list(messages[1:])
-    return list(messages)
+    turns = list(messages)
+    if turns and turns[0]["role"] == "system" and not takes_system(template):
+        system = turns.pop(0)["content"]
+        if turns and turns[0]["role"] == "user":
+            turns[0] = {**turns[0], "content": f"{system}\n\n{turns[0]['content']}"}
+    if takes_parts(template):
+        return [{**turn, "content": _parts(turn["content"])} for turn in turns]
+    return turns
 
 
 def _refused(where: str, error: Exception) -> UserError:
@@ -107,18 +134,30 @@ def _refused(where: str, error: Exception) -> UserError:
     return UserError(Problem(where, got, "turns in the order that the template knows"))
 
 
-def apply(tokenizer: Any, messages: Sequence[Message], tools: Any, *, ask: bool, where: str) -> str:
-    """A chat as the tokenizer's template writes it; with `ask` up to where an answer begins."""
+def _rendered(
+    template: str, messages: Sequence[Message], tokenizer: Any, tools: Any, where: str, **options: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """(text, marked spans) of a chat."""
     import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                _turns(messages, tokenizer), tools=tools, tokenize=False, add_generation_prompt=ask
-            )
+        [text], spans = render_jinja_template(
+            [_turns(messages, template)],
+            tools=list(tools or ()) or None,
+            chat_template=template,
+            **options,
+            **tokenizer.special_tokens_map,
         )
     except (jinja2.TemplateError, TypeError) as error:
         raise _refused(where, error) from None
+    return str(text), [span for of_one in spans for span in of_one]
+
+
+def apply(tokenizer: Any, messages: Sequence[Message], tools: Any, *, ask: bool, where: str) -> str:
+    """The text of a chat by the model's own template, with the prompt for an answer where `ask`."""
+    template = template_of(tokenizer, tools)
+    return _rendered(template, messages, tokenizer, tools, where, add_generation_prompt=ask)[0]
 
 
 def _weights(example: Example) -> list[float]:
@@ -130,40 +169,78 @@ def _weights(example: Example) -> list[float]:
     ]
 
 
-def by_markers(example: Example, tokenizer: Any, template: str) -> Rendered:
-    """Text and spans by the template's generation markers: one rendering."""
-    import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
+def _answers(example: Example) -> list[int]:
+    """The places of the turns that are learnt."""
+    turns = enumerate(example.messages)
+    return [i for i, m in turns if m["role"] == "assistant" and i >= example.num_given]
 
-    turns = _turns(example.messages, tokenizer)
-    try:
-        [text], [spans] = render_jinja_template(
-            [turns],
-            tools=list(example.tools) or None,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise _refused(example.where, error) from None
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans, those that touch as one: some templates mark the last end token by itself."""
+    made: list[tuple[int, int]] = []
+    for start, end in spans:
+        if made and made[-1][1] == start:
+            made[-1] = (made[-1][0], end)
+        else:
+            made.append((start, end))
+    return made
+
+
+def _past_prompt(text: str, start: int, prompt: str, tokenizer: Any, where: str) -> int:
+    """Where an answer begins whose span starts at `start`: not before the prompt for it ends.
+
+    A prompt may end in what the text lacks, such as an open reasoning block. Then those of its added tokens
+    count that the text has.
+    """
+    if not prompt.startswith(text[:start]):
+        raise _rewrites(where)
+    head = prompt[start:]
+    if text.startswith(head, start):
+        return start + len(head)
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    for a, b in tokenizer(head, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]:
+        if head[a:b] not in added or not text.startswith(head[a:b], start):
+            break
+        start += b - a
+    return start
+
+
+def by_markers(example: Example, tokenizer: Any, template: str, *, within: bool) -> Rendered:
+    """Text and spans by the template's generation markers; with `within`, less what the prompt gives."""
+    tools, where = example.tools, example.where
+    text, spans = _rendered(
+        template, example.messages, tokenizer, tools, where, return_assistant_tokens_mask=True
+    )
     num_answers = sum(m["role"] == "assistant" for m in example.messages)
+    if len(spans) > num_answers:
+        spans = _joined(spans)
     if len(spans) != num_answers:
         got = f"{len(spans)} marked answers of {num_answers}"
-        raise UserError(Problem(example.where, got, "a template that marks every answer once"))
-    weights = _weights(example)
-    chosen = spans[num_answers - len(weights) :]
-    answers = tuple(Span(a, b, w) for (a, b), w in zip(chosen, weights, strict=True))
-    return Rendered(text, answers, example.where)
+        raise UserError(Problem(where, got, "a template that marks every answer once"))
+    places = _answers(example)
+    answers = []
+    for i, (start, end), weight in zip(
+        places, spans[num_answers - len(places) :], _weights(example), strict=True
+    ):
+        first = start
+        if within:
+            before = example.messages[:i]
+            prompt, _ = _rendered(template, before, tokenizer, tools, where, add_generation_prompt=True)
+            first = _past_prompt(text, start, prompt, tokenizer, where)
+        answers.append(Span(first, end, weight))
+    return Rendered(text, tuple(answers), where)
+
+
+def _rewrites(where: str) -> UserError:
+    got, fix = "a chat template that rewrites earlier turns", "use data.mask: last-turn, or another template"
+    return UserError(Problem(where, got, "a template whose prompt is a prefix of the whole chat", fix))
 
 
 def by_prefixes(example: Example, tokenizer: Any, *, last_only: bool) -> Rendered:
     """Text and spans by rendering what comes before each answer with the prompt for it, and up to its end."""
-    tools, where = list(example.tools) or None, example.where
+    tools, where = example.tools, example.where
     text = apply(tokenizer, example.messages, tools, ask=False, where=where)
-    places = [
-        i for i, m in enumerate(example.messages) if m["role"] == "assistant" and i >= example.num_given
-    ]
-    pairs = list(zip(places, _weights(example), strict=True))
+    pairs = list(zip(_answers(example), _weights(example), strict=True))
     answers = []
     for i, weight in pairs[-1:] if last_only else pairs:
         before = apply(tokenizer, example.messages[:i], tools, ask=True, where=where)
@@ -171,12 +248,10 @@ def by_prefixes(example: Example, tokenizer: Any, *, last_only: bool) -> Rendere
         after = (
             text if is_last else apply(tokenizer, example.messages[: i + 1], tools, ask=False, where=where)
         )
+        if not text.startswith(after) and tokenizer.eos_token:  # some write it once, after the last turn
+            after = after.removesuffix(tokenizer.eos_token)
         if not (after.startswith(before) and text.startswith(after)):
-            got, fix = (
-                "a chat template that rewrites earlier turns",
-                "use data.mask: last-turn, or another template",
-            )
-            raise UserError(Problem(where, got, "a template whose prompt is a prefix of the whole chat", fix))
+            raise _rewrites(where)
         answers.append(Span(len(before), len(after), weight))
     return Rendered(text, tuple(answers), where)
 
@@ -201,6 +276,12 @@ def _end_in(text: str, content: str, start: int) -> int:
     return -1
 
 
+def _thought(content: str) -> str:
+    """The reasoning that an answer brings within its text."""
+    thought, mark, _ = content.rpartition("</think>")
+    return thought.removeprefix("<think>") if mark else ""
+
+
 def lost_in(example: Example, rendered: Rendered) -> str:
     """What of a chat its text does not hold; empty where all is there.
 
@@ -214,13 +295,9 @@ def lost_in(example: Example, rendered: Rendered) -> str:
             at = _end_in(outside, content, at)
         if at < 0 or _end_in(text, content, 0) < 0:
             return f"turn {number} ({message['role']})"
-    answers = [m for m in example.messages[example.num_given :] if m["role"] == "assistant"]
-    for span, message in zip(rendered.answers[::-1], answers[::-1], strict=False):
-        learnt = text[span.start : span.end]
-        if _said(message["content"]) not in learnt:
-            return "an answer that does not stand where it is learnt"
-        for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in learnt:
+    for span, i in zip(rendered.answers[::-1], _answers(example)[::-1], strict=False):
+        for call in example.messages[i].get("tool_calls", ()):
+            if call["function"]["name"] not in text[span.start : span.end]:
                 return f"the call of {call['function']['name']}"
     return ""
 
@@ -228,11 +305,20 @@ def lost_in(example: Example, rendered: Rendered) -> str:
 def reasoning_lost_in(example: Example, rendered: Rendered) -> str:
     """The first turn whose reasoning the text does not hold; empty where none is lost."""
     for number, message in enumerate(example.messages, start=1):
-        content, reasoning = message["content"].strip(), message.get("reasoning_content", "").strip()
-        inside = "</think>" in content and content not in rendered.text
-        if inside or (reasoning and reasoning not in rendered.text):
+        reasoning = message.get("reasoning_content") or _thought(message["content"])
+        if reasoning and reasoning.strip() not in rendered.text:
             return f"the reasoning of turn {number}"
     return ""
+
+
+def misplaced(example: Example, rendered: Rendered) -> bool:
+    """Whether an answer stands in the text, but not where it is learnt."""
+    text = rendered.text
+    for span, i in zip(rendered.answers[::-1], _answers(example)[::-1], strict=False):
+        said = _said(example.messages[i]["content"])
+        if text.find(said, span.start, span.end) < 0 and said in text:
+            return True
+    return False
 
 
 def render(
@@ -246,10 +332,13 @@ def render(
     if not example.messages:
         text = example.prompt + example.completion
         return Rendered(text, (Span(len(example.prompt), len(text), example.weight),), example.where)
-    if style is not None and style.marked is not None:
-        made = by_markers(example, tokenizer, style.marked)
+    if style is not None and style.marked is not None and takes_default(example, tokenizer):
+        made = by_markers(example, tokenizer, style.marked, within=style.within)
     else:
         made = by_prefixes(example, tokenizer, last_only=mask == "last-turn")
+    if misplaced(example, made):
+        # nothing is learnt of such a row: a wrong mask would be worse
+        return replace(made, answers=(), lost="an answer that does not stand where the template puts answers")
     lost, reasoning = lost_in(example, made), reasoning_lost_in(example, made)
     return replace(made, lost=lost, lost_reasoning=reasoning) if lost or reasoning else made
 
@@ -258,8 +347,7 @@ def render_prompt(example: Example, tokenizer: Any) -> tuple[str, str]:
     """(prompt, reference answer) of an example's last turn, for generation."""
     if not example.messages:
         return example.prompt, example.completion
-    tools = list(example.tools) or None
-    prompt = apply(tokenizer, example.messages[:-1], tools, ask=True, where=example.where)
+    prompt = apply(tokenizer, example.messages[:-1], example.tools, ask=True, where=example.where)
     return prompt, example.messages[-1]["content"]
 
 
@@ -267,3 +355,13 @@ def adds_bos(tokenizer: Any) -> bool:
     """Whether this tokenizer puts a start token before plain text by itself."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def turn_end(tokenizer: Any) -> str:
+    """What the template writes after an answer; empty where it takes no chat of two turns."""
+    turns = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": _PROBE})
+    try:
+        text = apply(tokenizer, turns, None, ask=False, where="")
+    except UserError:
+        return ""
+    return text.rpartition(_PROBE)[2] if _PROBE in text else ""
