@@ -324,6 +324,9 @@ SETS: dict[str, Callable[[Real], Rows]] = {
     "intents as chats": _intents,
     "text": lambda real: Rows(real.speeches[:], real.held_speeches[:], suffix=".txt"),
     "text packed": lambda real: Rows(real.speeches[:], real.held_speeches[:], suffix=".txt.gz"),
+    "text in pieces": lambda real: Rows(
+        real.speeches[:], real.held_speeches[:], suffix=".txt", settings={"max_length": 32}
+    ),
     "text lines": lambda real: Rows(
         [{"text": s} for s in real.speeches], [{"text": s} for s in real.held_speeches]
     ),
@@ -335,14 +338,15 @@ SETS: dict[str, Callable[[Real], Rows]] = {
 # ----------------------------------------------------------------------------------------------------- bases
 
 
-def make_bases(folder: Path) -> dict[str, Path]:
+def make_bases(folder: Path, real: Real) -> dict[str, Path]:
     """Tiny bases by name, all with the tiny Llama's tokenizer or one derived from it.
 
     bert and t5 are of other tasks; `pad is end` pads with its end token; `start` has a start token and adds
-    it; `few embeddings` has fewer than its tokenizer has tokens; `words` knows only the words of GSM8K.
+    it; `few embeddings` has fewer than its tokenizer has tokens; `words` knows only what stands in problems;
+    `small letters` drops capitals, `composed` composes accents.
     """
     import torch
-    from tokenizers import processors
+    from tokenizers import normalizers, processors
     from transformers import AutoTokenizer
 
     from tests.tiny import tiny_model
@@ -370,7 +374,11 @@ def make_bases(folder: Path) -> dict[str, Path]:
         ]
     )
     found["start"] = _derived(folder / "start", tokenizer, vocab_size=len(tokenizer))
-    found["words"] = _derived(folder / "words", _word_tokenizer())
+    for name, normalizer in (("small letters", normalizers.Lowercase()), ("composed", normalizers.NFC())):
+        tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
+        tokenizer.backend_tokenizer.normalizer = normalizer
+        found[name] = _derived(folder / name, tokenizer)
+    found["words"] = _derived(folder / "words", _word_tokenizer(real))
     return found
 
 
@@ -384,8 +392,8 @@ def _derived(folder: Path, tokenizer: Any = None, **changes: Any) -> Path:
     return folder
 
 
-def _word_tokenizer() -> Any:
-    """Words and single characters of GSM8K; what else there is becomes the unknown token."""
+def _word_tokenizer(real: Real) -> Any:
+    """Words and single characters of problems; what else there is becomes the unknown token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -393,7 +401,7 @@ def _word_tokenizer() -> Any:
     words = Tokenizer(models.BPE(unk_token="<|unk|>"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     marks = [AddedToken(t, special=True, normalized=False) for t in [*special, *_ROLES, "<|unk|>"]]
-    texts = [text for row in _problems(ASSETS / "gsm8k.train.jsonl") for text in row.values()]
+    texts = [text for row in [*real.problems, *real.held_problems] for text in row.values()]
     words.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2000, special_tokens=marks))
     made = PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<|unk|>"

@@ -15,7 +15,7 @@ from typing import Any
 
 from peftkit.cache import cache_folder
 
-VERSION = 2  # of what is kept: another one starts afresh
+VERSION = 6  # of what is kept: another one starts afresh
 _KEEP_BYTES = 20 * 2**30
 _UNFINISHED_SECONDS = 14 * 86_400
 _META = "meta.json"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from peftkit.data.gate.tally import SHOWN
-from peftkit.data.mask import Tokenized
+from peftkit.data.mask import IGNORED, Tokenized
 from peftkit.errors import Problem, UserError
 from peftkit.plan.plan import DataPlan
 
@@ -33,10 +34,17 @@ class Fitted:
 
 
 def _split(row: Tokenized, room: int) -> Iterator[Tokenized]:
-    """A row in pieces that fit; pieces in which nothing is learnt are left out."""
-    for start in range(0, len(row.input_ids), room):
-        piece = row.cut(start, start + room)
-        if piece.num_learnt:
+    """A row in pieces that fit, none of them one token; those that nothing is learnt from are left out.
+
+    Nothing predicts the first token of a piece.
+    """
+    length = len(row.input_ids)
+    cuts = [*range(0, length, room), length]
+    if cuts[-1] - cuts[-2] == 1 and room > 2:
+        cuts[-2] -= 1
+    for start, stop in pairwise(cuts):
+        piece = row.cut(start, stop)
+        if piece.num_learnt > (piece.labels[0] != IGNORED):
             yield piece
 
 

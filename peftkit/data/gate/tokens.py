@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from typing import Any
 
@@ -23,6 +24,11 @@ def ends_of(row: Tokenized) -> list[int]:
     """The last token of every stretch that is learnt."""
     following = [*row.labels[1:], IGNORED]
     return [a for a, b in zip(row.labels, following, strict=True) if b == IGNORED and a != IGNORED]
+
+
+def _plain(text: str) -> str:
+    """A text without what tokenizers may change: blanks, and how a character is composed."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 class Watch:
@@ -72,11 +78,10 @@ class Watch:
             self.tally.add("end-token", row.where, f"answer {number} does not end in an end token")
 
     def round_trip(self, row: Tokenized, text: str) -> None:
-        """Whether a row's tokens give back its text; blanks do not count."""
+        """Whether a row's tokens give back its text."""
         if self._unknown in row.input_ids:
             return  # told by a check of its own
-        found = "".join(self._decode(row.input_ids).split())
-        wanted = "".join(text.split())
+        found, wanted = _plain(self._decode(row.input_ids)), _plain(text)
         if wanted not in found:
             place = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), 0)
             got = f"{found[place : place + 20]!r} for {wanted[place : place + 20]!r}"
