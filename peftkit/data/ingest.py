@@ -22,6 +22,7 @@ from peftkit.data.read import Fault, Row, content_key, read
 from peftkit.data.spill import Lines, Picked, Writer, load_numbers, save_numbers
 from peftkit.data.split import split_share, without_near
 from peftkit.errors import Problem, UserError
+from peftkit.recipe.paths import shown
 from peftkit.recipe.schema import Chat, Data, Source
 
 # checks whose rows cannot be used: waived, they are left out; otherwise they stop the run
@@ -65,7 +66,7 @@ class _Reading:
                 self._leave_out(bad.check, row.where, f"{bad.got}, expected {bad.expected}")
         if len(self.rows) == start:
             problems = problems_of(self.tally, UNUSABLE) if self.tally.to_json() != before else []
-            raise UserError(problems or Problem(source.path, "no rows", "at least one row"))
+            raise UserError(problems or Problem(shown(source.path), "no rows", "at least one row"))
         return Part(source, name, start, len(self.rows))
 
     def _leave_out(self, check: str, where: str, what: str) -> None:

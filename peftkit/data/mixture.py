@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from peftkit.data.formats import CLASSES
 from peftkit.errors import Problem, UserError
-from peftkit.recipe.paths import is_data_path
+from peftkit.recipe.paths import is_data_path, shown
 from peftkit.recipe.schema import Data, Source
 
 Where = Callable[[tuple[str, ...]], str]
@@ -37,7 +37,7 @@ def drawn(parts: Sequence[Part], seed: int, where: str) -> Iterator[Iterable[int
     for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
         there, wanted = part.stop - part.start, part.source.rows
         if wanted is not None and wanted > there:
-            got = f"rows: {wanted} of {part.source.path}, which has {there:,}"
+            got = f"rows: {wanted} of {shown(part.source.path)}, which has {there:,}"
             fix = "no row is taken twice: raise train.epochs"
             raise UserError(Problem(where, got, f"at most {there}", fix))
         everything = range(part.start, part.stop)

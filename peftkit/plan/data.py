@@ -9,6 +9,7 @@ from peftkit.plan.decisions import Decisions
 from peftkit.plan.facts import Facts, TextFacts
 from peftkit.plan.plan import DataPlan
 from peftkit.plan.task import FORMAT_TASKS
+from peftkit.recipe.paths import shown
 from peftkit.recipe.schema import Source
 
 
@@ -49,10 +50,10 @@ def _check_classes(d: Decisions, facts: Facts) -> None:
 def _named(source: Any) -> Any:
     """A source of data in words; a share or nothing stays what it is."""
     if not isinstance(source, Source):
-        return source
+        return shown(source) if isinstance(source, str) else source
     rest = source.model_dump(exclude_unset=True, exclude={"path", "columns", "format"})
     told = ", ".join(f"{key} {value}" for key, value in rest.items())
-    return f"{source.path} ({told})" if told else source.path
+    return f"{shown(source.path)} ({told})" if told else shown(source.path)
 
 
 def _truncation(d: Decisions, facts: Facts, kind: str) -> str:
@@ -110,7 +111,7 @@ def data_plan(d: Decisions, facts: Facts) -> DataPlan:
     max_length = choose_max_length(d, facts.model.shape, virtual)
     _check_classes(d, facts)
     return DataPlan(
-        train=tuple(source.path for source in data.sources),
+        train=tuple(shown(source.path) for source in data.sources),
         eval=_named(data.eval),
         format=kind,
         columns=dict(data.columns),

@@ -17,6 +17,7 @@ from peftkit.plan import Facts, Plan, make_plan
 from peftkit.plan.packing import mean_tokens
 from peftkit.recipe import LoadedRecipe, load
 from peftkit.recipe.document import dump_text
+from peftkit.recipe.paths import shown
 from peftkit.report import Summary, read_plan, read_summary
 from peftkit.run import oom
 from peftkit.run.check import Looked, look
@@ -122,7 +123,7 @@ def _open(
     plan_device = facts.device.kind
     config = converted(base, source).config or {}
     facts = Facts(detect_device(), model_facts(loaded, converted(base, source), examples), None)
-    names = ", ".join(Path(source.path).name for source in loaded.recipe.data.sources)
+    names = ", ".join(Path(shown(source.path)).name for source in loaded.recipe.data.sources)
     observer({"event": "phase", "name": "data", "detail": names})
     if facts.device.kind != plan_device:
         text = f"the driver shows a {plan_device} device, but torch uses {facts.device.name}"
