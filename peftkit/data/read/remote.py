@@ -83,8 +83,9 @@ def _watched(work: Callable[[_Transfer], Any], timeout: float) -> Any:
     return transfer.outcome
 
 
-def remote_files(url: str, where: str, *, timeout: float = TIMEOUT_SECONDS) -> list[File]:
+def remote_files(url: str, where: str, *, timeout: float | None = None) -> list[File]:
     """The files behind a URL, in the cache. Raises UserError where they cannot be had."""
+    timeout = TIMEOUT_SECONDS if timeout is None else timeout
     scheme = urlsplit(url).scheme.lower()
     if scheme in {"file", "local"}:
         return local_files(unquote(url.split("://", 1)[1]), "train", where)
