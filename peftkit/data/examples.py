@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -10,11 +10,8 @@ from hashlib import blake2b
 from peftkit.data.formats import CLASSES, Example, labels_of
 from peftkit.data.gate.tally import Tally
 from peftkit.data.gate.text import text_of
-from peftkit.data.lengths import Sizes, sizes_of
+from peftkit.data.lengths import sizes_of
 from peftkit.data.spill import Picked
-
-Numbers = tuple[int, int, int, int]
-
 
 # what is known of each row: bytes asked and answered, hashes of all that it says and of what it asks
 NUMBERS = ("asked", "answered", "hash", "input_hash")
@@ -32,18 +29,26 @@ def numbers_of(example: Example) -> tuple[int, int, int, int]:
 
 
 class Kept(Picked[Example]):
-    """Examples on disk. `name` stands for their content; `numbered` has the `NUMBERS` of each."""
+    """Examples on disk. `name` stands for their content; `columns` has the `NUMBERS` of each by name."""
 
     def __init__(
-        self, items: Sequence[Example], numbers: Sequence[int], *, name: str, numbered: Sequence[Numbers]
+        self,
+        items: Sequence[Example],
+        numbers: Sequence[int],
+        *,
+        name: str,
+        columns: Mapping[str, Sequence[int]],
     ) -> None:
         super().__init__(items, numbers)
-        self.name, self.numbered = name, numbered
+        self.name, self.columns = name, columns
 
 
-def numbered(examples: Sequence[Example]) -> Sequence[Numbers]:
-    """The `NUMBERS` of each example, counted in reading or now."""
-    return examples.numbered if isinstance(examples, Kept) else [numbers_of(e) for e in examples]
+def column(examples: Sequence[Example], name: str) -> Sequence[int]:
+    """One of the `NUMBERS` of each example, counted in reading or now."""
+    if isinstance(examples, Kept):
+        return examples.columns[name]
+    place = NUMBERS.index(name)
+    return [numbers_of(example)[place] for example in examples]
 
 
 @dataclass(frozen=True)
@@ -65,16 +70,6 @@ class Examples:
         """A name for the content of both; empty where some of it was made by hand."""
         names = [rows.name if isinstance(rows, Kept) else "" for rows in (self.train, self.eval) if len(rows)]
         return " ".join(names) if all(names) else ""
-
-    @cached_property
-    def train_sizes(self) -> Sizes:
-        """(bytes asked, bytes answered) of each row to train on."""
-        return [(asked, answered) for asked, answered, *_ in numbered(self.train)]
-
-    @cached_property
-    def eval_sizes(self) -> Sizes:
-        """(bytes asked, bytes answered) of each held-out row."""
-        return [(asked, answered) for asked, answered, *_ in numbered(self.eval)]
 
     @cached_property
     def train_labels(self) -> tuple[str, ...]:

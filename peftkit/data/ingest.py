@@ -200,8 +200,8 @@ def _opened(folder: Path, meta: Any, key: str) -> Examples:
     found = {name: load_numbers(folder / f"{name}.u64") for name in ("train", "eval", *NUMBERS)}
 
     def kept(name: str) -> Kept:
-        columns = [[found[column][n] for n in found[name]] for column in NUMBERS]
-        return Kept(rows, found[name], name=f"{key}-{name}", numbered=[*zip(*columns, strict=True)])
+        columns = {column: array("Q", map(found[column].__getitem__, found[name])) for column in NUMBERS}
+        return Kept(rows, found[name], name=f"{key}-{name}", columns=columns)
 
     tally = Tally.from_json(meta["tally"])
     return Examples(kept("train"), kept("eval"), meta["format"], tally, meta["num_near"])

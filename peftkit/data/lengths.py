@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from heapq import nlargest
 
 from peftkit.data.formats import Example
 from peftkit.data.mask import Tokenized
@@ -13,19 +14,21 @@ from peftkit.plan import Lengths, Packs, Row
 _LONGEST = 64  # rows that are kept by themselves; those after them are taken to be as long as the last
 _TEMPLATE_BYTES = 32  # what a chat template may add to a turn, in tokens
 
-Sizes = Sequence[tuple[int, int]]
 
-
-def _lengths(rows: Sequence[Row], source: str) -> Lengths:
-    ordered = sorted(rows, key=lambda row: row.num_tokens)
+def _lengths(
+    tokens: Sequence[int], labels: Sequence[int] | None, learnt: Sequence[int], source: str
+) -> Lengths:
+    """The lengths of rows from one number a row: tokens, labels of targets where there are any, learnt."""
+    ordered = sorted(tokens)
     last = len(ordered) - 1
+    first = nlargest(_LONGEST, range(len(tokens)), key=tokens.__getitem__)
     return Lengths(
-        longest=tuple(reversed(ordered[-_LONGEST:])),
-        deciles=tuple(ordered[round(last * tenth / 10)].num_tokens for tenth in range(11)),
-        num_tokens=sum(row.num_tokens for row in rows),
-        num_learnt=sum(row.num_learnt for row in rows),
+        longest=tuple(Row(tokens[i], labels[i] if labels else 0, learnt[i]) for i in first),
+        deciles=tuple(ordered[round(last * tenth / 10)] for tenth in range(11)),
+        num_tokens=sum(tokens),
+        num_learnt=sum(learnt),
         source=source,
-        num_rows=len(rows),
+        num_rows=len(tokens),
     )
 
 
@@ -42,24 +45,19 @@ def counted(rows: Sequence[Tokenized], task: str, room: int = 0) -> Lengths | No
     from peftkit.data.store import Counts
 
     made = Counts.of(rows)
-    columns = (made.tokens.tolist(), made.labels.tolist(), made.learnt.tolist())
-    found = [
-        Row(tokens, labels if task == "seq2seq" else 0, learnt)
-        for tokens, labels, learnt in zip(*columns, strict=True)
-    ]
-    if not found:
+    tokens, learnt = made.tokens.tolist(), made.learnt.tolist()
+    if not tokens:
         return None
-    lengths = _lengths(found, "counted")
+    lengths = _lengths(tokens, made.labels.tolist() if task == "seq2seq" else None, learnt, "counted")
     fits = task == "causal-lm" and lengths.longest[0].num_tokens <= room
-    return replace(lengths, packs=_packs(found, room)) if fits else lengths
+    return replace(lengths, packs=_packs(tokens, learnt, room)) if fits else lengths
 
 
-def _packs(rows: Sequence[Row], room: int) -> Packs:
+def _packs(tokens: Sequence[int], learnt: Sequence[int], room: int) -> Packs:
     """The rows laid together, as training lays them."""
-    packs = [[rows[i] for i in numbers] for numbers in pack([row.num_tokens for row in rows], room)]
-    whole = [Row(sum(r.num_tokens for r in rows), 0, sum(r.num_learnt for r in rows)) for rows in packs]
-    fullest = sorted(whole, key=lambda row: row.num_tokens, reverse=True)[:_LONGEST]
-    return Packs(room, len(packs), tuple(fullest))
+    packs = pack(tokens, room)
+    whole = [Row(sum(tokens[i] for i in rows), 0, sum(learnt[i] for i in rows)) for rows in packs]
+    return Packs(room, len(packs), tuple(nlargest(_LONGEST, whole, key=lambda row: row.num_tokens)))
 
 
 def sizes_of(example: Example) -> tuple[int, int]:
@@ -71,10 +69,11 @@ def sizes_of(example: Example) -> tuple[int, int]:
     return sum(len(text.encode()) for text in asked) + extra, len(answered.encode()) + 1
 
 
-def at_most(sizes: Sizes, task: str) -> Lengths | None:
+def at_most(asked: Sequence[int], answered: Sequence[int], task: str) -> Lengths | None:
     """Bounds without a tokenizer: a token is at least one byte of text. None where there are no rows."""
+    if not len(asked):
+        return None
     if task == "seq2seq":
-        found = [Row(asked, answered, asked) for asked, answered in sizes]
-    else:
-        found = [Row(asked + answered, 0, asked + answered) for asked, answered in sizes]
-    return _lengths(found, "at most") if found else None
+        return _lengths(asked, answered, asked, "at most")
+    whole = [one + other for one, other in zip(asked, answered, strict=True)]
+    return _lengths(whole, None, whole, "at most")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftkit.data.examples import Examples
+from peftkit.data.examples import Examples, column
+from peftkit.data.formats import Example
 from peftkit.data.ingest import ingest, refuse_unusable
 from peftkit.data.lengths import at_most, longest
 from peftkit.data.prepare import Prepared
@@ -16,7 +18,7 @@ from peftkit.model.gguf import header_config
 from peftkit.model.hardware import detect_device_light
 from peftkit.model.locate import Base, locate
 from peftkit.model.shapes import shape_of_base
-from peftkit.plan import DataFacts, Facts, Memory, ModelFacts, Plan, TextFacts
+from peftkit.plan import DataFacts, Facts, Lengths, Memory, ModelFacts, Plan, TextFacts
 from peftkit.plan.changes import nearest_changes
 from peftkit.plan.fit import judge
 from peftkit.recipe import LoadedRecipe
@@ -103,15 +105,20 @@ def data_facts(examples: Examples | None, task: str) -> DataFacts | None:
     """Row counts of examples as they were read, and bounds of their lengths."""
     if examples is None:
         return None
-    lengths = at_most(examples.train_sizes, task)
+    lengths = _bounds(examples.train, task)
     return DataFacts(
         len(examples.train),
         len(examples.eval),
         examples.format,
         examples.labels,
         lengths,
-        longest(at_most(examples.eval_sizes, task)),
+        longest(_bounds(examples.eval, task)),
     )
+
+
+def _bounds(rows: Sequence[Example], task: str) -> Lengths | None:
+    """How long rows are at most, from their bytes."""
+    return at_most(column(rows, "asked"), column(rows, "answered"), task)
 
 
 def text_facts(tokenizer: Any, prepared: Prepared) -> TextFacts:

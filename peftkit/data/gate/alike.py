@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from peftkit.data.examples import numbered
+from peftkit.data.examples import column
 from peftkit.data.formats import Example
 from peftkit.data.gate.finding import Data, Finding, Status, of_pairs, share
 from peftkit.data.spill import Picked
@@ -43,7 +43,7 @@ def duplicates(data: Data) -> Finding:
     rows = data.examples.train
     first: dict[int, int] = {}
     again = []
-    for number, (_, _, content, _) in enumerate(numbered(rows)):
+    for number, content in enumerate(column(rows, "hash")):
         if first.setdefault(content, number) != number:
             again.append((number, first[content]))
     if not again:
@@ -59,8 +59,8 @@ def near_duplicates(data: Data) -> Finding:
     from peftkit.data import similar
 
     rows, numbers, which = _sample(data.examples.train, data.full)
-    known = numbered(data.examples.train)
-    content = [known[number][2] for number in numbers]
+    known = column(data.examples.train, "hash")
+    content = [known[number] for number in numbers]
     near = similar.near_duplicates(_Texts(rows, asked_alone=False))
     found = [(i, j, same) for i, j, same in near if content[i] != content[j]]
     pairs = [(rows[i].where, f"{same:.0%} like {rows[j].where}") for i, j, same in found[:20]]
@@ -76,10 +76,10 @@ def leakage(data: Data) -> Finding:
     train, held = data.examples.train, data.examples.eval
     if not len(held):
         return Finding("leakage", "pass", "nothing is held out")
-    where = {asked: number for number, (_, _, _, asked) in enumerate(numbered(train))}
+    where = {asked: number for number, asked in enumerate(column(train, "input_hash"))}
     found = [
         (held[number].where, f"the input of {train[where[asked]].where}")
-        for number, (_, _, _, asked) in enumerate(numbered(held))
+        for number, asked in enumerate(column(held, "input_hash"))
         if asked in where
     ]
     if not found:
@@ -97,15 +97,15 @@ def near_leakage(data: Data) -> Finding:
         return Finding("near-leakage", "pass", "nothing is held out")
     held, numbers, _ = _sample(data.examples.eval, data.full)
     train, _, which = _sample(data.examples.train, data.full)
-    asked = {content for _, _, _, content in numbered(data.examples.train)}
-    exact = numbered(data.examples.eval)
+    asked = set(column(data.examples.train, "input_hash"))
+    exact = column(data.examples.eval, "input_hash")
     texts = _Texts(held, asked_alone=True)
     common = similar.common_runs(texts)
     near = similar.near_in(texts, _Texts(train, asked_alone=True), common)
     pairs = [
         (held[i], train[other], same)
         for i, (other, same) in sorted(near.items())
-        if exact[numbers[i]][3] not in asked
+        if exact[numbers[i]] not in asked
     ]
     found = [(e.where, f"{same:.0%} like the input of {other.where}") for e, other, same in pairs]
     # short inputs made from one mould are alike by nature; long ones with the same answer are the same row

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from peftkit.data.examples import numbered
+from peftkit.data.examples import column
 from peftkit.data.formats import CLASSES, Example
 from peftkit.data.gate.finding import Data, Finding, of_pairs, share
 from peftkit.data.gate.languages import language_of
@@ -95,7 +95,7 @@ def languages(data: Data) -> Finding:
 def lengths(data: Data) -> Finding:
     """Rows that are many times longer than all others."""
     rows = data.examples.train
-    sizes = [asked + answered for asked, answered, *_ in numbered(rows)]
+    sizes = [a + b for a, b in zip(column(rows, "asked"), column(rows, "answered"), strict=True)]
     ordered = sorted(sizes)
     median, high = ordered[len(ordered) // 2], ordered[int(0.99 * (len(ordered) - 1))]
     if len(ordered) < 100:
