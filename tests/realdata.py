@@ -62,14 +62,14 @@ def load_real(folder: Path | None = None, *, num: int = 200, intents: int = 10) 
     messages, held_messages = (_messages(path) for path in tables)
     chosen = sorted({row["category"] for row in messages})[:intents]
     blocks = plays.read_text(encoding="utf-8").split("\n\n")
-    speeches = [s.strip() for s in dict.fromkeys(blocks) if len(s) >= _FEWEST_BYTES]
+    speeches = [s.strip() for s in dict.fromkeys(blocks) if len(s) >= _FEWEST_BYTES][:num]
     return Real(
         problems[:num],
         held[: num // 4],
         _of_each(messages, chosen, num // intents),
         _of_each(held_messages, chosen, num // intents // 4),
-        speeches[: num - num // 4],
-        speeches[num - num // 4 : num],
+        speeches[len(speeches) // 4 :],
+        speeches[: len(speeches) // 4],
     )
 
 
