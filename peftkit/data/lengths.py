@@ -66,7 +66,12 @@ def sizes_of(example: Example) -> tuple[int, int]:
     asked = [example.prompt, *example.words, *turns[:-1]]
     answered = turns[-1] if turns else example.completion
     extra = _TEMPLATE_BYTES * max(1, len(turns))
-    return sum(len(text.encode()) for text in asked) + extra, len(answered.encode()) + 1
+    return sum(map(_bytes, asked)) + extra, _bytes(answered) + 1
+
+
+def _bytes(text: str) -> int:
+    """How long a text is as UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def at_most(asked: Sequence[int], answered: Sequence[int], task: str) -> Lengths | None:

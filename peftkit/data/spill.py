@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar, overload
 
 T = TypeVar("T")
 _WRITE_BYTES = 2**20
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Writer:
@@ -23,9 +24,7 @@ class Writer:
 
     def append(self, value: Any) -> None:
         """One value, as a line of JSON."""
-        self._at.append(
-            self._at[-1] + self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-        )
+        self._at.append(self._at[-1] + self._file.write(_encode(value).encode() + b"\n"))
 
     def __len__(self) -> int:
         return len(self._at) - 1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
@@ -31,11 +32,13 @@ _SCHEMA = pa.schema(
 )
 
 
-def _lists(rows: Sequence[Sequence[Any]], dtype: Any) -> pa.Array:
+def _lists(rows: Sequence[Sequence[Any]], code: str) -> pa.Array:
     """A column of lists, from one flat array."""
     places = np.fromiter(accumulate((len(row) for row in rows), initial=0), np.int32, len(rows) + 1)
-    flat = np.fromiter(chain.from_iterable(rows), dtype, int(places[-1]))
-    return pa.ListArray.from_arrays(pa.array(places), pa.array(flat))
+    flat = array(code)  # quicker than numpy with Python's numbers
+    for row in rows:
+        flat.extend(row)
+    return pa.ListArray.from_arrays(pa.array(places), pa.array(np.frombuffer(flat, code)))
 
 
 class Writer:
@@ -54,9 +57,9 @@ class Writer:
         no_weights = pa.nulls(len(rows), pa.list_(pa.float32()))
         batch = pa.record_batch(
             [
-                _lists([row.input_ids for row in rows], np.int32),
-                _lists([row.labels for row in rows], np.int32),
-                _lists(weights, np.float32) if weighted else no_weights,
+                _lists([row.input_ids for row in rows], "i"),
+                _lists([row.labels for row in rows], "i"),
+                _lists(weights, "f") if weighted else no_weights,
                 pa.array([row.where for row in rows]),
                 pa.array(examples, pa.int64()),
                 pa.array([len(row.input_ids) for row in rows], pa.int32()),

@@ -269,7 +269,10 @@ def _outside(rendered: Rendered) -> str:
 
 def _end_in(text: str, content: str, start: int) -> int:
     """Where a content that stands at `start` or later ends, as it is or as JSON; -1 where it does not."""
-    for form in (str, _said, lambda said: json.dumps(said, ensure_ascii=False)[1:-1]):
+    place = text.find(content, start)
+    if place >= 0:
+        return place + len(content)
+    for form in (_said, lambda said: json.dumps(said, ensure_ascii=False)[1:-1]):
         place = text.find(form(content), start)
         if place >= 0:
             return place + len(form(content))
@@ -299,6 +302,8 @@ def lost_in(example: Example, rendered: Rendered) -> str:
 def reasoning_lost_in(example: Example, rendered: Rendered) -> str:
     """The first turn whose reasoning the text does not hold; empty where none is lost."""
     for number, message in enumerate(example.messages, start=1):
+        if "</think>" not in message["content"] and "reasoning_content" not in message:
+            continue
         inside, _, _ = message["content"].rpartition("</think>")
         for reasoning in (inside.strip().removeprefix("<think>"), message.get("reasoning_content", "")):
             if reasoning.strip() not in rendered.text:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +169,8 @@ def write(examples: Examples, work: Work, folder: Path) -> dict[str, Any]:
             if file in files:
                 continue
             part = _Part(rows, start, min(len(rows), start + PART_ROWS))
-            fill(part, work, Writer(folder / file), watch, fitted[name], start=start)
+            with _frozen():
+                fill(part, work, Writer(folder / file), watch, fitted[name], start=start)
             files.append(file)
             counts = {name: asdict(one) for name, one in fitted.items()}
             write_json(folder / _POSITION, {"files": files, "watch": watch.state(), "fitted": counts})
@@ -178,6 +181,16 @@ def write(examples: Examples, work: Work, folder: Path) -> dict[str, Any]:
         "fitted": [asdict(fitted["train"]), asdict(fitted["eval"])],
         "fingerprint": sha256_of(folder / file for file in files),
     }
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """Spare the collector what the libraries hold: it would look through it again and again."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _position(folder: Path) -> dict[str, Any] | None:

@@ -17,11 +17,13 @@ _FOREIGN = re.compile(
     r"<\|(?:im_start|im_end|eot_id|start_header_id|end_header_id|begin_of_text|endoftext|end|user|assistant|"
     r"system)\|>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|### (?:Instruction|Response|Assistant|Human):"
 )
-_MARKS = ("<|", "_of_turn>", "INST]", "SYS>>", "### ")
 
 
 def ends_of(row: Tokenized) -> list[int]:
     """The last token of every stretch that is learnt."""
+    num_masked = row.labels.count(IGNORED)
+    if num_masked < len(row.labels) and IGNORED not in row.labels[num_masked:]:
+        return [row.labels[-1]]  # the usual row: one answer, at its end
     following = [*row.labels[1:], IGNORED]
     return [a for a, b in zip(row.labels, following, strict=True) if b == IGNORED and a != IGNORED]
 
@@ -56,7 +58,7 @@ class Watch:
             if found:
                 self.tally.add("special-tokens", example.where, f"{found[0]} at character {found.start()}")
                 return
-        if any(mark in text for mark in _MARKS):
+        if "<" in text or "INST]" in text or "### " in text:
             found = _FOREIGN.search(text)
             if found:
                 self.tally.add("foreign-markers", example.where, f"{found[0]} at character {found.start()}")
