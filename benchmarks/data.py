@@ -232,8 +232,8 @@ def main() -> None:
         write_rows(small, options.rows)
         write_rows(large, 10 * options.rows)
         for number in range(options.rounds):
-            for what in found:
-                found[what].append(run(what, small, folder, Path(name) / f"cache-{number}"))
+            for what, results in found.items():
+                results.append(run(what, small, folder, Path(name) / f"cache-{number}"))
         grown = run("once", large, folder, Path(name) / "cache-large")
     best = min(median_of(found[what], "prepare", "seconds") for what in ("trl", "trl parallel"))
     seconds = median_of(found["peftkit"], "prepare", "seconds")
