@@ -26,7 +26,7 @@ _ROWS = 5
 
 def _console() -> Console:
     console = Console()
-    return console if console.is_terminal else Console(width=110)
+    return console if console.is_terminal else Console(width=160)
 
 
 def _sample(sample: Sample, *, coloured: bool) -> Text:

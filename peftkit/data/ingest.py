@@ -35,7 +35,10 @@ _FIXES = {
     "missing-fields": "mend the rows, or map other columns",
     "empty-answers": "give an answer, or take the rows out",
     "roles": "end each chat with an assistant turn",
+    "secrets": "take them out, and revoke them",
+    "chosen-equals-rejected": "take the rows out",
 }
+_AS_WELL = ("secrets", "chosen-equals-rejected")
 
 
 class _Reading:
@@ -222,11 +225,15 @@ def problems_of(tally: Tally, checks: Iterable[str]) -> list[Problem]:
 
 
 def refuse_unusable(examples: Examples, waived: Sequence[str]) -> None:
-    """Raises UserError for rows that cannot be used, by file and line, unless their check is waived."""
+    """Raises UserError for rows that cannot be used, by file and line, unless their check is waived.
+
+    What else would stop a run and shows in reading is told with them.
+    """
     problems = problems_of(examples.tally, [check for check in UNUSABLE if check not in waived])
     if problems:
-        names = [c for c in UNUSABLE if c not in waived and examples.tally.of(c).count]
-        fix = f"or leave such rows out: data.waive: [{', '.join(names)}]"
+        problems += problems_of(examples.tally, [check for check in _AS_WELL if check not in waived])
+        names = [c for c in (*UNUSABLE, *_AS_WELL) if c not in waived and examples.tally.of(c).count]
+        fix = f"or data.waive: [{', '.join(names)}]: rows that cannot be used are then left out"
         last = problems[-1]
         problems[-1] = replace(last, fix=f"{last.fix}; {fix}" if last.fix else fix)
         raise UserError(problems)

@@ -104,7 +104,7 @@ def _report(data: Data) -> DataReport:
         totals=_totals(prepared, plan, data.facts, sorted(lengths)),
         histogram=histogram(lengths),
         decisions=tuple(
-            (d.key, str(d.value), d.reason)
+            (d.key, ", ".join(d.value) if isinstance(d.value, list) else str(d.value), d.reason)
             for d in plan.decisions
             if d.reason and d.key.startswith(_SHOWN_DECISIONS)
         ),

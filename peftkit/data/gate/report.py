@@ -61,10 +61,8 @@ class DataReport:
         t = self.totals
         learnt = show_percent(t.num_learnt / max(1, t.num_tokens))
         found = [
-            (
-                "rows",
-                f"{show_count(t.num_train)} to train on, {show_count(t.num_eval)} held out ({t.format})",
-            ),
+            ("format", t.format),
+            ("rows", f"{show_count(t.num_train)} to train on, {show_count(t.num_eval)} held out"),
             ("tokens", f"{show_count(t.num_tokens)}, {show_count(t.num_learnt)} learnt ({learnt})"),
             ("lengths", f"median {show_count(t.median)}, longest {show_count(t.longest)} tokens"),
             ("batches", t.batching),
