@@ -75,7 +75,7 @@ def _compared(event: dict[str, Any]) -> str:
 
 _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
     "phase": lambda event: f"{_PHASES.get(event['name'], event['name'])}: {event['detail']}",
-    "checks": "data gate: {verdict}".format_map,
+    "checks": "data gate: {verdict}; {batching}".format_map,
     "data": _data,
     "parameters": _parameters,
     "preflight": _preflight,

@@ -10,8 +10,8 @@ from hashlib import blake2b
 from peftkit.data.formats import CLASSES, Example, labels_of
 from peftkit.data.gate.tally import Tally
 from peftkit.data.gate.text import text_of
+from peftkit.data.lazy import Picked
 from peftkit.data.lengths import sizes_of
-from peftkit.data.spill import Picked
 
 # what is known of each row: bytes asked and answered, hashes of all that it says and of what it asks
 NUMBERS = ("asked", "answered", "hash", "input_hash")

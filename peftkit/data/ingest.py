@@ -17,9 +17,10 @@ from peftkit.data.formats import BadRow, Example, reader
 from peftkit.data.formats.columns import renamer
 from peftkit.data.gate.tally import Tally
 from peftkit.data.gate.text import look
+from peftkit.data.lazy import Mapped, Picked
 from peftkit.data.mixture import Part, Where, drawn, format_of, held_sources
 from peftkit.data.read import Fault, Row, content_key, read
-from peftkit.data.spill import Lines, Picked, Writer, load_numbers, save_numbers
+from peftkit.data.spill import Lines, Writer, load_numbers, save_numbers
 from peftkit.data.split import split_share, without_near
 from peftkit.errors import Problem, UserError
 from peftkit.recipe.paths import shown
@@ -176,25 +177,14 @@ def _split(
     places, num_near = split_share(units, share, seed), 0
     if places:
         rows = Lines(reading.folder / "rows.jsonl", Example.from_json, places=reading.rows.flush())
-        places, num_near = without_near(Keys(Picked(rows, kept)), units, places)
+        places, num_near = without_near(
+            Mapped(Picked(rows, kept), lambda example: example.key), units, places
+        )
     return (
         array("Q", (n for place, n in enumerate(kept) if place not in places)),
         array("Q", (n for place, n in enumerate(kept) if place in places)),
         num_near,
     )
-
-
-class Keys(Sequence[str]):
-    """What rows ask, as text."""
-
-    def __init__(self, rows: Sequence[Example]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._rows[index].key
 
 
 def _opened(folder: Path, meta: Any, key: str) -> Examples:

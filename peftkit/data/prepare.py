@@ -16,8 +16,8 @@ from peftkit.data.formats import Example
 from peftkit.data.gate.tally import Tally
 from peftkit.data.gate.tokens import Watch
 from peftkit.data.ingest import ingest, refuse_unusable
+from peftkit.data.lazy import Picked
 from peftkit.data.mask import Tokenized
-from peftkit.data.spill import Picked
 from peftkit.data.style import choose_style, read_template
 from peftkit.data.template import NO_CHATS, Style, ensure_template
 from peftkit.data.tokenizing import InMemory, Work, fill, write

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import mmap
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, TypeVar
+
+from peftkit.data.lazy import Lazy
 
 T = TypeVar("T")
 _WRITE_BYTES = 2**20
@@ -53,7 +55,7 @@ def load_numbers(path: Path) -> array[int]:
     return found
 
 
-class Lines(Sequence[T], Generic[T]):
+class Lines(Lazy[T]):
     """The values that a `Writer` wrote, decoded one at a time as they are asked for."""
 
     def __init__(self, path: Path, decode: Callable[[Any], T], *, places: array[int] | None = None) -> None:
@@ -65,37 +67,5 @@ class Lines(Sequence[T], Generic[T]):
     def __len__(self) -> int:
         return len(self._at) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self._decode(json.loads(self._map[self._at[index] : self._at[index + 1]]))
-
-
-class Picked(Sequence[T], Generic[T]):
-    """Some of a sequence's items, by number, in the order of the numbers."""
-
-    def __init__(self, items: Sequence[T], numbers: Sequence[int]) -> None:
-        self._items, self.numbers = items, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        if isinstance(index, slice):
-            return [self._items[number] for number in self.numbers[index]]
-        return self._items[self.numbers[index]]
-
-    def __iter__(self) -> Iterator[T]:
-        return (self._items[number] for number in self.numbers)
+    def _make(self, number: int) -> T:
+        return self._decode(json.loads(self._map[self._at[number] : self._at[number + 1]]))

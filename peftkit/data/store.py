@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from peftkit.data.lazy import Lazy
 from peftkit.data.mask import Tokenized
 
 _IDS = pa.list_(pa.int32())
@@ -94,7 +95,7 @@ class Counts:
         return cls(*made)
 
 
-class TokenRows(Sequence[Tokenized]):
+class TokenRows(Lazy[Tokenized]):
     """The rows of some Arrow streams, mapped: a row is read when it is asked for."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -122,19 +123,9 @@ class TokenRows(Sequence[Tokenized]):
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Tokenized: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tokenized]: ...
-    def __getitem__(self, index: int | slice) -> Tokenized | list[Tokenized]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        batch = bisect_right(self._starts, index) - 1
-        columns, place = self._columns[batch], index - self._starts[batch]
+    def _make(self, number: int) -> Tokenized:
+        batch = bisect_right(self._starts, number) - 1
+        columns, place = self._columns[batch], number - self._starts[batch]
         weights = columns["weights"][place]
         return Tokenized(
             columns["input_ids"][place].values.to_numpy().tolist(),

@@ -20,6 +20,7 @@ from peftkit.data.examples import Examples
 from peftkit.data.fit import Fitted, fit
 from peftkit.data.formats import Example
 from peftkit.data.gate.tokens import Watch
+from peftkit.data.lazy import Picked
 from peftkit.data.mask import IGNORED, Tokenized, encode, tokenize
 from peftkit.data.template import Rendered, Style, render
 from peftkit.plan.plan import DataPlan
@@ -168,7 +169,7 @@ def write(examples: Examples, work: Work, folder: Path) -> dict[str, Any]:
             file = f"{name}-{start // PART_ROWS:05}.arrow"
             if file in files:
                 continue
-            part = _Part(rows, start, min(len(rows), start + PART_ROWS))
+            part = Picked(rows, range(start, min(len(rows), start + PART_ROWS)))
             with _frozen():
                 fill(part, work, Writer(folder / file), watch, fitted[name], start=start)
             files.append(file)
@@ -200,17 +201,3 @@ def _position(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if all((folder / file).is_file() for file in found["files"]) else None
-
-
-class _Part(Sequence[Example]):
-    """Examples [start, stop) of a sequence, read as they are asked for."""
-
-    def __init__(self, rows: Sequence[Example], start: int, stop: int) -> None:
-        self._rows, self._range = rows, range(start, stop)
-
-    def __len__(self) -> int:
-        return len(self._range)
-
-    def __getitem__(self, index: Any) -> Any:
-        found = self._range[index]
-        return [self._rows[i] for i in found] if isinstance(found, range) else self._rows[found]

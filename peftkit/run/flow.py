@@ -146,7 +146,7 @@ def _open(
 
 def _tell_report(report: DataReport, observer: Observer) -> None:
     """What the data gate says. Raises UserError where a check fails that is not waived."""
-    observer({"event": "checks", "verdict": report.verdict})
+    observer({"event": "checks", "verdict": report.verdict, "batching": report.totals.batching})
     for finding in report.findings:
         if finding.status in {"warn", "waived"}:
             word = "waived: " if finding.status == "waived" else ""

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftkit.data.spill import Lines, Picked, Writer
+from peftkit.data.spill import Lines, Writer
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters(exclude_categories=("Cs",))),
@@ -27,8 +27,3 @@ def test_what_is_written_is_read_by_number(tmp_path_factory, rows):
         assert found[-1] == rows[-1]
     with pytest.raises(IndexError):
         found[len(rows)]
-
-
-def test_picked_are_in_the_order_of_their_numbers():
-    picked = Picked("abcdef", [4, 0, 2])
-    assert (list(picked), picked[0], picked[1:], len(picked)) == (["e", "a", "c"], "e", ["a", "c"], 3)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from peftkit.data.examples import column
 from peftkit.data.formats import Example
 from peftkit.data.gate.finding import Data, Finding, Status, of_pairs, share
-from peftkit.data.spill import Picked
+from peftkit.data.lazy import Mapped, Picked
 
 SAMPLE = 10_000  # rows that the search for near duplicates looks at, unless asked for all
 _MANY_DUPLICATES = 0.3
@@ -16,18 +16,12 @@ _LEAKED, _NEARLY_LEAKED = 0.01, 0.05  # of the held-out rows
 _LONG = 100  # characters
 
 
-class _Texts(Sequence[str]):
-    """What examples say, read as it is asked for."""
+def _asked(examples: Sequence[Example]) -> Mapped[str]:
+    return Mapped(examples, lambda example: example.key)
 
-    def __init__(self, examples: Sequence[Example], *, asked_alone: bool) -> None:
-        self._examples, self._asked_alone = examples, asked_alone
 
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        example = self._examples[index]
-        return example.key if self._asked_alone else f"{example.key}\n{example.answer}"
+def _whole(examples: Sequence[Example]) -> Mapped[str]:
+    return Mapped(examples, lambda example: f"{example.key}\n{example.answer}")
 
 
 def _sample(examples: Sequence[Example], full: bool) -> tuple[Sequence[Example], Sequence[int], str]:
@@ -61,7 +55,7 @@ def near_duplicates(data: Data) -> Finding:
     rows, numbers, which = _sample(data.examples.train, data.full)
     known = column(data.examples.train, "hash")
     content = [known[number] for number in numbers]
-    near = similar.near_duplicates(_Texts(rows, asked_alone=False))
+    near = similar.near_duplicates(_whole(rows))
     found = [(i, j, same) for i, j, same in near if content[i] != content[j]]
     pairs = [(rows[i].where, f"{same:.0%} like {rows[j].where}") for i, j, same in found[:20]]
     if not found:
@@ -99,9 +93,9 @@ def near_leakage(data: Data) -> Finding:
     train, _, which = _sample(data.examples.train, data.full)
     asked = set(column(data.examples.train, "input_hash"))
     exact = column(data.examples.eval, "input_hash")
-    texts = _Texts(held, asked_alone=True)
+    texts = _asked(held)
     common = similar.common_runs(texts)
-    near = similar.near_in(texts, _Texts(train, asked_alone=True), common)
+    near = similar.near_in(texts, _asked(train), common)
     pairs = [
         (held[i], train[other], same)
         for i, (other, same) in sorted(near.items())
