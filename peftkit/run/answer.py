@@ -79,10 +79,12 @@ def _written(
     from peftkit.model.load import eos_ids
 
     ask = source_and_target if plan.base.task == "seq2seq" else render_prompt
+    system = ({"role": "system", "content": plan.data.system},) if plan.data.system else ()
     texts = []
     for prompt in prompts:
-        turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": ""}) if chats else ()
-        texts.append(ask(Example("prompt", messages=turns, prompt=prompt), tokenizer)[0])
+        asked = (*system, {"role": "user", "content": prompt}, {"role": "assistant", "content": ""})
+        example = Example("prompt", messages=asked if chats else (), prompt=prompt)
+        texts.append(ask(example, tokenizer)[0])
     answers = generate_answers(
         model,
         tokenizer,

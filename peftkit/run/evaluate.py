@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from peftkit.archs import Task
-from peftkit.data.prepare import prepare, read_examples
+from peftkit.data.ingest import ingest, refuse_unusable
+from peftkit.data.prepare import prepare
 from peftkit.errors import Problem, UserError
 from peftkit.plan.plan import DataPlan
 from peftkit.plan.task import FORMAT_TASKS
+from peftkit.recipe.schema import Chat, Data
 from peftkit.run.result import Result, open_result, positions_of
 from peftkit.units import html_table
 
@@ -74,9 +76,9 @@ def _examples(result: Result, data: str | None, path: Path) -> Any:
     from peftkit.run.facts import read
 
     if data is not None:
-        found = read_examples(
-            [data], None, wanted_format="auto", columns={}, seed=0, where=lambda key: "--data"
-        )
+        chat = Chat(system=result.plan.data.system if result.plan else None)
+        found = ingest(Data(train=data, eval=None, chat=chat), seed=0, where=lambda key: "--data")
+        refuse_unusable(found, ())
         return found, found.train
     if result.run is None:
         fix = "give some: --data FILE"
@@ -108,7 +110,10 @@ def _tokenized(result: Result, examples: Any, chosen: Sequence[Any], *, whole: b
     data = DataPlan((), None, examples.format, {}, plan.data.mask if plan else "all", "drop", length)
     labels = plan.base.labels if plan else ()
     only = replace(examples, train=tuple(chosen), eval=())
-    found = prepare(only, result.tokenizer, data, task=cast(Task, result.task), labels=labels)
+    from peftkit.model.load import eos_ids
+
+    stops = frozenset(eos_ids(result.model, result.tokenizer))
+    found = prepare(only, result.tokenizer, data, task=cast(Task, result.task), labels=labels, stops=stops)
     return found.train, found.num_dropped
 
 

@@ -206,6 +206,25 @@ def test_generate_answers_from_a_run(recipe, tmp_path):
     assert all(isinstance(answer, str) for answer in answers)
 
 
+def test_the_system_prompt_of_the_recipe_is_asked_with(recipe, tmp_path, monkeypatch):
+    from peftkit.evaluate import generation
+
+    recipe["data"]["chat"] = {"system": "Answer with one word."}
+    summary = peftkit.finetune(recipe, out=tmp_path / "run")
+    asked = []
+    real = generation.generate_answers
+
+    def watched(model, tokenizer, prompts, **rest):
+        asked.extend(prompts)
+        return real(model, tokenizer, prompts, **rest)
+
+    monkeypatch.setattr(generation, "generate_answers", watched)
+    peftkit.generate(summary.path, ["Say alpha number 0"], max_new_tokens=2)
+    assert "Answer with one word." in asked[0]
+    again = peftkit.evaluate_run(summary.path, data=recipe["data"]["train"])
+    assert again.num_rows == 24
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
