@@ -50,6 +50,14 @@ def show_seconds(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """A text that a terminal only shows: what would steer it, or turn its direction, becomes <1B>."""
+    return _UNPRINTABLE.sub(lambda found: f"<{ord(found[0]):02X}>", text)
+
+
 def html_table(rows: Iterable[Sequence[str]]) -> str:
     """Rows of texts as a table for notebooks, escaped."""
     cells = ("".join(f"<td style='text-align:left'>{escape(text)}</td>" for text in row) for row in rows)

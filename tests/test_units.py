@@ -25,3 +25,10 @@ def test_numbers_as_people_read_them():
     assert show_percent(0.00007) == "0.007 %"
     assert show_seconds(75) == "1 min 15 s"
     assert show_seconds(7200) == "2 h 00 min"
+
+
+def test_what_steers_a_terminal_is_only_shown():
+    from peftkit.units import printable
+
+    assert printable("a\x1b[2Jb\u202ec\n\td") == "a<1B>[2Jb<202E>c\n\td"
+    assert printable("café 日本") == "café 日本"

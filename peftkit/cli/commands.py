@@ -7,6 +7,7 @@ import json
 import sys
 
 from peftkit.errors import Problem, UserError
+from peftkit.units import printable
 
 
 def tell_problems(error: UserError) -> None:
@@ -14,11 +15,11 @@ def tell_problems(error: UserError) -> None:
     count = len(error.problems)
     print(f"peftkit: {count} problem{'s' if count > 1 else ''} to mend", file=sys.stderr)
     for problem in error.problems:
-        print(f"  {problem.where}", file=sys.stderr)
-        print(f"    got       {problem.got}", file=sys.stderr)
-        print(f"    expected  {problem.expected}", file=sys.stderr)
+        print(f"  {printable(problem.where)}", file=sys.stderr)
+        print(f"    got       {printable(problem.got)}", file=sys.stderr)
+        print(f"    expected  {printable(problem.expected)}", file=sys.stderr)
         if problem.fix:
-            print(f"    fix       {problem.fix}", file=sys.stderr)
+            print(f"    fix       {printable(problem.fix)}", file=sys.stderr)
 
 
 def finetune(arguments: argparse.Namespace) -> int:
@@ -70,6 +71,8 @@ def check_data(arguments: argparse.Namespace) -> int:
     from peftkit.cli.display import quiet_loggers
 
     quiet_loggers()
+    if arguments.html and not Path(arguments.html).absolute().parent.is_dir():
+        raise UserError(Problem("--html", arguments.html, "a file in a folder that is there"))
     loaded = api.load_recipe(arguments.recipe, arguments.overrides)
     report = api.check_data(loaded, full=arguments.full)
     if arguments.html:

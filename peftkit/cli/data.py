@@ -11,6 +11,7 @@ from rich.text import Text
 from peftkit.api import DataReport
 from peftkit.data.gate.finding import Finding
 from peftkit.data.gate.samples import Sample
+from peftkit.units import printable
 
 _STYLES = {
     "masked": "dim",
@@ -38,7 +39,7 @@ def _sample(sample: Sample, *, coloured: bool) -> Text:
         if not coloured and is_learnt != learning:
             text.append("⟦" if is_learnt else "⟧")
         learning = is_learnt
-        text.append(piece.text, style=_STYLES[piece.kind])
+        text.append(printable(piece.text), style=_STYLES[piece.kind])
         if len(text) > _LONGEST:
             text.append(" ...", style="dim")
             break
@@ -67,7 +68,7 @@ def print_data_report(report: DataReport) -> None:
     coloured = console.is_terminal
     console.print(_legend(coloured=coloured))
     for sample in report.samples:
-        where = sample.where.replace(f"{Path.cwd()}/", "")
+        where = printable(sample.where.replace(f"{Path.cwd()}/", ""))
         console.print(Text(f"\n{sample.set}: {where}", style="bold"))
         console.print(_sample(sample, coloured=coloured))
     console.print()
@@ -80,7 +81,7 @@ def print_data_report(report: DataReport) -> None:
     for name, value in report.rows():
         table.add_row(Text(name, style="bold"), Text(value))
     for key, value, reason in report.decisions:
-        table.add_row(Text(key, style="bold"), Text(f"{value}: {reason}"))
+        table.add_row(Text(key, style="bold"), Text(printable(f"{value}: {reason}")))
     console.print(table)
     console.print()
     for finding in report.findings:
@@ -91,12 +92,12 @@ def print_data_report(report: DataReport) -> None:
 
 def _print_finding(console: Console, finding: Finding) -> None:
     mark = (f"{finding.status:<6} ", _MARKS[finding.status])
-    console.print(Text.assemble(mark, f"{finding.check:<22} {finding.said}"))
+    console.print(Text.assemble(mark, f"{finding.check:<22} {printable(finding.said)}"))
     if finding.status == "pass":
         return
     here = f"{Path.cwd()}/"
     for where, what in finding.rows[:_ROWS]:
-        console.print(Text(f"         {where}: {what}".replace(here, ""), style="dim"))
+        console.print(Text(printable(f"         {where}: {what}".replace(here, "")), style="dim"))
     if finding.num_rows > _ROWS and finding.rows:
         console.print(Text(f"         and {finding.num_rows - _ROWS:,} more", style="dim"))
     if finding.fix:

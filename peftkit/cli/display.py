@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from peftkit.units import show_bytes, show_count, show_percent, show_seconds
+from peftkit.units import printable, show_bytes, show_count, show_percent, show_seconds
 
 _PHASES = {"base": "base", "data": "reading", "model": "loading", "metric": "measuring", "publish": "writing"}
 _PLAIN_SECONDS = 5.0
@@ -98,7 +98,7 @@ _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
 def _sentence(event: dict[str, Any]) -> str | None:
     """An event in words, or None where it has no line of its own."""
     says = _SENTENCES.get(event["event"])
-    return says(event) if says else None
+    return printable(says(event)) if says else None
 
 
 def _memory(event: dict[str, Any]) -> str:

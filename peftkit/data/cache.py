@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import errno
 import hashlib
 import json
 import os
@@ -10,12 +12,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from peftkit.cache import cache_folder
+from peftkit.errors import Problem, UserError
 
-VERSION = 6  # of what is kept: another one starts afresh
+VERSION = 7  # of what is kept: another one starts afresh
 _KEEP_BYTES = 20 * 2**30
 _UNFINISHED_SECONDS = 14 * 86_400
 _META = "meta.json"
@@ -28,14 +32,34 @@ def key_of(**parts: Any) -> str:
 
 
 def _home(kind: str) -> Path:
-    """Where folders of a kind are kept; a temporary folder where nothing can be written."""
+    """Where folders of a kind are kept; a folder of this process alone where nothing can be written there."""
     home = cache_folder() / kind
     try:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
-        home = Path(tempfile.gettempdir()) / f"peftkit-{os.getuid()}" / kind
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return home
+        return _own(kind)
+    return home if os.access(home, os.W_OK) else _own(kind)
+
+
+@lru_cache
+def _own(kind: str) -> Path:
+    """A temporary folder, gone with the process."""
+    folder = Path(tempfile.mkdtemp(prefix=f"peftkit-{kind}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _with_room() -> Iterator[None]:
+    """A full disk as a problem that can be mended."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        got = f"no room left ({error.strerror})"
+        fix = "make room, or set PEFTKIT_CACHE to a folder on another disk"
+        raise UserError(Problem(str(cache_folder()), got, "room for rows and tokens", fix)) from None
 
 
 def find(kind: str, key: str) -> tuple[Path, dict[str, Any]] | None:
@@ -58,7 +82,8 @@ def making(kind: str, key: str) -> Iterator[Path]:
     """A fresh folder to fill. `publish` makes it the kept one; without that, or on an error, it is gone."""
     folder = Path(tempfile.mkdtemp(prefix=f".{key[:12]}-", dir=_home(kind)))
     try:
-        yield folder
+        with _with_room():
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -81,7 +106,8 @@ def going_on(kind: str, key: str) -> Iterator[Path]:
             return
         folder = home / f".{key}.going"
         folder.mkdir(exist_ok=True, mode=0o700)
-        yield folder
+        with _with_room():
+            yield folder
         shutil.rmtree(folder, ignore_errors=True)
         (home / f".{key}.lock").unlink(missing_ok=True)
 

@@ -33,13 +33,21 @@ def _seq2seq(examples: Sequence[Example], tokenizer: Any, ids: Mapping[str, int]
     targets = tokenizer(text_target=[target for _, target in pairs])["input_ids"]
     end = tokenizer.eos_token_id
     return [
-        _weighted(Tokenized(list(s), list(t) if t and t[-1] == end else [*t, end], e.where), e.weight)
+        _weighted(Tokenized(list(s), list(t) if t and t[-1] == end else [*t, end], e.where), _last_weight(e))
         for s, t, e in zip(sources, targets, examples, strict=True)
     ]
 
 
+def _last_weight(example: Example) -> float:
+    """The weight of what is written: the row's, times that of its last turn."""
+    turn = example.messages[-1] if example.messages else {}
+    return example.weight * float(turn.get("weight", 1.0))
+
+
 def _weighted(row: Tokenized, weight: float) -> Tokenized:
-    """The row with its weight at every label, where it has one of its own."""
+    """The row with its weight at every label, where it has one of its own; of weight 0 nothing is learnt."""
+    if weight == 0.0:
+        return replace(row, labels=[IGNORED] * len(row.labels))
     return row if weight == 1.0 else replace(row, weights=[weight] * len(row.labels))
 
 

@@ -64,6 +64,7 @@ class Examples:
     format: str
     tally: Tally = field(default_factory=Tally)
     num_near: int = 0
+    weighted: bool = False  # rows or turns bring weights
 
     @property
     def key(self) -> str:

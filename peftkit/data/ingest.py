@@ -6,8 +6,8 @@ Memory does not grow with the data, and the same data is not read twice: the res
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from peftkit.data.gate.tally import Tally
 from peftkit.data.gate.text import look
 from peftkit.data.lazy import Mapped, Picked
 from peftkit.data.mixture import Part, Where, drawn, format_of, held_sources
-from peftkit.data.read import Fault, Row, content_key, read
+from peftkit.data.read import Fault, Located, Row
 from peftkit.data.spill import Lines, Writer, load_numbers, save_numbers
 from peftkit.data.split import split_share, without_near
 from peftkit.errors import Problem, UserError
@@ -29,6 +29,7 @@ from peftkit.recipe.schema import Chat, Data, Source
 # checks whose rows cannot be used: waived, they are left out; otherwise they stop the run
 UNUSABLE = ("malformed-rows", "encoding", "missing-fields", "empty-answers", "roles")
 LEFT_OUT = "left-out"  # rows that could not be used, whatever the check
+_FIRST_ROWS = 100  # among which one has to tell the format
 _TRAIN, _EVAL = ("data", "train"), ("data", "eval")
 _FIXES = {
     "malformed-rows": "mend the file",
@@ -42,6 +43,15 @@ _FIXES = {
 _AS_WELL = ("secrets", "chosen-equals-rejected")
 
 
+@dataclass(frozen=True)
+class _Convert:
+    """What makes examples of rows."""
+
+    format: str
+    rename: Callable[[Row], Row]
+    read: Callable[[Row], Example]
+
+
 class _Reading:
     """Rows of all sources on their way to disk."""
 
@@ -51,36 +61,57 @@ class _Reading:
         self.tally = Tally()
         self.numbers = {name: array("Q") for name in NUMBERS}
         self.units = array("Q")
+        self.weighted = False
 
-    def take(self, source: Source, key: tuple[str, ...]) -> Part:
+    def take(self, located: Located) -> Part:
         """Read one source. Raises UserError where no row of it can be used."""
-        start, before = len(self.rows), self.tally.to_json()
-        name, convert, rename = "", None, None
-        for row in read(source, where=self.where(key)):
+        start, before, source = len(self.rows), self.tally.to_json(), located.source
+        convert: _Convert | None = None
+        waiting: list[Row] = []  # first rows that say nothing of the format
+        for row in located.rows():
             if isinstance(row, Fault):
                 self._leave_out(row.kind, row.problem.where, _told(row.problem))
                 continue
-            try:
-                if convert is None or rename is None:
-                    columns = self.data.columns if source.columns is None else source.columns
-                    rename = renamer(columns, row, self.where(("data", "columns")))
-                    name, convert = reader(rename(row), source.format or self.data.format)
-                self._keep(adjusted(convert(rename(row)), self.data.chat), row)
-            except BadRow as bad:
-                self._leave_out(bad.check, row.where, f"{bad.got}, expected {bad.expected}")
-        if len(self.rows) == start:
+            waiting.append(row)
+            if convert is None:
+                try:
+                    convert = self._converter(source, row)
+                except UserError:
+                    if len(waiting) == _FIRST_ROWS:
+                        self._converter(source, waiting[0])
+                    continue
+            for one in waiting:
+                self._take_row(one, convert)
+            waiting.clear()
+        if waiting:
+            self._converter(source, waiting[0])
+        if len(self.rows) == start or convert is None:
             problems = problems_of(self.tally, UNUSABLE) if self.tally.to_json() != before else []
             raise UserError(problems or Problem(shown(source.path), "no rows", "at least one row"))
-        return Part(source, name, start, len(self.rows))
+        return Part(source, convert.format, start, len(self.rows))
+
+    def _converter(self, source: Source, row: Row) -> _Convert:
+        """What makes examples of rows, by the columns of one. Raises UserError where they do not fit."""
+        columns = self.data.columns if source.columns is None else source.columns
+        rename = renamer(columns, row, self.where(("data", "columns")))
+        name, read = reader(rename(row), source.format or self.data.format)
+        return _Convert(name, rename, read)
+
+    def _take_row(self, row: Row, convert: _Convert) -> None:
+        try:
+            self._keep(adjusted(convert.read(convert.rename(row)), self.data.chat), row)
+        except BadRow as bad:
+            self._leave_out(bad.check, row.where, f"{bad.got}, expected {bad.expected}")
 
     def _leave_out(self, check: str, where: str, what: str) -> None:
         self.tally.add(check, where, what)
         self.tally.add(LEFT_OUT, where, check)
 
     def _keep(self, example: Example, row: Row) -> None:
-        group = self.data.group
+        group = self.data.group if isinstance(self.data.eval, float) else None
         unit = None if group is None else hash_of(str(_group(row, group)))
         look(example, self.tally)
+        self.weighted |= example.weight != 1.0 or any("weight" in turn for turn in example.messages)
         self.rows.append(example.to_json())
         for name, value in zip(NUMBERS, numbers_of(example), strict=True):
             self.numbers[name].append(value)
@@ -134,39 +165,48 @@ def ingest(data: Data, *, seed: int, where: Where) -> Examples:
     source of which no row can be used, and for columns and mixtures that do not fit.
     """
     held = held_sources(data, where)
-    everything = [*((s, _TRAIN) for s in data.sources), *((s, _EVAL) for s in held)]
+    train = [Located(source, where=where(_TRAIN)) for source in data.sources]
+    evaluation = [Located(source, where=where(_EVAL)) for source in held]
     key = cache.key_of(
-        sources=[[s.model_dump(), content_key(s, where=where(at))] for s, at in everything],
+        sources=[[one.source.model_dump(), one.key()] for one in (*train, *evaluation)],
         data=data.model_dump(include={"eval", "group", "format", "columns", "chat"}),
         seed=seed,
     )
     found = cache.find("rows", key)
     if found is None:
         with cache.making("rows", key) as folder:
-            meta = _read_all(data, held, folder, seed=seed, where=where)
+            meta = _read_all(data, train, evaluation, folder, seed=seed, where=where)
             found = cache.publish(folder, "rows", key, meta), meta
     return _opened(*found, key)
 
 
 def _read_all(
-    data: Data, held_sources: Sequence[Source], folder: Path, *, seed: int, where: Where
+    data: Data,
+    train: Sequence[Located],
+    evaluation: Sequence[Located],
+    folder: Path,
+    *,
+    seed: int,
+    where: Where,
 ) -> dict[str, Any]:
     """Fill a folder with the rows of all sources. Returns what is to be known of them."""
     reading = _Reading(data, folder, where)
-    parts = [reading.take(source, _TRAIN) for source in data.sources]
+    parts = [reading.take(one) for one in train]
     name = format_of(parts, where(_TRAIN))
     kept, held, num_near = array("Q"), array("Q"), 0
     for numbers in drawn(parts, seed, where(_TRAIN)):
         kept.extend(numbers)
     if name != "mixed":
         reading.data = data.model_copy(update={"format": name})  # held-out rows are of the same format
-    for source in held_sources:
-        part = reading.take(source, _EVAL)
+    for one in evaluation:
+        part = reading.take(one)
+        format_of([*parts, part], where(_EVAL))
         held.extend(range(part.start, part.stop))
     if isinstance(data.eval, float) and data.eval > 0:
         kept, held, num_near = _split(data.eval, kept, reading, seed)
     reading.close(train=kept, eval=held)
-    return {"format": name, "tally": reading.tally.to_json(), "num_near": num_near}
+    told = {"format": name, "num_near": num_near, "weighted": reading.weighted}
+    return {**told, "tally": reading.tally.to_json()}
 
 
 def _split(
@@ -197,7 +237,9 @@ def _opened(folder: Path, meta: Any, key: str) -> Examples:
         return Kept(rows, found[name], name=f"{key}-{name}", columns=columns)
 
     tally = Tally.from_json(meta["tally"])
-    return Examples(kept("train"), kept("eval"), meta["format"], tally, meta["num_near"])
+    return Examples(
+        kept("train"), kept("eval"), meta["format"], tally, meta["num_near"], weighted=meta["weighted"]
+    )
 
 
 def problems_of(tally: Tally, checks: Iterable[str]) -> list[Problem]:

@@ -146,9 +146,9 @@ def _other_alone(encoded: Encoded, start: int, text: str) -> bool:
 
 
 def _learnt_spans(rendered: Rendered, mask: str) -> tuple[Span, ...]:
-    if mask == "all":
-        weight = rendered.answers[-1].weight if rendered.answers else 1.0
-        return (Span(0, len(rendered.text), weight),)
+    if mask == "all":  # and answers that weigh otherwise than the row
+        others = [span for span in rendered.answers if span.weight != rendered.weight]
+        return (Span(0, len(rendered.text), rendered.weight), *others)
     return rendered.answers[-1:] if mask == "last-turn" else rendered.answers
 
 
@@ -222,15 +222,19 @@ def _labelled(rendered: Rendered, encoded: Encoded, mask: str, ends: _Ends, eos:
     ids = encoded.ids
     labels, weights, end = [IGNORED] * len(ids), None, 0
     for span in _learnt_spans(rendered, mask):
-        first, stop = (0, len(ids)) if mask == "all" else _range(rendered, encoded, ids, span, ends)
-        if span.weight == 0.0 or first == stop:
+        whole = mask == "all" and span.end - span.start == len(rendered.text)
+        first, stop = (0, len(ids)) if whole else _range(rendered, encoded, ids, span, ends)
+        if first == stop:
             continue
-        end = stop
-        labels[first:end] = ids[first:end]
+        if span.weight == 0.0:
+            labels[first:stop] = [IGNORED] * (stop - first)
+            continue
+        end = max(end, stop)
+        labels[first:stop] = ids[first:stop]
         if span.weight != 1.0 or weights is not None:
             weights = [1.0] * len(ids) if weights is None else weights
-            weights[first:end] = [span.weight] * (end - first)
-    if _is_open(rendered, encoded, ids, end, ends):
+            weights[first:stop] = [span.weight] * (stop - first)
+    if (not end or labels[end - 1] != IGNORED) and _is_open(rendered, encoded, ids, end, ends):
         if eos is None:
             got, fix = "a tokenizer without an end token", "set eos_token in tokenizer_config.json"
             raise UserError(Problem(rendered.where, got, "a token that ends answers", fix))

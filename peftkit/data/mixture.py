@@ -52,7 +52,7 @@ def format_of(parts: Sequence[Part], where: str) -> str:
     """The one format, or "mixed" where rows of several kinds of text are learnt together."""
     names = list(dict.fromkeys(part.format for part in parts))
     if len(names) > 1 and any(name in CLASSES or name == "preference" for name in names):
-        got = f"sources of the formats {', '.join(names)}"
+        got = f"rows of the formats {', '.join(names)}"
         raise UserError(Problem(where, got, "one task for all", "train them apart, or map their columns"))
     return names[0] if len(names) == 1 else "mixed"
 

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 
 _ROUNDS = 5
+_AT_MOST = 1.5  # times the share: a unit that is larger is left for training
 
 
 def split_share(units: Sequence[Hashable], share: float, seed: int) -> set[int]:
     """The numbers of the rows to hold out. Rows of one unit stay on one side; of two units one is held out.
 
-    Units are drawn in an order that the seed decides, until the share is reached.
+    Units are drawn in an order that the seed decides, until the share is reached; one that would exceed it by
+    far is left to be learnt.
     """
     counts = Counter(units)
     keys = sorted(counts, key=str)
@@ -20,11 +22,14 @@ def split_share(units: Sequence[Hashable], share: float, seed: int) -> set[int]:
     wanted = max(1, round(len(units) * share)) if len(keys) > 1 and share > 0 else 0
     held: set[Hashable] = set()
     count = 0
-    for key in keys[:-1]:
+    for key in keys if wanted else ():
         if count >= wanted:
             break
-        held.add(key)
-        count += counts[key]
+        if count + counts[key] <= min(_AT_MOST * wanted, len(units) - 1):
+            held.add(key)
+            count += counts[key]
+    if wanted and not held:
+        held.add(min(keys, key=lambda key: counts[key]))  # every unit is larger than the share
     return {number for number, unit in enumerate(units) if unit in held}
 
 

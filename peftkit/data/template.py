@@ -46,6 +46,7 @@ class Rendered:
     where: str
     lost: str = ""
     lost_reasoning: str = ""
+    weight: float = 1.0  # of the row
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,16 @@ def _outside(rendered: Rendered) -> str:
     return "".join(rendered.text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
 
 
+def _unnamed_tool(example: Example, text: str) -> str:
+    """The first tool that the text does not name."""
+    for tool in example.tools:
+        inner = tool.get("function", tool)
+        name = inner.get("name") if isinstance(inner, dict) else None
+        if isinstance(name, str) and name not in text:
+            return f"the tool {name}"
+    return ""
+
+
 def _end_in(text: str, content: str, start: int) -> int:
     """Where a content that stands at `start` or later ends, as it is or as JSON; -1 where it does not."""
     place = text.find(content, start)
@@ -296,7 +307,7 @@ def lost_in(example: Example, rendered: Rendered) -> str:
         for call in example.messages[i].get("tool_calls", ()):
             if call["function"]["name"] not in text[span.start : span.end]:
                 return f"the call of {call['function']['name']}"
-    return ""
+    return _unnamed_tool(example, text)
 
 
 def reasoning_lost_in(example: Example, rendered: Rendered) -> str:
@@ -340,7 +351,9 @@ def render(
         # nothing is learnt of such a row: a wrong mask would be worse
         return replace(made, answers=(), lost="an answer that does not stand where the template puts answers")
     lost, reasoning = lost_in(example, made), reasoning_lost_in(example, made)
-    return replace(made, lost=lost, lost_reasoning=reasoning) if lost or reasoning else made
+    if not (lost or reasoning) and example.weight == 1.0:
+        return made
+    return replace(made, lost=lost, lost_reasoning=reasoning, weight=example.weight)
 
 
 def render_prompt(example: Example, tokenizer: Any) -> tuple[str, str]:

@@ -69,11 +69,13 @@ def _truncation(d: Decisions, facts: Facts, kind: str) -> str:
     return truncation
 
 
-def _chat(d: Decisions) -> None:
+def _chat(d: Decisions, kind: str) -> None:
     """How chats become text, as far as the recipe says it."""
     chat = d.loaded.recipe.data.chat
     for name in ("template", "system", "thinking"):
         if d.loaded.source(("data", "chat", name)):
+            if kind in {"text", "classification", "token-classification", "seq2seq"}:
+                d.refuse(f"data.chat.{name}", f"a setting of chats for {kind} data", "nothing")
             d.keep(f"data.chat.{name}", getattr(chat, name))
 
 
@@ -104,7 +106,7 @@ def data_plan(d: Decisions, facts: Facts) -> DataPlan:
     if weighted:
         d.decide("data.weights", True, "rows or turns bring weights: the loss is worked out from the logits")
     truncation = _truncation(d, facts, kind)
-    _chat(d)
+    _chat(d, kind)
     if facts.text is not None:
         _text(d, facts.text)
     virtual = getattr(d.loaded.recipe.method, "virtual_tokens", 0)

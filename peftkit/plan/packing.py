@@ -147,7 +147,7 @@ def padding(lengths: Lengths, most: int, *, micro: int, step: int, sampling: str
     else:
         none_longer = [(1 - i / num) ** micro for i in range(num + 1)]  # in the micro-batch than the i-th
         held = num * sum(row * (none_longer[i] - none_longer[i + 1]) for i, row in enumerate(rows))
-    return 1 - sum(rows) / held
+    return max(0.0, 1 - sum(rows) / held)
 
 
 def best_sampling(plan: Plan, facts: Facts) -> tuple[str, Mapping[str, float]]:

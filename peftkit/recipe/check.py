@@ -138,6 +138,9 @@ def _without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
                 "held-out data",
                 "set data.eval: 5%",
             )
+    if data.group is not None and not isinstance(data.eval, float):
+        fix = "set data.eval: 5%, or remove data.group"
+        yield Problem(loaded.where(("data", "group")), "a group without a share to hold out", "a share", fix)
     if data.format == "text" and ("data", "mask") in loaded.sources and data.mask != "all":
         yield Problem(
             loaded.where(("data", "mask")),

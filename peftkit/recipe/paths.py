@@ -13,7 +13,7 @@ DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arr
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.:-]*://")
 _GLOB = re.compile(r"[*?]|\[.*/|/.*\[")  # a bracket alone is a slice of a hub split: train[:10%]
-_SECRETS = re.compile(r"(?<=://)[^/\s]*@|[?#][^\s'\"]*")
+_SECRETS = re.compile(r"(?<=://)(?:[^/\s]*|[^/\s@]*:(?!//)(?:(?!://)[^\s'\"@])*)@|[?#][^\s'\"]*")
 
 
 def is_url(text: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +10,10 @@ from peftkit.data.examples import Examples
 from peftkit.data.gate.alike import SAMPLE
 from peftkit.data.gate.finding import Data
 from peftkit.data.gate.report import DataReport, Totals, histogram
+from peftkit.data.gate.samples import Sample
 from peftkit.data.ingest import ingest
 from peftkit.data.lengths import counted, longest
+from peftkit.data.mask import Tokenized
 from peftkit.data.prepare import Prepared, prepare
 from peftkit.plan import DataFacts, Facts, Plan, make_plan
 from peftkit.plan.packing import best_sampling
@@ -21,6 +23,7 @@ from peftkit.run.calibration import read_calibration
 from peftkit.run.facts import converted, data_facts, find_base, model_facts, text_facts
 
 _SAMPLES = 3  # of each set
+_TRIED = 20  # rows, where some hold secrets
 _SHOWN_DECISIONS = ("data.", "train.packing", "train.sampling")
 
 
@@ -33,6 +36,7 @@ class Looked:
     tokenizer: Any
     prepared: Prepared
     report: DataReport
+    chats: bool
 
 
 def check_data(loaded: LoadedRecipe, *, full: bool = False) -> DataReport:
@@ -82,23 +86,18 @@ def look(
     facts = replace(facts, data=rows, text=text_facts(tokenizer, prepared))
     plan = make_plan(loaded, facts, to_train=to_train)
     data = Data(examples, prepared, plan, tokenizer, facts, stops, full)
-    return Looked(facts, plan, tokenizer, prepared, _report(data))
+    chats = prepared.style.source != "none" or bool(examples.train[0].messages)
+    return Looked(facts, plan, tokenizer, prepared, _report(data), chats)
 
 
 def _report(data: Data) -> DataReport:
     """What the gate says of data that is prepared."""
     from peftkit.data.gate.judge import judge
-    from peftkit.data.gate.samples import sample_of
     from peftkit.data.store import Counts
 
-    examples, prepared, plan, tokenizer = data.examples, data.prepared, data.plan, data.tokenizer
+    examples, prepared, plan = data.examples, data.prepared, data.plan
     lengths = Counts.of(prepared.train).tokens.tolist()
-    sets = {"train": prepared.train, "eval": prepared.eval}
-    samples = [
-        sample_of(rows[i], name, tokenizer, task=plan.base.task, labels=plan.base.labels)
-        for name, rows in sets.items()
-        for i in _places(len(rows))
-    ]
+    samples = [*_samples(prepared.train, "train", data), *_samples(prepared.eval, "eval", data)]
     small = data.full or max(len(examples.train), len(examples.eval)) <= SAMPLE
     return DataReport(
         totals=_totals(prepared, plan, data.facts, sorted(lengths)),
@@ -114,9 +113,19 @@ def _report(data: Data) -> DataReport:
     )
 
 
-def _places(num_rows: int) -> list[int]:
-    """The first rows, and one from the middle."""
-    return sorted({*range(min(_SAMPLES - 1, num_rows)), *([num_rows // 2] if num_rows else [])})
+def _samples(rows: Sequence[Tokenized], name: str, data: Data) -> Iterator[Sample]:
+    """The first rows, and one from the middle; those that hold a secret are passed over."""
+    from peftkit.data.gate.samples import sample_of
+    from peftkit.data.gate.text import has_secret
+
+    base, num = data.plan.base, 0
+    for place in dict.fromkeys((0, 1, len(rows) // 2, *range(2, _TRIED))):
+        if num == _SAMPLES or place >= len(rows):
+            continue
+        sample = sample_of(rows[place], name, data.tokenizer, task=base.task, labels=base.labels)
+        if not has_secret("".join(piece.text for piece in sample.pieces)):
+            num += 1
+            yield sample
 
 
 def _totals(prepared: Prepared, plan: Plan, facts: Facts, ordered: list[int]) -> Totals:

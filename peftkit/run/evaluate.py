@@ -107,7 +107,8 @@ def _tokenized(result: Result, examples: Any, chosen: Sequence[Any], *, whole: b
     """(rows, how many were too long), as in training; `whole` keeps every row, to be one text."""
     plan = result.plan
     length = plan.data.max_length if plan and not whole else 2**20
-    data = DataPlan((), None, examples.format, {}, plan.data.mask if plan else "all", "drop", length)
+    policy = plan.data.truncation if plan and not whole and plan.data.truncation != "error" else "drop"
+    data = DataPlan((), None, examples.format, {}, plan.data.mask if plan else "all", policy, length)
     labels = plan.base.labels if plan else ()
     only = replace(examples, train=tuple(chosen), eval=())
     from peftkit.model.load import eos_ids

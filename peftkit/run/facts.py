@@ -113,6 +113,7 @@ def data_facts(examples: Examples | None, task: str) -> DataFacts | None:
         examples.labels,
         lengths,
         longest(_bounds(examples.eval, task)),
+        weighted=examples.weighted,
     )
 
 

@@ -65,7 +65,6 @@ class _Stage:
     plan: Plan
     source: str
     looked: Looked
-    chats: bool
     observer: Observer
     started: float
 
@@ -121,8 +120,8 @@ def _open(
     interrupt.stop_if_requested("interrupted before training; nothing was written")
     examples = read(loaded) if examples is None else examples
     plan_device = facts.device.kind
-    config = converted(base, source).config or {}
-    facts = Facts(detect_device(), model_facts(loaded, converted(base, source), examples), None)
+    whole = converted(base, source)
+    facts = Facts(detect_device(), model_facts(loaded, whole, examples), None)
     names = ", ".join(Path(shown(source.path)).name for source in loaded.recipe.data.sources)
     observer({"event": "phase", "name": "data", "detail": names})
     if facts.device.kind != plan_device:
@@ -134,14 +133,12 @@ def _open(
     if (run.path / "plan.json").exists():
         plan = read_plan(run)  # a run that goes on is planned already
     else:
-        plan, note = settle(loaded, facts, plan, config)
+        plan, note = settle(loaded, facts, plan, whole.config or {})
         if note:
             observer({"event": "warning", "text": note})
-        problems = memory_problems(loaded, plan, facts, slack=1.0)
-        if problems:
+        if problems := memory_problems(loaded, plan, facts, slack=1.0):
             raise UserError(problems)
-    chats = bool(examples.train[0].messages)
-    return _Stage(run, loaded, facts, config, plan, source, looked, chats, observer, started)
+    return _Stage(run, loaded, facts, whole.config or {}, plan, source, looked, observer, started)
 
 
 def _tell_report(report: DataReport, observer: Observer) -> None:
@@ -160,6 +157,9 @@ def _write_inputs(loaded: LoadedRecipe, stage: _Stage) -> None:
     resolved = dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
     write_text(stage.run.path / "recipe.yaml", loaded.text or resolved)
     write_text(stage.run.path / "resolved.yaml", resolved)
+    if any(shown(source.path) != source.path for source in loaded.recipe.data.sources):
+        for name in ("recipe.yaml", "resolved.yaml"):
+            (stage.run.path / name).chmod(0o600)  # a URL in them may hold a password
     write_json(stage.run.path / "data.json", stage.looked.report.to_json())
     write_json(stage.run.path / "environment.json", environment(stage.facts.device, stage.fingerprints()))
     write_json(stage.run.path / "plan.json", stage.plan.to_json())
@@ -296,7 +296,7 @@ def _tell_start(stage: _Stage) -> None:
         num_dropped=prepared.num_dropped,
         num_cut=prepared.num_cut,
         default_template=prepared.default_template,
-        chats=stage.chats,
+        chats=stage.looked.chats,
     )
     if plan.base.trust_remote_code:
         stage.emit("warning", text=f"code that comes with {plan.base.id} runs, as the recipe allows")

@@ -58,3 +58,16 @@ def test_rows_that_do_not_fit_are_told_with_file_and_line(fields, name, said):
     with pytest.raises(UserError, match=r"rows\.jsonl:3") as caught:
         to_examples([Row(fields, "rows.jsonl:3")], name)
     assert said in str(caught.value)
+
+
+def test_weights_are_of_every_label_and_none_is_learnt_of_weight_nothing(tokenizer):
+    asked, said = {"role": "user", "content": "say"}, {"role": "assistant", "content": "alpha", "weight": 0.5}
+    [row] = ENCODERS["seq2seq"]([Example("w", messages=(asked, said), weight=4.0)], tokenizer, {})
+    assert row.weights == [2.0] * len(row.labels)
+    examples = [Example("w", prompt="a", completion="b", weight=w) for w in (0.0, 3.0)]
+    none, triple = ENCODERS["seq2seq"](examples, tokenizer, {})
+    assert (none.num_learnt, triple.weights) == (0, [3.0] * len(triple.labels))
+    [row] = ENCODERS["classification"](
+        [Example("w", prompt="say", label="b", weight=0.0)], tokenizer, {"b": 0}
+    )
+    assert row.num_learnt == 0

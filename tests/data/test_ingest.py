@@ -143,5 +143,75 @@ def test_the_same_content_is_read_once(two, monkeypatch):
     from peftkit.data import ingest as module
 
     first = taken(train=two[0], eval=0.2)
-    monkeypatch.setattr(module, "read", None)
+    monkeypatch.setattr(module, "_read_all", None)
     assert texts(taken(train=two[0], eval=0.2).train) == texts(first.train)
+
+
+def test_a_group_that_is_most_of_the_data_is_left_to_be_learnt(tmp_path):
+    rows = [{"text": f"row {i}", "g": "big" if i < 90 else f"g{i}"} for i in range(100)]
+    path = str(write_jsonl(tmp_path / "d.jsonl", rows))
+    for seed in range(8):
+        found = taken(train=path, eval=0.05, group="g", seed=seed)
+        assert 5 <= len(found.eval) <= 7
+
+
+def test_a_first_row_that_does_not_fit_is_one_fault(tmp_path):
+    rows = [{"prompt": "x"}, *({"prompt": f"q{i}", "completion": "a"} for i in range(5))]
+    found = taken(train=str(write_jsonl(tmp_path / "d.jsonl", rows)), eval=None)
+    assert (found.format, len(found.train), found.tally.of("missing-fields").count) == (
+        "prompt-completion",
+        5,
+        1,
+    )
+    with pytest.raises(UserError, match="the columns prompt"):
+        taken(train=str(write_jsonl(tmp_path / "e.jsonl", rows[:1] * 3)), eval=None)
+
+
+def test_a_file_renamed_to_another_kind_is_read_anew(tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    path = write_jsonl(folder / "a.txt", [{"prompt": "q", "completion": "a"}])
+    assert taken(train=f"{folder}/", eval=None).format == "text"
+    path.rename(folder / "a.jsonl")
+    assert taken(train=f"{folder}/", eval=None).format == "prompt-completion"
+
+
+def test_held_out_rows_of_another_task_are_refused(two, tmp_path):
+    classes = str(write_jsonl(tmp_path / "c.jsonl", [{"text": "x", "label": "1"}]))
+    chats = str(write_jsonl(tmp_path / "m.jsonl", [chat("hi", "hello")]))
+    with pytest.raises(UserError, match="formats chat, text, classification"):
+        taken(train=[chats, two[0]], eval=classes)
+
+
+def test_a_full_or_read_only_cache_is_told_or_passed_over(tmp_path, monkeypatch, two):
+    import errno
+
+    from peftkit.data import ingest as module
+
+    monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path / "cache"))
+
+    def full(*rest, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module.Writer, "append", full)
+    with pytest.raises(UserError, match="set PEFTKIT_CACHE"):
+        taken(train=two[0], eval=None)
+    monkeypatch.undo()
+    monkeypatch.setattr("os.access", lambda *rest: False)
+    assert len(taken(train=two[0], eval=None, seed=5).train) == 30
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(two, monkeypatch):
+    import os
+
+    from peftkit.data import ingest as module
+
+    real = module._Reading._take_row
+
+    def touching(self, row, convert):
+        os.utime(two[1], (1, 1))
+        real(self, row, convert)
+
+    monkeypatch.setattr(module._Reading, "_take_row", touching)
+    with pytest.raises(UserError, match="changed while they were read"):
+        taken(train=two[1], eval=None, seed=9)

@@ -125,3 +125,14 @@ words = st.text(alphabet=st.characters(exclude_categories=("Cs",)), min_size=1, 
 def test_any_chat_learns_exactly_its_answers(tokenizer, turns):
     example = chat(*(text for pair in turns for text in pair))
     assert learnt(tokenizer, example) == "".join(answer + "<|end|>" for _, answer in turns)
+
+
+def test_turns_weigh_for_themselves_where_everything_is_learnt(tokenizer):
+    turns = chat("one", "two", "three", "four").messages
+    weighed = tuple(
+        {**m, "weight": w} if w is not None else m for m, w in zip(turns, (None, 0, None, 2), strict=True)
+    )
+    [row] = tokenize([render(Example("w", messages=weighed), tokenizer)], tokenizer, mask="all")
+    learnt_text = tokenizer.decode([token for token in row.labels if token != IGNORED])
+    assert "two" not in learnt_text and "one" in learnt_text and "four" in learnt_text
+    assert {w for w, label in zip(row.weights, row.labels, strict=True) if label != IGNORED} == {1.0, 2.0}

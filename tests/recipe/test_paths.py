@@ -53,6 +53,7 @@ def test_urls_and_globs():
     ("text", "said"),
     [
         ("https://user:p@ss@host:1/a.jsonl?token=x#y", "https://host:1/a.jsonl"),
+        ("http://user:pa/55word@host/a.jsonl", "http://host/a.jsonl"),
         ("hf://datasets/org/name@main/a.jsonl", "hf://datasets/org/name@main/a.jsonl"),
         ("cannot open https://u:p@host/a?b=c now", "cannot open https://host/a now"),
         ("zip://a.csv::https://u@host/a.zip?b", "zip://a.csv::https://host/a.zip"),

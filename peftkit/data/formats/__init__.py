@@ -37,7 +37,8 @@ def _wants() -> str:
 
 def _columns_problem(where: str, found: Sequence[str], expected: str) -> UserError:
     words = [name for spec in FORMATS.values() for columns in spec.columns for name in columns]
-    hints = [f"{column} looks like {close[0]}" for column in found if (close := nearest(column, words))]
+    near = {column: nearest(column, words) for column in found if column not in words}
+    hints = [f"{column} looks like {close[0]}" for column, close in near.items() if close]
     fix = f"map your columns, for example columns: {{prompt: {found[0] if found else 'question'}}}"
     return UserError(Problem(where, f"the columns {', '.join(found)}", expected, "; ".join([*hints, fix])))
 

@@ -94,9 +94,26 @@ def string(values: Mapping[str, Any], name: str, *, answer: bool = False) -> str
     return value
 
 
+def optional(values: Mapping[str, Any], name: str) -> str:
+    """The text of a field that may be missing or empty. Raises BadRow for anything but text."""
+    value = values.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadRow(f"{name} is {type(value).__name__}", f"text in {name}, or nothing")
+    return value
+
+
 def weight_of(values: Mapping[str, Any]) -> float:
     """The row's `weight` in the loss: a number of at least 0, else 1."""
-    value = values.get("weight", 1.0)
+    value = values.get("weight")
+    if value is None or value == "":
+        return 1.0
+    if isinstance(value, str):  # a table's cell
+        try:
+            value = float(value)
+        except ValueError:
+            raise BadRow(f"the weight {value!r}", "a number of at least 0 in weight") from None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise BadRow(f"the weight {value!r}", "a number of at least 0 in weight")
     return float(value)

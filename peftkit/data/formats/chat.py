@@ -69,6 +69,8 @@ def _turn(turn: Any) -> Message:
         calls = json_of(value, "a function_call")
         made["content"] = ""
         made["tool_calls"] = [_arguments(call) for call in (calls if isinstance(calls, list) else [calls])]
+        if turn.get("weight") is not None:
+            made["weight"] = weight_of(turn)
         return made
     calls = turn.get("tool_calls")
     made["content"] = "" if value is None and calls else _content(value)

@@ -18,9 +18,21 @@ def _line(text: str, where: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     try:
-        return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined).from_string(text)
+        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_as_text)
+        return environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(Problem(where, f"{text!r} ({error})", "a Jinja line")) from None
+
+
+def _as_text(value: Any) -> Any:
+    """What an expression of a line gives, as it is written: Python's way of writing lists is nobody's."""
+    import jinja2
+
+    if isinstance(value, str | int | float):
+        return value
+    if isinstance(value, jinja2.Undefined):
+        return str(value)  # raises, with the name
+    raise jinja2.TemplateRuntimeError(f"{'nothing' if value is None else type(value).__name__} in it")
 
 
 def renamer(columns: Mapping[str, str], first: Row, where: str = "data.columns") -> Rename:

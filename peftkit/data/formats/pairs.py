@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftkit.data.formats.base import Example, Format, string, weight_of
+from peftkit.data.formats.base import Example, Format, optional, string, weight_of
 from peftkit.data.read import Row
 
 
@@ -17,7 +17,7 @@ def _asked(row: Row, asked: str, answer: str) -> Example:
 def _instruction(row: Row) -> Example:
     """Alpaca: instruction, optional input, output."""
     instruction = string(row.fields, "instruction")
-    context = row.fields.get("input") or ""
+    context = optional(row.fields, "input")
     asked = f"{instruction}\n\n{context}" if context else instruction
     return _asked(row, asked, string(row.fields, "output", answer=True))
 
@@ -25,7 +25,7 @@ def _instruction(row: Row) -> Example:
 def _question_answer(row: Row) -> Example:
     """A question with its answer, and perhaps the context that it is about."""
     question = string(row.fields, "question")
-    context = row.fields.get("context") or ""
+    context = optional(row.fields, "context")
     asked = f"{context}\n\n{question}" if context else question
     return _asked(row, asked, string(row.fields, "answer", answer=True))
 

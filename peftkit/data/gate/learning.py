@@ -64,6 +64,8 @@ def rows_dropped(data: Data) -> Finding:
         said = f"rows that are left out: {share(dropped, whole)}, {left.count:,} of them unusable"
     status: Status = "fail" if dropped >= _DROPPED * whole else "warn"
     fix = f"raise train.max_length (the longest has {fitted.longest:,}), or set data.truncation: split"
+    if not fitted.num_dropped:
+        fix = "mend the rows: their checks say what is wrong with them"
     found = of_pairs("rows-dropped", status, rows, said, fix)
     return Finding(found.check, found.status, found.said, dropped, found.rows, found.fix)
 

@@ -81,7 +81,13 @@ def _short(text: str) -> str:
 
 def hidden(secret: str) -> str:
     """Enough of a secret to find it, never all of it."""
-    return f"{secret[:6]}... ({len(secret)} characters)"
+    return f"{secret[: min(6, len(secret) // 3)]}... ({len(secret)} characters)"
+
+
+def has_secret(text: str) -> bool:
+    """Whether a text holds what must not be shown: a key, a token, an e-mail address."""
+    found = any(mark in text and pattern.search(text) for mark, _, pattern in _SECRETS)
+    return found or ("@" in text and _EMAIL.search(text) is not None)
 
 
 def look(example: Example, tally: Tally) -> None:

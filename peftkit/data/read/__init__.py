@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from peftkit.data.read.hub import mapped_dataset, to_dataset
 from peftkit.data.read.rows import MAX_PROBLEMS, Fault, Row
-from peftkit.data.read.sources import content_key, read, read_rows
+from peftkit.data.read.sources import Located, content_key, read, read_rows
 
-__all__ = ["MAX_PROBLEMS", "Fault", "Row", "content_key", "mapped_dataset", "read", "read_rows", "to_dataset"]
+__all__ = [
+    "MAX_PROBLEMS",
+    "Fault",
+    "Located",
+    "Row",
+    "content_key",
+    "mapped_dataset",
+    "read",
+    "read_rows",
+    "to_dataset",
+]

@@ -27,7 +27,7 @@ _PIECE = 2**16
 # by which of their names filesystems tell that a file changed
 _VERSION = (
     *("etag", "last-modified", "lastmodified", "last_modified", "mtime", "modified", "updated", "created"),
-    *("generation", "md5hash", "crc32c", "blob_id", "content-length", "size"),
+    *("generation", "md5hash", "crc32c", "blob_id"),
 )
 
 
@@ -150,7 +150,7 @@ def _kept(
     key = hashlib.sha256("\0".join([*address, *version]).encode()).hexdigest()[:32]
     folder = cache_folder() / "remote" / key
     final = folder / f"content{''.join(suffixes(Path(address[1])))}"
-    if version and final.is_file():
+    if version and final.is_file():  # where nothing tells a version, it is fetched again
         return final
     folder.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=folder, prefix=".tmp-")

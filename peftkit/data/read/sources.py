@@ -26,15 +26,46 @@ def _files(source: Source, where: str) -> list[File] | None:
     return None
 
 
-def read(source: Source, *, where: str) -> Iterator[Row | Fault]:
-    """The rows of a source in order, each as it is asked for; a fault in place of a row that is none.
+class Located:
+    """A source that was found: hashed and read from the same files.
 
-    Raises UserError at once where the source cannot be had (`where` names the recipe's key), and in the
-    course of reading where a file cannot be read on, or where there was neither row nor fault.
+    Raises UserError at once where it cannot be had; `where` names the recipe's key.
     """
-    files = _files(source, where)
-    found = hub_rows(source, where) if files is None else _rows(files)
-    return _any(found, shown(source.path))
+
+    def __init__(self, source: Source, *, where: str) -> None:
+        self.source, self.where = source, where
+        self._files = _files(source, where)
+        self._stamps = self._looks()
+
+    def _looks(self) -> list[tuple[int, int]]:
+        stats = [file.path.stat() for file in self._files or () if file.path.exists()]
+        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+    def key(self) -> str:
+        """A sha256 over all that it holds, file by file in order, with the files' names."""
+        if self._files is None:
+            return hub_key(self.source, self.where)
+        digest = hashlib.sha256()
+        for file in self._files:
+            with reading(file):
+                digest.update(file.name.encode() + b"\0" + bytes.fromhex(sha256_of(file.path)))
+        return digest.hexdigest()
+
+    def rows(self) -> Iterator[Row | Fault]:
+        """Its rows in order, each as it is asked for; a fault in place of a row that is none.
+
+        Raises UserError where a file cannot be read on, changed meanwhile, or has neither row nor fault.
+        """
+        found = hub_rows(self.source, self.where) if self._files is None else _rows(self._files)
+        yield from _any(found, shown(self.source.path))
+        if self._looks() != self._stamps:
+            got = "files that changed while they were read"
+            raise UserError(Problem(shown(self.source.path), got, "files that rest", "run it again"))
+
+
+def read(source: Source, *, where: str) -> Iterator[Row | Fault]:
+    """The rows of a source in order: see `Located.rows`. Raises UserError where it cannot be had."""
+    return Located(source, where=where).rows()
 
 
 def _rows(files: Sequence[File]) -> Iterator[Row | Fault]:
@@ -52,18 +83,8 @@ def _any(found: Iterator[Row | Fault], name: str) -> Iterator[Row | Fault]:
 
 
 def content_key(source: Source, *, where: str) -> str:
-    """A sha256 over all that a source holds, file by file in order; names do not count.
-
-    Raises UserError where the source cannot be had.
-    """
-    files = _files(source, where)
-    if files is None:
-        return hub_key(source, where)
-    digest = hashlib.sha256()
-    for file in files:
-        with reading(file):
-            digest.update(bytes.fromhex(sha256_of(file.path)))
-    return digest.hexdigest()
+    """A sha256 over all that a source holds. Raises UserError where it cannot be had."""
+    return Located(source, where=where).key()
 
 
 def read_rows(sources: Sequence[str], *, where: str, split: str = "train") -> list[Row]:

@@ -136,8 +136,11 @@ def plain(value: Any) -> Any:
         case None | str() | bool() | int() | float():
             return value
         case dict():
+            # a struct has all its fields in every row: what a row did not have is null
             return {
-                name if isinstance(name, str) else str(plain(name)): plain(of) for name, of in value.items()
+                name if isinstance(name, str) else str(plain(name)): plain(of)
+                for name, of in value.items()
+                if of is not None
             }
         case list() | tuple():
             return [plain(item) for item in value]
@@ -153,13 +156,11 @@ def plain(value: Any) -> Any:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether values of the type need no conversion."""
+    """Whether values of the type need no conversion. Structs do: they hold nulls that no row wrote."""
     from pyarrow import types
 
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return _is_plain(kind.value_type)
-    if types.is_struct(kind):
-        return all(_is_plain(kind.field(number).type) for number in range(kind.num_fields))
     text = types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
     number = types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
     return bool(text or number)

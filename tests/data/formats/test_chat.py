@@ -98,3 +98,29 @@ def test_an_example_comes_back_from_json_as_it_was():
         Example("w", prompt="a", label="1"),
     ):
         assert Example.from_json(json.loads(json.dumps(example.to_json()))) == example
+
+
+def test_a_call_of_sharegpt_keeps_its_weight():
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}', "weight": 0}
+    turns = [{"from": "human", "value": "hi"}, call, {"from": "observation", "value": "1"}]
+    example = one({"conversations": [*turns, {"from": "gpt", "value": "done"}]})
+    assert example.messages[1]["weight"] == 0.0
+
+
+def test_structs_of_parquet_bring_no_arguments_that_nobody_wrote(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    from peftkit.data.read import read
+    from peftkit.recipe.schema import Source
+
+    def row(arguments):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return {"messages": [{"role": "user", "content": "hi", "tool_calls": None}, answer]}
+
+    path = tmp_path / "d.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row({"x": 1}), row({"y": "s"})]), path)
+    found = [one(row.fields) for row in read(Source(path=str(path)), where="")]
+    calls = [example.messages[1]["tool_calls"][0]["function"]["arguments"] for example in found]
+    assert calls == [{"x": 1}, {"y": "s"}]

@@ -44,3 +44,22 @@ def test_a_line_is_data_and_not_code():
     rename = renamer({"text": "{{ a.__class__.__mro__ }}"}, first)
     with pytest.raises(BadRow, match="cannot fill"):
         rename(first)
+
+
+def test_what_is_no_text_is_never_written_as_python_does():
+    first = Row({"a": ["x"], "b": None}, "w")
+    for line in ("{{ a }}", "{{ b }}"):
+        with pytest.raises(BadRow, match="cannot fill"):
+            renamer({"text": line}, first)(first)
+    assert renamer({"text": "{{ a | join }}"}, first)(first).fields["text"] == "x"
+    with pytest.raises(BadRow, match="context is dict"):
+        one({"question": "q", "answer": "a", "context": {"title": ["t"]}})
+    with pytest.raises(BadRow, match="input is list"):
+        one({"instruction": "q", "output": "a", "input": ["t"]})
+
+
+def test_weights_of_tables_are_text():
+    assert one({"source": "a", "target": "b", "weight": "0.5"}).weight == 0.5
+    assert one({"source": "a", "target": "b", "weight": None}).weight == 1.0
+    with pytest.raises(BadRow, match="the weight 'heavy'"):
+        one({"source": "a", "target": "b", "weight": "heavy"})

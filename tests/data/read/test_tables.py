@@ -75,7 +75,7 @@ def test_every_value_has_a_json_form(tmp_path, through):
             "times": ["01:02:03"],
             "took": "PT90.0S",
             "price": "1.50",
-            "map": {"a": "2024-02-29T12:30:05.250000", "b": None},
+            "map": {"a": "2024-02-29T12:30:05.250000"},  # nulls of structs and maps: no row wrote them
             "class": "x",
             "deep": {"list": [{"at": "2024-02-29T12:30:05.250000"}]},
             "none": None,
