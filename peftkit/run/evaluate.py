@@ -113,7 +113,8 @@ def _tokenized(result: Result, examples: Any, chosen: Sequence[Any], *, whole: b
     only = replace(examples, train=tuple(chosen), eval=())
     from peftkit.model.load import eos_ids
 
-    stops = frozenset(eos_ids(result.model, result.tokenizer))
+    writes = result.task in {"causal-lm", "seq2seq"}
+    stops = frozenset(eos_ids(result.model, result.tokenizer)) if writes else frozenset()
     found = prepare(only, result.tokenizer, data, task=cast(Task, result.task), labels=labels, stops=stops)
     return found.train, found.num_dropped
 

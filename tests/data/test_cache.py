@@ -59,5 +59,9 @@ def test_the_least_recently_used_go_first(monkeypatch):
 def test_a_cache_that_cannot_be_written_is_a_temporary_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path / "file"))
+    cache._own.cache_clear()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert keep("k", "x").is_relative_to(tmp_path)
+    folder = keep("k", "x")
+    cache._own.cache_clear()
+    assert folder.is_relative_to(tmp_path)
+    assert folder.parent.stat().st_mode & 0o077 == 0

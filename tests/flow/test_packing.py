@@ -47,7 +47,7 @@ def events(path, kind):
     return [event for event in RunDir(path).events() if event["event"] == kind]
 
 
-@pytest.mark.parametrize("step", [7, 8])
+@pytest.mark.parametrize("step", [7, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", [by_length, classes, packed])
 def test_stopped_and_resumed_equals_uninterrupted(how, step, uneven, tmp_path):
     source = how(uneven)  # 4 steps an epoch: in the middle and at its end

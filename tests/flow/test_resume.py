@@ -70,7 +70,7 @@ def test_stopped_and_resumed_equals_uninterrupted(case, long_recipe, tmp_path):
     assert resumed.num_steps == 12
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 5, 8, 9, 10])
+@pytest.mark.parametrize("step", [1, 4, 9, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5, 8, 10))])
 def test_any_step_is_a_good_place_to_stop(step, long_recipe, tmp_path):
     """18 rows in batches of 4: steps 5 and 10 end an epoch, 4 and 8 are evaluated, dropout draws at each."""
     source = {**long_recipe, "method": METHODS["lora"]}
