@@ -29,13 +29,14 @@ MAX_LENGTH = 2048
 
 
 def write_rows(path: Path, num: int) -> None:
-    """Chats made of real questions and answers, each with a number of its own."""
+    """Chats made of real questions and answers, each question with many answers: no row comes twice."""
     rows = [json.loads(line) for line in SOURCE.read_text(encoding="utf-8").splitlines()]
     with path.open("w", encoding="utf-8") as file:
         for number in range(num):
-            row = rows[number % len(rows)]
-            asked = {"role": "user", "content": f"{row['question']} (Exercise {number})"}
-            answer = {"role": "assistant", "content": row["answer"]}
+            at, turn = number % len(rows), number // len(rows)
+            question, other = rows[at]["question"], rows[(7 * at + turn) % len(rows)]
+            asked = {"role": "user", "content": f"{question} (Exercise {number})"}
+            answer = {"role": "assistant", "content": other["answer"]}
             file.write(json.dumps({"prompt": [asked], "completion": [answer]}) + "\n")
 
 
@@ -87,10 +88,11 @@ def tokenizer_folder() -> str:
 
 def ours(file: Path, folder: str, *, once: bool = False) -> dict[str, Any]:
     """Read, tokenize and pack; then the checks; then all of it again from the cache."""
+    import trl.chat_template_utils  # noqa: F401  imports are not preparation
     from transformers import AutoTokenizer
 
     import peftkit
-    from peftkit.data.gate import judge  # noqa: F401  imports are not preparation
+    from peftkit.data.gate import judge  # noqa: F401
     from peftkit.data.ingest import ingest
     from peftkit.data.pack import efficiency, pack
     from peftkit.data.prepare import prepare

@@ -9,6 +9,7 @@ of them share, such as a fixed instruction, is left out. One permutation gives a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ SAME = 0.8  # Jaccard similarity from which two texts are near duplicates
 _RUN = 8  # bytes
 _FEWEST = 12  # runs that a text must have to be compared: shorter ones are alike by chance
 _BINS, _BANDS = 32, 8
+_WORTH = 0.6  # of the minima: of texts that are SAME, one in five hundred has fewer in common
 _CHUNK = 512
 _SHARED = 0.2
 _SAMPLE = 1024
@@ -74,8 +76,23 @@ def _without(runs: Hashes, row: NDArray[np.int64], common: Hashes) -> tuple[Hash
     return runs[kept], row[kept]
 
 
-def bands(texts: Sequence[str], common: Hashes) -> Hashes:
-    """(texts, bands): equal numbers in a column name candidates; 0 where a text is too short to compare."""
+@dataclass(frozen=True)
+class Signatures:
+    """Of some texts: `minima` of shape (texts, bins), and `bands` of shape (texts, bands).
+
+    Equal numbers in a column of `bands` name candidates; 0 stands for a text that is too short to compare.
+    """
+
+    minima: NDArray[np.uint32]
+    bands: Hashes
+
+    def alike(self, number: int, other: Signatures, place: int) -> bool:
+        """Whether so many minima agree that an exact comparison is worth its time."""
+        return bool((self.minima[number] == other.minima[place]).mean() >= _WORTH)
+
+
+def signatures(texts: Sequence[str], common: Hashes) -> Signatures:
+    """The signatures of texts, without what is common."""
     runs, row = _without(*_runs(texts), common)
     flat = np.full(len(texts) * _BINS, _EMPTY, np.uint32)
     np.minimum.at(flat, row * _BINS + (runs & np.uint64(_BINS - 1)).astype(np.int64), _upper(runs))
@@ -92,7 +109,12 @@ def bands(texts: Sequence[str], common: Hashes) -> Hashes:
         found = (found ^ wide[:, :, place]) * np.uint64(0xC4CEB9FE1A85EC53)
         found ^= found >> np.uint64(29)
     found[short] = 0
-    return found
+    return Signatures(minima, found)
+
+
+def _all(texts: Iterable[str], common: Hashes) -> Signatures:
+    made = [signatures(chunk, common) for chunk in _chunks(texts)]
+    return Signatures(np.concatenate([s.minima for s in made]), np.concatenate([s.bands for s in made]))
 
 
 def _upper(runs: Hashes) -> NDArray[np.uint32]:
@@ -123,15 +145,15 @@ def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int, float]]:
     common = common_runs(texts)
     if not len(texts):
         return []
-    made = np.concatenate([bands(chunk, common) for chunk in _chunks(texts)])
+    made = _all(texts, common)
     found: dict[int, tuple[int, int, float]] = {}
     for band in range(_BANDS):
-        order = np.argsort(made[:, band], kind="stable")
-        column = made[order, band]
+        order = np.argsort(made.bands[:, band], kind="stable")
+        column = made.bands[order, band]
         repeats = np.flatnonzero((column[1:] == column[:-1]) & (column[1:] != 0)) + 1
         leaders = np.searchsorted(column, column[repeats])
         for number, earlier in zip(order[repeats], order[leaders], strict=True):
-            if int(number) in found:
+            if int(number) in found or not made.alike(number, made, earlier):
                 continue
             same = similarity(texts[number], texts[earlier], common)
             if same >= SAME:
@@ -146,13 +168,14 @@ def near_in(held: Sequence[str], others: Iterable[str], common: Hashes) -> dict[
     """
     if not len(held):
         return {}
-    made = np.concatenate([bands(chunk, common) for chunk in _chunks(held)])
-    order = np.argsort(made, axis=0, kind="stable")
-    columns = np.take_along_axis(made, order, axis=0)
+    made = _all(held, common)
+    order = np.argsort(made.bands, axis=0, kind="stable")
+    columns = np.take_along_axis(made.bands, order, axis=0)
     found: dict[int, tuple[int, float]] = {}
     start = 0
     for chunk in _chunks(others):
-        theirs = bands(chunk, common)
+        chunked = signatures(chunk, common)
+        theirs = chunked.bands
         for band in range(_BANDS):
             place = np.searchsorted(columns[:, band], theirs[:, band])
             place = np.minimum(place, len(held) - 1)
@@ -163,7 +186,7 @@ def near_in(held: Sequence[str], others: Iterable[str], common: Hashes) -> dict[
                 at = int(place[hit])
                 while at < len(held) and columns[at, band] == theirs[hit, band]:
                     number = int(order[at, band])
-                    if number not in found:
+                    if number not in found and made.alike(number, chunked, int(hit)):
                         same = similarity(held[number], chunk[hit], common)
                         if same >= SAME:
                             found[number] = (start + int(hit), same)

@@ -136,9 +136,9 @@ def _refused(where: str, error: Exception) -> UserError:
 
 
 def _rendered(
-    template: str, messages: Sequence[Message], tokenizer: Any, tools: Any, where: str, **options: Any
+    template: str, messages: Sequence[Message], tools: Any, where: str, options: Mapping[str, Any]
 ) -> tuple[str, list[tuple[int, int]]]:
-    """(text, marked spans) of a chat."""
+    """(text, marked spans) of a chat; `options` are transformers' and the special tokens."""
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -148,17 +148,19 @@ def _rendered(
             tools=list(tools or ()) or None,
             chat_template=template,
             **options,
-            **tokenizer.special_tokens_map,
         )
     except (jinja2.TemplateError, TypeError) as error:
         raise _refused(where, error) from None
     return str(text), [span for of_one in spans for span in of_one]
 
 
-def apply(tokenizer: Any, messages: Sequence[Message], tools: Any, *, ask: bool, where: str) -> str:
+def apply(
+    tokenizer: Any, messages: Sequence[Message], tools: Any, *, ask: bool, where: str, specials: Any = None
+) -> str:
     """The text of a chat by the model's own template, with the prompt for an answer where `ask`."""
     template = template_of(tokenizer, tools)
-    return _rendered(template, messages, tokenizer, tools, where, add_generation_prompt=ask)[0]
+    options = {"add_generation_prompt": ask, **(specials or tokenizer.special_tokens_map)}
+    return _rendered(template, messages, tools, where, options)[0]
 
 
 def _weights(example: Example) -> list[float]:
@@ -209,9 +211,9 @@ def _past_prompt(text: str, start: int, prompt: str, tokenizer: Any, where: str)
 def by_markers(example: Example, tokenizer: Any, template: str, *, within: bool) -> Rendered:
     """Text and spans by the template's generation markers; with `within`, less what the prompt gives."""
     tools, where = example.tools, example.where
-    text, spans = _rendered(
-        template, example.messages, tokenizer, tools, where, return_assistant_tokens_mask=True
-    )
+    specials = tokenizer.special_tokens_map
+    marking = {"return_assistant_tokens_mask": True, **specials}
+    text, spans = _rendered(template, example.messages, tools, where, marking)
     num_answers = sum(m["role"] == "assistant" for m in example.messages)
     if len(spans) > num_answers:
         spans = _joined(spans)
@@ -226,7 +228,8 @@ def by_markers(example: Example, tokenizer: Any, template: str, *, within: bool)
         first = start
         if within:
             before = example.messages[:i]
-            prompt, _ = _rendered(template, before, tokenizer, tools, where, add_generation_prompt=True)
+            asking = {"add_generation_prompt": True, **specials}
+            prompt, _ = _rendered(template, before, tools, where, asking)
             first = _past_prompt(text, start, prompt, tokenizer, where)
         answers.append(Span(first, end, weight))
     return Rendered(text, tuple(answers), where)
@@ -240,11 +243,12 @@ def _rewrites(where: str) -> UserError:
 def by_prefixes(example: Example, tokenizer: Any, *, last_only: bool) -> Rendered:
     """Text and spans by rendering what comes before each answer with the prompt for it, and up to its end."""
     tools, where = example.tools, example.where
-    text = apply(tokenizer, example.messages, tools, ask=False, where=where)
+    specials = tokenizer.special_tokens_map
+    text = apply(tokenizer, example.messages, tools, ask=False, where=where, specials=specials)
     pairs = list(zip(_answers(example), _weights(example), strict=True))
     answers = []
     for i, weight in pairs[-1:] if last_only else pairs:
-        before = apply(tokenizer, example.messages[:i], tools, ask=True, where=where)
+        before = apply(tokenizer, example.messages[:i], tools, ask=True, where=where, specials=specials)
         is_last = i + 1 == len(example.messages)
         after = (
             text if is_last else apply(tokenizer, example.messages[: i + 1], tools, ask=False, where=where)
@@ -332,6 +336,18 @@ def misplaced(example: Example, rendered: Rendered) -> bool:
     return False
 
 
+def _is_plain(example: Example, made: Rendered) -> bool:
+    """Whether a question and its answer stand where they belong: the usual row, seen at once."""
+    if len(example.messages) != 2 or len(made.answers) != 1 or example.tools or example.weight != 1.0:
+        return False
+    asked, said = example.messages
+    if len(asked) != 2 or len(said) != 2 or "</think>" in said["content"]:
+        return False
+    start, end = made.answers[0].start, made.answers[0].end
+    at_home = made.text.find(asked["content"].strip(), 0, start) >= 0
+    return at_home and made.text.find(said["content"].strip(), start, end) >= 0
+
+
 def render(
     example: Example, tokenizer: Any, style: Style | None = None, *, mask: str = "completion"
 ) -> Rendered:
@@ -347,6 +363,8 @@ def render(
         made = by_markers(example, tokenizer, style.marked, within=style.within)
     else:
         made = by_prefixes(example, tokenizer, last_only=mask == "last-turn")
+    if _is_plain(example, made):
+        return made
     if misplaced(example, made):
         # nothing is learnt of such a row: a wrong mask would be worse
         return replace(made, answers=(), lost="an answer that does not stand where the template puts answers")

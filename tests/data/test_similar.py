@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftkit.data.similar import SAME, bands, common_runs, near_duplicates, near_in, similarity
+from peftkit.data.similar import SAME, common_runs, near_duplicates, near_in, signatures, similarity
 
 WORDS = [
     line.strip()
@@ -79,6 +79,6 @@ def test_what_every_row_says_does_not_make_rows_alike():
 
 
 def test_short_texts_are_not_compared():
-    assert not bands(["yes", "no"], NONE).any()
+    assert not signatures(["yes", "no"], NONE).bands.any()
     assert near_duplicates(["yes"] * 5) == []
     assert near_duplicates([]) == []

@@ -33,7 +33,7 @@ for _name, _listed in _WORDS.items():
     for _word in _listed.split():
         _LOOKUP.setdefault(_word, []).append(_name)
 _WORD = re.compile(r"[^\W\d_]+")
-_LOOKED_AT = 2_000  # characters
+_LOOKED_AT = 600  # characters
 _FEWEST_HITS = 4  # different words
 
 
