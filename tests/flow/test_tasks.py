@@ -168,6 +168,28 @@ def test_stopped_and_resumed_equals_uninterrupted(model_type, bases, tmp_path):
     assert weights(peftkit.resume_run(tmp_path / "cut")) == weights(whole)
 
 
+def test_micro_batches_do_not_change_what_a_tagger_learns(bases, tmp_path):
+    """The mean over all tags of a step, whose rows have one to twelve, however it is cut."""
+    from safetensors.torch import load_file
+
+    rows = [
+        {"tokens": [f"say{i}", WORDS[i % 4]] * (1 + i % 6), "tags": ["O", f"B-{i % 2}"] * (1 + i % 6)}
+        for i in range(32)
+    ]
+    data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "eval": None}
+    ends = []
+    for micro in (32, 2):
+        recipe = recipe_for(bases["bert"], data, "lora", max_steps=2, micro_batch=micro, learning_rate=1e-3)
+        recipe["train"] |= {"eval_steps": "auto", "batch_size": 32}
+        summary = peftkit.finetune(recipe, out=tmp_path / str(micro))
+        [first, *_] = [e for e in RunDir(summary.path).events() if e["event"] == "step"]
+        ends.append((first, load_file(summary.result / "adapter_model.safetensors")))
+    (whole, weights), (cut, same_weights) = ends
+    assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+    assert all(torch.allclose(tensor, same_weights[name], atol=2e-4) for name, tensor in weights.items())
+
+
 def test_micro_batches_do_not_change_what_an_encoder_decoder_learns(bases, tmp_path):
     """The mean over all target tokens of a step, which takes all rows, however it is cut."""
     from safetensors.torch import load_file

@@ -98,3 +98,28 @@ def test_it_trains_with_every_method(case, trusted, tmp_path):
     assert [e for e in told if e["event"] == "warning" and "code that comes with" in e["text"]]
     [passed] = [e for e in told if e["event"] == "preflight"]
     assert passed["num_tensors"] > 0
+
+
+def test_micro_batches_do_not_change_what_is_learnt(retnet, trusted, tmp_path):
+    """The Trainer divides the loss of a model without loss arguments: the mean over a step is ours to keep."""
+    from peftkit.rundir import RunDir
+    from tests.conftest import chat, write_jsonl
+
+    base = shutil.copytree(retnet, tmp_path / "without_loss_arguments")
+    code = base / "modeling_retnet.py"
+    text = code.read_text()
+    assert text.count("return_dict=True, **kwargs") == 1
+    named = "return_dict=True, output_attentions=None, output_hidden_states=None"
+    code.write_text(text.replace("return_dict=True, **kwargs", named))
+    trusted["base"]["id"] = str(base)
+
+    rows = [chat(f"Say alpha {i}", "alpha " * (1 + 5 * (i % 4))) for i in range(16)]
+    trusted["data"] = {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "eval": None}
+    first = []
+    for micro in (16, 1):
+        trusted["train"] |= {"max_steps": 1, "batch_size": 16, "micro_batch": micro, "eval_steps": "auto"}
+        summary = peftkit.finetune(trusted, out=tmp_path / str(micro))
+        first += [event for event in RunDir(summary.path).events() if event["event"] == "step"]
+    whole, cut = first
+    assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +43,25 @@ def trainer(
         rest: dict[str, Any] = {key: batch[key] for key in batch.keys() & {"labels", "weights"}}
         return {**inputs_of(model, batch, plan.base.task), **rest}
 
-    class WithOurLoss(made):  # type: ignore[misc, valid-type]
-        """The trainer with the loss of `summed_loss`, over the number of labels that are learnt."""
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None, weights: Any = None) -> Any:
+        total = summed_loss(outputs.logits, labels, plan.base.task, weights)
+        return total / (labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            labels, weights = inputs.pop("labels"), inputs.pop("weights", None)
-            outputs = model(**inputs)
-            total = summed_loss(outputs.logits, labels, plan.base.task, weights)
-            value = total / (labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
-            return (value, outputs) if return_outputs else value
+    class Weighing(made):  # type: ignore[misc, valid-type]
+        """The trainer, which hands a batch's weights to the loss: by itself it knows only labels."""
 
-    return WithOurLoss(
+        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+            self.compute_loss_func = partial(loss, weights=inputs.pop("weights", None))
+            return super().compute_loss(model, inputs, *rest, **named)
+
+    return Weighing(
         model=model,
         args=configured(
             **arguments(plan, output_dir=output_dir),
             include_num_input_tokens_seen="non_padding",
         ),
         data_collator=collated,
+        compute_loss_func=loss,
         train_dataset=train,
         processing_class=tokenizer,
         callbacks=list(callbacks),
