@@ -69,6 +69,10 @@ class _Pieces:
 
 def encode(batch: Sequence[Rendered], tokenizer: Any) -> list[Encoded]:
     """The tokens of each text. It holds no lock while it works, on all cores."""
+    if not tokenizer.is_fast:
+        got = f"{type(tokenizer).__name__}, which is written in Python"
+        fix = "it cannot tell which characters a token stands for; save the base with a tokenizer.json"
+        raise UserError(Problem("base", got, "a tokenizer of the tokenizers library", fix))
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # a tokenizer.json may bring either
     backend.no_padding()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from peftkit.data.fit import Fitted, refuse_long
 from peftkit.data.formats import Example
 from peftkit.data.gate.tally import Tally
 from peftkit.data.gate.tokens import Watch
-from peftkit.data.ingest import ingest, refuse_unusable
 from peftkit.data.lazy import Picked
 from peftkit.data.mask import Tokenized
 from peftkit.data.style import choose_style, read_template
@@ -23,9 +22,7 @@ from peftkit.data.template import NO_CHATS, Style, ensure_template
 from peftkit.data.tokenizing import InMemory, Work, fill, write
 from peftkit.errors import Problem, UserError
 from peftkit.plan.plan import DataPlan
-from peftkit.recipe.schema import Data
 
-__all__ = ["Examples", "Prepared", "prepare", "read_examples"]
 _LOOKED_AT = 512  # examples that tell whether turns have to be told apart
 
 
@@ -75,22 +72,6 @@ class Prepared:
         from peftkit.data.store import Counts
 
         return int(Counts.of(self.train).learnt.sum())
-
-
-def read_examples(
-    sources: Sequence[str],
-    eval_source: str | float | None,
-    *,
-    wanted_format: str,
-    columns: dict[str, str],
-    seed: int,
-    where: Callable[[tuple[str, ...]], str],
-) -> Examples:
-    """Read, detect the format, and split. Raises UserError with file and line for what does not fit."""
-    data = Data(train=list(sources), eval=eval_source, format=wanted_format, columns=columns)  # type: ignore[arg-type]
-    found = ingest(data, seed=seed, where=where)
-    refuse_unusable(found, ())
-    return found
 
 
 def prepare(

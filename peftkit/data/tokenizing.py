@@ -45,23 +45,30 @@ class Work:
 
     def key(self, examples: Examples) -> str:
         """The content hash under which tokens are kept."""
-        tokenizer = self.tokenizer
-        text = [
-            tokenizer.backend_tokenizer.to_str(),
-            repr(tokenizer.special_tokens_map),
-            str(tokenizer.chat_template),
-        ]
         return cache.key_of(
             rows=examples.key,
-            tokenizer=hashlib.sha256("\0".join(text).encode()).hexdigest(),
+            tokenizer=_fingerprint(self.tokenizer),
             plan={k: v for k, v in asdict(self.plan).items() if k in {"mask", "truncation", "max_length"}},
             work=[self.task, self.labels, asdict(self.style), sorted(self.stops)],
         )
 
 
+def _fingerprint(tokenizer: Any) -> str:
+    """A hash of all that a tokenizer does; one in Python is told by its class, vocabulary and settings."""
+    known = (
+        tokenizer.backend_tokenizer.to_str()
+        if tokenizer.is_fast
+        else repr((type(tokenizer), sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
+    )
+    text = [known, repr(tokenizer.special_tokens_map), str(tokenizer.chat_template)]
+    return hashlib.sha256("\0".join(text).encode()).hexdigest()
+
+
 def _chunks(examples: Sequence[Example]) -> Iterator[list[Example]]:
     for start in range(0, len(examples), _CHUNK):
-        interrupt.stop_if_requested("interrupted while tokenizing; nothing was written")
+        interrupt.stop_if_requested(
+            "interrupted while tokenizing: run it again, it goes on from the last whole part"
+        )
         yield list(examples[start : start + _CHUNK])
 
 
@@ -141,7 +148,7 @@ def fill(
         kept: list[Tokenized] = []
         numbers: list[int] = []
         for number, row in enumerate(rows, start=start):
-            watch.row(row)
+            watch.row(row, whole=work.task == "causal-lm" and work.plan.mask == "all")
             pieces = [piece for piece in fit(row, work.plan, found) if _teaches(piece, work, watch)]
             kept.extend(pieces)
             numbers.extend([number] * len(pieces))

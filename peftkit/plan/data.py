@@ -80,7 +80,12 @@ def _chat(d: Decisions, kind: str) -> None:
 
 
 def _text(d: Decisions, text: TextFacts) -> None:
-    """What the tokenizer settles."""
+    """What the tokenizer settles. Settings of chats are refused where it met none."""
+    for name in ("template", "system", "thinking") if text.template == "none" else ():
+        if d.loaded.source(("data", "chat", name)):
+            d.refuse(
+                f"data.chat.{name}", "a setting of chats", "none, where no row has turns", "leave it out"
+            )
     if text.template != "none":
         d.decide("data.chat.template", text.template, "stored with the result")
         d.decide("data.answers_by", "markers" if text.marked else "prefixes", text.spans_reason)

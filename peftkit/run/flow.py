@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import interrupt
+from peftkit.data.examples import Examples
 from peftkit.data.gate.report import DataReport
-from peftkit.data.prepare import Examples, Prepared
+from peftkit.data.prepare import Prepared
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 from peftkit.plan import Facts, Plan, make_plan
 from peftkit.plan.packing import mean_tokens

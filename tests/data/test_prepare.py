@@ -1,11 +1,17 @@
+import copy
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftkit.data.prepare import prepare, read_examples
+from peftkit.data.gate.tokens import Watch
+from peftkit.data.ingest import ingest
+from peftkit.data.mask import IGNORED, Tokenized
+from peftkit.data.prepare import prepare
 from peftkit.data.split import split_share
 from peftkit.errors import UserError
 from peftkit.plan.plan import DataPlan
+from peftkit.recipe.schema import Data
 from tests.conftest import TINY_LLAMA, chat, write_jsonl
 
 
@@ -18,7 +24,7 @@ def tokenizer():
 
 def examples(tmp_path, rows, share=0.0):
     path = write_jsonl(tmp_path / "d.jsonl", rows)
-    return read_examples([str(path)], share, wanted_format="auto", columns={}, seed=0, where=".".join)
+    return ingest(Data(train=str(path), eval=share), seed=0, where=".".join)
 
 
 def plan(**changes):
@@ -32,6 +38,12 @@ def plan(**changes):
         "max_length": 32,
     }
     return DataPlan(**{**values, **changes})
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 
 
 ROWS = [chat("short", "yes"), chat("long " * 50, "no"), chat("again", "fine")]
@@ -103,3 +115,37 @@ def test_splits_never_share_an_input_and_lose_no_row(inputs, share, seed):
     if len(set(inputs)) > 1:
         assert held
     assert split_share(inputs, share, seed) == held
+
+
+@pytest.mark.parametrize("mask", ["all", "completion"])
+def test_a_turn_that_is_not_learnt_between_others_ends_nothing(mask, tmp_path, tokenizer):
+    """Under ChatML a line break follows the end token: it is learnt with the question before such a turn."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHATML
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    row["messages"][1]["weight"] = 0
+    prepared = prepare(examples(tmp_path, [row]), tokenizer, plan(mask=mask, max_length=128))
+    [learnt] = prepared.train
+    assert "two" not in tokenizer.decode([token for token in learnt.labels if token != IGNORED])
+    assert prepared.seen.tally.of("end-token").count == 0
+    assert [tokenizer.decode(token) for token, _ in prepared.seen.ends] == ["<|end|>"]
+
+
+def test_an_end_that_is_not_there_is_noticed_where_all_is_learnt(tokenizer):
+    watch = Watch(tokenizer, "causal-lm")
+    ids = tokenizer("fine\n", add_special_tokens=False).input_ids
+    watch.row(Tokenized(ids, ids, "d.jsonl:1"), whole=True)
+    assert watch.tally.of("end-token").count == 1
+
+
+def test_a_tokenizer_written_in_python(tmp_path):
+    """Pairs of an encoder and a decoder need no characters of tokens; everything else does."""
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    pairs = examples(tmp_path, [{"source": "hello", "target": "hallo"}, {"source": "bye", "target": "ade"}])
+    prepared = prepare(pairs, tokenizer, plan(format="seq2seq"), task="seq2seq")
+    assert [tokenizer.decode(row.labels) for row in prepared.train] == ["hallo</s>", "ade</s>"]
+    with pytest.raises(UserError, match="base: got ByT5Tokenizer, which is written in Python"):
+        prepare(pairs, tokenizer, plan(format="seq2seq"))

@@ -75,6 +75,12 @@ def test_a_row_of_one_token_teaches_nothing(recipe, tmp_path):
     assert finding.rows == ((f"{path}:2", "a row of one token: there is nothing to predict"),)
 
 
+def test_settings_of_chats_for_rows_without_turns_are_refused(recipe, tmp_path):
+    rows = [{"prompt": f"Say {i}", "completion": str(i)} for i in range(4)]
+    told = refused(given(recipe, write_jsonl(tmp_path / "d.jsonl", rows), chat={"system": "Be brief."}))
+    assert "data.chat.system: got a setting of chats, expected none, where no row has turns" in told
+
+
 def test_one_row_trains_with_nothing_held_out(recipe, tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [chat("Say alpha", "alpha")])
     recipe = given(recipe, path, eval="25%")

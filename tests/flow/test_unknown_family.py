@@ -101,7 +101,7 @@ def test_it_trains_with_every_method(case, trusted, tmp_path):
 
 
 def test_micro_batches_do_not_change_what_is_learnt(retnet, trusted, tmp_path):
-    """The Trainer divides the loss of a model without loss arguments: the mean over a step is ours to keep."""
+    """The Trainer divides the loss of a model without loss arguments: we keep the mean over a step."""
     from peftkit.rundir import RunDir
     from tests.conftest import chat, write_jsonl
 

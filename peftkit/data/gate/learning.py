@@ -11,7 +11,6 @@ from peftkit.plan.packing import num_rows
 from peftkit.units import show_count
 
 _DROPPED, _LOST = 0.2, 0.01
-_SMALL_DROP = 0.01
 _FEW_ROWS = 50
 _MANY_EPOCHS = 10
 _TOKENS_PER_PARAMETER = 0.001

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
@@ -105,11 +105,3 @@ def histogram(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     for length in lengths:
         counts[(max(1, length) - 1) // width] += 1
     return tuple(((place + 1) * width, count) for place, count in enumerate(counts))
-
-
-def read_report(value: Mapping[str, Any]) -> tuple[str, tuple[Finding, ...]]:
-    """(verdict, findings) of what `to_json` wrote."""
-    findings = tuple(
-        Finding(**{**item, "rows": tuple((w, t) for w, t in item["rows"])}) for item in value["findings"]
-    )
-    return value["verdict"], findings

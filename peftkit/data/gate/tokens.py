@@ -63,8 +63,8 @@ class Watch:
             if found:
                 self.tally.add("foreign-markers", example.where, f"{found[0]} at character {found.start()}")
 
-    def row(self, row: Tokenized) -> None:
-        """A row before it is fitted to the length."""
+    def row(self, row: Tokenized, *, whole: bool) -> None:
+        """A row before it is fitted to the length; where it is learnt `whole`, only its end has to end."""
         ids = row.input_ids
         self.largest_id = max(self.largest_id, max(ids, default=0))
         if self._unknown is not None and self._unknown in ids:
@@ -73,11 +73,16 @@ class Watch:
             self.tally.add("double-bos", row.where, "two start tokens")
         if self.task not in {"causal-lm", "seq2seq"}:
             return
-        ends = ends_of(row)
+        ends = self._end_of(row) if whole else ends_of(row)
         self.ends.update(ends[-1:])
         number = next((n for n, token in enumerate(ends, start=1) if token not in self.special), None)
         if number is not None:
             self.tally.add("end-token", row.where, f"answer {number} does not end in an end token")
+
+    def _end_of(self, row: Tokenized) -> list[int]:
+        """The last token learnt of a row, less the blanks that templates put after an end token."""
+        end = next((t for t in reversed(row.labels) if t == IGNORED or self._decode([t]).strip()), IGNORED)
+        return [] if end == IGNORED else [end]
 
     def round_trip(self, row: Tokenized, text: str) -> None:
         """Whether a row's tokens give back its text."""
