@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +26,14 @@ class Fitted:
     shortest: int = 0
     num_rows: int = 0
     too_long: list[tuple[str, int]] = field(default_factory=list)
+
+    def joined(self, other: Fitted) -> Fitted:
+        """Both together: rows to train on, and rows held out."""
+        mine, others = asdict(self), asdict(other)
+        made = {name: value + others[name] for name, value in mine.items() if name.startswith("num_")}
+        shortest = min((one for one in (self.shortest, other.shortest) if one), default=0)
+        too_long = (self.too_long + other.too_long)[:SHOWN]
+        return Fitted(**made, longest=max(self.longest, other.longest), shortest=shortest, too_long=too_long)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Fitted:

@@ -48,12 +48,9 @@ class Prepared:
     train: Sequence[Tokenized]
     eval: Sequence[Tokenized]
     eval_examples: Sequence[Example]
-    num_dropped: int
-    num_cut: int
-    num_split: int
     style: Style
     seen: Seen
-    fitted: Fitted = field(default_factory=Fitted)  # of the rows to train on
+    fitted: Fitted = field(default_factory=Fitted)  # of all rows, those held out as well
     fingerprint: str = ""
 
     @property
@@ -140,12 +137,9 @@ def _result(
         train=train,
         eval=held,
         eval_examples=Picked(examples.eval, numbers),
-        num_dropped=sum(one.num_dropped for one in fitted),
-        num_cut=sum(one.num_cut for one in fitted),
-        num_split=sum(one.num_split for one in fitted),
         style=work.style,
         seen=seen,
-        fitted=fitted[0],
+        fitted=fitted[0].joined(fitted[1]),
         fingerprint=fingerprint,
     )
 

@@ -116,7 +116,7 @@ def _tokenized(result: Result, examples: Any, chosen: Sequence[Any], *, whole: b
     writes = result.task in {"causal-lm", "seq2seq"}
     stops = frozenset(eos_ids(result.model, result.tokenizer)) if writes else frozenset()
     found = prepare(only, result.tokenizer, data, task=cast(Task, result.task), labels=labels, stops=stops)
-    return found.train, found.num_dropped
+    return found.train, found.fitted.num_dropped
 
 
 def loss_by_position(model: Any, stream: Sequence[int], length: int, *, first: int) -> ContextLoss:

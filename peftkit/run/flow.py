@@ -294,8 +294,8 @@ def _tell_start(stage: _Stage) -> None:
         num_eval=len(prepared.eval),
         num_tokens=prepared.num_tokens,
         num_learnt=prepared.num_learnt,
-        num_dropped=prepared.num_dropped,
-        num_cut=prepared.num_cut,
+        num_dropped=prepared.fitted.num_dropped,
+        num_cut=prepared.fitted.num_cut,
         default_template=prepared.default_template,
         chats=stage.looked.chats,
     )

@@ -51,14 +51,21 @@ ROWS = [chat("short", "yes"), chat("long " * 50, "no"), chat("again", "fine")]
 
 def test_long_rows_are_dropped_and_counted(tmp_path, tokenizer):
     prepared = prepare(examples(tmp_path, ROWS), tokenizer, plan())
-    assert (len(prepared.train), prepared.num_dropped, prepared.num_cut) == (2, 1, 0)
+    assert (len(prepared.train), prepared.fitted.num_dropped, prepared.fitted.num_cut) == (2, 1, 0)
 
 
 def test_long_rows_are_cut_at_the_front_and_counted(tmp_path, tokenizer):
     prepared = prepare(examples(tmp_path, ROWS), tokenizer, plan(truncation="keep_end"))
-    assert (len(prepared.train), prepared.num_dropped, prepared.num_cut) == (3, 0, 1)
+    assert (len(prepared.train), prepared.fitted.num_dropped, prepared.fitted.num_cut) == (3, 0, 1)
     assert len(prepared.train[1].input_ids) == 32
     assert tokenizer.decode(prepared.train[1].input_ids).endswith("<|assistant|>no<|end|>")
+
+
+def test_held_out_rows_that_are_dropped_are_counted_and_named(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "held.jsonl", [chat("long " * 50, "no"), chat("fits", "yes")])
+    fitted = prepare(examples(tmp_path, ROWS, str(path)), tokenizer, plan()).fitted
+    assert (fitted.num_rows, fitted.num_dropped, fitted.shortest < 32 < fitted.longest) == (5, 2, True)
+    assert [where for where, _ in fitted.too_long] == [f"{tmp_path / 'd.jsonl'}:2", f"{path}:1"]
 
 
 def test_long_rows_are_errors_on_request(tmp_path, tokenizer):
@@ -77,9 +84,9 @@ def test_held_out_rows_follow_the_same_rule(tmp_path, tokenizer):
     rows = examples(tmp_path, ROWS)
     split = replace(rows, train=rows.train[:1], eval=rows.train[1:])
     prepared = prepare(split, tokenizer, plan(truncation="keep_end"))
-    assert [len(prepared.eval), len(prepared.eval_examples), prepared.num_cut] == [2, 2, 1]
+    assert [len(prepared.eval), len(prepared.eval_examples), prepared.fitted.num_cut] == [2, 2, 1]
     dropped = prepare(split, tokenizer, plan())
-    assert [len(dropped.eval), len(dropped.eval_examples), dropped.num_dropped] == [1, 1, 1]
+    assert [len(dropped.eval), len(dropped.eval_examples), dropped.fitted.num_dropped] == [1, 1, 1]
     with pytest.raises(UserError, match="held-out rows that are all longer"):
         prepare(replace(rows, train=rows.train[:1], eval=rows.train[1:2]), tokenizer, plan())
 
@@ -98,7 +105,7 @@ def test_rows_that_learn_nothing_are_errors(tmp_path, tokenizer):
 def test_an_answer_longer_than_the_limit_keeps_its_end(tmp_path, tokenizer):
     rows = [chat("hi", "long answer " * 30)]
     prepared = prepare(examples(tmp_path, rows), tokenizer, plan(truncation="keep_end"))
-    assert (prepared.num_learnt, prepared.num_tokens, prepared.num_cut) == (32, 32, 1)
+    assert (prepared.num_learnt, prepared.num_tokens, prepared.fitted.num_cut) == (32, 32, 1)
     assert prepared.train[0].input_ids[-1] == tokenizer.eos_token_id
 
 
