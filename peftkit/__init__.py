@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         plan_recipe,
         resume_run,
         summarize_run,
+        verify_run,
     )
     from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 
@@ -42,6 +43,7 @@ _API = (
     "plan_recipe",
     "resume_run",
     "summarize_run",
+    "verify_run",
 )
 _ERRORS = ("Interrupted", "PeftkitError", "Problem", "UserError")
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "plan_recipe",
     "resume_run",
     "summarize_run",
+    "verify_run",
 ]
 
 
