@@ -1,7 +1,7 @@
 """The state of a training at one step, held in memory, and the checkpoint that it becomes.
 
 A checkpoint holds the trained tensors, the optimizer's tensors named by parameter, the random states, the
-schedule, the Trainer's state, and our own progress: safetensors and JSON, no pickle. The way back is
+schedule, the Trainer's state, and our own progress, as safetensors and JSON alone. The way back is
 `peftkit.train.restore`.
 """
 
