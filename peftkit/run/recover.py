@@ -54,11 +54,15 @@ def _more_gently(stage: Stage, departure: Departure) -> Stage:
     from peftkit.model.hardware import release
 
     release()
-    num_before = sum(event["event"] == "rollback" for event in stage.run.events())
-    checkpoint, _ = stage.run.newest_checkpoint()  # bad steps are never kept
-    step, rate = step_of(checkpoint), stage.plan.train.learning_rate
-    if num_before >= MOST_ROLLBACKS:
-        said = f"{departure.said}, after {num_before} rollbacks; the checkpoint of step {step} is whole"
+    before = [event["step"] for event in stage.run.events() if event["event"] == "rollback"]
+    step = step_of(stage.run.newest_checkpoint()[0])  # bad steps are never kept
+    if step and step in before:
+        stage.run.set_aside(step, "left")  # it led to the same once more
+        step = step_of(stage.run.newest_checkpoint()[0])
+    rate = stage.plan.train.learning_rate
+    if len(before) >= MOST_ROLLBACKS:
+        kept = f"; the checkpoint of step {step} is whole" if step else ""
+        said = f"{departure.said}, after {len(before)} rollbacks{kept}"
         raise UserError(divergence(stage.plan, said, _last_rows(stage)))
     stage.emit(
         "rollback",

@@ -143,10 +143,13 @@ class RunDir:
     def set_damaged_aside(self) -> None:
         """Rename checkpoints that do not verify, so that they are neither trusted nor in the way."""
         for step in self.checkpoint_steps():
-            folder = self.checkpoint(step)
-            if verify_folder(folder):
-                aside = tempfile.mkdtemp(dir=self.checkpoints, prefix=f"damaged-{folder.name}-")
-                folder.replace(aside)
+            if verify_folder(self.checkpoint(step)):
+                self.set_aside(step, "damaged")
+
+    def set_aside(self, step: int, why: str) -> None:
+        """Rename a checkpoint, so that nothing goes on from it; it is kept."""
+        folder = self.checkpoint(step)
+        folder.replace(tempfile.mkdtemp(dir=self.checkpoints, prefix=f"{why}-{folder.name}-"))
 
     def newest_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that verifies, and why newer ones were passed over."""

@@ -1,4 +1,4 @@
-"""A run is bound to its recipe, data, base and versions: what changed is named, and may be allowed by name."""
+"""A run is bound to its recipe, data, base and versions: what changed is named, and may be allowed."""
 
 import json
 import shutil
