@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,58 +50,63 @@ def finetune(
     plan = make_plan(loaded, facts)
     base = refuse_where_it_cannot_run(loaded, plan, facts)
     run = RunDir.create(out or default_out(loaded))
-    with interrupt.listening(), owned(run.path):
+    with interrupt.listening(), owned(run.path), told(run):
         run.sweep()
         try:
             write_recipe(loaded, run)
             observer({"event": "phase", "name": "base", "detail": plan.base.id})
             stage = open_stage(loaded, facts, examples, base, run, observer)
             write_decided(stage)
-        except Interrupted as error:
-            raise stopped(run, error) from None
+        except Interrupted:
+            raise
         except BaseException:
             run.discard()  # nothing was decided yet: what is to be mended leaves no folder behind
             raise
         return train_and_publish(stage, checkpoint=None)
 
 
-def stopped(run: RunDir, error: Interrupted) -> Interrupted:
-    """A stop, with what is kept and the command to go on."""
+@contextmanager
+def told(run: RunDir) -> Iterator[None]:
+    """A stop by a signal or by a full disk, told with what is kept and how to go on."""
+    try:
+        yield
+    except Interrupted as error:
+        kept = _kept(run, "stopped with a checkpoint of step {}", "stopped before the first checkpoint")
+        text = f"{kept}. Go on with: peftkit resume {run.path}"
+        raise Interrupted(text, exit_code=error.exit_code) from None
+    except Exception as error:
+        if not is_full(error):
+            raise
+        kept = _kept(run, "the checkpoint of step {} is whole", "there is no checkpoint yet")
+        again = f", then go on with: peftkit resume {run.path}" if run.path.exists() else ""
+        got = f"a disk without room ({error}); {kept}"
+        raise UserError(Problem(str(run.path), got, "room to write", f"make room{again}")) from None
+
+
+def _kept(run: RunDir, some: str, none: str) -> str:
     steps = run.checkpoint_steps()
-    kept = f"with a checkpoint of step {steps[-1]}" if steps else "before the first checkpoint"
-    text = f"stopped {kept}. Go on with: peftkit resume {run.path}"
-    return Interrupted(text, exit_code=error.exit_code)
+    return some.format(steps[-1]) if steps else none
 
 
 def train_and_publish(stage: Stage, *, checkpoint: Path | None) -> Summary:
-    """Everything from loading to publishing; a stop on the way says how to go on."""
-    from peftkit.run.recover import recovered, what_happened
+    """Everything from loading to publishing, again from a checkpoint where that can mend what went wrong."""
+    from peftkit.run.recover import recovered, step_of, what_happened
 
     while True:
         try:
             _go(stage, checkpoint=checkpoint)
             return read_summary(stage.run)
-        except Interrupted as error:
-            steps = stage.run.checkpoint_steps()
-            stage.emit("interrupted", step=steps[-1] if steps else 0)
-            raise stopped(stage.run, error) from None
+        except Interrupted:
+            with suppress(OSError):  # a full disk: the stop is what is told
+                stage.emit("interrupted", step=step_of(stage.run.newest_checkpoint()[0]))
+            raise
         except Exception as error:
-            if is_full(error):
-                raise UserError(_no_room(stage.run, error)) from None
             happened = what_happened(stage, error)
             if happened is None:
                 raise
         # outside the handler: the traceback held the tensors that were in the way
         stage = recovered(stage, happened)
         checkpoint, _ = stage.run.newest_checkpoint()
-
-
-def _no_room(run: RunDir, error: Exception) -> Problem:
-    """The disk is full, where the run cannot do without it."""
-    steps = run.checkpoint_steps()
-    kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "there is no checkpoint yet"
-    fix = f"make room, then go on with: peftkit resume {run.path}"
-    return Problem(str(run.path), f"a disk without room ({error}); {kept}", "room for results and logs", fix)
 
 
 def _go(stage: Stage, *, checkpoint: Path | None) -> None:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peftkit import interrupt
-from peftkit.errors import Interrupted, Problem, UserError, did_you_mean
+from peftkit.errors import Problem, UserError, did_you_mean
 from peftkit.model.identity import differences
 from peftkit.plan import make_plan
 from peftkit.recipe import load
-from peftkit.report import Summary, read_plan
+from peftkit.report import Summary, read_plan, read_summary
 from peftkit.run.facts import light_facts, refuse_where_it_cannot_run
-from peftkit.run.flow import stopped, train_and_publish
+from peftkit.run.flow import told, train_and_publish
 from peftkit.run.memory import settle
-from peftkit.run.stage import Observer, Stage, open_stage, replan, write_decided, write_environment
-from peftkit.rundir import RunDir, owned, read_sealed
+from peftkit.run.stage import (
+    Observer,
+    Stage,
+    open_stage,
+    replan,
+    write_decided,
+    write_environment,
+    write_recipe,
+)
+from peftkit.rundir import MANIFEST, RunDir, owned, read_json, read_sealed, verify_folder
 
 CHANGES = ("data", "recipe", "base", "tokenizer", "versions")
 
@@ -37,23 +46,21 @@ def resume(
     """
     run = RunDir.open(path)
     _check_names(allow_changed)
-    with owned(path, take_over=take_over), interrupt.listening():
+    with interrupt.listening(), owned(path, take_over=take_over), told(run):
         run.sweep()
         is_planned = (path / "plan.json").exists()
-        _refuse_finished(run)
+        if is_planned and (summary := _finished(run, observer)) is not None:
+            return summary
         checkpoint, skipped = run.newest_checkpoint()
         run.drop_cut_event()
         for fault in skipped:
             observer({"event": "warning", "text": f"{fault}: passed over"})
         run.set_damaged_aside()
-        try:
-            stage = _reopened(run, observer)
-            if is_planned:
-                stage = _as_it_was(stage, allow_changed)
-            else:
-                write_decided(stage)
-        except Interrupted as error:
-            raise stopped(run, error) from None
+        stage = _reopened(run, observer)
+        if is_planned:
+            stage = _as_it_was(stage, allow_changed)
+        else:
+            write_decided(stage)
         return train_and_publish(stage, checkpoint=checkpoint)
 
 
@@ -68,16 +75,36 @@ def _check_names(allowed: Sequence[str]) -> None:
         )
 
 
-def _refuse_finished(run: RunDir) -> None:
-    """Raises UserError where the run's result is there and whole."""
-    if run.adapter.exists() or run.model.exists():
+def _finished(run: RunDir, observer: Observer) -> Summary | None:
+    """The summary of a run whose result was published just before it was killed; None where there is none.
+
+    A result that is not whole is set aside. Raises UserError where the run ended long ago.
+    """
+    result = run.adapter if run.adapter.exists() else run.model
+    if not result.exists():
+        return None
+    if faults := verify_folder(result):
+        observer({"event": "warning", "text": f"{'; '.join(faults)}: made again"})
+        result.replace(tempfile.mkdtemp(dir=run.path, prefix=f"damaged-{result.name}-"))
+        return None
+    run.drop_cut_event()
+    events = run.events()
+    if any(event["event"] == "done" for event in events):
         fix = "its result stands beside it; train anew with peftkit finetune"
         raise UserError(Problem(str(run.path), "a run that is finished", "an interrupted run", fix))
+    last = max((event.get("at_seconds", 0.0) for event in events), default=0.0)
+    steps = [event["step"] for event in events if event["event"] == "step"]
+    step = int(read_json(result / MANIFEST)["step"])
+    fields = {"step": max([*steps, step]), "published_step": step, "result": result.name}
+    observer(run.emit("done", at_seconds=last, **fields))
+    return read_summary(run)
 
 
 def _reopened(run: RunDir, observer: Observer) -> Stage:
     """The run's stage from its own recipe, as far as time goes where it stopped."""
     loaded = load(run.path / "resolved.yaml")
+    if not (run.path / "recipe.yaml").exists():
+        write_recipe(loaded, run)  # killed before the copy as given: what is left of it
     facts, examples = light_facts(loaded)
     plan = read_plan(run) if (run.path / "plan.json").exists() else make_plan(loaded, facts)
     base = refuse_where_it_cannot_run(loaded, plan, facts)

@@ -62,8 +62,8 @@ class Stage:
 def write_recipe(loaded: LoadedRecipe, run: RunDir) -> None:
     """The recipe as given and as resolved: what makes a folder a run, from its first moment on."""
     resolved = dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
-    write_text(run.path / "recipe.yaml", loaded.text or resolved)
     write_text(run.path / "resolved.yaml", resolved)
+    write_text(run.path / "recipe.yaml", loaded.text or resolved)
     if any(shown(source.path) != source.path for source in loaded.recipe.data.sources):
         for name in ("recipe.yaml", "resolved.yaml"):
             (run.path / name).chmod(0o600)  # a URL in them may hold a password

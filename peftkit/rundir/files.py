@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,11 +24,16 @@ from peftkit.errors import Problem, UserError
 MANIFEST = "MANIFEST.json"
 TEMPORARY = ".tmp-"
 _SEAL = "sha256"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def is_full(error: BaseException) -> bool:
     """Whether an error says that there is no room left: on the disk, in the quota, or for a larger file."""
-    return isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    told = _OS_ERROR.search(str(error))  # safetensors' own errors hold the system's in their text
+    return told is not None and int(told[1]) in _FULL
 
 
 def sha256_of(path: Path) -> str:
