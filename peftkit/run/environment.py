@@ -58,8 +58,12 @@ def data_sha256(*sets: Sequence[Tokenized]) -> str:
 
 def recipe_sha256(loaded: LoadedRecipe) -> str:
     """A fingerprint of what the recipe says, whatever its layout."""
-    text = dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(resolved_text(loaded).encode()).hexdigest()
+
+
+def resolved_text(loaded: LoadedRecipe) -> str:
+    """The content of resolved.yaml: the recipe after extends and overrides, without defaults."""
+    return dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
 
 
 def fingerprints(

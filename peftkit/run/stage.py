@@ -15,11 +15,10 @@ from peftkit.data.prepare import Prepared
 from peftkit.errors import UserError
 from peftkit.plan import Facts, Plan
 from peftkit.recipe import LoadedRecipe
-from peftkit.recipe.document import dump_text
 from peftkit.recipe.paths import shown
 from peftkit.report import read_plan
 from peftkit.run.check import Looked, look
-from peftkit.run.environment import environment, fingerprints
+from peftkit.run.environment import environment, fingerprints, resolved_text
 from peftkit.run.facts import converted, memory_problems, model_facts, read
 from peftkit.run.memory import settle
 from peftkit.run.room import refuse_without_room
@@ -61,7 +60,7 @@ class Stage:
 
 def write_recipe(loaded: LoadedRecipe, run: RunDir) -> None:
     """The recipe as given and as resolved: what makes a folder a run, from its first moment on."""
-    resolved = dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
+    resolved = resolved_text(loaded)
     write_text(run.path / "resolved.yaml", resolved)
     write_text(run.path / "recipe.yaml", loaded.text or resolved)
     if any(shown(source.path) != source.path for source in loaded.recipe.data.sources):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peftkit.recipe import load
 from peftkit.report import read_plan
-from peftkit.run.environment import recipe_sha256
+from peftkit.run.environment import recipe_sha256, resolved_text
 from peftkit.rundir import MANIFEST, RunDir, read_json, verify_folder, verify_sealed
 from peftkit.units import html_table, show_bytes
 
@@ -63,12 +63,15 @@ def verify(path: Path) -> Verification:
 def _recipe(run: RunDir) -> Checked:
     """resolved.yaml must load, and be what the run began with."""
     file = run.path / "resolved.yaml"
-    sha256 = recipe_sha256(load(file))
-    faults = []
+    loaded = load(file)
+    sha256, faults = recipe_sha256(loaded), list[str]()
+    if file.read_bytes() != resolved_text(loaded).encode():
+        faults = [f"{file.name} was changed after it was written"]
     environment = run.path / "environment.json"
     if environment.exists() and not verify_sealed(environment):
         before = read_json(environment)["fingerprints"]["recipe"]
-        faults = [] if before == sha256 else [f"{file.name} was changed after the run began"]
+        if before != sha256:
+            faults = [f"{file.name} was changed after the run began"]
     return Checked(file.name, file.stat().st_size, tuple(faults))
 
 

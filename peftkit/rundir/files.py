@@ -76,7 +76,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, _text(value))
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -105,7 +109,7 @@ def verify_sealed(path: Path) -> list[str]:
         return [f"{path.name} cannot be read ({error})"]
     if not isinstance(value, dict) or not isinstance(value.get(_SEAL), str):
         return [f"{path.name} has no hash of its content"]
-    if value[_SEAL] != _seal_of(value):
+    if value[_SEAL] != _seal_of(value) or path.read_text(encoding="utf-8") != _text(value):
         return [f"{path.name} was changed after it was written"]
     return []
 
@@ -140,7 +144,7 @@ def publish_folder(final: Path, *, known: Mapping[str, str] | None = None, **fac
             entries[name] = {"size_bytes": path.stat().st_size, "sha256": digest}
         for folder in (path for path in staging.rglob("*") if path.is_dir()):
             _fsync_folder(folder)
-        write_json(staging / MANIFEST, {**facts, "files": entries})
+        write_sealed(staging / MANIFEST, {**facts, "files": entries})
         if faults := verify_folder(staging):
             raise OSError(errno.EIO, f"the disk does not give back what was written: {faults[0]}")
         staging.rename(final)
@@ -163,7 +167,7 @@ def verify_folder(folder: Path, *, hashes: bool = True) -> list[str]:
         return [f"{folder.name} is incomplete (no {MANIFEST})"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [f"{folder.name} has an unreadable {MANIFEST}"]
-    faults = []
+    faults = [f"{folder.name}/{fault}" for fault in verify_sealed(folder / MANIFEST)]
     for name, (size_bytes, digest) in sizes.items():
         path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():

@@ -59,6 +59,8 @@ def test_a_manifest_that_names_files_elsewhere_is_not_believed(tmp_path, name):
     (tmp_path / "outside").write_text("x")
     entry = {"size_bytes": 1, "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"}
     (folder / MANIFEST).write_text(json.dumps({"files": {name: entry}}))
+    assert "has no hash" in verify_folder(folder)[0]
+    write_sealed(folder / MANIFEST, {"files": {name: entry}})
     assert "names a file elsewhere" in verify_folder(folder)[0]
 
 
