@@ -7,19 +7,24 @@ import json
 import sys
 
 from peftkit.errors import Problem, UserError
+from peftkit.secrets import redact
 from peftkit.units import printable
 
 
 def tell_problems(error: UserError) -> None:
-    """All problems of an error, numbered where there are several."""
+    """All problems of an error, without what is secret in them and what would steer a terminal."""
+
+    def said(text: str) -> str:
+        return printable(redact(text))
+
     count = len(error.problems)
     print(f"peftkit: {count} problem{'s' if count > 1 else ''} to mend", file=sys.stderr)
     for problem in error.problems:
-        print(f"  {printable(problem.where)}", file=sys.stderr)
-        print(f"    got       {printable(problem.got)}", file=sys.stderr)
-        print(f"    expected  {printable(problem.expected)}", file=sys.stderr)
+        print(f"  {said(problem.where)}", file=sys.stderr)
+        print(f"    got       {said(problem.got)}", file=sys.stderr)
+        print(f"    expected  {said(problem.expected)}", file=sys.stderr)
         if problem.fix:
-            print(f"    fix       {printable(problem.fix)}", file=sys.stderr)
+            print(f"    fix       {said(problem.fix)}", file=sys.stderr)
 
 
 def finetune(arguments: argparse.Namespace) -> int:
@@ -32,7 +37,7 @@ def finetune(arguments: argparse.Namespace) -> int:
 
         plan = api.make_plan(loaded)
         if plan.base.inferred and plan.base.trust_remote_code:
-            print(f"code that comes with {plan.base.id} ran, to look at its layers", file=sys.stderr)
+            print(redact(f"code that comes with {plan.base.id} ran, to look at its layers"), file=sys.stderr)
         print_plan(plan)
         return 0
     from peftkit.cli.display import open_display
@@ -120,7 +125,7 @@ def inspect_model(arguments: argparse.Namespace) -> int:
         arguments.model, data=arguments.data, trust_remote_code=arguments.trust_remote_code
     )
     if arguments.trust_remote_code:
-        print(f"code that comes with {arguments.model} was allowed to run", file=sys.stderr)
+        print(redact(f"code that comes with {arguments.model} was allowed to run"), file=sys.stderr)
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
     else:

@@ -293,3 +293,37 @@ def test_plan_tells_what_a_recipe_takes_and_fails_where_it_does_not_fit(capsys, 
     assert sum(peak["components"].values()) == found["memory"]["peak_bytes"]
     assert main(["plan", "qlora-llama8b", "--gpu", "rtx4091"]) == 2
     assert "rtx4090" in capsys.readouterr().err
+
+
+SECRET = "hf_" + "Zq7" * 12
+
+
+def test_an_unforeseen_error_is_told_without_secrets(monkeypatch, capsys):
+    def schema(arguments):
+        try:
+            raise OSError(f"GET https://me:{SECRET}@host/x failed")
+        except OSError as error:
+            raise RuntimeError(f"no answer for {SECRET}") from error
+
+    monkeypatch.setattr("peftkit.cli.commands.schema", schema)
+    assert main(["schema"]) == 1
+    told = capsys.readouterr().err
+    assert SECRET not in told
+    assert "Traceback" in told and "RuntimeError: no answer for REDACTED" in told
+    assert "https://REDACTED@host/x" in told
+    assert told.splitlines()[-1].startswith(
+        "peftkit: this is a fault of peftkit, not yours: please report it"
+    )
+
+
+def test_what_was_typed_is_told_without_secrets():
+    for arguments in (
+        ["env", f"--token={SECRET}"],
+        ["recipes", f"{SECRET}"],
+        ["finetune", f"/nowhere/{SECRET}"],
+    ):
+        assert SECRET not in refuse(*arguments), arguments
+    source = f"https://me:{SECRET}@127.0.0.1:9/x.jsonl?sig={SECRET}"
+    told = refuse("check", "recipes/quickstart.yaml", f"data.train={source}")
+    assert SECRET not in told
+    assert SECRET not in refuse("finetune", "recipes/quickstart.yaml", f"base={SECRET}/x:y")
