@@ -124,16 +124,22 @@ def generate(path: str | Path, prompts: Sequence[str], *, max_new_tokens: int = 
 
 
 def inspect_model(
-    model: str | Path, *, data: str | Path | None = None, trust_remote_code: bool = False
+    model: str | Path,
+    *,
+    data: str | Path | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> Inspection:
     """What a model is, what it takes, and which methods can train it: no weights, and no torch where known.
 
     `model` is a hub id, a folder, a config.json, a .gguf file or embedded:NAME. `data` is a file whose tokens
-    are compared with the compute-optimal number.
+    are compared with the compute-optimal number. Trusted code of a hub model needs a commit as `revision`.
     """
     from peftkit.run.inspect import inspect
 
-    return inspect(str(model), data=Path(data) if data else None, trust_remote_code=trust_remote_code)
+    return inspect(
+        str(model), data=Path(data) if data else None, trust_remote_code=trust_remote_code, revision=revision
+    )
 
 
 def evaluate_run(

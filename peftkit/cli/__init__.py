@@ -88,6 +88,7 @@ COMMANDS: tuple[Command, ...] = (
             _arg("model", metavar="MODEL", help="hub id, folder, config.json, .gguf file or embedded:NAME"),
             _arg("--data", metavar="FILE", help="compare its tokens with the compute-optimal number"),
             _arg("--trust-remote-code", action="store_true", help="run the model's own code to look at it"),
+            _arg("--revision", metavar="COMMIT", help="of a hub model; needed to trust its code"),
             _arg("--json", action="store_true"),
         ),
     ),

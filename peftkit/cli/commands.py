@@ -122,7 +122,10 @@ def inspect_model(arguments: argparse.Namespace) -> int:
     from peftkit.cli.tables import print_inspection
 
     found = api.inspect_model(
-        arguments.model, data=arguments.data, trust_remote_code=arguments.trust_remote_code
+        arguments.model,
+        data=arguments.data,
+        trust_remote_code=arguments.trust_remote_code,
+        revision=arguments.revision,
     )
     if arguments.trust_remote_code:
         print(redact(f"code that comes with {arguments.model} was allowed to run"), file=sys.stderr)

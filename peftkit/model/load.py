@@ -15,6 +15,7 @@ from peftkit.model.gguf import converted_folder
 from peftkit.model.inspect import AUTO_CLASSES
 from peftkit.model.locate import Base, check_pin
 from peftkit.model.quantize import after_loading, mended_loading, quantization_config
+from peftkit.model.trust import check_code
 from peftkit.plan.plan import BasePlan
 
 
@@ -31,6 +32,7 @@ def load_tokenizer(source: str, plan: BasePlan) -> Any:
     """The tokenizer. Raises UserError where the base brings none."""
     from transformers import AutoTokenizer
 
+    check_code(source, plan)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=plan.revision, trust_remote_code=plan.trust_remote_code
@@ -101,6 +103,7 @@ def load_model(
     import transformers
     from safetensors import SafetensorError
 
+    check_code(source, plan)
     auto = getattr(transformers, AUTO_CLASSES[cast(Task, plan.task)])
     try:
         with mended_loading(plan):
