@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if TYPE_CHECKING:
     from peftkit.api import (
         check_data,
+        convert_weights,
         evaluate_run,
         finetune,
         generate,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _API = (
     "check_data",
+    "convert_weights",
     "evaluate_run",
     "finetune",
     "generate",
@@ -50,6 +52,7 @@ __all__ = [
     "Problem",
     "UserError",
     "check_data",
+    "convert_weights",
     "evaluate_run",
     "finetune",
     "generate",

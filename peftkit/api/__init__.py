@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.data.gate.report import DataReport
+from peftkit.model.convert import Converted
 from peftkit.plan import Plan
 from peftkit.plan.inspection import Inspection
 from peftkit.recipe import LoadedRecipe, Recipe, load
@@ -17,12 +18,14 @@ from peftkit.rundir import RunDir
 
 __all__ = [
     "Account",
+    "Converted",
     "DataReport",
     "Evaluation",
     "Inspection",
     "Observer",
     "RecipeLike",
     "check_data",
+    "convert_weights",
     "evaluate_run",
     "finetune",
     "generate",
@@ -149,3 +152,14 @@ def evaluate_run(
     from peftkit.run.evaluate import evaluate
 
     return evaluate(Path(path), data=str(data) if data else None, contexts=contexts)
+
+
+def convert_weights(path: str | Path, *, out: str | Path) -> Converted:
+    """Pickled weights (pytorch_model*.bin, adapter_model.bin, one .pt file) as safetensors in a new folder.
+
+    They are read in a process of its own that takes tensors and nothing else; code in them is never run.
+    Raises UserError where there is more in them, or `out` exists.
+    """
+    from peftkit.model.convert import convert_weights as convert
+
+    return convert(Path(path), out=Path(out))

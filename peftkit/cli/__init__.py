@@ -92,6 +92,18 @@ COMMANDS: tuple[Command, ...] = (
             _arg("--json", action="store_true"),
         ),
     ),
+    Command(
+        "convert",
+        "pickled weights as safetensors, read where they can do no harm",
+        (
+            _arg(
+                "path",
+                metavar="PATH",
+                help="a folder with pytorch_model*.bin or adapter_model.bin, or one file",
+            ),
+            _arg("--out", metavar="DIR", required=True, help="a new folder"),
+        ),
+    ),
     Command("resume", "go on with an interrupted run", (_arg("run", metavar="RUN"),)),
     Command(
         "generate",

@@ -8,7 +8,7 @@ import sys
 
 from peftkit.errors import Problem, UserError
 from peftkit.secrets import redact
-from peftkit.units import printable
+from peftkit.units import printable, show_bytes, show_count
 
 
 def tell_problems(error: UserError) -> None:
@@ -91,6 +91,18 @@ def check_data(arguments: argparse.Namespace) -> int:
     else:
         print_data_report(report)
     return 2 if report.failed else 0
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Convert pickled weights; say what was written and what was left."""
+    from peftkit import api
+
+    made = api.convert_weights(arguments.path, out=arguments.out)
+    for name in made.left:
+        print(redact(f"not taken along: {name}"), file=sys.stderr)
+    tensors = f"{show_count(made.num_tensors)} tensors, {show_bytes(made.num_bytes)}"
+    print(f"{made.out}: {tensors} in {', '.join(made.files)}")
+    return 0
 
 
 def resume(arguments: argparse.Namespace) -> int:
