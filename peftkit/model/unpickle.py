@@ -151,6 +151,7 @@ def main() -> int:
     made: list[dict[str, Any]] = []
     _cap_memory(3 * max((max_bytes for _, _, max_bytes in jobs), default=0))
     torch.set_num_threads(1)
+    sys.dont_write_bytecode = True
     sys.addaudithook(_guard)
     for source, target, max_bytes in jobs:
         try:
