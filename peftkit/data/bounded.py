@@ -111,18 +111,14 @@ class _Look:
         self.lists: set[_Key] = set()
         for _ in self.assigned:  # a list set to another's name is found in as many rounds as there are names
             self.lists |= {key for key, values in self.assigned.items() if any(map(self.is_list, values))}
+        # the largest sets of assigned keys whose every value is such, given the sets themselves
+        self.parts: set[_Key] = set()
         self.numbers = set(self.assigned) - self.targets - self.arguments
-        self.numbers = self._settle(self.numbers, self.is_number)
-        self.parts = self._settle(set(self.assigned) - self.arguments, self.is_part)
-
-    def _settle(self, keys: set[_Key], holds: Any) -> set[_Key]:
-        """The largest set of assigned keys whose every value holds, given the set itself."""
-        settled = False
-        while not settled:
-            self.numbers, self.parts = keys, keys
-            kept = {key for key in keys if all(holds(value) for value in self.assigned[key])}
-            settled, keys = kept == keys, kept
-        return keys
+        while wrong := {key for key in self.numbers if not all(map(self.is_number, self.assigned[key]))}:
+            self.numbers -= wrong
+        self.parts = set(self.assigned) - self.arguments
+        while wrong := {key for key in self.parts if not all(map(self.is_part, self.assigned[key]))}:
+            self.parts -= wrong
 
     def is_number(self, node: Any) -> bool:
         """Surely a number: of something's length, counted in a loop, or written so."""

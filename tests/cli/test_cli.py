@@ -316,14 +316,38 @@ def test_an_unforeseen_error_is_told_without_secrets(monkeypatch, capsys):
     )
 
 
-def test_what_was_typed_is_told_without_secrets():
-    for arguments in (
+def test_what_was_typed_is_told_without_secrets(capsys):
+    commands = (
         ["env", f"--token={SECRET}"],
-        ["recipes", f"{SECRET}"],
+        ["recipes", SECRET],
         ["finetune", f"/nowhere/{SECRET}"],
-    ):
-        assert SECRET not in refuse(*arguments), arguments
-    source = f"https://me:{SECRET}@127.0.0.1:9/x.jsonl?sig={SECRET}"
-    told = refuse("check", "recipes/quickstart.yaml", f"data.train={source}")
-    assert SECRET not in told
-    assert SECRET not in refuse("finetune", "recipes/quickstart.yaml", f"base={SECRET}/x:y")
+        ["finetune", "quickstart", f"base={SECRET}/x:y"],
+        ["inspect", f"https://me:{SECRET}@host/x"],
+    )
+    for arguments in commands:
+        try:
+            code = main(arguments)
+        except SystemExit as left:
+            code = left.code
+        told = capsys.readouterr().err
+        assert code == 2, arguments
+        assert SECRET not in told
+        assert "REDACTED" in told
+
+
+def test_pickled_weights_are_converted_by_a_command(tmp_path, capsys):
+    import torch
+
+    torch.save({"w": torch.zeros(2, 3)}, tmp_path / "adapter_model.bin")
+    (tmp_path / "code.py").write_text("")
+    assert main(["convert", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr()
+    assert told.out == f"{tmp_path / 'out'}: 1 tensors, 24 B in adapter_model.safetensors\n"
+    assert told.err == "not taken along: code.py\n"
+    assert main(["convert", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+
+
+def test_trusted_code_of_the_hub_needs_a_commit(capsys):
+    for revision in ([], ["--revision", "main"]):
+        assert main(["inspect", "org/model", "--trust-remote-code", *revision]) == 2
+        assert "then --revision COMMIT" in capsys.readouterr().err

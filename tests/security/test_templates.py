@@ -7,6 +7,8 @@ import sys
 import time
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import peftkit
 from peftkit.data import rendering
@@ -16,6 +18,11 @@ from peftkit.data.template import DEFAULT_TEMPLATE
 from peftkit.errors import UserError
 from tests.conftest import ROOT, TINY_LLAMA, write_jsonl
 
+FILTERS = [
+    "trim", "string", "list", "tojson", "upper", "e", "join", "reverse", "first", "last", "length", "items",
+    "replace('a', 'bb')", "replace('aa', 'b')", "map(attribute='content')", "default('x')", "safe",
+]  # fmt: skip
+METHODS = ["strip()", "split('b')", "replace('a', 'bb')", "upper()", "get('content')", "items()", "title()"]
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 SAY = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
@@ -96,6 +103,19 @@ HOGS = {
     "an escaped text": "{% set a = '&' %}" + "{% set a = a|e %}" * 9999,
     "a very long template": "{% if true %}{% endif %}" * 99999,
     "deep brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "two that feed each other": "{% set n = namespace(a='x', b='y') %}{% for m in messages %}"
+    "{% set n.a = n.a ~ n.b %}{% set n.b = n.b ~ n.a %}{% endfor %}",
+    "added to a part": "{% set a = messages[0].content %}{% for m in messages %}"
+    "{% set a = a + a %}{% endfor %}",
+    "letters that add": "{% set n = namespace(a='x') %}{% for c in n.a %}"
+    "{% set n.a = n.a ~ 'xxxxxxxx' %}{% endfor %}",
+    "a filter by name": "{{ messages|map('center', 9999999999)|list }}",
+    "a name of a method": "{{ messages[0]['content']['center'](9999999999) }}",
+    "a cycle": "{% for m in messages %}{{ loop.cycle('a' * 9999999, 'b') }}{% endfor %}",
+    "wide by a variable": "{% set f = '%99999999' ~ 'd' %}{{ f % 1 }}",
+    "a number that is none": "{% set n = namespace(a=1) %}{% set n.a = '%9999999999d' %}{{ n.a % 1 }}",
+    "one name for two": "{% set a = 1 %}{% for a in ['%9999999999d'] %}{{ a % 1 }}{% endfor %}",
+    "an argument": "{% macro m(a) %}{{ a % 1 }}{% endmacro %}{% set a = 1 %}{{ m('%9999999999d') }}",
     "varargs": "{% macro m() %}{% for a in varargs %}{{ a ~ a }}{% endfor %}{% endmacro %}{{ m(*messages) }}",
 }
 
@@ -106,14 +126,72 @@ def test_what_can_hog_is_never_rendered_in_this_process(hog):
     assert not is_safe(SAY + HOGS[hog])
 
 
-QUICK = [
-    "a long text",
-    "a wide number",
-    "doubling in a row",
-    "lists of lists",
-    "a large dict",
-    "deep brackets",
-]
+_VALUES = st.recursive(
+    st.sampled_from(
+        [
+            "a",
+            "b",
+            "n.x",
+            "n.y",
+            "c",
+            "m.content",
+            "messages",
+            "messages[0].content",
+            "'\\\\'",
+            "'x'",
+            "3",
+            "loop.index",
+        ]
+    ),
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from(["+", "~", "%", "-", "*"]), inner).map(
+            lambda v: f"({v[0]} {v[1]} {v[2]})"
+        ),
+        st.tuples(inner, st.sampled_from(FILTERS)).map(lambda v: f"({v[0]}|{v[1]})"),
+        st.tuples(inner, st.sampled_from(METHODS)).map(lambda v: f"{v[0]}.{v[1]}"),
+        st.tuples(inner, inner).map(lambda v: f"[{v[0]}, {v[1]}]"),
+        inner.map(lambda v: f"{{'k': {v}}}"),
+        inner.map(lambda v: f"({v})[-1]"),
+        inner.map(lambda v: f"({v})[1:]"),
+    ),
+    max_leaves=4,
+)
+_SETS = st.tuples(st.sampled_from(["a", "b", "n.x", "n.y"]), _VALUES).map(
+    lambda v: f"{{% set {v[0]} = {v[1]} %}}"
+)
+_SAYS = _VALUES.map(lambda v: f"{{{{ {v} }}}}")
+_STATEMENTS = st.recursive(
+    st.one_of(_SETS, _SETS, _SAYS),
+    lambda inner: st.tuples(
+        st.sampled_from(["m", "c", "a"]), _VALUES, st.lists(inner, min_size=1, max_size=3).map("".join)
+    ).map(lambda v: f"{{% for {v[0]} in {v[1]} %}}{v[2]}{{% endfor %}}"),
+    max_leaves=4,
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(_STATEMENTS, min_size=1, max_size=4).map("".join))
+def test_whatever_is_plain_stays_small(statements):
+    """Said thirty times over, a text that grows by itself would be of 2**30 characters."""
+    import jinja2
+
+    template = (
+        "{% set n = namespace(x='x', y='\\\\') %}" + statements * 30 + "{{ n.x }}{{ n.y }}{{ a }}{{ b }}"
+    )
+    if why_not_plain(template):
+        return
+    chat = [{"role": "user", "content": "a\\b'c\"" * 3}, {"role": "assistant", "content": "yes\\"}] * 4
+    start = time.monotonic()
+    try:
+        text, _ = render_chat(chat, template=template)
+    except (jinja2.TemplateError, TypeError):
+        text = ""
+    assert time.monotonic() - start < 5, template
+    assert len(text) < 2**24, template
+
+
+QUICK = ["a long text", "a wide number", "doubling in a row", "lists of lists", "deep brackets"]
 
 
 def bounded(hog):
@@ -135,7 +213,7 @@ def test_memory_is_bounded(hog):
     render_chat(TURNS, template=SAY + "{{ 'a' * 3 }}")  # the process with limits is there
     told, took, grown = bounded(hog)
     assert told
-    assert took < 10
+    assert took < rendering.SECONDS + 5
     assert grown < 300e6
 
 
