@@ -58,6 +58,14 @@ def contained_file(folder: Path, name: str) -> Path:
     return path
 
 
+def check_size(path: Path | None) -> None:
+    """Raises UserError for a file that is too large to be what it is named."""
+    limit = None if path is None or path.suffix in _WEIGHTS else MAX_BYTES.get(path.name, _TEXT)
+    if path is not None and limit is not None and path.is_file() and path.stat().st_size > limit:
+        got = f"{path.name} of {show_bytes(path.stat().st_size)}"
+        raise UserError(Problem(str(path), got, f"at most {show_bytes(limit)}", "is it what it is named?"))
+
+
 def check_folder(folder: Path) -> None:
     """Raises UserError, all at once, for files that are too large to be what they are named, or lead out.
 
@@ -65,20 +73,12 @@ def check_folder(folder: Path) -> None:
     """
     problems: list[Problem] = []
     for path in sorted(folder.iterdir()):
-        limit = MAX_BYTES.get(path.name)
-        if limit is None and path.suffix not in {*_WEIGHTS, ".json", ".jinja", ".model"}:
+        if path.name not in MAX_BYTES and path.suffix not in {*_WEIGHTS, ".json", ".jinja", ".model"}:
             continue
         try:
-            contained_file(folder, path.name)
+            check_size(contained_file(folder, path.name))
         except UserError as error:
             problems.extend(error.problems)
-            continue
-        limit = None if path.suffix in _WEIGHTS else limit or _TEXT
-        if limit is not None and path.is_file() and path.stat().st_size > limit:
-            got = f"{path.name} of {show_bytes(path.stat().st_size)}"
-            problems.append(
-                Problem(str(path), got, f"at most {show_bytes(limit)}", "is it what it is named?")
-            )
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not problems:
         plain_names(read_json_file(folder, index.name), index, suffixes=(".safetensors",))
@@ -89,9 +89,7 @@ def check_folder(folder: Path) -> None:
 def read_json_file(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object of a folder, no larger than such a file may be. Raises UserError for anything else."""
     path = contained_file(folder, name)
-    size, limit = path.stat().st_size, MAX_BYTES.get(name, _TEXT)
-    if size > limit:
-        raise UserError(Problem(str(path), f"{name} of {show_bytes(size)}", f"at most {show_bytes(limit)}"))
+    check_size(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -11,12 +11,12 @@ from typing import Any, cast
 
 from peftkit.archs import Task
 from peftkit.errors import Problem, UserError
-from peftkit.model.contained import check_folder
+from peftkit.model.contained import check_folder, check_size
 from peftkit.model.gguf import converted_folder
 from peftkit.model.inspect import AUTO_CLASSES
 from peftkit.model.locate import Base, check_pin
 from peftkit.model.quantize import after_loading, mended_loading, quantization_config
-from peftkit.model.trust import check_code
+from peftkit.model.trust import check_code, hub_file
 from peftkit.plan.plan import BasePlan
 
 
@@ -33,6 +33,9 @@ def _check_files(source: str, plan: BasePlan) -> None:
     """Before the libraries read them: files of a sane size inside their folder, and code that may run."""
     if Path(source).is_dir():
         check_folder(Path(source))
+    else:
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            check_size(hub_file(source, name, plan.revision))
     check_code(source, plan)
 
 

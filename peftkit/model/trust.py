@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
+from peftkit.hub import hub_answers
 from peftkit.plan.plan import BasePlan
 from peftkit.recipe.paths import is_commit
 
@@ -52,7 +54,7 @@ def check_code(source: str, plan: BasePlan) -> None:
     where = f"base {plan.id}"
     check_pinned(source, plan.revision, where=where, how="set base.revision: COMMIT")
     for name in _NAMES:
-        file = _file(source, name, plan.revision)
+        file = hub_file(source, name, plan.revision)
         if file is None:
             continue
         try:
@@ -63,16 +65,20 @@ def check_code(source: str, plan: BasePlan) -> None:
             refuse_foreign_code(found, source, where)
 
 
-def _file(source: str, name: str, revision: str | None) -> Path | None:
+@lru_cache(maxsize=1)
+def _hub_is_there() -> bool:
+    """Asked once for all files: where nobody answers, that takes seconds."""
+    return hub_answers()
+
+
+def hub_file(source: str, name: str, revision: str | None) -> Path | None:
     """A file of a model, from its folder or through the hub's cache; None where it has none."""
     if Path(source).is_dir():
         return Path(source) / name if (Path(source) / name).is_file() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from peftkit.hub import hub_answers
-
     try:
-        return Path(hf_hub_download(source, name, revision=revision, local_files_only=not hub_answers()))
+        return Path(hf_hub_download(source, name, revision=revision, local_files_only=not _hub_is_there()))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         return None

@@ -68,3 +68,19 @@ def test_code_is_not_run_unasked(tmp_path):
     with pytest.raises(UserError, match="brings its own code"):
         peftkit.inspect_model(base)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_beside_a_known_model_does_not_run_unasked(file, recipe, tmp_path):
+    """A Llama that also names code: it loads without, and its code is never read."""
+    import peftkit
+
+    base, mark = shutil.copytree(TINY_LLAMA, tmp_path / "base"), tmp_path / "ran"
+    (base / "own.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    told = json.loads((base / file).read_text())
+    auto_map = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoTokenizer": ["own.T", "own.T"]}
+    (base / file).write_text(json.dumps(told | {"auto_map": auto_map}))
+    recipe["base"] = str(base)
+    recipe["train"]["max_steps"] = 1
+    peftkit.finetune(recipe, out=tmp_path / "run")
+    assert not mark.exists()

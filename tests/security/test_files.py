@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from peftkit.errors import UserError
 from peftkit.model.contained import check_folder, contained_file
 from peftkit.model.load import load_tokenizer
 from peftkit.model.locate import locate
-from tests.conftest import TINY_LLAMA
+from tests.conftest import ROOT, TINY_LLAMA
 from tests.plans import cpu_plan
 
 
@@ -148,3 +150,38 @@ def test_runs_are_named_inside_their_folder(name, recipe, tmp_path, monkeypatch)
     out = default_out(load(name)).absolute()
     assert out.parent == here / "runs"
     assert out.resolve().is_relative_to(here / "runs")
+
+
+def test_files_from_the_hub_are_of_a_sane_size(base, tmp_path):
+    """A hub cache as huggingface_hub keeps it; offline, so that only it is asked."""
+    program = """
+import sys
+from dataclasses import replace
+from peftkit.errors import UserError
+from peftkit.model.load import load_tokenizer
+from tests.plans import cpu_plan
+plan = replace(cpu_plan().base, id="org/name", revision=None)
+print(load_tokenizer("org/name", plan).eos_token)
+with open(sys.argv[1], "ab") as file:
+    file.truncate(5 * 2**30)
+try:
+    load_tokenizer("org/name", plan)
+except UserError as error:
+    print(error)
+"""
+    repository = tmp_path / "hub" / "models--org--name"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    for file in base.iterdir():
+        shutil.copy(file, repository / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(repository / "blobs" / "tokenizer.json")],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    ends, told = done.stdout.splitlines()
+    assert ends, done.stderr
+    assert "got tokenizer.json of 5.00 GiB, expected at most 256.0 MiB" in told
