@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 FAST := not slow and not gpu and not network
 
-.PHONY: demo test test-slow test-gpu lint format docs bench clean
+.PHONY: demo test test-slow test-gpu lint format audit docs bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ lint: $(READY)                 ## style, types, layers
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
+
+audit:                         ## known vulnerabilities among the pins; skipped where the database is out of reach
+	.ci/audit $(PYTHON)
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .

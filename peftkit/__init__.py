@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if TYPE_CHECKING:
     from peftkit.api import (
         check_data,
+        convert_weights,
         evaluate_run,
         finetune,
         generate,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _API = (
     "check_data",
+    "convert_weights",
     "evaluate_run",
     "finetune",
     "generate",
@@ -52,6 +54,7 @@ __all__ = [
     "Problem",
     "UserError",
     "check_data",
+    "convert_weights",
     "evaluate_run",
     "finetune",
     "generate",

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from peftkit.secrets import redact
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -18,7 +20,7 @@ class Problem:
 
     def __str__(self) -> str:
         text = f"{self.where}: got {self.got}, expected {self.expected}"
-        return f"{text}; {self.fix}" if self.fix else text
+        return redact(f"{text}; {self.fix}" if self.fix else text)
 
 
 class PeftkitError(Exception):
@@ -42,7 +44,7 @@ class Interrupted(PeftkitError):
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         self.exit_code = exit_code
-        super().__init__(message)
+        super().__init__(redact(message))
 
 
 def nearest(word: str, candidates: Sequence[str], *, count: int = 1) -> list[str]:

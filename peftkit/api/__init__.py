@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.data.gate.report import DataReport
+from peftkit.model.convert import Converted
 from peftkit.plan import Plan
 from peftkit.plan.inspection import Inspection
 from peftkit.recipe import LoadedRecipe, Recipe, load
@@ -18,12 +19,14 @@ from peftkit.rundir import RunDir
 
 __all__ = [
     "Account",
+    "Converted",
     "DataReport",
     "Evaluation",
     "Inspection",
     "Observer",
     "RecipeLike",
     "check_data",
+    "convert_weights",
     "evaluate_run",
     "finetune",
     "generate",
@@ -143,16 +146,22 @@ def generate(path: str | Path, prompts: Sequence[str], *, max_new_tokens: int = 
 
 
 def inspect_model(
-    model: str | Path, *, data: str | Path | None = None, trust_remote_code: bool = False
+    model: str | Path,
+    *,
+    data: str | Path | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> Inspection:
     """What a model is, what it takes, and which methods can train it: no weights, and no torch where known.
 
     `model` is a hub id, a folder, a config.json, a .gguf file or embedded:NAME. `data` is a file whose tokens
-    are compared with the compute-optimal number.
+    are compared with the compute-optimal number. Trusted code of a hub model needs a commit as `revision`.
     """
     from peftkit.run.inspect import inspect
 
-    return inspect(str(model), data=Path(data) if data else None, trust_remote_code=trust_remote_code)
+    return inspect(
+        str(model), data=Path(data) if data else None, trust_remote_code=trust_remote_code, revision=revision
+    )
 
 
 def evaluate_run(
@@ -162,3 +171,14 @@ def evaluate_run(
     from peftkit.run.evaluate import evaluate
 
     return evaluate(Path(path), data=str(data) if data else None, contexts=contexts)
+
+
+def convert_weights(path: str | Path, *, out: str | Path) -> Converted:
+    """Pickled weights (pytorch_model*.bin, adapter_model.bin, one .pt file) as safetensors in a new folder.
+
+    They are read in a process of its own that takes tensors and nothing else; code in them is never run.
+    Raises UserError where there is more in them, or `out` exists.
+    """
+    from peftkit.model.convert import convert_weights as convert
+
+    return convert(Path(path), out=Path(out))

@@ -7,8 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from peftkit import __version__
+from peftkit.secrets import redact
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,20 @@ COMMANDS: tuple[Command, ...] = (
             _arg("model", metavar="MODEL", help="hub id, folder, config.json, .gguf file or embedded:NAME"),
             _arg("--data", metavar="FILE", help="compare its tokens with the compute-optimal number"),
             _arg("--trust-remote-code", action="store_true", help="run the model's own code to look at it"),
+            _arg("--revision", metavar="COMMIT", help="of a hub model; needed to trust its code"),
             _arg("--json", action="store_true"),
+        ),
+    ),
+    Command(
+        "convert",
+        "pickled weights as safetensors, read where they can do no harm",
+        (
+            _arg(
+                "path",
+                metavar="PATH",
+                help="a folder with pytorch_model*.bin or adapter_model.bin, or one file",
+            ),
+            _arg("--out", metavar="DIR", required=True, help="a new folder"),
         ),
     ),
     Command(
@@ -149,8 +164,15 @@ FUNCTIONS = {
 }  # where Python has taken the name
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose messages quote what was typed: less what is secret in it."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="peftkit",
         description="Parameter-efficient fine-tuning from one short recipe.",
         epilog="Exit codes: 0 done, 2 yours to mend, 1 our fault, 130 and 143 interrupted (resumable).",
@@ -187,6 +209,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def _tell_fault(error: Exception) -> int:
+    """An error that nobody foresaw: where it happened, without secrets, and what to do with it."""
+    import traceback
+
+    print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
+    print(
+        "peftkit: this is a fault of peftkit, not yours: please report it with the lines above "
+        "(tokens and passwords were taken out)",
+        file=sys.stderr,
+    )
+    return 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code."""
     arguments = _parse(argv)
@@ -200,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.tell_problems(error)
         return error.exit_code
     except PeftkitError as error:
-        print(f"peftkit: {error}", file=sys.stderr)
+        print(f"peftkit: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("peftkit: interrupted; nothing was lost", file=sys.stderr)
@@ -208,3 +243,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except Exception as error:  # noqa: BLE001  Python itself would print the traceback with every secret in it
+        return _tell_fault(error)

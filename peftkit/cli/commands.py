@@ -7,19 +7,24 @@ import json
 import sys
 
 from peftkit.errors import Problem, UserError
-from peftkit.units import printable
+from peftkit.secrets import redact
+from peftkit.units import printable, show_bytes, show_count
 
 
 def tell_problems(error: UserError) -> None:
-    """All problems of an error, numbered where there are several."""
+    """All problems of an error, without what is secret in them and what would steer a terminal."""
+
+    def said(text: str) -> str:
+        return printable(redact(text))
+
     count = len(error.problems)
     print(f"peftkit: {count} problem{'s' if count > 1 else ''} to mend", file=sys.stderr)
     for problem in error.problems:
-        print(f"  {printable(problem.where)}", file=sys.stderr)
-        print(f"    got       {printable(problem.got)}", file=sys.stderr)
-        print(f"    expected  {printable(problem.expected)}", file=sys.stderr)
+        print(f"  {said(problem.where)}", file=sys.stderr)
+        print(f"    got       {said(problem.got)}", file=sys.stderr)
+        print(f"    expected  {said(problem.expected)}", file=sys.stderr)
         if problem.fix:
-            print(f"    fix       {printable(problem.fix)}", file=sys.stderr)
+            print(f"    fix       {said(problem.fix)}", file=sys.stderr)
 
 
 def finetune(arguments: argparse.Namespace) -> int:
@@ -32,7 +37,7 @@ def finetune(arguments: argparse.Namespace) -> int:
 
         plan = api.make_plan(loaded)
         if plan.base.inferred and plan.base.trust_remote_code:
-            print(f"code that comes with {plan.base.id} ran, to look at its layers", file=sys.stderr)
+            print(redact(f"code that comes with {plan.base.id} ran, to look at its layers"), file=sys.stderr)
         print_plan(plan)
         return 0
     from peftkit.cli.display import open_display
@@ -88,6 +93,18 @@ def check_data(arguments: argparse.Namespace) -> int:
     return 2 if report.failed else 0
 
 
+def convert(arguments: argparse.Namespace) -> int:
+    """Convert pickled weights; say what was written and what was left."""
+    from peftkit import api
+
+    made = api.convert_weights(arguments.path, out=arguments.out)
+    for name in made.left:
+        print(redact(f"not taken along: {name}"), file=sys.stderr)
+    tensors = f"{show_count(made.num_tensors)} tensors, {show_bytes(made.num_bytes)}"
+    print(f"{made.out}: {tensors} in {', '.join(made.files)}")
+    return 0
+
+
 def resume(arguments: argparse.Namespace) -> int:
     """Go on with a run."""
     from peftkit import api
@@ -137,10 +154,13 @@ def inspect_model(arguments: argparse.Namespace) -> int:
     from peftkit.cli.tables import print_inspection
 
     found = api.inspect_model(
-        arguments.model, data=arguments.data, trust_remote_code=arguments.trust_remote_code
+        arguments.model,
+        data=arguments.data,
+        trust_remote_code=arguments.trust_remote_code,
+        revision=arguments.revision,
     )
     if arguments.trust_remote_code:
-        print(f"code that comes with {arguments.model} was allowed to run", file=sys.stderr)
+        print(redact(f"code that comes with {arguments.model} was allowed to run"), file=sys.stderr)
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
     else:

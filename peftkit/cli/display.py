@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from peftkit.secrets import redact
 from peftkit.units import printable, show_bytes, show_count, show_percent, show_seconds
 
 _PHASES = {"base": "base", "data": "reading", "model": "loading", "metric": "measuring", "publish": "writing"}
@@ -106,7 +107,7 @@ _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
 def _sentence(event: dict[str, Any]) -> str | None:
     """An event in words, or None where it has no line of its own."""
     says = _SENTENCES.get(event["event"])
-    return printable(says(event)) if says else None
+    return printable(redact(says(event))) if says else None
 
 
 def _memory(event: dict[str, Any]) -> str:
@@ -175,7 +176,7 @@ class LiveDisplay:
             self.progress.update(self.task, completed=event["step"], numbers=numbers)
         line = _sentence(event)
         if line:
-            self.progress.console.print(line, highlight=False)
+            self.progress.console.print(line, highlight=False, markup=False)
         if kind == "phase" and event["name"] == "publish" and self.task is not None:
             self.progress.remove_task(self.task)
             self.task = None

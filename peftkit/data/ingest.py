@@ -94,7 +94,11 @@ class _Reading:
         """What makes examples of rows, by the columns of one. Raises UserError where they do not fit."""
         columns = self.data.columns if source.columns is None else source.columns
         rename = renamer(columns, row, self.where(("data", "columns")))
-        name, read = reader(rename(row), source.format or self.data.format)
+        try:
+            renamed = rename(row)
+        except BadRow as bad:  # a line of columns that this row does not fill
+            raise UserError(Problem(row.where, bad.got, bad.expected)) from None
+        name, read = reader(renamed, source.format or self.data.format)
         return _Convert(name, rename, read)
 
     def _take_row(self, row: Row, convert: _Convert) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peftkit.data.bounded import Generation
 from peftkit.data.formats import Example
+from peftkit.data.rendering import is_safe, render_chat
 from peftkit.data.template import (
     NO_CHATS,
     Style,
@@ -23,8 +25,10 @@ from peftkit.data.template import (
     template_of,
 )
 from peftkit.errors import Problem, UserError
+from peftkit.units import show_bytes
 
 _SAMPLE = 24
+_LONGEST_BYTES = 16 * 2**20
 _ASKED, _SAID = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 _CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 # turns that the sample may lack: the prompt for an answer may be another after a tool's turn
@@ -81,7 +85,12 @@ def _prefixes_hold(examples: Sequence[Example], tokenizer: Any, mask: str) -> bo
 
 
 def _training_template(tokenizer: Any) -> str | None:
-    """TRL's template with generation markers for the model's own one, where it knows it."""
+    """TRL's template with generation markers for the model's own one, where it knows it.
+
+    TRL tries the model's own template for that: one that is not safe here, TRL does not know either.
+    """
+    if not is_safe(template_of(tokenizer)):
+        return None
     from trl.chat_template_utils import get_training_chat_template
 
     try:
@@ -94,11 +103,14 @@ def _training_template(tokenizer: Any) -> str | None:
 def read_template(path: Path) -> str:
     """A chat template from a file. Raises UserError where there is none, or it is no Jinja template."""
     import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
+        if path.stat().st_size > _LONGEST_BYTES:
+            got = f"{path} of {show_bytes(path.stat().st_size)}"
+            raise UserError(Problem("data.chat.template", got, f"at most {show_bytes(_LONGEST_BYTES)}"))
         text = path.read_text(encoding="utf-8")
-        render_jinja_template([[_ASKED]], chat_template=text)
+        jinja2.Environment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(text)
+        render_chat([_ASKED], template=text)
     except OSError as error:
         got = f"{path}, which cannot be read ({error.strerror})"
         raise UserError(Problem("data.chat.template", got, "a file with a Jinja template")) from None

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from peftkit.data.formats import Example, Message
+from peftkit.data.rendering import render_chat
 from peftkit.errors import Problem, UserError
 
 # For bases that bring no chat template. Stored with the adapter, so that inference renders alike.
@@ -95,13 +96,12 @@ def _parts(content: str) -> list[dict[str, str]]:
 def _writes(template: str, *turns: Message) -> bool:
     """Whether a template takes turns and writes the probe that one of them holds."""
     import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        [text], _ = render_jinja_template([list(turns)], chat_template=template, bos_token="", eos_token="")
+        text, _ = render_chat(turns, template=template, bos_token="", eos_token="")
     except (jinja2.TemplateError, TypeError):
         return False
-    return _PROBE in str(text)
+    return _PROBE in text
 
 
 @lru_cache(maxsize=32)
@@ -140,18 +140,12 @@ def _rendered(
 ) -> tuple[str, list[tuple[int, int]]]:
     """(text, marked spans) of a chat; `options` are transformers' and the special tokens."""
     import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
 
+    turns, given = _turns(messages, template), list(tools or ()) or None
     try:
-        [text], spans = render_jinja_template(
-            [_turns(messages, template)],
-            tools=list(tools or ()) or None,
-            chat_template=template,
-            **options,
-        )
+        return render_chat(turns, template=template, tools=given, **options)
     except (jinja2.TemplateError, TypeError) as error:
         raise _refused(where, error) from None
-    return str(text), [span for of_one in spans for span in of_one]
 
 
 def apply(

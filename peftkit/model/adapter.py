@@ -10,6 +10,7 @@ from typing import Any
 from peftkit.archs import place_of
 from peftkit.errors import Problem, UserError
 from peftkit.methods.lora import CHANGES_BASE
+from peftkit.model.contained import check_adapter_weights, check_folder
 from peftkit.plan.plan import MethodPlan, Plan
 from peftkit.plan.targets import unmatched
 from peftkit.rundir import publish_folder
@@ -227,9 +228,11 @@ def save_result(model: Any, plan: Plan, tokenizer: Any, folder: Path, *, start: 
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """The base with a saved adapter, for inference."""
+    """The base with a saved adapter, for inference. Raises UserError where its weights are pickled."""
     from peft import PeftModel
 
+    check_folder(folder)
+    check_adapter_weights(folder)
     return PeftModel.from_pretrained(model, folder)
 
 

@@ -89,7 +89,7 @@ def inspect_shape(
                 where,
                 f"{source}, which brings its own code",
                 "base.trust_remote_code: true, if you have read and trust it",
-                "without its code the model cannot be built",
+                "without its code the model cannot be built; on the hub it also needs base.revision: COMMIT",
             )
         )
     try:

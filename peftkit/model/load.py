@@ -11,10 +11,12 @@ from typing import Any, cast
 
 from peftkit.archs import Task
 from peftkit.errors import Problem, UserError
+from peftkit.model.contained import check_folder, check_size
 from peftkit.model.gguf import converted_folder
 from peftkit.model.inspect import AUTO_CLASSES
 from peftkit.model.locate import Base, check_pin
 from peftkit.model.quantize import after_loading, mended_loading, quantization_config
+from peftkit.model.trust import check_code, hub_file
 from peftkit.plan.plan import BasePlan
 
 
@@ -27,10 +29,21 @@ def loadable(base: Base, where: str) -> str:
     return base.id if base.path is None else str(base.path)
 
 
+def _check_files(source: str, plan: BasePlan) -> None:
+    """Before the libraries read them: files of a sane size inside their folder, and code that may run."""
+    if Path(source).is_dir():
+        check_folder(Path(source))
+    else:
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            check_size(hub_file(source, name, plan.revision))
+    check_code(source, plan)
+
+
 def load_tokenizer(source: str, plan: BasePlan) -> Any:
     """The tokenizer. Raises UserError where the base brings none."""
     from transformers import AutoTokenizer
 
+    _check_files(source, plan)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=plan.revision, trust_remote_code=plan.trust_remote_code
@@ -101,6 +114,7 @@ def load_model(
     import transformers
     from safetensors import SafetensorError
 
+    _check_files(source, plan)
     auto = getattr(transformers, AUTO_CLASSES[cast(Task, plan.task)])
     try:
         with mended_loading(plan):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from peftkit.archs import EMBEDDED, KNOWN, Embedded
 from peftkit.errors import Problem, UserError, did_you_mean
 from peftkit.hub import hub_answers, hub_is_off
+from peftkit.model.contained import check_folder, how_to_convert, pickled_weights, read_json_file
 from peftkit.rundir import sha256_of
 
 Kind = Literal["hub", "folder", "gguf", "embedded"]
@@ -66,11 +66,8 @@ _LITGPT = ("lit_model.pth",)
 
 def _config_file(path: Path, where: str) -> dict[str, Any]:
     """A config.json read and found to be one."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(Problem(str(path), f"text that is not JSON ({error})", "a configuration")) from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    config = read_json_file(path.parent, path.name)
+    if not isinstance(config.get("model_type"), str):
         expected = "a configuration with model_type"
         raise UserError(Problem(str(path), "no model_type", expected, "is this a model's folder?"))
     return config
@@ -97,15 +94,12 @@ def _folder(path: Path, where: str, *, shapes_alone: bool) -> Base:
                 "a Hugging Face model folder holds config.json, weights and a tokenizer",
             )
         )
+    check_folder(path)
     config = _config_file(config_file, where)
     if not shapes_alone and not any(path.glob("*.safetensors")):
-        pickles = sorted(p.name for p in path.glob("*.bin"))
+        pickles = pickled_weights(path)
         got = f"the folder {path} with {pickles[0]} only" if pickles else f"the folder {path} without weights"
-        fix = (
-            "pickled weights can run code: convert them to safetensors first"
-            if pickles
-            else "the download may be incomplete"
-        )
+        fix = how_to_convert(path) if pickles else "the download may be incomplete"
         raise UserError(Problem(where, got, "weights as *.safetensors", fix))
     return Base(str(path), "folder", path, config)
 
@@ -132,7 +126,7 @@ def _hub(model_id: str, revision: str | None, where: str) -> Base:
         cached = hf_hub_download(
             model_id, "config.json", revision=revision, local_files_only=not hub_answers()
         )
-        config = json.loads(Path(cached).read_text())
+        config = read_json_file(Path(cached).parent, Path(cached).name)
     except GatedRepoError:
         raise refuse(
             "which is gated and not open to you",

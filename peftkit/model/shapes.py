@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from peftkit.archs import ModelShape, family_of, shape_from_config
 from peftkit.errors import Problem, UserError
 from peftkit.model.locate import Base
+from peftkit.model.trust import refuse_foreign_code
 from peftkit.plan.task import decide_task
 
 # Keys that only configurations of models for other things than text have.
@@ -50,6 +51,8 @@ def shape_of_base(
     model's, and for a task without a head.
     """
     refuse_other_senses(base, where)
+    if trust_remote_code:
+        refuse_foreign_code(base.config or {}, base.id, where)
     config = {**(base.config or {}), "num_labels": max(2, num_labels)}
     family = family_of(str(config.get("model_type", "")))
     chosen = decide_task(task, data_format, family, where)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from peftkit.errors import Problem
 from peftkit.methods import METHODS
 from peftkit.methods.lora import CHANGES_BASE, LoraOptions
 from peftkit.methods.prefix import PrefixOptions
 from peftkit.recipe.load import LoadedRecipe
+from peftkit.recipe.paths import is_commit
 from peftkit.recipe.schema import Recipe
 
 Rule = Callable[[Recipe, LoadedRecipe], Iterator[Problem]]
@@ -93,6 +95,19 @@ def _prefix_projection(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem
         )
 
 
+def _code_is_pinned(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
+    """Code that was read and trusted must be the code that runs: a branch may hold another tomorrow."""
+    base = recipe.base
+    is_local = base.id.startswith("embedded:") or Path(base.id).is_absolute()  # paths are absolute by now
+    if base.trust_remote_code and not is_local and not is_commit(base.revision):
+        yield Problem(
+            loaded.where(("base", "trust_remote_code")),
+            f"true with {f'revision {base.revision!r}' if base.revision else 'no revision'}",
+            "a pinned commit, or a local folder",
+            "read that commit's code, then set base.revision: COMMIT (40 hex digits)",
+        )
+
+
 def _micro_batch_divides(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     batch, micro = recipe.train.batch_size, recipe.train.micro_batch
     counts_packs = recipe.train.packing is True  # then the plan knows how many there are in a step
@@ -151,6 +166,7 @@ def _without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
 
 
 RULES: tuple[Rule, ...] = (
+    _code_is_pinned,
     _prefix_without_checkpointing,
     _lora_conflicts,
     _loraplus_optimizer,

@@ -11,9 +11,15 @@ from peftkit.recipe.schema import AnySource, Recipe, Source
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
+_COMMIT = re.compile("[0-9a-f]{40}")
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.:-]*://")
 _GLOB = re.compile(r"[*?]|\[.*/|/.*\[")  # a bracket alone is a slice of a hub split: train[:10%]
 _SECRETS = re.compile(r"(?<=://)(?:[^/\s]*|[^/\s@]*:(?!//)(?:(?!://)[^\s'\"@])*)@|[?#][^\s'\"]*")
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a commit, whose content cannot change; branches and tags can."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
 def is_url(text: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from peftkit.model.gguf import header_config
 from peftkit.model.locate import locate
 from peftkit.model.shapes import shape_of_base
+from peftkit.model.trust import check_pinned
 from peftkit.plan.inspection import Inspection, inspect_shape_of
 from peftkit.recipe.paths import is_model_path
 
@@ -23,17 +24,28 @@ def count_tokens(path: Path) -> int:
     return num_characters // _CHARACTERS_PER_TOKEN
 
 
-def inspect(model: str, *, data: Path | None = None, trust_remote_code: bool = False) -> Inspection:
+def inspect(
+    model: str, *, data: Path | None = None, trust_remote_code: bool = False, revision: str | None = None
+) -> Inspection:
     """What a model is, what it takes, and which methods can train it. No weights are loaded.
 
-    Raises UserError for what is not there, is no text model, or has an absurd configuration.
+    Code that comes with a model runs only when trusted, and from the hub only at a commit. Raises UserError
+    for what is not there, is no text model, or has an absurd configuration.
     """
     name = str(Path(model).expanduser().resolve()) if is_model_path(model, Path.cwd()) else model
-    base = locate(name, revision=None, where=model, need_weights=False, shapes_alone=True)
+    if trust_remote_code:
+        check_pinned(name, revision, where=model, how="--revision COMMIT")
+    base = locate(name, revision=revision, where=model, need_weights=False, shapes_alone=True)
     if base.kind == "gguf" and base.path is not None:
         base = replace(base, config=header_config(base.path, model))
     shape = shape_of_base(
-        base, task="auto", data_format=None, num_labels=0, trust_remote_code=trust_remote_code, where=model
+        base,
+        task="auto",
+        data_format=None,
+        num_labels=0,
+        trust_remote_code=trust_remote_code,
+        where=model,
+        revision=revision,
     )
     tokens = count_tokens(data) if data is not None else None
     return inspect_shape_of(model, shape, data_tokens=tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,17 +74,14 @@ def _refuse_damaged(folder: Path) -> None:
 
 def _adapter_config(path: Path) -> dict[str, Any]:
     """PEFT's configuration in an adapter folder, found whole."""
+    from peftkit.model.contained import check_adapter_weights, check_folder, read_json_file
+
     file = path / "adapter_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            Problem(str(file), f"text that is not JSON ({error})", "PEFT's configuration")
-        ) from None
-    if not isinstance(config, dict) or not config.get("base_model_name_or_path"):
+    check_folder(path)
+    config = read_json_file(path, file.name)
+    if not config.get("base_model_name_or_path"):
         raise UserError(Problem(str(file), "no base_model_name_or_path", "the base that it was trained on"))
-    if not (path / "adapter_model.safetensors").is_file():
-        raise UserError(Problem(str(path), "no adapter_model.safetensors", "the adapter's weights"))
+    check_adapter_weights(path)
     return config
 
 

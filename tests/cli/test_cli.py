@@ -294,3 +294,61 @@ def test_plan_tells_what_a_recipe_takes_and_fails_where_it_does_not_fit(capsys, 
     assert sum(peak["components"].values()) == found["memory"]["peak_bytes"]
     assert main(["plan", "qlora-llama8b", "--gpu", "rtx4091"]) == 2
     assert "rtx4090" in capsys.readouterr().err
+
+
+SECRET = "hf_" + "Zq7" * 12
+
+
+def test_an_unforeseen_error_is_told_without_secrets(monkeypatch, capsys):
+    def schema(arguments):
+        try:
+            raise OSError(f"GET https://me:{SECRET}@host/x failed")
+        except OSError as error:
+            raise RuntimeError(f"no answer for {SECRET}") from error
+
+    monkeypatch.setattr("peftkit.cli.commands.schema", schema)
+    assert main(["schema"]) == 1
+    told = capsys.readouterr().err
+    assert SECRET not in told
+    assert "Traceback" in told and "RuntimeError: no answer for REDACTED" in told
+    assert "https://REDACTED@host/x" in told
+    assert told.splitlines()[-1].startswith(
+        "peftkit: this is a fault of peftkit, not yours: please report it"
+    )
+
+
+def test_what_was_typed_is_told_without_secrets(capsys):
+    commands = (
+        ["env", f"--token={SECRET}"],
+        ["recipes", SECRET],
+        ["finetune", f"/nowhere/{SECRET}"],
+        ["finetune", "quickstart", f"base={SECRET}/x:y"],
+        ["inspect", f"https://me:{SECRET}@host/x"],
+    )
+    for arguments in commands:
+        try:
+            code = main(arguments)
+        except SystemExit as left:
+            code = left.code
+        told = capsys.readouterr().err
+        assert code == 2, arguments
+        assert SECRET not in told
+        assert "REDACTED" in told
+
+
+def test_pickled_weights_are_converted_by_a_command(tmp_path, capsys):
+    import torch
+
+    torch.save({"w": torch.zeros(2, 3)}, tmp_path / "adapter_model.bin")
+    (tmp_path / "code.py").write_text("")
+    assert main(["convert", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr()
+    assert told.out == f"{tmp_path / 'out'}: 1 tensors, 24 B in adapter_model.safetensors\n"
+    assert told.err == "not taken along: code.py\n"
+    assert main(["convert", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+
+
+def test_trusted_code_of_the_hub_needs_a_commit(capsys):
+    for revision in ([], ["--revision", "main"]):
+        assert main(["inspect", "org/model", "--trust-remote-code", *revision]) == 2
+        assert "then --revision COMMIT" in capsys.readouterr().err

@@ -51,10 +51,13 @@ def test_broken_config_is_told(tmp_path):
     assert "not JSON" in refuse(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"model_type": 3}'])
-def test_config_without_model_type_is_told(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[]", "a JSON object"), ("{}", "no model_type"), ('{"model_type": 3}', "no model_type")],
+)
+def test_config_without_model_type_is_told(tmp_path, text, said):
     (tmp_path / "config.json").write_text(text)
-    assert "no model_type" in refuse(tmp_path)
+    assert said in refuse(tmp_path)
 
 
 def test_config_without_sizes_is_told(tmp_path):

@@ -76,3 +76,16 @@ def test_command_line_overrides_epochs_without_conflict(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("base: o/m\nmethod: lora\ndata: {train: x.jsonl}\ntrain: {epochs: 2}\n")
     assert check(load(path, ["train.max_steps=5"])) == []
+
+
+def test_trusted_code_needs_a_commit_or_a_local_folder(tmp_path):
+    def found(base):
+        return problems("lora", base={"trust_remote_code": True, **base})
+
+    commit = "0123456789" * 4
+    for revision in ({}, {"revision": "main"}, {"revision": commit[1:]}):
+        [told] = found({"id": "org/model", **revision})
+        assert "a pinned commit, or a local folder" in told
+        assert "set base.revision: COMMIT" in told
+    assert found({"id": "org/model", "revision": commit}) == []
+    assert found({"id": str(tmp_path)}) == []

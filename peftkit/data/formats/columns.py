@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from peftkit.data.bounded import why_not_plain
 from peftkit.data.formats.base import BadRow
 from peftkit.data.read import Row
 from peftkit.errors import Problem, UserError
@@ -18,6 +19,10 @@ def _line(text: str, where: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     try:
+        reason = why_not_plain(text)
+        if reason and not reason.startswith("no Jinja"):
+            got = f"{text[:200]!r}, which may take any time or memory ({reason})"
+            raise UserError(Problem(where, got, "a line that only puts columns together"))
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_as_text)
         return environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
@@ -64,7 +69,14 @@ def _filled(line: Any, row: Row) -> str:
 
     try:
         return str(line.render(row.fields))
-    except jinja2.TemplateError as error:
+    except (
+        jinja2.TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise BadRow(
             f"a row that the line of columns cannot fill ({error})", "its columns in the row"
         ) from None

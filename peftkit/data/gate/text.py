@@ -8,26 +8,10 @@ from itertools import pairwise
 
 from peftkit.data.formats.base import Example, Message
 from peftkit.data.gate.tally import Tally
+from peftkit.secrets import SHAPES
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u0080-\u009f\u200b\u2060\ufdd0-\ufdef\ufffe\uffff]")
 _EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{2,63})+")
-_SECRETS: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
-    (mark, name, re.compile(pattern))
-    for mark, name, pattern in (
-        ("-----BEGIN", "a private key", r"-----BEGIN (?:[A-Z]+ ){0,2}PRIVATE KEY-----"),
-        ("AKIA", "an AWS access key", r"\bAKIA[0-9A-Z]{16}\b"),
-        ("ASIA", "an AWS access key", r"\bASIA[0-9A-Z]{16}\b"),
-        ("sk-", "an API key", r"\bsk-(?:proj-|ant-[a-z0-9]+-)?[A-Za-z0-9_-]{20,}"),
-        ("sk_live_", "a Stripe key", r"\bsk_live_[A-Za-z0-9]{16,}"),
-        ("gh", "a GitHub token", r"\bgh[pousr]_[A-Za-z0-9]{36,}"),
-        ("github_pat_", "a GitHub token", r"\bgithub_pat_[A-Za-z0-9_]{40,}"),
-        ("glpat-", "a GitLab token", r"\bglpat-[A-Za-z0-9_-]{20,}"),
-        ("hf_", "a Hugging Face token", r"\bhf_[A-Za-z0-9]{30,}"),
-        ("xox", "a Slack token", r"\bxox[abprs]-[A-Za-z0-9-]{10,}"),
-        ("AIza", "a Google API key", r"\bAIza[A-Za-z0-9_-]{35}\b"),
-        ("eyJ", "a signed web token", r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"),
-    )
-)
 
 
 def _said(turn: Message) -> str:
@@ -86,7 +70,7 @@ def hidden(secret: str) -> str:
 
 def has_secret(text: str) -> bool:
     """Whether a text holds what must not be shown: a key, a token, an e-mail address."""
-    found = any(mark in text and pattern.search(text) for mark, _, pattern in _SECRETS)
+    found = any(mark in text and pattern.search(text) for mark, _, pattern in SHAPES)
     return found or ("@" in text and _EMAIL.search(text) is not None)
 
 
@@ -102,7 +86,7 @@ def look(example: Example, tally: Tally) -> None:
             _mojibake(text, example.where, tally)
         elif is_mojibake(text):
             tally.add("mojibake", example.where, _short(text))
-    for mark, name, pattern in _SECRETS:
+    for mark, name, pattern in SHAPES:
         if mark in text and (found := pattern.search(text)):
             tally.add("secrets", example.where, f"{name}: {hidden(found[0])}")
     if "@" in text and (found := _EMAIL.search(text)):

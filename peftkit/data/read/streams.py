@@ -17,6 +17,8 @@ from peftkit.recipe.paths import COMPRESSED_SUFFIXES
 
 MAX_LINE_BYTES = 64 * 2**20
 _PIECE = 2**20
+_EXPANDS = 200  # times: texts compress to a third to a twentieth, very repetitive ones to a hundredth
+_EXPANDS_FREELY = 256 * 2**20  # bytes
 
 # how files begin that are not text
 _MAGIC = {
@@ -90,7 +92,30 @@ def opened(file: File) -> Iterator[io.BufferedReader]:
                 f"{kind}, as the name says",
                 f"was it decompressed already? drop {packed} from its name",
             )
-        yield io.BufferedReader(stack.enter_context(_decompressed(raw, packed)), _PIECE)
+        yield io.BufferedReader(_Measured(stack.enter_context(_decompressed(raw, packed)), file), _PIECE)
+
+
+class _Measured(io.RawIOBase):
+    """What is decompressed, as long as it does not expand beyond all that data does."""
+
+    def __init__(self, inner: Any, file: File) -> None:
+        self._inner, self._file, self._num_bytes = inner, file, 0
+        self._most = max(_EXPANDS_FREELY, _EXPANDS * file.path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As the standard library asks. Raises UserError where the file expands too far."""
+        found = self._inner.read(min(len(buffer), _PIECE))
+        self._num_bytes += len(found)
+        if self._num_bytes > self._most:
+            packed = self._file.path.stat().st_size
+            got = f"{packed:,} bytes that expand to more than {self._most:,}"
+            fix = "if this is right, decompress it yourself and name the file that comes out"
+            raise self._file.refuse(got, f"data that expands {_EXPANDS} times at most", fix)
+        buffer[: len(found)] = found
+        return len(found)
 
 
 def _decompressed(raw: BinaryIO, packed: str) -> Any:

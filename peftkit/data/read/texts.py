@@ -11,9 +11,10 @@ from itertools import chain
 from typing import Any, NoReturn
 
 from peftkit.data.read.rows import Fault, File, Row, malformed, misencoded
-from peftkit.data.read.streams import MAX_LINE_BYTES, Line, decoded, lines, opened, wide
+from peftkit.data.read.streams import MAX_LINE_BYTES, Line, decoded, lines, opened, suffixes, wide
 from peftkit.errors import UserError
 
+MAX_PACKED_ARRAY_BYTES = 512 * 2**20  # a file that is not compressed shows its size
 MAX_RECORD_BYTES = 16 * 2**20  # of a table: the csv module takes four bytes and more for each
 _GAP = re.compile(r"[ \t\r\n]*")
 
@@ -87,7 +88,13 @@ def json_array(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]
         if fault := wide(file, stream):
             yield fault
             return
-        whole = decoded(stream.read(), 1, file.name)
+        packed = suffixes(file.path)[1]
+        raw = stream.read(MAX_PACKED_ARRAY_BYTES + 1) if packed else stream.read()
+        if packed and len(raw) > MAX_PACKED_ARRAY_BYTES:
+            got = f"one JSON array that expands to more than {MAX_PACKED_ARRAY_BYTES:,} bytes"
+            raise file.refuse(got, "less, or JSON lines, which are read one by one", "decompress it yourself")
+        whole = decoded(raw, 1, file.name)
+        del raw
     if whole.fault is not None:
         yield whole.fault
         return
