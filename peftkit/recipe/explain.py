@@ -44,6 +44,8 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, dict):
         return "a mapping"
+    if isinstance(value, int) and abs(value) >= 10**60:
+        return f"a number of about {value.bit_length() * 0.30103:,.0f} digits"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
