@@ -123,7 +123,7 @@ class _Walk:
                 first = self.lines[(*key, name)]
                 self.refuse(
                     key_node,
-                    f"the key {'.'.join(map(str, (*key, name)))} again",
+                    f"the key {dotted((*key, name))} again",
                     "each key once",
                     f"it stands on line {first} already",
                 )
@@ -131,6 +131,11 @@ class _Walk:
             self.lines[(*key, name)] = key_node.start_mark.line + 1
             found[name] = self.value(value_node, (*key, name))
         return found
+
+
+def dotted(key: Key) -> str:
+    """'method.rank', with parts that are no key of a recipe cut to what a line holds."""
+    return ".".join(part if len(part) <= 60 else f"{part[:57]}..." for part in map(str, key))
 
 
 def _explain(name: str, text: str, error: Exception) -> Problem:
@@ -163,8 +168,8 @@ def _compose(text: str, walk: _Walk) -> yaml.Node | None:
     try:
         loader = _Loader(text)
         node: yaml.Node | None = loader.get_single_node()
-    # ValueError: characters beyond Unicode, and numbers too long to be read
-    except (yaml.YAMLError, ValueError, RecursionError, _TooMuchError) as error:
+    # ValueError, OverflowError: characters beyond Unicode, and numbers too long to be read
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, _TooMuchError) as error:
         raise UserError(_explain(walk.name, text, error)) from None
     for tag, line in loader.tags:
         short = tag.replace("tag:yaml.org,2002:", "!!")

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from peftkit.errors import Problem, UserError
-from peftkit.recipe.document import MAX_DEPTH, Document, Key, parse_value, read_document
+from peftkit.recipe.document import MAX_DEPTH, Document, Key, dotted, parse_value, read_document
 from peftkit.recipe.explain import explain, show
 from peftkit.recipe.paths import anchored
 from peftkit.recipe.schema import Recipe
@@ -56,11 +56,11 @@ class LoadedRecipe:
 
 
 def _where(sources: Mapping[Key, Source], name: str, key: Key) -> str:
-    dotted = ".".join(str(part) for part in key)
+    told = dotted(key)
     for length in range(len(key), 0, -1):
         if key[:length] in sources:
-            return f"{sources[key[:length]].where} {dotted}"
-    return f"{name} {dotted}".strip()
+            return f"{sources[key[:length]].where} {told}"
+    return f"{name} {told}".strip()
 
 
 def _long_form(data: dict[str, Any], lines: dict[Key, int]) -> None:
@@ -136,11 +136,11 @@ def _overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]
     found: dict[str, Any] = {}
     problems = []
     for text in overrides:
-        dotted, equals, value = text.partition("=")
-        parts = dotted.strip().split(".")
-        where = f"command line {_NO_TEXT.sub('?', dotted)}"
+        name, equals, value = text.partition("=")
+        parts = name.strip().split(".")
+        where = f"command line {_NO_TEXT.sub('?', dotted(tuple(parts)))}"
         if not equals or not all(parts):
-            problems.append(Problem("command line", repr(text), "key=value", "for example method.rank=32"))
+            problems.append(Problem("command line", show(text), "key=value", "for example method.rank=32"))
             continue
         if len(parts) > MAX_DEPTH:
             problems.append(Problem("command line", f"a key of {len(parts)} parts", "a key of the recipe"))
