@@ -226,13 +226,6 @@ def save_result(model: Any, plan: Plan, tokenizer: Any, folder: Path, *, start: 
     card.unlink(missing_ok=True)  # PEFT's template of a card: placeholders that say nothing of this run
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
-    """The base with a saved adapter, for inference."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, folder)
-
-
 def build_loraplus_optimizer(model: Any, plan: Plan) -> Any:
     """AdamW with LoRA+'s larger rate for B (Hayou et al. 2024), by PEFT's own builder."""
     import torch

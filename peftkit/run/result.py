@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,10 +46,10 @@ def open_result(path: Path) -> Result:
     if not folder.is_dir():
         fix = f"go on with it: peftkit resume {path}"
         raise UserError(Problem(str(path), "a run without a result", "a finished run", fix))
-    from peftkit.model.adapter import load_adapter
     from peftkit.model.hardware import detect_device
     from peftkit.model.load import load_model, load_tokenizer, loadable
     from peftkit.model.locate import locate
+    from peftkit.model.saved import load_adapter
 
     device = detect_device().kind
     tokenizer = load_tokenizer(str(folder), plan.base)
@@ -65,26 +64,26 @@ def open_result(path: Path) -> Result:
 
 def _adapter_config(path: Path) -> dict[str, Any]:
     """PEFT's configuration in an adapter folder, found whole."""
-    file = path / "adapter_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            Problem(str(file), f"text that is not JSON ({error})", "PEFT's configuration")
-        ) from None
-    if not isinstance(config, dict) or not config.get("base_model_name_or_path"):
-        raise UserError(Problem(str(file), "no base_model_name_or_path", "the base that it was trained on"))
-    if not (path / "adapter_model.safetensors").is_file():
-        raise UserError(Problem(str(path), "no adapter_model.safetensors", "the adapter's weights"))
+    from peftkit.model.saved import CONFIG, WEIGHTS, read_adapter_config
+
+    file, config = str(path / CONFIG), read_adapter_config(path)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base.strip() or "\0" in base:
+        raise UserError(Problem(file, "no base_model_name_or_path", "the base that it was trained on"))
+    if not isinstance(revision, str | None):
+        raise UserError(Problem(f"{file} revision", f"a {type(revision).__name__}", "text, or null"))
+    if not (path / WEIGHTS).is_file():
+        raise UserError(Problem(str(path), f"no {WEIGHTS}", "the adapter's weights"))
     return config
 
 
 def _foreign(path: Path) -> Result:
     """An adapter away from its run, on the base that its configuration names, unquantized."""
-    from peftkit.model.adapter import PEFT_TASKS, load_adapter
+    from peftkit.model.adapter import PEFT_TASKS
     from peftkit.model.hardware import detect_device
     from peftkit.model.load import load_model, load_tokenizer, loadable
     from peftkit.model.locate import locate
+    from peftkit.model.saved import load_adapter
     from peftkit.model.shapes import shape_of_base
 
     config, where = _adapter_config(path), str(path / "adapter_config.json")
