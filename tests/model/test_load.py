@@ -229,10 +229,10 @@ def test_an_untied_t5_is_counted_as_it_loads(tmp_path):
 @pytest.mark.parametrize("name", ["x" * 5000, "./" + "x" * 5000, "/" + "x" * 5000, "x" * 5000 + ".gguf"])
 def test_names_that_no_file_can_have_are_told(name):
     with pytest.raises(UserError):
-        locate(name, where="base", need_weights=False, shapes_alone=True)
+        find(name, need_weights=False, shapes_alone=True)
 
 
 def test_a_config_nested_without_end_is_told(tmp_path):
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="not JSON"):
-        locate(str(tmp_path), where="base", need_weights=False, shapes_alone=True)
+        find(tmp_path, need_weights=False, shapes_alone=True)
