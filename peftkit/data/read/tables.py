@@ -9,7 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from peftkit.data.read.rows import Fault, File, Row, malformed, misencoded
+from peftkit.data.read.rows import Fault, File, Row, malformed, misencoded, twice
 from peftkit.data.read.streams import MAX_LINE_BYTES, seems, unpacked
 
 _BATCH = 128
@@ -90,9 +90,8 @@ def _check(batch: Any) -> None:
 
 def rows_of(file: File, schema: Any, batches: Iterable[Any]) -> Iterator[Row | Fault]:
     """The rows of Arrow batches; one that has no JSON form is a fault."""
-    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
-    if twice:
-        raise file.refuse(f"the column {twice[0]!r} twice", "columns of unlike names")
+    if (name := twice(schema.names)) is not None:
+        raise file.refuse(f"the column {name!r} twice", "columns of unlike names")
     coarse = _microseconds(schema)
     special = [field.name for field in schema if not _is_plain(field.type)]
     number = 0

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NoReturn
 
-from peftkit.data.read.rows import Fault, File, Row, malformed, misencoded
+from peftkit.data.read.rows import Fault, File, Row, malformed, misencoded, twice
 from peftkit.data.read.streams import MAX_LINE_BYTES, Line, decoded, lines, opened, wide
 from peftkit.errors import UserError
 
@@ -34,9 +34,7 @@ def _finite(text: str) -> float:
 def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _RefusedError(f"the key {twice!r} twice")
+        raise _RefusedError(f"the key {twice(name for name, _ in pairs)!r} twice")
     return value
 
 
@@ -198,10 +196,9 @@ def _header(file: File, records: Iterator[tuple[Any, str]]) -> list[str]:
         if isinstance(cells, Fault):
             raise UserError(cells.problem)
         if cells:
-            twice = sorted({name for name in cells if cells.count(name) > 1})
-            if twice:
+            if (name := twice(cells)) is not None:
                 line = int(where.rpartition(":")[2])
-                raise file.refuse(f"the column {twice[0]!r} twice", "columns of unlike names", line=line)
+                raise file.refuse(f"the column {name!r} twice", "columns of unlike names", line=line)
             return list(cells)
     return []
 
