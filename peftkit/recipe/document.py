@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from peftkit.errors import Problem, UserError
+from peftkit.units import clipped
 
 Key = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
@@ -135,7 +136,7 @@ class _Walk:
 
 def dotted(key: Key) -> str:
     """'method.rank', with parts that are no key of a recipe cut to what a line holds."""
-    return ".".join(part if len(part) <= 60 else f"{part[:57]}..." for part in map(str, key))
+    return ".".join(clipped(str(part)) for part in key)
 
 
 def _explain(name: str, text: str, error: Exception) -> Problem:

@@ -275,6 +275,12 @@ def changed(rng: random.Random) -> Case:
     return Case("changed", case.name, _changed(rng, case.content))
 
 
+def _wide(rng: random.Random, num: int) -> bytes:
+    """A row of thousands of columns."""
+    name = rng.choice(["prompt", "c", "text "])
+    return json.dumps({f"{name}{number}": "a" for number in range(num)}).encode()
+
+
 def odd(rng: random.Random) -> Case:
     """What is no data file, or is one of another kind."""
     case = whole(rng)
@@ -310,6 +316,9 @@ def odd(rng: random.Random) -> Case:
             ),
             *(case.content.decode("latin-1").encode("utf-16"), case.content * 2, gzip.compress(case.content)),
             *(
+                _wide(rng, 5000),
+                b'{"' + b"x" * 100_000 + b'": 1}',
+                ",".join(f"c{number}" for number in range(5000)).encode() + b"\n1",
                 case.content,
                 b"[" + b"{}," * 20_000 + b"{}]",
                 b'{"a":' * 50_000,

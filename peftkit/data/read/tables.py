@@ -11,6 +11,7 @@ from typing import Any
 
 from peftkit.data.read.rows import Fault, File, Row, malformed, misencoded, twice
 from peftkit.data.read.streams import MAX_LINE_BYTES, seems, unpacked
+from peftkit.units import clipped
 
 _BATCH = 128
 _BUFFER = 2**20
@@ -91,7 +92,7 @@ def _check(batch: Any) -> None:
 def rows_of(file: File, schema: Any, batches: Iterable[Any]) -> Iterator[Row | Fault]:
     """The rows of Arrow batches; one that has no JSON form is a fault."""
     if (name := twice(schema.names)) is not None:
-        raise file.refuse(f"the column {name!r} twice", "columns of unlike names")
+        raise file.refuse(f"the column {clipped(name)!r} twice", "columns of unlike names")
     coarse = _microseconds(schema)
     special = [field.name for field in schema if not _is_plain(field.type)]
     number = 0

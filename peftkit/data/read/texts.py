@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from peftkit.data.read.rows import Fault, File, Row, malformed, misencoded, twice
 from peftkit.data.read.streams import MAX_LINE_BYTES, Line, decoded, lines, opened, wide
 from peftkit.errors import UserError
+from peftkit.units import clipped
 
 MAX_RECORD_BYTES = 16 * 2**20  # of a table: the csv module takes four bytes and more for each
 _GAP = re.compile(r"[ \t\r\n]*")
@@ -28,13 +29,13 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _finite(text: str) -> float:
     value = float(text)
-    return value if math.isfinite(value) else _refuse_constant(text)
+    return value if math.isfinite(value) else _refuse_constant(clipped(text))
 
 
 def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise _RefusedError(f"the key {twice(name for name, _ in pairs)!r} twice")
+        raise _RefusedError(f"the key {clipped(twice(name for name, _ in pairs) or '')!r} twice")
     return value
 
 
@@ -198,7 +199,7 @@ def _header(file: File, records: Iterator[tuple[Any, str]]) -> list[str]:
         if cells:
             if (name := twice(cells)) is not None:
                 line = int(where.rpartition(":")[2])
-                raise file.refuse(f"the column {name!r} twice", "columns of unlike names", line=line)
+                raise file.refuse(f"the column {clipped(name)!r} twice", "columns of unlike names", line=line)
             return list(cells)
     return []
 
