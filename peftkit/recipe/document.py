@@ -20,6 +20,7 @@ Key = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 MAX_NODES = 10_000
 MAX_DEPTH = 50
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # no file and no terminal takes NUL, or half of a surrogate pair
 _MAX_DIGITS = 1000  # Python refuses to read, and to show, numbers of more than 4300
 
 

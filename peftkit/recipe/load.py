@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os.path
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from peftkit.errors import Problem, UserError
-from peftkit.recipe.document import MAX_DEPTH, Document, Key, dotted, parse_value, read_document
+from peftkit.recipe.document import MAX_DEPTH, NO_TEXT, Document, Key, dotted, parse_value, read_document
 from peftkit.recipe.explain import explain, show
 from peftkit.recipe.paths import anchored
 from peftkit.recipe.schema import Recipe
@@ -21,7 +20,6 @@ from peftkit.recipe.shipped import find_shipped
 
 _SHORT_FORMS = {"base": "id", "method": "name"}
 _MAX_CHAIN = 50
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def _overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]
     for text in overrides:
         name, equals, value = text.partition("=")
         parts = name.strip().split(".")
-        where = f"command line {_NO_TEXT.sub('?', dotted(tuple(parts)))}"
+        where = f"command line {NO_TEXT.sub('?', dotted(tuple(parts)))}"
         if not equals or not all(parts):
             problems.append(Problem("command line", show(text), "key=value", "for example method.rank=32"))
             continue
@@ -195,7 +193,7 @@ def _no_text(data: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
     elif isinstance(data, list):
         for number, value in enumerate(data):
             yield from _no_text(value, (*key, number))
-    elif isinstance(data, str) and (found := _NO_TEXT.search(data)):
+    elif isinstance(data, str) and (found := NO_TEXT.search(data)):
         yield key, f"the character U+{ord(found[0]):04X} in {show(data)}"
 
 
@@ -216,7 +214,7 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
         python = Source("python", "python", Path.cwd())
         _merge(data, given, sources, {k: python for k in _keys(given) if k})
     else:
-        if _NO_TEXT.search(str(source)):
+        if NO_TEXT.search(str(source)):
             raise UserError(Problem(repr(str(source)), "a name that no file can have", "a recipe"))
         path = find_shipped(str(source)) or Path(source)
         name = str(path)

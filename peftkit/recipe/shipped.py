@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftkit.errors import Problem, UserError, did_you_mean
-from peftkit.recipe.document import dump_text
+from peftkit.recipe.document import NO_TEXT, dump_text
 from peftkit.recipe.paths import stands
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -73,6 +73,8 @@ train:
 
 
 def new_recipe(base: str, method: str) -> str:
-    """The text of a new recipe for a model and a method."""
+    """The text of a new recipe for a model and a method. Raises UserError for a base that is no text."""
+    if NO_TEXT.search(base):
+        raise UserError(Problem("recipes new", repr(base), "the name of a model"))
     quoted = dump_text({"base": base}).removeprefix("base: ").strip()
     return _NEW.format(base=" ".join(base.split()), quoted=quoted, method=method)

@@ -11,6 +11,7 @@ from peftkit.errors import Problem, UserError
 from peftkit.plan import Plan
 from peftkit.plan.resolve import how_to_generate, plain_base
 from peftkit.plan.task import FORMAT_TASKS
+from peftkit.recipe.paths import stands
 from peftkit.report import read_plan
 from peftkit.rundir import RunDir
 
@@ -37,6 +38,8 @@ def _run_of(path: Path) -> Path:
 
 def open_result(path: Path) -> Result:
     """Load what a run trained, or an adapter folder on its base. Raises UserError where there is none."""
+    if not stands(path):
+        raise UserError(Problem(str(path), "nothing there", "a run directory, or an adapter folder"))
     place = _run_of(path)
     if not (place / "plan.json").is_file() and (path / "adapter_config.json").is_file():
         return _foreign(path)
