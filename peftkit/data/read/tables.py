@@ -30,7 +30,7 @@ def parquet(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]:
     with (
         unpacked(file) as path,
         _told(file, path, "Parquet"),
-        pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as found,
+        pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, page_checksum_verification=True) as found,
     ):
         yield from rows_of(file, found.schema_arrow, found.iter_batches(_BATCH))
 
