@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from math import isqrt
 
 _SHARE = re.compile(r"^(\d+(?:\.\d+)?)\s*%$")
 
@@ -15,6 +16,23 @@ def parse_share(text: str) -> float:
     if not found or not 0 <= float(found[1]) <= 100:
         raise ValueError(f"{text!r} is not a percentage such as 5%")
     return float(found[1]) / 100
+
+
+def clipped(text: str, most: int = 60) -> str:
+    """A foreign text as a message shows it: not longer than a line holds."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Foreign names in a row: the first few, each clipped, and how many more there are."""
+    more = [f"{len(names) - most:,} more"] if len(names) > most else []
+    return ", ".join([*(clipped(name) for name in names[:most]), *more])
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, the largest first. Takes as long as the number's root is large."""
+    small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)}, reverse=True)
 
 
 def show_bytes(num_bytes: float) -> str:

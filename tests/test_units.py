@@ -2,7 +2,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftkit.units import parse_share, show_bytes, show_count, show_percent, show_seconds
+from peftkit.units import (
+    clipped,
+    divisors,
+    listed,
+    parse_share,
+    show_bytes,
+    show_count,
+    show_percent,
+    show_seconds,
+)
 
 
 @given(st.integers(0, 100))
@@ -32,3 +41,19 @@ def test_what_steers_a_terminal_is_only_shown():
 
     assert printable("a\x1b[2Jb\u202ec\n\td") == "a<1B>[2Jb<202E>c\n\td"
     assert printable("café 日本") == "café 日本"
+
+
+@given(st.integers(1, 5000))
+def test_divisors_are_all_there_are(number):
+    assert divisors(number) == [size for size in range(number, 0, -1) if number % size == 0]
+
+
+def test_divisors_of_large_numbers_take_no_time():
+    assert divisors(2**31 - 1) == [2**31 - 1, 1]
+
+
+def test_foreign_texts_are_shown_in_part():
+    assert clipped("a" * 60) == "a" * 60
+    assert clipped("a" * 61) == "a" * 57 + "..."
+    assert listed(["a", "b"]) == "a, b"
+    assert listed(["a", "b", "c" * 99, "d"], most=3) == f"a, b, {'c' * 57}..., 1 more"

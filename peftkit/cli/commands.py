@@ -85,7 +85,12 @@ def check_data(arguments: argparse.Namespace) -> int:
         from peftkit.rundir import write_text
 
         title = f"The data of {Path(loaded.name).name}"
-        write_text(Path(arguments.html), data_page(report.to_json(), report.rows(), title=title))
+        page = data_page(report.to_json(), report.rows(), title=title)
+        try:
+            write_text(Path(arguments.html), page)
+        except OSError as error:
+            got = f"{arguments.html}, which cannot be written ({error.strerror})"
+            raise UserError(Problem("--html", got, "a file in a folder that can be written")) from None
     if arguments.json:
         print(json.dumps(report.to_json(), indent=2))
     else:

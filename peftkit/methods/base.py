@@ -31,7 +31,7 @@ Targets = Annotated[
         "a module name, or a list of these"
     ),
 ]
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]  # what is counted here is never more
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 

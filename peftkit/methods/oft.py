@@ -26,7 +26,9 @@ class OftOptions(Options):
     """Orthogonal rotations: the angles between neurons are kept."""
 
     name: Literal["oft"]
-    block_size: int = Field(32, ge=2, description="width of the rotated blocks; must divide every input")
+    block_size: int = Field(
+        32, ge=2, lt=2**31, description="width of the rotated blocks; must divide every input"
+    )
     targets: Targets = "auto"
     dropout: float = Field(0.0, ge=0, lt=1, description="chance that a block is left alone in a step")
 
@@ -63,9 +65,8 @@ def conflicts(options: OftOptions, shape: ModelShape, selection: Selection) -> I
     """PEFT would adjust a block size that does not divide, and only warn."""
     odd = [module for module in selection.modules if module.d_in % options.block_size]
     if odd:
-        fits = [
-            b for b in range(options.block_size, 1, -1) if all(m.d_in % b == 0 for m in selection.modules)
-        ]
+        largest = min(options.block_size, *(m.d_in for m in selection.modules), odd[0].d_in)
+        fits = [b for b in range(largest, 1, -1) if all(m.d_in % b == 0 for m in selection.modules)]
         fix = f"try block_size: {fits[0]}" if fits else "leave that layer out of method.targets"
         got = f"{options.block_size}, which does not divide the {odd[0].d_in} inputs of {odd[0].name}"
         yield Conflict("block_size", got, "a divisor of every input", fix)

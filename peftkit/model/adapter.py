@@ -10,7 +10,6 @@ from typing import Any
 from peftkit.archs import place_of
 from peftkit.errors import Problem, UserError
 from peftkit.methods.lora import CHANGES_BASE
-from peftkit.model.contained import check_adapter_weights, check_folder
 from peftkit.plan.plan import MethodPlan, Plan
 from peftkit.plan.targets import unmatched
 from peftkit.rundir import publish_folder
@@ -225,15 +224,6 @@ def save_result(model: Any, plan: Plan, tokenizer: Any, folder: Path, *, start: 
     tokenizer.save_pretrained(folder)
     card = folder / "README.md"
     card.unlink(missing_ok=True)  # PEFT's template of a card: placeholders that say nothing of this run
-
-
-def load_adapter(model: Any, folder: Path) -> Any:
-    """The base with a saved adapter, for inference. Raises UserError where its weights are pickled."""
-    from peft import PeftModel
-
-    check_folder(folder)
-    check_adapter_weights(folder)
-    return PeftModel.from_pretrained(model, folder)
 
 
 def build_loraplus_optimizer(model: Any, plan: Plan) -> Any:

@@ -12,6 +12,7 @@ from peftkit.archs import EMBEDDED, KNOWN, Embedded
 from peftkit.errors import Problem, UserError, did_you_mean
 from peftkit.hub import hub_answers, hub_is_off
 from peftkit.model.contained import check_folder, how_to_convert, pickled_weights, read_json_file
+from peftkit.recipe.paths import stands
 from peftkit.rundir import sha256_of
 
 Kind = Literal["hub", "folder", "gguf", "embedded"]
@@ -175,13 +176,14 @@ def locate(
             path = path.parent
         return Base(model_id, "embedded", path, entry.config)
     path = Path(model_id)
+    there = stands(path)
     if model_id.endswith(".gguf"):
-        if not path.is_file():
+        if not there or not path.is_file():
             raise UserError(Problem(where, f"{model_id}, which is not there", "a .gguf file"))
         return Base(model_id, "gguf", path, None)
-    if shapes_alone and path.name == "config.json" and path.is_file():
+    if there and shapes_alone and path.name == "config.json" and path.is_file():
         return Base(model_id, "folder", path.parent, _config_file(path, where))
-    if path.is_dir():
+    if there and path.is_dir():
         return _folder(path, where, shapes_alone=shapes_alone)
     if path.is_absolute():
         raise UserError(Problem(where, f"{model_id}, which is not there", "a model folder or a .gguf file"))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from peftkit.errors import Problem, UserError, did_you_mean
 from peftkit.plan.facts import DeviceFacts
+from peftkit.units import clipped
 
 _GIB = 2**30
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)(tib|tb|gib|gb|g|mib|mb)?$")
@@ -75,8 +76,9 @@ def device_of(text: str, here: DeviceFacts, *, where: str = "--gpu") -> tuple[De
         made = DeviceFacts("cuda", gpu.title, memory, gpu.has_bf16, has_bitsandbytes=True)
         return made, "bitsandbytes is assumed to be installed there"
     size = _SIZE.match(joined) if not wanted.startswith("-") else None
-    memory = int(float(size[1]) * _UNITS[size[2] or "gib"]) if size else 0
-    if size and 0 < memory <= _MOST_GIB * 2**30:
+    num_bytes = float(size[1]) * _UNITS[size[2] or "gib"] if size else 0.0
+    if size and 1 <= num_bytes <= _MOST_GIB * 2**30:
+        memory = int(num_bytes)
         made = DeviceFacts("cuda", f"a GPU of {text.strip()}", memory, True, has_bitsandbytes=True)
         assumed = "a GPU with bf16 and bitsandbytes is assumed"
         if size[2] is None:
@@ -85,7 +87,7 @@ def device_of(text: str, here: DeviceFacts, *, where: str = "--gpu") -> tuple[De
         return made, assumed
     alike = [name for name in GPUS if joined and joined in name.replace("-", "")]
     fix = f"did you mean {' or '.join(alike)}?" if alike else did_you_mean(wanted, list(GPUS))
-    raise UserError(Problem(where, repr(text), "a GPU's name, a size such as 24GiB, or this", fix))
+    raise UserError(Problem(where, repr(clipped(text)), "a GPU's name, a size such as 24GiB, or this", fix))
 
 
 def teraflops_of(name: str) -> float | None:

@@ -10,7 +10,7 @@ from peftkit.plan.facts import DeviceFacts, Facts, Packs
 from peftkit.plan.memory import Held, closed_form, evaluation_rows, held_by
 from peftkit.plan.packing import best_sampling, mean_tokens, packs_of
 from peftkit.plan.plan import Batch, Decision, Memory, Plan, TrainPlan
-from peftkit.units import show_bytes
+from peftkit.units import divisors, show_bytes
 
 TIGHT = 0.08  # of the device's memory: below this margin a run may fail by fragmentation
 _SLOWER = {"none": 1.0, "selective": 1.17, "full": 1.33}  # of a step: a third of the work is done again
@@ -91,7 +91,7 @@ def _with_held_out(batch: Batch, plan: Plan, facts: Facts) -> Batch:
 
 def micro_batches(batch_size: int) -> list[int]:
     """Divisors, largest first: the accumulation must come out whole."""
-    return [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
+    return divisors(batch_size)
 
 
 def with_micro_batch(plan: Plan, size: int) -> Plan:

@@ -10,6 +10,7 @@ from peftkit.methods import Method
 from peftkit.plan.decisions import Decisions
 from peftkit.plan.facts import Facts, Lengths, Packs, Row
 from peftkit.plan.plan import Plan
+from peftkit.units import divisors
 
 RANDOM, BY_LENGTH = "random", "by length"
 _FULL = 0.98  # of a pack's room, where the rows are not laid together yet: best-fit decreasing leaves less
@@ -122,7 +123,7 @@ def _packed(d: Decisions, facts: Facts, max_length: int, batch_size: int) -> Row
     d.decide("train.packs_per_step", size, f"{batch_size} examples are {about}")
     micro = d.loaded.recipe.train.micro_batch
     if counted and isinstance(micro, int) and size % micro:
-        best = max(one for one in range(1, micro + 1) if size % one == 0)
+        best = next(one for one in divisors(size) if one <= micro)
         fix = f"try micro_batch: {best}, or another batch_size: {batch_size} examples are {about}"
         d.refuse("train.micro_batch", f"{micro} with {size} packs a step", f"a divisor of {size}", fix)
     return Rows(True, packs.num, size)

@@ -12,6 +12,7 @@ from peftkit.methods.prefix import PrefixOptions
 from peftkit.recipe.load import LoadedRecipe
 from peftkit.recipe.paths import is_commit
 from peftkit.recipe.schema import Recipe
+from peftkit.units import divisors
 
 Rule = Callable[[Recipe, LoadedRecipe], Iterator[Problem]]
 
@@ -116,7 +117,7 @@ def _micro_batch_divides(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Probl
             loaded.where(("train", "micro_batch")),
             f"{micro} with batch_size {batch}",
             "a divisor of batch_size",
-            f"try micro_batch: {max(d for d in range(1, micro + 1) if batch % d == 0)}",
+            f"try micro_batch: {next(size for size in divisors(batch) if size <= micro)}",
         )
 
 

@@ -1,7 +1,7 @@
 """YAML with positions: the data of a recipe file, and on which line each key stands.
 
-YAML 1.2's core types only: `off` and `no` are strings, 1e-4 is a number, 12:30 is a string. Tags, duplicate
-keys, merge keys and alias bombs are refused, with their lines.
+YAML 1.2's core types only: `off` and `no` are strings, 1e-4 is a number, 12:30 is a string; beyond them,
+1_000 is a number. Tags, duplicate keys, merge keys and alias bombs are refused, with their lines.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from typing import Any
 import yaml
 
 from peftkit.errors import Problem, UserError
+from peftkit.units import clipped
 
 Key = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 MAX_NODES = 10_000
 MAX_DEPTH = 50
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # no file and no terminal takes NUL, or half of a surrogate pair
+_MAX_DIGITS = 1000  # Python refuses to read, and to show, numbers of more than 4300
 
 
 @dataclass(frozen=True)
@@ -28,26 +31,53 @@ class Document:
     name: str
     data: dict[str, Any]
     lines: dict[Key, int]
+    text: str = ""
+
+
+class _TooMuchError(Exception):
+    """More nodes than a recipe has: composing all of a megabyte of them would take many seconds."""
 
 
 class _Loader(yaml.SafeLoader):
     """Only for composing nodes and resolving plain scalars; nothing is constructed by PyYAML."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.num_nodes = 0
+        self.tags: list[tuple[str, int]] = []  # as they were written, with their lines
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Take the tags off and note them: a node has one too where none was written."""
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            self.tags.append((event.tag, event.start_mark.line + 1))
+            event.tag = None
+        self.num_nodes += 1
+        if self.num_nodes > 2 * MAX_NODES + 1:  # keys are nodes too
+            raise _TooMuchError
+        return super().compose_node(parent, index)
 
 
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^[-+]?\d+(?:_\d+)*$", list("-+0123456789")),
-    ("float", r"^[-+]?(?:\.\d+|\d+(?:\.\d*)?)(?:[eE][-+]?\d+)?$", list("-+.0123456789")),
+    ("int", r"^(?:[-+]?[0-9]+(?:_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
     ("float", r"^(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", list("-+.")),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
+
+def _integer(text: str) -> int:
+    bases = {"0o": 8, "0x": 16}
+    return int(text.replace("_", ""), bases.get(text[:2], 10))
+
+
 _SCALARS = {
     "tag:yaml.org,2002:null": lambda text: None,
     "tag:yaml.org,2002:bool": lambda text: text.lower() == "true",
-    "tag:yaml.org,2002:int": lambda text: int(text.replace("_", "")),
+    "tag:yaml.org,2002:int": _integer,
     "tag:yaml.org,2002:float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
     "tag:yaml.org,2002:str": lambda text: text,
 }
@@ -72,24 +102,19 @@ class _Walk:
                 self.name, f"more than {MAX_NODES} values (aliases repeat them)", "a short recipe"
             )
             raise UserError(problem)
-        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+        if isinstance(node, yaml.MappingNode):
             return self.mapping(node, key)
-        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+        if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*key, i)) for i, item in enumerate(node.value)]
-        if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
-            return _SCALARS[node.tag](node.value)
-        self.refuse(
-            node,
-            f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')}",
-            "plain values",
-            "tags can run code; peftkit allows none",
-        )
-        return None
+        if node.tag.endswith(":int") and len(node.value) > _MAX_DIGITS:
+            self.refuse(node, f"a number of {len(node.value):,} digits", "a number of fewer")
+            return None
+        return _SCALARS[node.tag](node.value)
 
     def mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            if key_node.value == "<<":
+            if key_node.value == "<<" and key_node.style is None:
                 self.refuse(key_node, "the merge key <<", "plain keys", "use extends: other-recipe.yaml")
                 continue
             if not isinstance(key_node, yaml.ScalarNode):
@@ -100,7 +125,7 @@ class _Walk:
                 first = self.lines[(*key, name)]
                 self.refuse(
                     key_node,
-                    f"the key {'.'.join(map(str, (*key, name)))} again",
+                    f"the key {dotted((*key, name))} again",
                     "each key once",
                     f"it stands on line {first} already",
                 )
@@ -110,7 +135,17 @@ class _Walk:
         return found
 
 
-def _explain(name: str, text: str, error: yaml.YAMLError) -> Problem:
+def dotted(key: Key) -> str:
+    """'method.rank', with parts that are no key of a recipe cut to what a line holds."""
+    return ".".join(clipped(str(part)) for part in key)
+
+
+def _explain(name: str, text: str, error: Exception) -> Problem:
+    """What is wrong with text that cannot be composed."""
+    if isinstance(error, RecursionError):
+        return Problem(name, "values nested too deep", "a short recipe")
+    if isinstance(error, _TooMuchError):
+        return Problem(name, f"more than {MAX_NODES} values", "a short recipe")
     mark = getattr(error, "problem_mark", None)
     where = f"{name}:{mark.line + 1}" if mark else name
     lines = text.splitlines()
@@ -124,38 +159,48 @@ def _explain(name: str, text: str, error: yaml.YAMLError) -> Problem:
     context = f" {told}" if told else ""
     return Problem(
         where,
-        f"text that is not YAML ({said}{context})",
+        f"text that is not YAML ({f'{said}{context}'[:200]})",
         "YAML",
         line.strip() and f"near: {line.strip()[:60]}",
     )
 
 
+def _compose(text: str, walk: _Walk) -> yaml.Node | None:
+    """The node of a text, None of an empty one. Raises UserError for what is not YAML."""
+    try:
+        loader = _Loader(text)
+        node: yaml.Node | None = loader.get_single_node()
+    # ValueError, OverflowError: characters beyond Unicode, and numbers too long to be read
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, _TooMuchError) as error:
+        raise UserError(_explain(walk.name, text, error)) from None
+    for tag, line in loader.tags:
+        short = tag.replace("tag:yaml.org,2002:", "!!")
+        fix = "tags can run code; peftkit allows none"
+        walk.problems.append(Problem(f"{walk.name}:{line}", f"the tag {short}", "plain values", fix))
+    return node
+
+
 def parse_text(text: str, *, name: str) -> Document:
     """Parse a recipe's text. Raises UserError with every problem that was found."""
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        if isinstance(error, RecursionError):
-            raise UserError(Problem(name, "values nested too deep", "a short recipe")) from None
-        raise UserError(_explain(name, text, error)) from None
+    walk = _Walk(name)
+    node = _compose(text, walk)
     if node is None:
         fix = "start from one: peftkit recipes new MODEL METHOD"
         raise UserError(Problem(name, "an empty file", "a recipe with base, method and data", fix))
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
         raise UserError(Problem(name, kind, "a mapping with base, method and data"))
-    walk = _Walk(name)
     data = walk.value(node, ())
     if walk.problems:
         raise UserError(walk.problems)
-    return Document(name, data, walk.lines)
+    return Document(name, data, walk.lines, text)
 
 
 def parse_value(text: str) -> Any:
     """One value as YAML would type it: '8' -> 8, 'null' -> None, '[q, v]' -> a list."""
-    node = yaml.compose(text, Loader=_Loader)
     walk = _Walk(text)
-    value = None if node is None else walk.value(node, ())
+    node = _compose(text, walk)
+    value = None if node is None or walk.problems else walk.value(node, ())
     if walk.problems:
         raise UserError(walk.problems)
     return value
@@ -183,7 +228,8 @@ def read_document(path: Path) -> Document:
     """Read and parse a recipe file. Raises UserError where it is no readable YAML mapping."""
     name = str(path)
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError(Problem(name, "no such file", "a recipe", _nearby(path))) from None
     except IsADirectoryError:
@@ -191,7 +237,8 @@ def read_document(path: Path) -> Document:
     except OSError as error:
         raise UserError(Problem(name, f"a file that cannot be read ({error.strerror})", "a recipe")) from None
     if len(raw) > MAX_BYTES:
-        raise UserError(Problem(name, f"{len(raw):,} bytes", f"a recipe of at most {MAX_BYTES:,} bytes"))
+        got = f"more than {MAX_BYTES:,} bytes"
+        raise UserError(Problem(name, got, f"a recipe of at most {MAX_BYTES:,} bytes"))
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

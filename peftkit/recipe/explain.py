@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from peftkit.errors import Problem, did_you_mean
 from peftkit.methods import METHODS
 from peftkit.recipe.schema import Recipe
+from peftkit.units import clipped
 
 Path = tuple[str | int, ...]
 _EXPECTED: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -44,8 +45,10 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, dict):
         return "a mapping"
+    if isinstance(value, int) and abs(value) >= 10**60:
+        return f"a number of about {value.bit_length() * 0.30103:,.0f} digits"
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return clipped(text)
 
 
 def _resolve(loc: Iterable[str | int], data: Any) -> tuple[Path, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os.path
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from peftkit.errors import Problem, UserError
-from peftkit.recipe.document import Document, Key, parse_value, read_document
-from peftkit.recipe.explain import explain
+from peftkit.recipe.document import MAX_DEPTH, NO_TEXT, Document, Key, dotted, parse_value, read_document
+from peftkit.recipe.explain import explain, show
 from peftkit.recipe.paths import anchored
 from peftkit.recipe.schema import Recipe
 from peftkit.recipe.shipped import find_shipped
 
 _SHORT_FORMS = {"base": "id", "method": "name"}
+_MAX_CHAIN = 50
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ class LoadedRecipe:
 
 
 def _where(sources: Mapping[Key, Source], name: str, key: Key) -> str:
-    dotted = ".".join(str(part) for part in key)
+    told = dotted(key)
     for length in range(len(key), 0, -1):
         if key[:length] in sources:
-            return f"{sources[key[:length]].where} {dotted}"
-    return f"{name} {dotted}".strip()
+            return f"{sources[key[:length]].where} {told}"
+    return f"{name} {told}".strip()
 
 
 def _long_form(data: dict[str, Any], lines: dict[Key, int]) -> None:
@@ -72,9 +74,16 @@ def _merge(
     layer: Mapping[str, Any],
     sources: dict[Key, Source],
     layer_sources: Mapping[Key, Source],
-    key: Key = (),
 ) -> None:
     """Lay `layer` over `into`. A section that names another method replaces the inherited one."""
+    replaced = set(_lay(into, layer))
+    for known in [k for k in sources if any(k[:length] in replaced for length in range(1, len(k) + 1))]:
+        del sources[known]
+    sources.update({known: source for known, source in layer_sources.items() if known[0] in layer})
+
+
+def _lay(into: dict[str, Any], layer: Mapping[str, Any], key: Key = ()) -> Iterator[Key]:
+    """Lay the values of `layer` over those of `into`. Gives the keys whose old values went."""
     for name, value in layer.items():
         path = (*key, name)
         old = into.get(name)
@@ -85,14 +94,10 @@ def _merge(
             and value.get("name", old.get("name")) != old.get("name")
         )
         if isinstance(value, Mapping) and isinstance(old, dict) and not other_method:
-            _merge(old, value, sources, layer_sources, path)
+            yield from _lay(old, value, path)
         else:
-            for known in [k for k in sources if k[: len(path)] == path]:
-                del sources[known]
+            yield path
             into[name] = deepcopy(value)
-        for known, source in layer_sources.items():
-            if known[: len(path)] == path:
-                sources[known] = source
 
 
 def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Document, Path]]:
@@ -101,6 +106,8 @@ def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Document, Path
     if here in seen:
         circle = " -> ".join(str(p.name) for p in (*seen[seen.index(here) :], here))
         raise UserError(Problem(str(path), f"a circle of extends: {circle}", "recipes that end somewhere"))
+    if len(seen) == _MAX_CHAIN:
+        raise UserError(Problem(str(path), f"more than {_MAX_CHAIN} recipes that extend each other", "fewer"))
     document = read_document(path)
     parent = document.data.pop("extends", None)
     if parent is None:
@@ -111,7 +118,7 @@ def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Document, Path
             Problem(where, repr(parent), "the path of a recipe", "for example extends: base.yaml")
         )
     target = path.parent / parent
-    if not target.is_file():
+    if not os.path.isfile(target):  # noqa: PTH113  Path's raises for names that no file can have
         raise UserError(
             Problem(
                 where,
@@ -127,16 +134,19 @@ def _overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]
     found: dict[str, Any] = {}
     problems = []
     for text in overrides:
-        dotted, equals, value = text.partition("=")
-        parts = dotted.strip().split(".")
-        where = f"command line {dotted}"
+        name, equals, value = text.partition("=")
+        parts = name.strip().split(".")
+        where = f"command line {NO_TEXT.sub('?', dotted(tuple(parts)))}"
         if not equals or not all(parts):
-            problems.append(Problem("command line", repr(text), "key=value", "for example method.rank=32"))
+            problems.append(Problem("command line", show(text), "key=value", "for example method.rank=32"))
+            continue
+        if len(parts) > MAX_DEPTH:
+            problems.append(Problem("command line", f"a key of {len(parts)} parts", "a key of the recipe"))
             continue
         try:
             typed = parse_value(value)
-        except Exception as error:  # noqa: BLE001  whatever YAML says of it, the value is the user's to mend
-            problems.append(Problem(where, repr(value), "a YAML value", str(error).splitlines()[0]))
+        except UserError as error:
+            problems.append(Problem(where, show(value), "a YAML value", error.problems[0].got))
             continue
         section = found
         for part in parts[:-1]:
@@ -167,9 +177,24 @@ def _drop_overruled_epochs(data: dict[str, Any], sources: dict[Key, Source]) -> 
 
 
 def _keys(data: Any, key: Key = ()) -> list[Key]:
+    if len(key) > MAX_DEPTH:
+        raise UserError(Problem("recipe", "values nested too deep", "a short recipe"))
     if not isinstance(data, Mapping):
         return [key]
     return [key, *(k for name, value in data.items() for k in _keys(value, (*key, name)))]
+
+
+def _no_text(data: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
+    """(key, what it is) for texts that no file and no terminal takes: NUL, half of a surrogate pair."""
+    if isinstance(data, Mapping):
+        for name, value in data.items():
+            yield from _no_text(str(name), key)
+            yield from _no_text(value, (*key, name))
+    elif isinstance(data, list):
+        for number, value in enumerate(data):
+            yield from _no_text(value, (*key, number))
+    elif isinstance(data, str) and (found := NO_TEXT.search(data)):
+        yield key, f"the character U+{ord(found[0]):04X} in {show(data)}"
 
 
 def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -189,6 +214,8 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
         python = Source("python", "python", Path.cwd())
         _merge(data, given, sources, {k: python for k in _keys(given) if k})
     else:
+        if NO_TEXT.search(str(source)):
+            raise UserError(Problem(repr(str(source)), "a name that no file can have", "a recipe"))
         path = find_shipped(str(source)) or Path(source)
         name = str(path)
         chain = _chain(path)
@@ -199,7 +226,7 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
                 k: Source(kind, f"{where}:{line}", where.parent, rank) for k, line in document.lines.items()
             }
             _merge(data, document.data, sources, layer)
-        text = path.read_text(encoding="utf-8-sig")
+        text = chain[-1][0].text
     typed, problems = _overrides(overrides)
     if problems:
         raise UserError(problems)
@@ -207,6 +234,8 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     command = Source("command line", "command line", Path.cwd(), 1_000_000)
     _merge(data, typed, sources, {k: command for k in _keys(typed) if k})
     _drop_overruled_epochs(data, sources)
+    if broken := list(_no_text(data)):
+        raise UserError(Problem(_where(sources, name, key), got, "text") for key, got in broken)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:

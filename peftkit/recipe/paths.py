@@ -46,14 +46,19 @@ def is_data_path(text: str, folder: Path | None = None) -> bool:
         return True
     if text.lower().endswith((*DATA_SUFFIXES, *COMPRESSED_SUFFIXES)):
         return True
-    return bool(text) and folder is not None and (folder / text).exists()
+    return bool(text) and folder is not None and stands(folder / text)
 
 
 def is_model_path(text: str, folder: Path) -> bool:
     """Whether a base is a folder or file rather than a hub id or an embedded name."""
     if text.startswith("embedded:"):
         return False
-    return text.endswith(".gguf") or text.startswith((".", "/", "~")) or (folder / text).exists()
+    return text.endswith(".gguf") or text.startswith((".", "/", "~")) or stands(folder / text)
+
+
+def stands(path: Path) -> bool:
+    """Whether something is there. False for what no file can be called, for which Path's own raises."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def _absolute(text: str, folder: Path) -> str:

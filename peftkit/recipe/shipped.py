@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftkit.errors import Problem, UserError, did_you_mean
-from peftkit.recipe.document import dump_text
+from peftkit.recipe.document import NO_TEXT, dump_text
+from peftkit.recipe.paths import stands
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -41,10 +42,10 @@ def list_shipped() -> list[ShippedRecipe]:
 
 def find_shipped(name: str) -> Path | None:
     """The file of a shipped recipe, where `name` is one and no file of that name stands here."""
-    if Path(name).exists() or "/" in name or name.endswith((".yaml", ".yml")):
+    if stands(Path(name)) or "/" in name or name.endswith((".yaml", ".yml")):
         return None
     path = shipped_folder() / f"{name}.yaml"
-    return path if path.is_file() else None
+    return path if stands(path) else None
 
 
 def show_shipped(name: str) -> str:
@@ -72,6 +73,8 @@ train:
 
 
 def new_recipe(base: str, method: str) -> str:
-    """The text of a new recipe for a model and a method."""
+    """The text of a new recipe for a model and a method. Raises UserError for a base that is no text."""
+    if NO_TEXT.search(base):
+        raise UserError(Problem("recipes new", repr(base), "the name of a model"))
     quoted = dump_text({"base": base}).removeprefix("base: ").strip()
     return _NEW.format(base=" ".join(base.split()), quoted=quoted, method=method)

@@ -12,6 +12,7 @@ from peftkit.model.identity import refuse_other_base
 from peftkit.plan import Plan
 from peftkit.plan.resolve import how_to_generate, plain_base
 from peftkit.plan.task import FORMAT_TASKS
+from peftkit.recipe.paths import stands
 from peftkit.report import read_plan
 from peftkit.rundir import MANIFEST, RunDir, verify_folder
 
@@ -38,6 +39,8 @@ def _run_of(path: Path) -> Path:
 
 def open_result(path: Path) -> Result:
     """Load what a run trained, or an adapter folder on its base. Raises UserError where there is none."""
+    if not stands(path):
+        raise UserError(Problem(str(path), "nothing there", "a run directory, or an adapter folder"))
     place = _run_of(path)
     if not (place / "plan.json").is_file() and (path / "adapter_config.json").is_file():
         return _foreign(path)
@@ -48,10 +51,10 @@ def open_result(path: Path) -> Result:
         fix = f"go on with it: peftkit resume {path}"
         raise UserError(Problem(str(path), "a run without a result", "a finished run", fix))
     _refuse_damaged(folder)
-    from peftkit.model.adapter import load_adapter
     from peftkit.model.hardware import detect_device
     from peftkit.model.load import load_model, load_tokenizer, loadable
     from peftkit.model.locate import locate
+    from peftkit.model.saved import load_adapter
 
     device = detect_device().kind
     tokenizer = load_tokenizer(str(folder), plan.base)
@@ -74,23 +77,27 @@ def _refuse_damaged(folder: Path) -> None:
 
 def _adapter_config(path: Path) -> dict[str, Any]:
     """PEFT's configuration in an adapter folder, found whole."""
-    from peftkit.model.contained import check_adapter_weights, check_folder, read_json_file
+    from peftkit.model.contained import check_adapter_weights, check_folder
+    from peftkit.model.saved import CONFIG, read_adapter_config
 
-    file = path / "adapter_config.json"
     check_folder(path)
-    config = read_json_file(path, file.name)
-    if not config.get("base_model_name_or_path"):
-        raise UserError(Problem(str(file), "no base_model_name_or_path", "the base that it was trained on"))
+    file, config = str(path / CONFIG), read_adapter_config(path)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base.strip() or "\0" in base:
+        raise UserError(Problem(file, "no base_model_name_or_path", "the base that it was trained on"))
+    if not isinstance(revision, str | None):
+        raise UserError(Problem(f"{file} revision", f"a {type(revision).__name__}", "text, or null"))
     check_adapter_weights(path)
     return config
 
 
 def _foreign(path: Path) -> Result:
     """An adapter away from its run, on the base that its configuration names, unquantized."""
-    from peftkit.model.adapter import PEFT_TASKS, load_adapter
+    from peftkit.model.adapter import PEFT_TASKS
     from peftkit.model.hardware import detect_device
     from peftkit.model.load import load_model, load_tokenizer, loadable
     from peftkit.model.locate import locate
+    from peftkit.model.saved import load_adapter
     from peftkit.model.shapes import shape_of_base
 
     config, where = _adapter_config(path), str(path / "adapter_config.json")

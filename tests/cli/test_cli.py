@@ -352,3 +352,35 @@ def test_trusted_code_of_the_hub_needs_a_commit(capsys):
     for revision in ([], ["--revision", "main"]):
         assert main(["inspect", "org/model", "--trust-remote-code", *revision]) == 2
         assert "then --revision COMMIT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "quickstart", "--gpu", "9" * 5000 + "GiB"],
+        ["generate", "x" * 5000, "hello"],
+        ["eval", "x" * 5000],
+        ["eval", "a\0b"],
+        ["inspect", "x" * 5000],
+        ["recipes", "new", "a\0b", "lora"],
+        ["recipes", "show", "a\0b"],
+        ["finetune", "x" * 5000, "--dry-run"],
+        ["finetune", "/dev/zero", "--dry-run"],
+        ["finetune", "quickstart", "--dry-run", ".".join("a" * 3000) + "=1"],
+    ],
+)
+def test_arguments_that_nothing_can_be_called_are_told(arguments, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "got" in said.err
+    assert len(said.err) < 20_000
+
+
+def test_a_page_that_cannot_be_written_is_told(tmp_path, recipe, capsys):
+    from peftkit.recipe.document import dump_text
+
+    (tmp_path / "recipe.yaml").write_text(dump_text(recipe))
+    for place in (tmp_path, tmp_path / ("x" * 300)):
+        assert main(["check", str(tmp_path / "recipe.yaml"), "--html", str(place)]) == 2
+        assert "cannot be written" in capsys.readouterr().err

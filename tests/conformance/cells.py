@@ -233,7 +233,8 @@ def mergeable_text(family: Family) -> list[str]:
 
 
 def _check_saved(bench: Bench, model: Any, folder: Path) -> dict[str, str]:
-    from peftkit.model.adapter import load_adapter, save_result
+    from peftkit.model.adapter import save_result
+    from peftkit.model.saved import load_adapter
     from tests.conformance.tokenizer import NoTokenizer
 
     trained = bench.logits(model)

@@ -227,3 +227,15 @@ def test_an_untied_t5_is_counted_as_it_loads(tmp_path):
     model = attach(load_model(str(folder), plan.base, device="cpu"), plan, tokenizer=None)
     assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
     assert count_parameters(model) == (plan.method.num_trainable, plan.method.num_parameters)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "./" + "x" * 5000, "/" + "x" * 5000, "x" * 5000 + ".gguf"])
+def test_names_that_no_file_can_have_are_told(name):
+    with pytest.raises(UserError):
+        find(name, need_weights=False, shapes_alone=True)
+
+
+def test_a_config_nested_without_end_is_told(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not JSON"):
+        find(tmp_path, need_weights=False, shapes_alone=True)

@@ -1,4 +1,5 @@
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Plan, make_p
 from peftkit.recipe import load
 from peftkit.recipe.shipped import list_shipped
 from peftkit.run.facts import data_facts, memory_problems, model_facts, read
+from tests.plans import cpu_plan
 
 LLAMA = ModelFacts("m", "hub", shape_from_config(KNOWN["meta-llama/Llama-3.1-8B"]))
 GPU = DeviceFacts("cuda", "NVIDIA H100", 85_000_000_000, True, True)
@@ -281,3 +283,24 @@ def test_plan_survives_json(method):
 def test_a_plan_with_token_rows_survives_json():
     made = plan({"name": "lora", "also_train": [{"tokens": ["<a>", "<b>"]}]})
     assert Plan.from_json(json.loads(json.dumps(made.to_json()))).method.token_rows == ("<a>", "<b>")
+
+
+@pytest.mark.parametrize(
+    ("method", "train", "said"),
+    [
+        ({"name": "oft", "block_size": 2**31 - 2}, {"max_length": 64}, "which does not divide"),
+        ("lora", {"batch_size": 2**31 - 1, "micro_batch": 2**30}, "try micro_batch: 1"),
+        ("lora", {"batch_size": 2**31}, "a number less than"),
+    ],
+)
+def test_huge_numbers_are_refused_at_once(method, train, said):
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=said):
+        cpu_plan(method, train=train)
+    assert time.monotonic() - begin < 3
+
+
+def test_a_huge_batch_is_planned_at_once():
+    begin = time.monotonic()
+    assert cpu_plan("lora", train={"batch_size": 877577771, "max_length": 64}).train.batch_size == 877577771
+    assert time.monotonic() - begin < 3

@@ -1,3 +1,6 @@
+import time
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,7 +94,6 @@ simple = (
 
 @given(st.dictionaries(st.text(min_size=1, max_size=8), simple | st.lists(simple, max_size=3), max_size=5))
 def test_what_is_dumped_is_read_back(data):
-    data.pop("<<", None)
     if data:
         assert parse_text(dump_text(data), name="r.yaml").data == data
 
@@ -123,3 +125,48 @@ def test_any_text_is_parsed_or_refused(text):
         assert isinstance(parse_text(text, name="r.yaml").data, dict)
     except UserError as error:
         assert error.problems
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: 1\nb: " + "9" * 5000, "r.yaml:2: got a number of 5,000 digits"),
+        ('a: "\\U00110000"', "not YAML"),
+        ("a: !!int abc", "r.yaml:1: got the tag !!int"),
+        ("a: !!bool maybe", "the tag !!bool"),
+        ("a: !!str 5", "the tag !!str"),
+        ("a: ! 5", "the tag !,"),
+        ("!!python/name:os.system a: 5", "the tag !!python/name:os.system"),
+        ("a: 1\x1f", "not YAML"),
+        ("%YAML " + "1" * 5000 + ".1\n--- {a: 1}", "not YAML"),
+    ],
+)
+def test_what_fuzzing_found_is_refused(text, said):
+    assert said in refuse(text)
+    assert len(refuse(text)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0x1F", 31), ("0o17", 15), ("017", 17), ("1\u0663", "1\u0663"), ("'<<'", "<<")]
+)
+def test_numbers_are_ascii_and_yaml_1_2s(text, value):
+    assert parse_value(text) == value
+    assert parse_text(f"a: {text}", name="r.yaml").data == {"a": value}
+
+
+def test_a_quoted_merge_key_is_a_key():
+    assert parse_text("'<<': 1", name="r.yaml").data == {"<<": 1}
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [" + "b, " * 300_000 + "]", "".join(f"k{i}: 1\n" for i in range(90_000))]
+)
+def test_a_megabyte_of_values_is_refused_at_once(text):
+    begin = time.monotonic()
+    assert "more than 10000 values" in refuse(text)
+    assert time.monotonic() - begin < 5
+
+
+def test_a_device_without_end_is_no_recipe():
+    with pytest.raises(UserError, match="more than 1,000,000 bytes"):
+        read_document(Path("/dev/zero"))

@@ -1,7 +1,10 @@
+import time
+
 import pytest
 
 from peftkit.errors import UserError
 from peftkit.recipe import load
+from peftkit.recipe.document import dump_text
 
 
 def write(path, text):
@@ -159,3 +162,69 @@ def test_dicts_and_recipes_load_too(tmp_path):
 
 def test_shipped_recipes_load_by_name():
     assert load("quickstart").recipe.base.id == "embedded:smollm2-135m-instruct"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"base": "./a\0b"}, "python base.id: got the character U+0000"),
+        ({"base": "./\ud800"}, "python base.id: got the character U+D800"),
+        ({"data": {"train": "x.jsonl", "columns": {"\udc00": "a"}}}, "got the character U+DC00"),
+        ({"seed": 10**5000}, "python seed: got a number of about 5,000 digits"),
+        ({"train": {"learning_rate": 10**400}}, "got a number of about 400 digits"),
+    ],
+)
+def test_values_that_fuzzing_found_are_refused(changes, said):
+    with pytest.raises(UserError) as caught:
+        load({"base": "org/model", "method": "lora", "data": {"train": "x.jsonl"}, **changes})
+    assert said in str(caught.value)
+    str(caught.value).encode()
+
+
+def test_names_that_no_file_can_have():
+    long = "x" * 5000
+    for name in (long, "a\0b", f"{long}.yaml"):
+        with pytest.raises(UserError):
+            load(name)
+    recipe = {"base": f"./{long}", "method": "lora", "data": {"train": f"./{long}"}}
+    assert load(recipe).recipe.base.id.endswith(long)  # to be told by those who look for it
+
+
+def test_extends_of_long_names_and_long_chains_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"extends: {'x' * 5000}")
+    with pytest.raises(UserError, match="which is not there"):
+        load(tmp_path / "a.yaml")
+    for number in range(100):
+        (tmp_path / f"{number}.yaml").write_text(f"extends: {number + 1}.yaml")
+    with pytest.raises(UserError, match="more than 50 recipes"):
+        load(tmp_path / "0.yaml")
+
+
+def test_overrides_of_many_parts_are_refused():
+    recipe = {"base": "org/model", "method": "lora", "data": {"train": "x.jsonl"}}
+    with pytest.raises(UserError, match="a key of 3000 parts"):
+        load(recipe, [".".join("a" * 3000) + "=1"])
+    with pytest.raises(UserError) as caught:
+        load(recipe, ["base=\ud800", "\ud800=1", "seed=!!int 1"])
+    str(caught.value).encode()
+    circle = {}
+    circle["a"] = circle
+    with pytest.raises(UserError, match="too deep"):
+        load({**recipe, "train": circle})
+
+
+def test_thousands_of_keys_are_merged_at_once(tmp_path):
+    columns = {f"key{number}": "value" for number in range(4000)}
+    (tmp_path / "a.yaml").write_text(dump_text({"base": "org/model", "data": {"columns": columns}}))
+    more = {
+        "extends": "a.yaml",
+        "method": "lora",
+        "data": {"train": "x", "columns": {**columns, "key9": "b"}},
+    }
+    (tmp_path / "b.yaml").write_text(dump_text(more))
+    begin = time.monotonic()
+    loaded = load(tmp_path / "b.yaml")
+    assert time.monotonic() - begin < 8
+    assert loaded.recipe.data.columns == {**columns, "key9": "b"}
+    assert loaded.where(("data", "columns", "key9")).startswith(str(tmp_path / "b.yaml"))
+    assert loaded.where(("base", "id")).startswith(str(tmp_path / "a.yaml"))

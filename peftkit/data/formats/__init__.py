@@ -10,6 +10,7 @@ from peftkit.data.formats.classes import sorted_labels
 from peftkit.data.formats.columns import renamer
 from peftkit.data.read import MAX_PROBLEMS, Row
 from peftkit.errors import Problem, UserError, nearest
+from peftkit.units import clipped, listed
 
 __all__ = [
     "CLASSES",
@@ -27,6 +28,7 @@ __all__ = [
 # the order matters: the first whose columns are all there is taken
 FORMATS: dict[str, Format] = {**chat.FORMATS, **pairs.FORMATS, **classes.FORMATS, **pairs.TEXT}
 CLASSES = frozenset(classes.FORMATS)
+_SHOWN = 20  # columns that a message names
 
 
 def _wants() -> str:
@@ -37,10 +39,12 @@ def _wants() -> str:
 
 def _columns_problem(where: str, found: Sequence[str], expected: str) -> UserError:
     words = [name for spec in FORMATS.values() for columns in spec.columns for name in columns]
-    near = {column: nearest(column, words) for column in found if column not in words}
-    hints = [f"{column} looks like {close[0]}" for column, close in near.items() if close]
-    fix = f"map your columns, for example columns: {{prompt: {found[0] if found else 'question'}}}"
-    return UserError(Problem(where, f"the columns {', '.join(found)}", expected, "; ".join([*hints, fix])))
+    near = {column: nearest(column, words) for column in found[:_SHOWN] if column not in words}
+    hints = [f"{clipped(column)} looks like {close[0]}" for column, close in near.items() if close]
+    fix = f"map your columns, for example columns: {{prompt: {clipped(found[0]) if found else 'question'}}}"
+    return UserError(
+        Problem(where, f"the columns {listed(found, _SHOWN)}", expected, "; ".join([*hints, fix]))
+    )
 
 
 def detect(rows: Sequence[Row]) -> str:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from peftkit.data.read import Row
+from peftkit.units import clipped
 
 Message = Mapping[str, Any]
+_MOST = 300  # characters that are told of a row
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class BadRow(ValueError):
 
     def __init__(self, got: str, expected: str, *, check: str = "missing-fields") -> None:
         super().__init__(got)
-        self.got, self.expected, self.check = got, expected, check
+        self.got, self.expected, self.check = clipped(got, _MOST), expected, check
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from peftkit.data.read import Row
 
 def _class(value: Any, name: str) -> str:
     """A class as text: whole numbers and text are classes, nothing else is."""
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        check = "empty-answers" if value is None or value == "" else "missing-fields"
+    empty = value is None or (isinstance(value, str) and not value.strip())
+    if empty or isinstance(value, bool) or not isinstance(value, str | int):
+        check = "empty-answers" if empty else "missing-fields"
         raise BadRow(f"{name} is {value!r}", f"a class in {name}, as text or a whole number", check=check)
     return str(value)
 

@@ -9,6 +9,7 @@ from peftkit.data.bounded import why_not_plain
 from peftkit.data.formats.base import BadRow
 from peftkit.data.read import Row
 from peftkit.errors import Problem, UserError
+from peftkit.units import listed
 
 Rename = Callable[[Row], Row]
 
@@ -50,7 +51,7 @@ def renamer(columns: Mapping[str, str], first: Row, where: str = "data.columns")
     plain = {ours: theirs for ours, theirs in columns.items() if ours not in lines}
     missing = [name for name in plain.values() if name not in first.fields]
     if missing:
-        fix = f"found: {', '.join(first.fields)}"
+        fix = f"found: {listed(list(first.fields))}"
         got = [f"{name!r}, which {first.where} lacks" for name in missing]
         raise UserError([Problem(where, text, "a column of the data", fix) for text in got])
     taken = set(plain.values())

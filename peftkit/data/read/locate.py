@@ -14,7 +14,7 @@ from peftkit.data.read.streams import MAX_LINE_BYTES, reading, suffixes
 from peftkit.data.read.tables import arrow, parquet
 from peftkit.data.read.texts import json_array, json_lines, paragraphs, tabbed, table
 from peftkit.errors import Problem, UserError, did_you_mean
-from peftkit.recipe.paths import COMPRESSED_SUFFIXES, is_glob
+from peftkit.recipe.paths import COMPRESSED_SUFFIXES, is_glob, stands
 
 READERS: dict[str, Callable[[File, int], Iterator[Row | Fault]]] = {
     ".jsonl": json_lines,
@@ -63,13 +63,14 @@ def chosen(names: Iterable[str], shown: str, where: str, *, hidden: bool = False
 def local_files(path: str, split: str, where: str) -> list[File]:
     """The files behind a local path. Raises UserError where there are none, or some of unknown kind."""
     place = Path(path)
-    if place.is_file():
+    there = bool(path) and stands(place)
+    if there and place.is_file():
         if suffixes(place)[0] not in READERS:
             raise UserError(Problem(where, path, f"a file of a known kind: {KNOWN}"))
         return [File(place, path)]
-    if path and place.is_dir():
+    if there and place.is_dir():
         return _of_folder(place, split, where)
-    if path and place.exists():
+    if there:
         raise UserError(Problem(where, f"{path}, which is a pipe or a device", "a data file"))
     if is_glob(path):
         found = {match for match in glob.glob(path, recursive=True) if Path(match).is_file()}  # noqa: PTH207
@@ -77,13 +78,17 @@ def local_files(path: str, split: str, where: str) -> list[File]:
             fix = "paths in a recipe are relative to the recipe's folder"
             raise UserError(Problem(where, f"{path}, which matches no file", "a glob that matches", fix))
         return [File(Path(name), name) for name in chosen(found, path, where, hidden=True)]
-    here = Path.cwd() / place.name
+    raise _not_there(path, where)
+
+
+def _not_there(path: str, where: str) -> UserError:
+    here = Path.cwd() / Path(path).name
     fix = (
         f"there is {here}: paths in a recipe are relative to the recipe"
-        if here.is_file()
+        if stands(here)
         else "paths in a recipe are relative to the recipe's folder"
     )
-    raise UserError(Problem(where, f"{path}, which is not there", "a data file", fix))
+    return UserError(Problem(where, f"{path}, which is not there", "a data file", fix))
 
 
 def _of_folder(folder: Path, split: str, where: str) -> list[File]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,16 @@ class File:
         """The error of a file that cannot be read at all."""
         where = self.name if line is None else f"{self.name}:{line}"
         return UserError(Problem(where, got, expected, fix))
+
+
+def twice(names: Iterable[str]) -> str | None:
+    """The first name that comes again; None where each comes once."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def malformed(where: str, got: str, expected: str, fix: str = "") -> Fault:

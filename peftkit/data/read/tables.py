@@ -9,8 +9,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from peftkit.data.read.rows import Fault, File, Row, malformed, misencoded
+from peftkit.data.read.rows import Fault, File, Row, malformed, misencoded, twice
 from peftkit.data.read.streams import MAX_LINE_BYTES, seems, unpacked
+from peftkit.units import clipped
 
 _BATCH = 128
 _BUFFER = 2**20
@@ -29,7 +30,7 @@ def parquet(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]:
     with (
         unpacked(file) as path,
         _told(file, path, "Parquet"),
-        pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as found,
+        pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, page_checksum_verification=True) as found,
     ):
         yield from rows_of(file, found.schema_arrow, found.iter_batches(_BATCH))
 
@@ -90,9 +91,8 @@ def _check(batch: Any) -> None:
 
 def rows_of(file: File, schema: Any, batches: Iterable[Any]) -> Iterator[Row | Fault]:
     """The rows of Arrow batches; one that has no JSON form is a fault."""
-    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
-    if twice:
-        raise file.refuse(f"the column {twice[0]!r} twice", "columns of unlike names")
+    if (name := twice(schema.names)) is not None:
+        raise file.refuse(f"the column {clipped(name)!r} twice", "columns of unlike names")
     coarse = _microseconds(schema)
     special = [field.name for field in schema if not _is_plain(field.type)]
     number = 0

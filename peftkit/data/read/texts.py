@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NoReturn
 
-from peftkit.data.read.rows import Fault, File, Row, malformed, misencoded
+from peftkit.data.read.rows import Fault, File, Row, malformed, misencoded, twice
 from peftkit.data.read.streams import MAX_LINE_BYTES, Line, decoded, lines, opened, suffixes, wide
 from peftkit.errors import UserError
+from peftkit.units import clipped
 
 MAX_PACKED_ARRAY_BYTES = 512 * 2**20  # a file that is not compressed shows its size
 MAX_RECORD_BYTES = 16 * 2**20  # of a table: the csv module takes four bytes and more for each
@@ -29,15 +30,13 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _finite(text: str) -> float:
     value = float(text)
-    return value if math.isfinite(value) else _refuse_constant(text)
+    return value if math.isfinite(value) else _refuse_constant(clipped(text))
 
 
 def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _RefusedError(f"the key {twice!r} twice")
+        raise _RefusedError(f"the key {clipped(twice(name for name, _ in pairs) or '')!r} twice")
     return value
 
 
@@ -205,10 +204,9 @@ def _header(file: File, records: Iterator[tuple[Any, str]]) -> list[str]:
         if isinstance(cells, Fault):
             raise UserError(cells.problem)
         if cells:
-            twice = sorted({name for name in cells if cells.count(name) > 1})
-            if twice:
+            if (name := twice(cells)) is not None:
                 line = int(where.rpartition(":")[2])
-                raise file.refuse(f"the column {twice[0]!r} twice", "columns of unlike names", line=line)
+                raise file.refuse(f"the column {clipped(name)!r} twice", "columns of unlike names", line=line)
             return list(cells)
     return []
 

@@ -63,3 +63,13 @@ def test_weights_of_tables_are_text():
     assert one({"source": "a", "target": "b", "weight": None}).weight == 1.0
     with pytest.raises(BadRow, match="the weight 'heavy'"):
         one({"source": "a", "target": "b", "weight": "heavy"})
+
+
+def test_thousands_of_columns_are_told_in_few_words():
+    row = Row({f"{'x' * 1000}{number}": 1 for number in range(10_000)}, "w")
+    with pytest.raises(UserError, match="9,980 more") as caught:
+        detect([row])
+    assert len(str(caught.value)) < 5000
+    with pytest.raises(UserError, match="9,980 more") as caught:
+        renamer({"prompt": "no such"}, row)
+    assert len(str(caught.value)) < 5000

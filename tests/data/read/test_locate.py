@@ -105,3 +105,9 @@ def test_a_file_that_may_not_be_read(tmp_path):
     file.path.unlink()
     with pytest.raises(UserError, match="cannot be read"):
         list(rows_of_file(file))
+
+
+def test_a_name_that_no_file_can_have_is_not_there():
+    for path in ("./" + "x" * 5000, "/" + "x" * 5000, "*/" + "x" * 5000):
+        with pytest.raises(UserError, match=r"which is not there|matches no file"):
+            local_files(path, "train", "data.train")

@@ -163,3 +163,21 @@ def test_offsets_that_point_astray_are_told_before_they_are_followed(tmp_path, t
     text = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"abcdef")])
     with pytest.raises(UserError, match="damaged"):
         through(pa.table({"text": text}), tmp_path / "a")
+
+
+def test_a_flipped_byte_is_seen_where_pages_have_checksums(tmp_path):
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"text": ["abcdefgh" * 20]})
+    pyarrow.parquet.write_table(
+        table,
+        path,
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+        write_statistics=False,
+    )
+    content = bytearray(path.read_bytes())
+    content[content.index(b"abcdefgh") + 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        list(parquet(File(path, "f")))

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,13 @@ def test_paragraphs_come_back(blocks):
     assert [row.fields["text"] for row in found] == [
         text.removeprefix("\ufeff") if number == 0 else text for number, text in enumerate(texts)
     ]
+
+
+def test_thousands_of_names_are_compared_at_once():
+    names = [f"name{number}" for number in range(50_000)]
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="the column 'name7' twice"):
+        read(table, ",".join([*names, "name7"]) + "\n1\n")
+    line = "{" + ", ".join(f'"{name}": 1' for name in [*names, "name49999"]) + "}"
+    assert "the key 'name49999' twice" in fault(*read(json_lines, line))
+    assert time.monotonic() - begin < 5

@@ -1,0 +1,17 @@
+"""The kinds of cases there are, by name. A new kind is a module with an `open_...`, and a line here."""
+
+from __future__ import annotations
+
+from tests.chaos.adapters import open_adapters
+from tests.chaos.recipes import open_recipes
+from tests.chaos.rows import open_data
+from tests.chaos.watch import Kind
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("recipes", open_recipes, 20_000),
+        Kind("data", open_data, 5_000),
+        Kind("adapters", open_adapters, 2_000),
+    )
+}
