@@ -263,13 +263,12 @@ def measured(cell: Cell, plan: Plan, folder: str, output: Path) -> int:
     model = adapter.attach(load_model(folder, plan.base, device="cpu"), plan, tokenizer())
     watch = Measure()
     build = sft.trainer if cell.task == "causal-lm" else supervised.trainer
-    dataset, collator = training_set(plan, rows_for(cell), 0)
+    drawn = training_set(plan, rows_for(cell), 0)
     trainer = build(
         model,
         plan,
         tokenizer(),
-        train=dataset,
-        collator=collator,
+        train=drawn,
         output_dir=output,
         callbacks=[watch],
         optimizer=None,

@@ -88,14 +88,13 @@ def epoch(plan: Plan, found: list[Tokenized], config: LlamaConfig) -> float:
     """Seconds of one epoch, without building the model."""
     set_seed(0)
     model = adapter.attach(LlamaForCausalLM(config), plan, tokenizer())
-    dataset, collator = training_set(plan, found, 0)
+    drawn = training_set(plan, found, 0)
     with tempfile.TemporaryDirectory() as folder:
         trainer = sft.trainer(
             model,
             plan,
             tokenizer(),
-            train=dataset,
-            collator=collator,
+            train=drawn,
             output_dir=Path(folder),
             callbacks=[],
             optimizer=None,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         plan_recipe,
         resume_run,
         summarize_run,
+        verify_run,
     )
     from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 
@@ -44,6 +45,7 @@ _API = (
     "plan_recipe",
     "resume_run",
     "summarize_run",
+    "verify_run",
 )
 _ERRORS = ("Interrupted", "PeftkitError", "Problem", "UserError")
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "plan_recipe",
     "resume_run",
     "summarize_run",
+    "verify_run",
 ]
 
 

@@ -14,6 +14,7 @@ from peftkit.recipe import LoadedRecipe, Recipe, load
 from peftkit.report import Summary, read_summary
 from peftkit.run.account import Account
 from peftkit.run.evaluate import Evaluation
+from peftkit.run.verify import Verification
 from peftkit.rundir import RunDir
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "plan_recipe",
     "resume_run",
     "summarize_run",
+    "verify_run",
 ]
 RecipeLike = str | Path | Mapping[str, Any] | Recipe | LoadedRecipe
 Observer = Callable[[dict[str, Any]], None]
@@ -107,11 +109,28 @@ def finetune(
     return run.finetune(load_recipe(source, overrides), out=Path(out) if out else None, observer=observer)
 
 
-def resume_run(path: str | Path, *, observer: Observer = _ignore) -> Summary:
-    """Go on with an interrupted run from its newest checkpoint that verifies."""
+def resume_run(
+    path: str | Path,
+    *,
+    allow_changed: Sequence[str] = (),
+    take_over: bool = False,
+    observer: Observer = _ignore,
+) -> Summary:
+    """Go on with an interrupted run from its newest checkpoint that verifies.
+
+    `allow_changed` names what may differ from when the run began: data, recipe, base, tokenizer, versions.
+    `take_over` is for a run that another machine, now gone, did not release.
+    """
     from peftkit import run
 
-    return run.resume(Path(path), observer=observer)
+    return run.resume(Path(path), allow_changed=allow_changed, take_over=take_over, observer=observer)
+
+
+def verify_run(path: str | Path) -> Verification:
+    """Every file of a run against its manifest or seal. Raises UserError where `path` holds no run."""
+    from peftkit.run.verify import verify
+
+    return verify(Path(path))
 
 
 def summarize_run(path: str | Path) -> Summary:

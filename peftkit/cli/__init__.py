@@ -104,7 +104,26 @@ COMMANDS: tuple[Command, ...] = (
             _arg("--out", metavar="DIR", required=True, help="a new folder"),
         ),
     ),
-    Command("resume", "go on with an interrupted run", (_arg("run", metavar="RUN"),)),
+    Command(
+        "resume",
+        "go on with an interrupted run",
+        (
+            _arg("run", metavar="RUN"),
+            _arg(
+                "--allow-changed",
+                action="append",
+                default=[],
+                metavar="WHAT",
+                help="go on though this changed: data, recipe, base, tokenizer or versions",
+            ),
+            _arg("--take-over", action="store_true", help="a machine that is gone did not release the run"),
+        ),
+    ),
+    Command(
+        "verify",
+        "read every file of a run again, against what was written",
+        (_arg("run", metavar="RUN"), _arg("--json", action="store_true")),
+    ),
     Command(
         "generate",
         "ask the model of a finished run",

@@ -112,9 +112,29 @@ def resume(arguments: argparse.Namespace) -> int:
     from peftkit.cli.tables import print_summary
 
     with open_display() as display:
-        summary = api.resume_run(arguments.run, observer=display.show)
+        summary = api.resume_run(
+            arguments.run,
+            allow_changed=arguments.allow_changed,
+            take_over=arguments.take_over,
+            observer=display.show,
+        )
     print_summary(summary)
     return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Print what is whole and what is not. Returns 2 where something is not."""
+    from dataclasses import asdict
+
+    from peftkit import api
+    from peftkit.cli.tables import print_verification
+
+    found = api.verify_run(arguments.run)
+    if arguments.json:
+        print(json.dumps({**asdict(found), "faults": found.faults}, indent=2, default=str))
+    else:
+        print_verification(found)
+    return 2 if found.faults else 0
 
 
 def generate(arguments: argparse.Namespace) -> int:

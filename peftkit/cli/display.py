@@ -74,6 +74,11 @@ def _compared(event: dict[str, Any]) -> str:
     return f"memory of training: {said} predicted, {was} measured ({error:+.1f} %)"
 
 
+def _spike(event: dict[str, Any]) -> str:
+    shown = f"; rows {', '.join(event['rows'])}" if event["rows"] else ""
+    return f"step {event['step']}: {event['text']}{shown}; usual advice: {event['advice']}"
+
+
 _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
     "phase": lambda event: f"{_PHASES.get(event['name'], event['name'])}: {event['detail']}",
     "checks": "data gate: {verdict}; {batching}".format_map,
@@ -89,6 +94,9 @@ _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
     ),
     "oom": _out_of_memory,
     "memory": _compared,
+    "spike": _spike,
+    "rollback": ("{text}: back to step {step}, with half the learning rate, {learning_rate:.2e}".format_map),
+    "changed": "going on though {text}".format_map,
     "resume": "going on from step {step}".format_map,
     "early_stop": "step {step}: stopped early, no gain in {patience} evaluations".format_map,
     "interrupted": "step {step}: stopped by a signal".format_map,

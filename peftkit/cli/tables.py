@@ -12,6 +12,7 @@ from peftkit.api import Account, Evaluation, Inspection
 from peftkit.plan import Plan
 from peftkit.report import Summary
 from peftkit.run.trial import Trial
+from peftkit.run.verify import Verification
 from peftkit.units import show_bytes, show_count, show_percent, show_seconds
 
 
@@ -185,6 +186,18 @@ def print_evaluation(found: Evaluation) -> None:
             contexts.add_row(*line)
         console.print("loss by position, in nats per token", highlight=False)
         console.print(contexts)
+
+
+def print_verification(found: Verification) -> None:
+    """What is whole and what is not, and where a resume would go on."""
+    console = _console()
+    table = _table("file", "size", "is")
+    for row in found.rows():
+        table.add_row(*_plain(row))
+    console.print(table)
+    count = len(found.faults)
+    end = "finished" if found.is_finished else f"a resume goes on from step {found.newest_step}"
+    console.print(f"{count or 'no'} fault{'' if count == 1 else 's'}; {end}")
 
 
 def print_summary(summary: Summary) -> None:

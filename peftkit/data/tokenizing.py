@@ -47,13 +47,13 @@ class Work:
         """The content hash under which tokens are kept."""
         return cache.key_of(
             rows=examples.key,
-            tokenizer=_fingerprint(self.tokenizer),
+            tokenizer=tokenizer_sha256(self.tokenizer),
             plan={k: v for k, v in asdict(self.plan).items() if k in {"mask", "truncation", "max_length"}},
             work=[self.task, self.labels, asdict(self.style), sorted(self.stops)],
         )
 
 
-def _fingerprint(tokenizer: Any) -> str:
+def tokenizer_sha256(tokenizer: Any) -> str:
     """A hash of all that a tokenizer does; one in Python is told by its class, vocabulary and settings."""
     known = (
         tokenizer.backend_tokenizer.to_str()

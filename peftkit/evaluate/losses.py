@@ -100,7 +100,7 @@ def batches(
 
 def inputs_of(model: Any, batch: Mapping[str, Any], task: str) -> dict[str, Any]:
     """A batch without labels; an encoder-decoder reads its target shifted by one instead."""
-    inputs = {key: value for key, value in batch.items() if key not in {"labels", "weights"}}
+    inputs = {key: value for key, value in batch.items() if key not in {"labels", "weights", "rows"}}
     if task == "seq2seq":
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(batch["labels"])

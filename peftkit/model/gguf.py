@@ -11,7 +11,7 @@ from peftkit.errors import Problem, UserError
 from peftkit.model.locate import Base, check_pin
 from peftkit.rundir import publish_folder, sha256_of, verify_folder, write_json
 
-_FORMAT = 1  # raise when what is written changes, so that older conversions are not reused
+_FORMAT = 2  # raise when what is written changes, so that older conversions are not reused
 
 
 def converted_folder(base: Base, where: str) -> Path:

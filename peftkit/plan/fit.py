@@ -106,6 +106,7 @@ def revised(plan: Plan, train: TrainPlan, facts: Facts, reason: str) -> Plan:
         "train.micro_batch": train.micro_batch,
         "train.accumulation": train.accumulation,
         "train.gradient_checkpointing": train.gradient_checkpointing,
+        "train.learning_rate": train.learning_rate,
     }
     decisions = tuple(
         Decision(d.key, values[d.key], "decided", reason)

@@ -104,6 +104,7 @@ class TrainPlan:
     patience: int | None
     min_delta: float
     on_oom: str = "stop"
+    on_spike: str = "rollback"
     packing: bool = False
     sampling: str = "random"  # or "by length": rows of like length together
 

@@ -283,6 +283,7 @@ def _train(d: Decisions, facts: Facts, method: Method, autocast: str | None, max
         patience=stopping.patience if stopping else None,
         min_delta=stopping.min_delta if stopping else 0.0,
         on_oom=train.on_oom,
+        on_spike=train.on_spike,
         packing=rows.packing,
     )
 
@@ -303,6 +304,7 @@ def make_plan(loaded: LoadedRecipe, facts: Facts, *, to_train: bool = True) -> P
     evaluate = _evaluate(d, facts, method)
     chosen = method_plan(d, facts.model.shape, train.num_steps)
     d.keep("seed", recipe.seed)
+    d.keep("train.on_spike", recipe.train.on_spike)
     d.keep("train.on_oom", recipe.train.on_oom)
     d.keep("devices.price_per_hour", recipe.devices.price_per_hour)
     if d.problems:

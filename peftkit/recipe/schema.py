@@ -187,6 +187,11 @@ class Train(Options):
     eval_steps: Auto | PositiveInt = Field("auto", description="optimizer steps between evaluations")
     checkpoint_steps: Auto | PositiveInt = Field("auto", description="optimizer steps between checkpoints")
     early_stopping: EarlyStopping | None = None
+    on_spike: Literal["rollback", "skip", "stop"] = Field(
+        "rollback",
+        description="loss or gradients that are not finite, or a loss that leaps, three steps in a row: go "
+        "back to the last checkpoint at half the rate; skip what is not finite and go on; or stop",
+    )
     on_oom: Literal["stop", "adapt"] = Field(
         "stop",
         description="out of memory: stop and say what fits, or go on in smaller pieces",

@@ -9,7 +9,7 @@ from typing import Any
 
 from peftkit.errors import Problem, UserError
 from peftkit.plan import Plan
-from peftkit.rundir import RunDir, read_json
+from peftkit.rundir import RunDir, read_sealed
 from peftkit.units import html_table, show_bytes, show_count, show_percent, show_seconds
 
 
@@ -135,7 +135,9 @@ def _others(
 def read_plan(run: RunDir) -> Plan:
     """The plan of a run. Raises UserError where plan.json cannot be read."""
     try:
-        return Plan.from_json(read_json(run.path / "plan.json"))
+        return Plan.from_json(read_sealed(run.path / "plan.json"))
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         where = str(run.path / "plan.json")
         raise UserError(
@@ -146,7 +148,7 @@ def read_plan(run: RunDir) -> Plan:
 def read_summary(run: RunDir) -> Summary:
     """The summary of a run, finished or not."""
     plan = read_plan(run)
-    events, device = run.events(), read_json(run.path / "environment.json")["device"]["name"]
+    events, device = run.events(), read_sealed(run.path / "environment.json")["device"]["name"]
     steps = _final_steps(events)
     evals = {event["step"]: event["loss"] for event in events if event["event"] == "eval"}
     done, counted = _last(events, "done"), _last(events, "parameters") or {}

@@ -1,10 +1,12 @@
-"""What a run was made with: versions, device, platform. No secrets, no environment variables."""
+"""What a run was made with: versions, device, command, fingerprints. No secrets, no environment variables."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +15,11 @@ from typing import Any
 
 from peftkit.data.mask import Tokenized
 from peftkit.data.prepare import Prepared
+from peftkit.model.identity import base_identity
 from peftkit.plan import DeviceFacts
+from peftkit.plan.plan import BasePlan
+from peftkit.recipe import LoadedRecipe
+from peftkit.recipe.document import dump_text
 
 _PACKAGES = (
     "peftkit",
@@ -50,34 +56,60 @@ def data_sha256(*sets: Sequence[Tokenized]) -> str:
     return digest.hexdigest()
 
 
-def base_sha256(source: str) -> str | None:
-    """A fingerprint of a local base: its configuration, and size and first MiB of each weights file.
+def recipe_sha256(loaded: LoadedRecipe) -> str:
+    """A fingerprint of what the recipe says, whatever its layout."""
+    return hashlib.sha256(resolved_text(loaded).encode()).hexdigest()
 
-    None for a hub id, which its revision names.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
+
+def resolved_text(loaded: LoadedRecipe) -> str:
+    """The content of resolved.yaml: the recipe after extends and overrides, without defaults."""
+    return dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
+
+
+def fingerprints(
+    loaded: LoadedRecipe, source: str, base: BasePlan, tokenizer: Any, prepared: Prepared
+) -> dict[str, Any]:
+    """What must be the same when a run goes on: recipe, data, base, tokenizer and template, versions."""
+    from peftkit.data.tokenizing import tokenizer_sha256
+
+    template = str(tokenizer.chat_template or "")
+    return {
+        "recipe": recipe_sha256(loaded),
+        "data": prepared.fingerprint or data_sha256(prepared.train, prepared.eval),
+        "base": base_identity(source, base),
+        "tokenizer": tokenizer_sha256(tokenizer),
+        "template": hashlib.sha256(template.encode()).hexdigest(),
+        "versions": versions(),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """The commit of a folder's repository and whether it has changes; None where it is in none."""
+
+    def ask(*words: str) -> str | None:
+        command = ["git", "-C", str(folder), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    commit = ask("rev-parse", "HEAD")
+    if not commit:
         return None
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
-    return digest.hexdigest()
+    changed = ask("status", "--porcelain", "--", ".")
+    return {"commit": commit, "changed_files": len(changed.splitlines()) if changed is not None else None}
 
 
-def fingerprints(source: str, prepared: Prepared) -> dict[str, str | None]:
-    """What must be the same when a run goes on."""
-    data = prepared.fingerprint or data_sha256(prepared.train, prepared.eval)
-    return {"data": data, "base": base_sha256(source)}
-
-
-def environment(device: DeviceFacts, prints: Mapping[str, str | None]) -> dict[str, Any]:
+def environment(device: DeviceFacts, prints: dict[str, Any], loaded: LoadedRecipe) -> dict[str, Any]:
     """The content of environment.json."""
     return {
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "recipe_folder": git_state(Path(loaded.name).absolute().parent),
+        "seed": loaded.recipe.seed,
         "device": asdict(device),
-        "fingerprints": dict(prints),
+        "fingerprints": prints,
     }

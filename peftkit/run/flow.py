@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from peftkit import interrupt
-from peftkit.data.examples import Examples
-from peftkit.data.gate.report import DataReport
-from peftkit.data.prepare import Prepared
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
-from peftkit.plan import Facts, Plan, make_plan
+from peftkit.model.identity import IDENTITY
+from peftkit.plan import Plan, make_plan
 from peftkit.plan.packing import mean_tokens
-from peftkit.recipe import LoadedRecipe, load
-from peftkit.recipe.document import dump_text
-from peftkit.recipe.paths import shown
-from peftkit.report import Summary, read_plan, read_summary
-from peftkit.run import oom
-from peftkit.run.check import Looked, look
+from peftkit.recipe import LoadedRecipe
+from peftkit.report import Summary, read_summary
 from peftkit.run.compare import calibrate, compare_memory
-from peftkit.run.environment import environment, fingerprints
-from peftkit.run.facts import (
-    converted,
-    light_facts,
-    memory_problems,
-    model_facts,
-    read,
-    refuse_where_it_cannot_run,
-)
+from peftkit.run.facts import light_facts, refuse_where_it_cannot_run
 from peftkit.run.measure import measure
-from peftkit.run.memory import settle, trace_memory
-from peftkit.rundir import RunDir, publish_folder, read_json, write_json, write_text
-
-Observer = Callable[[dict[str, Any]], None]
+from peftkit.run.stage import Observer, Stage, open_stage, write_decided, write_recipe
+from peftkit.rundir import RunDir, is_full, owned, publish_folder, write_json
 
 
 def default_out(loaded: LoadedRecipe) -> Path:
@@ -55,37 +38,6 @@ def dry_run(loaded: LoadedRecipe) -> Plan:
     return make_plan(loaded, facts)
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """What the steps below hand to each other."""
-
-    run: RunDir
-    loaded: LoadedRecipe
-    facts: Facts
-    config: Mapping[str, Any]
-    plan: Plan
-    source: str
-    looked: Looked
-    observer: Observer
-    started: float
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.looked.tokenizer
-
-    @property
-    def prepared(self) -> Prepared:
-        return self.looked.prepared
-
-    def fingerprints(self) -> dict[str, str | None]:
-        """Of the data and the base, as they are now."""
-        return fingerprints(self.source, self.prepared)
-
-    def emit(self, event: str, **fields: Any) -> None:
-        """Write an event and show it."""
-        self.observer(self.run.emit(event, at_seconds=round(time.monotonic() - self.started, 3), **fields))
-
-
 def finetune(
     loaded: LoadedRecipe, *, out: Path | None = None, observer: Observer = lambda event: None
 ) -> Summary:
@@ -98,136 +50,66 @@ def finetune(
     plan = make_plan(loaded, facts)
     base = refuse_where_it_cannot_run(loaded, plan, facts)
     run = RunDir.create(out or default_out(loaded))
-    try:
-        with interrupt.listening():
+    with interrupt.listening(), owned(run.path), told(run):
+        run.sweep()
+        try:
+            write_recipe(loaded, run)
             observer({"event": "phase", "name": "base", "detail": plan.base.id})
-            stage = _open(loaded, facts, examples, base, run, observer)
-            _write_inputs(loaded, stage)
-            return _train_and_publish(stage, checkpoint=None)
-    finally:
-        with suppress(OSError):
-            run.path.rmdir()  # only where nothing was written: an empty folder is not a run
+            stage = open_stage(loaded, facts, examples, base, run, observer)
+            write_decided(stage)
+        except Interrupted:
+            raise
+        except BaseException:
+            run.discard()  # nothing was decided yet: what is to be mended leaves no folder behind
+            raise
+        return train_and_publish(stage, checkpoint=None)
 
 
-def _open(
-    loaded: LoadedRecipe, facts: Facts, examples: Examples | None, base: Any, run: RunDir, observer: Observer
-) -> _Stage:
-    """Tokenizer and data first, so that bad data costs no model load; then the plan for the rows left."""
-    from peftkit.model.hardware import detect_device
-    from peftkit.model.load import loadable
-
-    started = time.monotonic()
-    source = loadable(base, loaded.where(("base", "id")))
-    interrupt.stop_if_requested("interrupted before training; nothing was written")
-    examples = read(loaded) if examples is None else examples
-    plan_device = facts.device.kind
-    whole = converted(base, source)
-    facts = Facts(detect_device(), model_facts(loaded, whole, examples), None)
-    names = ", ".join(Path(shown(source.path)).name for source in loaded.recipe.data.sources)
-    observer({"event": "phase", "name": "data", "detail": names})
-    if facts.device.kind != plan_device:
-        text = f"the driver shows a {plan_device} device, but torch uses {facts.device.name}"
-        observer({"event": "warning", "text": f"{text}: is the right torch installed?"})
-    looked = look(loaded, facts, examples, source)
-    facts, plan = looked.facts, looked.plan
-    _tell_report(looked.report, observer)
-    if (run.path / "plan.json").exists():
-        plan = read_plan(run)  # a run that goes on is planned already
-    else:
-        plan, note = settle(loaded, facts, plan, whole.config or {})
-        if note:
-            observer({"event": "warning", "text": note})
-        if problems := memory_problems(loaded, plan, facts, slack=1.0):
-            raise UserError(problems)
-    return _Stage(run, loaded, facts, whole.config or {}, plan, source, looked, observer, started)
+@contextmanager
+def told(run: RunDir) -> Iterator[None]:
+    """A stop by a signal or by a full disk, told with what is kept and how to go on."""
+    try:
+        yield
+    except Interrupted as error:
+        kept = _kept(run, "stopped with a checkpoint of step {}", "stopped before the first checkpoint")
+        text = f"{kept}. Go on with: peftkit resume {run.path}"
+        raise Interrupted(text, exit_code=error.exit_code) from None
+    except Exception as error:
+        if not is_full(error):
+            raise
+        kept = _kept(run, "the checkpoint of step {} is whole", "there is no checkpoint yet")
+        again = f", then go on with: peftkit resume {run.path}" if run.path.exists() else ""
+        got = f"a disk without room ({error}); {kept}"
+        raise UserError(Problem(str(run.path), got, "room to write", f"make room{again}")) from None
 
 
-def _tell_report(report: DataReport, observer: Observer) -> None:
-    """What the data gate says. Raises UserError where a check fails that is not waived."""
-    observer({"event": "checks", "verdict": report.verdict, "batching": report.totals.batching})
-    for finding in report.findings:
-        if finding.status in {"warn", "waived"}:
-            word = "waived: " if finding.status == "waived" else ""
-            observer({"event": "warning", "text": f"{word}{finding.check}: {finding.said}"})
-    if report.failed:
-        raise UserError(report.problems())
+def _kept(run: RunDir, some: str, none: str) -> str:
+    steps = run.checkpoint_steps()
+    return some.format(steps[-1]) if steps else none
 
 
-def _write_inputs(loaded: LoadedRecipe, stage: _Stage) -> None:
-    """As given, resolved, decided, and with what. plan.json last: it is what makes the folder a run."""
-    resolved = dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
-    write_text(stage.run.path / "recipe.yaml", loaded.text or resolved)
-    write_text(stage.run.path / "resolved.yaml", resolved)
-    if any(shown(source.path) != source.path for source in loaded.recipe.data.sources):
-        for name in ("recipe.yaml", "resolved.yaml"):
-            (stage.run.path / name).chmod(0o600)  # a URL in them may hold a password
-    write_json(stage.run.path / "data.json", stage.looked.report.to_json())
-    write_json(stage.run.path / "environment.json", environment(stage.facts.device, stage.fingerprints()))
-    write_json(stage.run.path / "plan.json", stage.plan.to_json())
+def train_and_publish(stage: Stage, *, checkpoint: Path | None) -> Summary:
+    """Everything from loading to publishing, again from a checkpoint where that can mend what went wrong."""
+    from peftkit.run.recover import recovered, step_of, what_happened
 
-
-def _train_and_publish(stage: _Stage, *, checkpoint: Path | None) -> Summary:
-    """Everything from loading to publishing; a stop on the way says how to go on."""
     while True:
-        shortage = None
         try:
             _go(stage, checkpoint=checkpoint)
             return read_summary(stage.run)
-        except Interrupted as error:
-            steps = stage.run.checkpoint_steps()
-            stage.emit("interrupted", step=steps[-1] if steps else 0)
-            kept = f"with a checkpoint of step {steps[-1]}" if steps else "before the first checkpoint"
-            text = f"stopped {kept}. Go on with: peftkit resume {stage.run.path}"
-            raise Interrupted(text, exit_code=error.exit_code) from None
+        except Interrupted:
+            with suppress(OSError):  # a full disk: the stop is what is told
+                stage.emit("interrupted", step=step_of(stage.run.newest_checkpoint()[0]))
+            raise
         except Exception as error:
-            shortage = _shortage(stage, error)
-            if shortage is None:
+            happened = what_happened(stage, error)
+            if happened is None:
                 raise
         # outside the handler: the traceback held the tensors that were in the way
+        stage = recovered(stage, happened)
         checkpoint, _ = stage.run.newest_checkpoint()
-        stage = _in_smaller_pieces(stage, shortage, checkpoint)
 
 
-def _shortage(stage: _Stage, error: Exception) -> oom.Shortage | None:
-    """What ran out where, for an out-of-memory error; None for any other."""
-    from peftkit.model.hardware import is_out_of_memory, memory_used
-
-    if not is_out_of_memory(error):
-        return None
-    used = memory_used()
-    steps = [event["step"] for event in stage.run.events() if event["event"] == "step"]
-    occupied = used.get("peak_allocated_bytes", used.get("resident_bytes", 0))
-    return oom.shortage_of(error, step=steps[-1] if steps else None, occupied_bytes=occupied)
-
-
-def _in_smaller_pieces(stage: _Stage, shortage: oom.Shortage, checkpoint: Path | None) -> _Stage:
-    """The stage with a smaller micro-batch, where the recipe allows it. Raises UserError where it stops."""
-    from peftkit.model.hardware import release
-
-    release()
-    plan = oom.smaller(stage.plan, stage.facts, shortage) if stage.plan.train.on_oom == "adapt" else None
-    step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-    stage.emit(
-        "oom",
-        phase=shortage.phase,
-        text=oom.exceeded(stage.plan, shortage),
-        micro_batch=stage.plan.train.micro_batch,
-        next_micro_batch=plan.train.micro_batch if plan else None,
-        next_accumulation=plan.train.accumulation if plan else None,
-        step=step,
-    )
-    if plan is None:
-        kept = f"; the checkpoint of step {step} is whole" if step else ""
-        where = f"{stage.run.path}{kept}"
-        raise UserError(oom.problem(stage.loaded, stage.facts, stage.plan, shortage, where))
-    assert plan.batch is not None
-    found = trace_memory(plan, stage.facts.model.shape, stage.config, plan.batch)
-    plan = replace(plan, memory=found.memory or plan.memory)
-    write_json(stage.run.path / "plan.json", plan.to_json())
-    return replace(stage, plan=plan)
-
-
-def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
+def _go(stage: Stage, *, checkpoint: Path | None) -> None:
     """Load, wrap, measure, train, measure again, publish the best."""
     from transformers import set_seed
 
@@ -237,12 +119,14 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
     from peftkit.model.tensors import tensor_bytes
     from peftkit.train import assemble
 
-    plan, run, prepared = stage.plan, stage.run, stage.prepared
+    plan, run = stage.plan, stage.run
     _tell_start(stage)
+    interrupt.stop_if_requested()
     set_seed(plan.seed)
     model = load_model(
         stage.source, plan.base, device=plan.device, tell=lambda text: stage.emit("warning", text=text)
     )
+    interrupt.stop_if_requested()
     model = adapter.attach(model, plan, stage.tokenizer, eva_batches=_batches(stage))
     adapter.save_start(model, plan, run.path / "adapter_start")
     _tell_parameters(stage, model)
@@ -251,19 +135,21 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
         model,
         plan,
         stage.tokenizer,
-        train=prepared.train,
-        held_out=prepared.eval,
+        prepared=stage.prepared,
         run=run,
         emit=stage.emit,
         checkpoint=checkpoint,
+        facts={"fingerprints": stage.fingerprints()},
     )
     passed = training.preflight()
     stage.emit("preflight", **asdict(passed), memory=memory_used())
+    interrupt.stop_if_requested()
     if checkpoint is None:
         _measure(stage, model, "before")
         training.measure_start()
     else:
         stage.emit("resume", step=int(checkpoint.name.removeprefix("step-")))
+        interrupt.stop_if_requested()
     release()
     reset_peak()
     before = memory_used().get("resident_bytes", 0) - tensor_bytes(model)
@@ -276,16 +162,26 @@ def _go(stage: _Stage, *, checkpoint: Path | None) -> None:
     published_step = training.take_best(step)
     _refuse_non_finite(stage, model)
     _measure(stage, model, "after")
-    stage.emit("phase", name="publish", detail="adapter" if plan.method.peft else "model")
-    target = run.adapter if plan.method.peft else run.model
-    with publish_folder(target, step=published_step, base=plan.base.id) as folder:
-        adapter.save_result(model, plan, stage.tokenizer, folder, start=run.path / "adapter_start")
-    stage.emit("done", step=step, published_step=published_step, result=target.name, memory=memory_used())
+    _publish(stage, model, published_step)
+    result = run.adapter if plan.method.peft else run.model
+    stage.emit("done", step=step, published_step=published_step, result=result.name, memory=memory_used())
     mean = mean_tokens(plan, stage.facts)
     calibrate(run, plan, stage.facts.model.shape, device=stage.facts.device.name, mean_tokens=mean)
 
 
-def _tell_start(stage: _Stage) -> None:
+def _publish(stage: Stage, model: Any, step: int) -> None:
+    """The result, with what it was trained on."""
+    from peftkit.model import adapter
+
+    plan, run = stage.plan, stage.run
+    stage.emit("phase", name="publish", detail="adapter" if plan.method.peft else "model")
+    target = run.adapter if plan.method.peft else run.model
+    with publish_folder(target, step=step, base=plan.base.id) as folder:
+        adapter.save_result(model, plan, stage.tokenizer, folder, start=run.path / "adapter_start")
+        write_json(folder / IDENTITY, {"step": step, **stage.fingerprints()})
+
+
+def _tell_start(stage: Stage) -> None:
     """What goes in, before anything is loaded."""
     plan, prepared = stage.plan, stage.prepared
     stage.emit(
@@ -304,7 +200,7 @@ def _tell_start(stage: _Stage) -> None:
     stage.emit("phase", name="model", detail=plan.method.name)
 
 
-def _refuse_non_finite(stage: _Stage, model: Any) -> None:
+def _refuse_non_finite(stage: Stage, model: Any) -> None:
     """Nothing that is not a number is ever published."""
     from peftkit.model.adapter import non_finite
 
@@ -316,7 +212,7 @@ def _refuse_non_finite(stage: _Stage, model: Any) -> None:
         raise UserError(Problem(where, got, "finite weights", fix))
 
 
-def _batches(stage: _Stage) -> list[dict[str, Any]]:
+def _batches(stage: Stage) -> list[dict[str, Any]]:
     """A few tokenized rows for initialisations that look at the data (EVA)."""
     import torch
 
@@ -327,7 +223,7 @@ def _batches(stage: _Stage) -> list[dict[str, Any]]:
     ]
 
 
-def _tell_parameters(stage: _Stage, model: Any) -> None:
+def _tell_parameters(stage: Stage, model: Any) -> None:
     from peftkit.model import adapter
 
     trainable, total = adapter.count_parameters(model)
@@ -343,7 +239,7 @@ def _tell_parameters(stage: _Stage, model: Any) -> None:
         raise PeftkitError("nothing would be trained: no parameter of the model is trainable")
 
 
-def _measure(stage: _Stage, model: Any, when: str) -> None:
+def _measure(stage: Stage, model: Any, when: str) -> None:
     """The recipe's metric on held-out examples, before or after training."""
     wanted = stage.plan.evaluate
     if wanted.metric is None or not stage.prepared.eval_examples:
@@ -368,53 +264,3 @@ def _measure(stage: _Stage, model: Any, when: str) -> None:
         samples=measured.samples,
         memory=memory_used(),
     )
-
-
-def _refuse_changes(stage: _Stage) -> None:
-    """Data or a base that changed would make another run of this one."""
-    before, now = read_json(stage.run.path / "environment.json")["fingerprints"], stage.fingerprints()
-    names = {"data": ", ".join(stage.plan.data.train), "base": stage.plan.base.id}
-    problems = [
-        Problem(
-            names[key],
-            f"{key} that changed since the run began",
-            "the same as then",
-            "restore it, or train anew with peftkit finetune",
-        )
-        for key in names
-        if before[key] != now[key]
-    ]
-    if problems:
-        raise UserError(problems)
-
-
-def resume(path: Path, *, observer: Observer = lambda event: None) -> Summary:
-    """Go on with a run from its newest checkpoint that verifies, or from the start where there is none.
-
-    Raises UserError where there is nothing to go on with, or where data or base changed since.
-    """
-    run = RunDir.open(path)
-    plan = read_plan(run)
-    if (run.adapter if plan.method.peft else run.model).exists():
-        raise UserError(
-            Problem(
-                str(path),
-                "a run that is finished",
-                "an interrupted run",
-                "its result stands beside it; train anew with peftkit finetune",
-            )
-        )
-    checkpoint, skipped = run.newest_checkpoint()
-    loaded = load(run.path / "resolved.yaml")
-    facts, examples = light_facts(loaded)
-    base = refuse_where_it_cannot_run(loaded, plan, facts)
-    run.drop_cut_event()
-    with interrupt.listening():
-        for fault in skipped:
-            observer({"event": "warning", "text": f"{fault}: passed over"})
-        run.set_damaged_aside()
-        stage = _open(loaded, facts, examples, base, run, observer)
-        spent = max((event.get("at_seconds", 0.0) for event in run.events()), default=0.0)
-        stage = replace(stage, plan=plan, started=stage.started - spent)
-        _refuse_changes(stage)
-        return _train_and_publish(stage, checkpoint=checkpoint)

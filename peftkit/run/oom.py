@@ -19,7 +19,7 @@ _PHASES = (
     ("/peftkit/model/adapter.py", "start of the adapter"),
     ("/peftkit/evaluate/generation.py", "generation"),
     ("/peftkit/evaluate/losses.py", "evaluation"),
-    ("/peftkit/train/checkpoint.py", "checkpoint write"),
+    ("/peftkit/train/snapshot.py", "checkpoint write"),
     ("/torch/optim/", "optimizer step"),
     ("/bitsandbytes/optim/", "optimizer step"),
     ("/torch/autograd/graph.py", "backward"),

@@ -8,11 +8,12 @@ from typing import Any
 
 from peftkit.archs import shape_from_config
 from peftkit.errors import Problem, UserError
+from peftkit.model.identity import refuse_other_base
 from peftkit.plan import Plan
 from peftkit.plan.resolve import how_to_generate, plain_base
 from peftkit.plan.task import FORMAT_TASKS
 from peftkit.report import read_plan
-from peftkit.rundir import RunDir
+from peftkit.rundir import MANIFEST, RunDir, verify_folder
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def open_result(path: Path) -> Result:
     if not folder.is_dir():
         fix = f"go on with it: peftkit resume {path}"
         raise UserError(Problem(str(path), "a run without a result", "a finished run", fix))
+    _refuse_damaged(folder)
     from peftkit.model.adapter import load_adapter
     from peftkit.model.hardware import detect_device
     from peftkit.model.load import load_model, load_tokenizer, loadable
@@ -56,10 +58,18 @@ def open_result(path: Path) -> Result:
     if plan.method.peft is None:
         model = load_model(str(folder), plan.base, device=device)
     else:
-        base = locate(plan.base.id, revision=plan.base.revision, where="base")
-        model = load_adapter(load_model(loadable(base, "base"), plan.base, device=device), folder)
+        source = loadable(locate(plan.base.id, revision=plan.base.revision, where="base"), "base")
+        refuse_other_base(folder, source, plan.base)
+        model = load_adapter(load_model(source, plan.base, device=device), folder)
     how = plan.evaluate
     return Result(model, tokenizer, plan.base.task, plan, run, how.generation_batch, how.use_cache)
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Raises UserError where a published folder is not as it was written."""
+    if faults := verify_folder(folder):
+        fix = "take it from a copy, or train anew"
+        raise UserError([Problem(str(folder), fault, "files as peftkit wrote them", fix) for fault in faults])
 
 
 def _adapter_config(path: Path) -> dict[str, Any]:
@@ -84,6 +94,8 @@ def _foreign(path: Path) -> Result:
     from peftkit.model.shapes import shape_of_base
 
     config, where = _adapter_config(path), str(path / "adapter_config.json")
+    if (path / MANIFEST).is_file():  # made by peftkit, and away from its run
+        _refuse_damaged(path)
     task = {theirs: ours for ours, theirs in PEFT_TASKS.items()}.get(
         str(config.get("task_type")), "causal-lm"
     )
@@ -103,6 +115,7 @@ def _foreign(path: Path) -> Result:
         dtype="bfloat16" if device.kind == "cuda" else "float32",
     )
     source = loadable(base, where)
+    refuse_other_base(path, source, plan)
     has_tokenizer = (path / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(path) if has_tokenizer else source, replace(plan, revision=None))
     model = load_adapter(load_model(source, plan, device=device.kind), path)

@@ -181,13 +181,12 @@ def run_trial(plan: Plan, config: Mapping[str, Any], batch: Batch, *, vocab: int
     release()
     watch = _watch(model, on_gpu=on_gpu)
     with tempfile.TemporaryDirectory() as folder:
-        dataset, collator = training_set(made, _rows(made, batch, vocab), pad_id=0)
+        drawn = training_set(made, _rows(made, batch, vocab), pad_id=0)
         trainer = objective(made).trainer(
             model,
             made,
             _tokenizer(),
-            train=dataset,
-            collator=collator,
+            train=drawn,
             output_dir=Path(folder),
             callbacks=[watch],
             optimizer=adapter.build_loraplus_optimizer(model, made) if made.method.lr_ratio else None,

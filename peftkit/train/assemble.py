@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PrinterCallback
 
 from peftkit.data.mask import Tokenized
+from peftkit.data.prepare import Prepared
 from peftkit.errors import PeftkitError
 from peftkit.evaluate.losses import mean_token_loss
 from peftkit.methods import METHODS
@@ -20,10 +21,11 @@ from peftkit.plan import Plan
 from peftkit.plan.memory import evaluation_rows
 from peftkit.rundir import RunDir, read_json, verify_folder
 from peftkit.train.budget import Budget
-from peftkit.train.checkpoint import Restore, handover_folder, load_trained
+from peftkit.train.guard import Guard, Vitals
 from peftkit.train.objectives import sft, supervised
 from peftkit.train.preflight import Preflight, preflight
 from peftkit.train.record import Emit, Progress, Record
+from peftkit.train.restore import Restore, handover_folder, load_trained
 from peftkit.train.rows import longest, training_set
 
 
@@ -62,7 +64,13 @@ class Training:
             self.record.measure(self.trainer.model, 0)
 
     def run(self) -> int:
-        """Train. Returns the step at which training ended."""
+        """Train. Returns the step at which training ended, once its checkpoints are on the disk."""
+        try:
+            return self._run()
+        finally:
+            self.record.writer.finish()
+
+    def _run(self) -> int:
         if self.checkpoint is None:
             self.trainer.train()
             return int(self.trainer.state.global_step)
@@ -105,18 +113,21 @@ def assemble(
     plan: Plan,
     tokenizer: Any,
     *,
-    train: Sequence[Tokenized],
-    held_out: Sequence[Tokenized],
+    prepared: Prepared,
     run: RunDir,
     emit: Emit,
     checkpoint: Path | None,
+    facts: Mapping[str, Any],
 ) -> Training:
-    """Build the trainer with our callbacks; `checkpoint` is where a resumed run goes on."""
-    progress = Progress()
-    callbacks: list[Any] = []
+    """Build the trainer with our callbacks; `checkpoint` is where a resumed run goes on.
+
+    `facts` go into the manifest of each checkpoint.
+    """
+    train, held_out = prepared.train, prepared.eval
+    progress, vitals, restore = Progress(), Vitals(), None
     if checkpoint is not None:
-        progress = Progress(**read_json(checkpoint / "state.json")["progress"])
-        callbacks.append(Restore(checkpoint))
+        restore = Restore(checkpoint)
+        progress, vitals = Progress(**restore.state["progress"]), Vitals(**restore.state["vitals"])
         if progress.best_step is not None and verify_folder(run.checkpoint(progress.best_step)):
             emit(
                 "warning",
@@ -135,21 +146,22 @@ def assemble(
             summed=objective(plan).summed,
         )
 
-    record = Record(run, plan, emit, progress, evaluate if held_out else None)
-    callbacks.append(record)
-    optimizer = build_loraplus_optimizer(model, plan) if plan.method.lr_ratio is not None else None
-    if METHODS[plan.method.name].schedule is not None:
-        callbacks.append(Budget())
-    dataset, collator = training_set(plan, train, tokenizer.pad_token_id)
+    drawn = training_set(plan, train, tokenizer.pad_token_id)
+    guard = Guard(plan, emit, vitals, lambda numbers: [train[number].where for number in numbers])
+    chosen = evaluate if held_out else None
+    record = Record(plan, emit, progress, chosen, guard=guard, run=run, facts=facts)
+    budget = [Budget(guard)] if METHODS[plan.method.name].schedule is not None else []
     trainer = objective(plan).trainer(
         model,
         plan,
         tokenizer,
-        train=dataset,
-        collator=collator,
+        train=drawn,
         output_dir=run.path,
-        callbacks=callbacks,
-        optimizer=optimizer,
+        callbacks=[*([restore] if restore else []), guard, record, *budget],
+        optimizer=build_loraplus_optimizer(model, plan) if plan.method.lr_ratio is not None else None,
     )
+    for callback in (record, restore):
+        if callback is not None:
+            callback.accelerator = trainer.accelerator
     trainer.remove_callback(PrinterCallback)  # our own events are shown instead
     return Training(trainer, run, plan, checkpoint, record, train, tokenizer.pad_token_id)

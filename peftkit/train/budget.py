@@ -8,13 +8,20 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from peftkit.train.guard import Guard
+
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 class Budget(TrainerCallback):
     """Calls PEFT's allocator between the optimizer step and the clearing of gradients, as it asks for."""
 
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self.guard.skipped:  # there are no gradients to score by
+            return
         model.base_model.update_and_allocate(state.global_step + 1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from peftkit.errors import Interrupted
 from peftkit.model.hardware import memory_used
 from peftkit.plan import Plan
 from peftkit.rundir import RunDir
-from peftkit.train.checkpoint import rotate, write_checkpoint
+from peftkit.train.guard import Guard
+from peftkit.train.snapshot import take_snapshot
+from peftkit.train.writer import Commit, Writer
 
 Emit = Callable[..., None]
 Evaluate = Callable[[Any], float]
@@ -51,10 +53,21 @@ class Record(TrainerCallback):
     """
 
     def __init__(
-        self, run: RunDir, plan: Plan, emit: Emit, progress: Progress, evaluate: Evaluate | None
+        self,
+        plan: Plan,
+        emit: Emit,
+        progress: Progress,
+        evaluate: Evaluate | None,
+        *,
+        guard: Guard,
+        run: RunDir,
+        facts: Mapping[str, Any],
     ) -> None:
-        self.run, self.plan, self.emit, self.progress = run, plan, emit, progress
-        self.evaluate = evaluate
+        self.plan, self.emit, self.progress, self.guard = plan, emit, progress, guard
+        self.evaluate, self.facts = evaluate, facts
+        self.writer = Writer(run, self._tell_commit)
+        self.last_saved = self.retry_step = 0
+        self.accelerator: Any = None  # the trainer's, once there is one
         self.step_started = time.monotonic()
         self.step_seconds = 0.0
         self.num_tokens = 0.0
@@ -77,7 +90,7 @@ class Record(TrainerCallback):
         return best
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        self.parts = {name: parts[name] for name in ("model", "optimizer", "lr_scheduler")}
+        self.parts = {name: parts[name] for name in ("model", "optimizer", "lr_scheduler")} | {"state": state}
         self.num_tokens = float(state.num_input_tokens_seen)  # of the run that this one goes on with
         self.emit("train_begin", step=state.global_step, num_steps=state.max_steps)
 
@@ -91,9 +104,17 @@ class Record(TrainerCallback):
         """The Trainer logs each step right after it: here the step is complete."""
         if not logs or "loss" not in logs:
             return control
+        state.log_history.clear()  # events.jsonl has it: it would grow without end, in each checkpoint too
+        self.writer.poll()
         self._tell_step(state, logs)
         step, last = state.global_step, state.global_step >= state.max_steps
-        if step % self.plan.train.checkpoint_steps == 0 and not last:
+        self.guard.judge(
+            step,
+            float(logs.get("grad_norm", 0.0)),
+            learning_rate=float(logs["learning_rate"]),
+            model=self.parts["model"],
+        )
+        if (step % self.plan.train.checkpoint_steps == 0 or step == self.retry_step) and not last:
             self._checkpoint(state)
         if self.evaluate is not None and (last or step % self.plan.train.eval_steps == 0):
             try:
@@ -117,7 +138,7 @@ class Record(TrainerCallback):
         self.emit(
             "step",
             step=state.global_step,
-            loss=float(logs["loss"]),
+            loss=self.guard.loss,
             learning_rate=float(logs["learning_rate"]),
             grad_norm=float(logs.get("grad_norm", 0.0)),
             step_seconds=round(self.step_seconds, 4),
@@ -126,15 +147,40 @@ class Record(TrainerCallback):
         )
 
     def _checkpoint(self, state: Any) -> None:
-        if self.run.checkpoint(state.global_step).exists():
+        """Keep this step's state, unless it is kept already or the step was a bad one."""
+        step = state.global_step
+        if self.last_saved == step or not self.guard.steady:
             return
-        folder = write_checkpoint(
-            self.run,
+        self.last_saved = step
+        scaler = getattr(self.accelerator, "scaler", None)
+        snapshot = take_snapshot(
             model=self.parts["model"],
             optimizer=self.parts["optimizer"],
             scheduler=self.parts["lr_scheduler"],
             state=state,
-            progress=asdict(self.progress),
+            own={
+                "progress": asdict(self.progress),
+                "vitals": self.guard.state(),
+                "loss_scale": scaler.state_dict() if scaler is not None else None,
+            },
+            facts={**self.facts, "samples_seen": step * self.plan.train.batch_size},
         )
-        rotate(self.run, self.progress.best_step)
-        self.emit("checkpoint", step=state.global_step, path=str(folder.relative_to(self.run.path)))
+        self.writer.submit(snapshot, best_step=self.progress.best_step)
+
+    def _tell_commit(self, commit: Commit) -> None:
+        """A checkpoint is written, or could not be: then the run goes on, and tries again soon."""
+        if commit.error is None:
+            self.emit(
+                "checkpoint",
+                step=commit.step,
+                path=commit.path,
+                seconds=round(commit.seconds, 4),
+                size_bytes=commit.size_bytes,
+            )
+            return
+        again = max(1, self.plan.train.checkpoint_steps // 4)
+        self.retry_step = self.parts["state"].global_step + again
+        if commit.step == self.progress.best_step:
+            self.progress.best_step = self.progress.best_loss = None
+        text = f"no checkpoint of step {commit.step} ({commit.error.strerror}): make room; the run goes on"
+        self.emit("warning", text=f"{text}, and tries again at step {self.retry_step}")

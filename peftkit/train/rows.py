@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,25 +41,45 @@ def batch_of(plan: Plan, chosen: Sequence[Drawn], pad_id: int) -> dict[str, Any]
     return collate([row for one in chosen for row in one], pad_id, task=plan.base.task)
 
 
-def training_set(plan: Plan, rows: Sequence[Tokenized], pad_id: int) -> tuple[Any, Collator | None]:
-    """(the trainer's dataset, what makes a batch of its rows where the trainer's own does not).
+@dataclass(frozen=True)
+class DrawnSet:
+    """What the trainer draws from, and what makes a micro-batch of it.
 
-    A pack is held by the numbers of its rows, so that no token is held twice.
+    A batch brings, beside its tensors, `rows`: the numbers of its rows. One of packs brings `num_tokens`.
     """
+
+    dataset: Any
+    collator: Collator
+
+
+def training_set(plan: Plan, rows: Sequence[Tokenized], pad_id: int) -> DrawnSet:
+    """The trainer's dataset. A pack is held by the numbers of its rows, so that no token is held twice."""
     if plan.train.packing:
 
-        def collated(packs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        def packed(packs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+            numbers = [number for one in packs for number in one["rows"]]
             chosen = [[rows[i] for i in one["rows"]] for one in packs]
             num_tokens = sum(len(row.input_ids) for one in chosen for row in one)
-            return {**collate_packed(chosen, pad_id), "num_tokens": torch.tensor(num_tokens)}
+            made = collate_packed(chosen, pad_id)
+            return {**made, "num_tokens": torch.tensor(num_tokens), "rows": torch.tensor(numbers)}
 
-        return to_dataset([{"rows": numbers} for numbers in _packs(plan, rows)]), collated
+        return DrawnSet(to_dataset([{"rows": numbers} for numbers in _packs(plan, rows)]), packed)
+
+    def collated(drawn: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        tokenized = [
+            Tokenized(list(row["input_ids"]), list(row["labels"]), "", row.get("weights")) for row in drawn
+        ]
+        made = collate(tokenized, pad_id, task=plan.base.task)
+        return {**made, "rows": torch.tensor([row["row"] for row in drawn])}
+
     columns = ["input_ids", "labels", *(["weights"] if is_weighted(rows) else [])]
     if isinstance(rows, TokenRows):
         found = mapped_dataset(rows.paths, columns)
     else:
         found = to_dataset([{name: getattr(row, name) for name in columns} for row in rows])
-    return (found.select(order_by_length(plan, rows)) if plan.train.sampling == BY_LENGTH else found), None
+    found = found.add_column("row", np.arange(len(rows)))
+    ordered = plan.train.sampling == BY_LENGTH
+    return DrawnSet(found.select(order_by_length(plan, rows)) if ordered else found, collated)
 
 
 def order_by_length(plan: Plan, rows: Sequence[Tokenized]) -> list[int]:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from peftkit.cli import COMMANDS, main
+from peftkit.rundir import write_sealed
 from tests.conftest import ROOT, TINY_LLAMA
 
 PEFTKIT = [sys.executable, "-m", "peftkit"]
@@ -103,9 +104,9 @@ def test_bad_data(tmp_path, recipe_file):
 
 def test_output_folder_that_holds_something(tmp_path, recipe_file):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "plan.json").write_text("{}")
+    (tmp_path / "run" / "resolved.yaml").write_text("{}")
     assert "peftkit resume" in refuse("finetune", recipe_file, "--out", tmp_path / "run")
-    assert (tmp_path / "run" / "plan.json").read_text() == "{}"
+    assert (tmp_path / "run" / "resolved.yaml").read_text() == "{}"
 
 
 def test_output_folder_that_cannot_be_written(tmp_path, recipe_file):
@@ -215,7 +216,7 @@ def test_train_interrupt_resume_and_generate_from_the_command_line(recipe_file, 
     assert f"peftkit resume {out}" in rest
     plan = json.loads((out / "plan.json").read_text())
     plan["train"]["num_steps"] = 30  # the rest of 400 steps proves nothing more
-    (out / "plan.json").write_text(json.dumps(plan))
+    write_sealed(out / "plan.json", plan)
     resumed = run("resume", out)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from step" in resumed.stderr

@@ -9,7 +9,7 @@ import peftkit
 from peftkit.plan import Memory
 from peftkit.report import read_plan
 from peftkit.run.calibration import add_run, calibration_file, read_calibration
-from peftkit.rundir import RunDir
+from peftkit.rundir import RunDir, write_sealed
 
 DAMAGED = [
     '{"speeds": {"AMD EPYC": {"float32 none": "abc"}}, "memory": []}',
@@ -57,7 +57,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(recipe, monkeypatch, tmp_p
     stored = json.loads((run.path / "plan.json").read_text())
     assert stored["memory"]["depth"] == "traced"
     del stored["method"]["trainable_by_layers"]  # as an earlier version wrote it
-    (run.path / "plan.json").write_text(json.dumps(stored))
+    write_sealed(run.path / "plan.json", stored)
     assert read_plan(run).method.num_trainable == summary.num_trainable
 
 

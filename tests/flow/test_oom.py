@@ -82,7 +82,7 @@ def test_a_run_without_memory_stops_whole_and_says_what_fits(wide, tmp_path):
     stopped = run(wide, tmp_path / "run", "checkpoint 2")
     assert stopped.returncode == 2, stopped.stderr
     [problem] = json.loads(stopped.stdout)
-    assert "out of memory in step 3" in problem["got"]
+    assert "out of memory in step 4" in problem["got"]
     assert "activations" in problem["got"] or "logits" in problem["got"]
     assert "train.micro_batch=8" in problem["fix"]
     left = RunDir(tmp_path / "run")

@@ -139,7 +139,7 @@ def test_changed_held_out_rows_and_a_changed_base_are_refused(long_recipe, tmp_p
         peftkit.finetune(long_recipe, out=tmp_path / "cut", observer=stopping_at(7))
     held.write_text(held.read_text().replace("99", "98"))
     config = tmp_path / "base" / "config.json"
-    config.write_text(config.read_text() + " ")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 2e-5}))
     with pytest.raises(UserError) as caught:
         peftkit.resume_run(tmp_path / "cut")
     assert len(caught.value.problems) == 2

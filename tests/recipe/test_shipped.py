@@ -118,6 +118,7 @@ def test_the_set_of_recipe_keys_is_frozen():
         "max_steps",
         "micro_batch",
         "on_oom",
+        "on_spike",
         "optimizer",
         "packing",
         "precision",

@@ -1,14 +1,12 @@
-import json
-
 from peftkit.report import read_summary
-from peftkit.rundir import RunDir
+from peftkit.rundir import RunDir, write_sealed
 from tests.plans import cpu_plan
 
 
 def made(tmp_path, *events):
     run = RunDir(tmp_path)
-    (tmp_path / "plan.json").write_text(json.dumps(cpu_plan().to_json()))
-    (tmp_path / "environment.json").write_text(json.dumps({"device": {"name": "a CPU"}}))
+    write_sealed(tmp_path / "plan.json", cpu_plan().to_json())
+    write_sealed(tmp_path / "environment.json", {"device": {"name": "a CPU"}})
     for event in events:
         run.emit(**event)
     return read_summary(run)

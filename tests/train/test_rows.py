@@ -18,21 +18,28 @@ def planned(**train):
 
 def test_packs_are_held_by_the_numbers_of_their_rows():
     plan = planned(packing=True)
-    dataset, collator = training_set(plan, ROWS, 0)
+    drawn = training_set(plan, ROWS, 0)
+    dataset = drawn.dataset
     assert dataset.column_names == ["rows"]
     assert list(dataset["rows"]) == [[0, 2], [1], [3, 4]]
-    batch = collator([dataset[0], dataset[2]])
+    batch = drawn.collator([dataset[0], dataset[2]])
     assert int(batch.pop("num_tokens")) == 120
+    assert batch.pop("rows").tolist() == [0, 2, 3, 4]
     same = batch_of(plan, [[ROWS[0], ROWS[2]], [ROWS[3], ROWS[4]]], 0)
     assert same.keys() == batch.keys()
     assert all(torch.equal(batch[name], same[name]) for name in batch)
 
 
 def test_rows_by_themselves_are_columns():
-    dataset, collator = training_set(planned(), ROWS, 0)
-    assert collator is None and dataset.column_names == ["input_ids", "labels"]
+    drawn = training_set(planned(), ROWS, 0)
+    assert drawn.dataset.column_names == ["input_ids", "labels", "row"]
+    batch = drawn.collator([drawn.dataset[3], drawn.dataset[1]])
+    assert batch.pop("rows").tolist() == [3, 1]
+    same = batch_of(planned(), [[ROWS[3]], [ROWS[1]]], 0)
+    assert same.keys() == batch.keys()
+    assert all(torch.equal(batch[name], same[name]) for name in batch)
     plan = planned(sampling="by length", micro_batch=1, batch_size=1, num_steps=5)
-    dataset, _ = training_set(plan, ROWS, 0)
+    dataset = training_set(plan, ROWS, 0).dataset
     assert sorted(len(ids) for ids in dataset["input_ids"]) == [10, 20, 30, 40, 50]
 
 
@@ -66,7 +73,8 @@ def test_rows_on_disk_are_mapped_with_their_weights(tmp_path):
     writer.write([*ROWS, weighted], list(range(6)))
     writer.close()
     stored = TokenRows([tmp_path / "rows.arrow"])
-    dataset, _ = training_set(planned(), stored, 0)
-    assert dataset.column_names == ["input_ids", "labels", "weights"]
-    assert dataset[5] == {"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "weights": [1.0, 0.5, 2.0]}
+    dataset = training_set(planned(), stored, 0).dataset
+    assert dataset.column_names == ["input_ids", "labels", "weights", "row"]
+    row = {"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "weights": [1.0, 0.5, 2.0], "row": 5}
+    assert dataset[5] == row
     assert [row.length for [row] in longest(planned(), stored, 2)] == [50, 40]

@@ -9,6 +9,8 @@ from typing import Any
 from peftkit.model.adapter import in_fp32
 from peftkit.plan import Plan
 from peftkit.train.arguments import arguments
+from peftkit.train.guard import heard_by
+from peftkit.train.rows import DrawnSet
 
 
 def trainer(
@@ -16,26 +18,27 @@ def trainer(
     plan: Plan,
     tokenizer: Any,
     *,
-    train: Any,
-    collator: Any = None,
+    train: DrawnSet,
     output_dir: Path,
     callbacks: Sequence[Any],
     optimizer: Any,
 ) -> Any:
-    """An SFTTrainer over tokenized datasets with `input_ids` and `labels`, or over what `collator` reads.
-
-    A batch of such may bring `num_tokens`: TRL counts wrong where there is no attention mask.
-    """
+    """An SFTTrainer over what is drawn. A guard among the callbacks hears of each micro-batch."""
     from trl import SFTConfig, SFTTrainer
 
-    class Counting(SFTTrainer):
-        """Keeps the tokens that a batch says it has, where the Trainer keeps those that it counts."""
+    saw = heard_by(callbacks)
+
+    class Watched(SFTTrainer):
+        """Tells the guard of each micro-batch, and counts packs' tokens: TRL counts wrong without a mask."""
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            rows = inputs.pop("rows")
             self.state.num_input_tokens_seen += int(inputs.pop("num_tokens", 0))
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            saw(rows, loss)
+            return loss
 
-    made = Counting(
+    made = Watched(
         model=model,
         args=SFTConfig(
             **arguments(plan, output_dir=output_dir),
@@ -43,8 +46,8 @@ def trainer(
             packing=False,
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
-        data_collator=collator,
-        train_dataset=train,
+        data_collator=train.collator,
+        train_dataset=train.dataset,
         processing_class=tokenizer,
         callbacks=list(callbacks),
         optimizers=(optimizer, None),

@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peftkit.data.mask import IGNORED, Tokenized
-from peftkit.evaluate.losses import collate, inputs_of, summed_loss
+from peftkit.data.mask import IGNORED
+from peftkit.evaluate.losses import inputs_of, summed_loss
 from peftkit.plan import Plan
 from peftkit.train.arguments import arguments
+from peftkit.train.guard import heard_by
+from peftkit.train.rows import DrawnSet
 
 
 def trainer(
@@ -18,43 +20,42 @@ def trainer(
     plan: Plan,
     tokenizer: Any,
     *,
-    train: Any,
-    collator: Any = None,
+    train: DrawnSet,
     output_dir: Path,
     callbacks: Sequence[Any],
     optimizer: Any,
 ) -> Any:
-    """A Seq2SeqTrainer or Trainer over tokenized datasets. `collator` is for what is not done here: packs.
+    """A Seq2SeqTrainer or Trainer over what is drawn. A guard among the callbacks hears of it.
 
     The loss is worked out here from the logits: the Trainer divides a model's own loss by the accumulation or
     not, depending on whether the model's signature takes loss arguments, which says nothing of what it does.
     """
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-    assert collator is None, "the plan packs for the trainer of language models only"
+    saw = heard_by(callbacks)
     seq2seq = plan.base.task == "seq2seq"
     made, configured = (Seq2SeqTrainer, Seq2SeqTrainingArguments) if seq2seq else (Trainer, TrainingArguments)
 
-    def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        tokenized = [
-            Tokenized(list(row["input_ids"]), list(row["labels"]), "", row.get("weights")) for row in rows
-        ]
-        batch = collate(tokenized, tokenizer.pad_token_id, task=plan.base.task)
-        rest: dict[str, Any] = {key: batch[key] for key in batch.keys() & {"labels", "weights"}}
-        return {**inputs_of(model, batch, plan.base.task), **rest}
+    def collated(drawn: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = train.collator(drawn)
+        beside: dict[str, Any] = {key: batch[key] for key in ("labels", "weights", "rows") if key in batch}
+        return {**inputs_of(model, batch, plan.base.task), **beside}
 
     def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None, weights: Any = None) -> Any:
         total = summed_loss(outputs.logits, labels, plan.base.task, weights)
         return total / (labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
-    class Weighing(made):  # type: ignore[misc, valid-type]
-        """The trainer, which hands a batch's weights to the loss: by itself it knows only labels."""
+    class Watched(made):  # type: ignore[misc, valid-type]
+        """Hands a batch's weights to the loss, and tells the guard of each micro-batch."""
 
         def compute_loss(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+            numbers = inputs.pop("rows")
             self.compute_loss_func = partial(loss, weights=inputs.pop("weights", None))
-            return super().compute_loss(model, inputs, *rest, **named)
+            found = super().compute_loss(model, inputs, *rest, **named)
+            saw(numbers, found)
+            return found
 
-    return Weighing(
+    return Watched(
         model=model,
         args=configured(
             **arguments(plan, output_dir=output_dir),
@@ -62,7 +63,7 @@ def trainer(
         ),
         data_collator=collated,
         compute_loss_func=loss,
-        train_dataset=train,
+        train_dataset=train.dataset,
         processing_class=tokenizer,
         callbacks=list(callbacks),
         optimizers=(optimizer, None),

@@ -6,7 +6,8 @@ import torch
 
 from peftkit.errors import PeftkitError
 from peftkit.rundir import RunDir, publish_folder
-from peftkit.train.checkpoint import load_trained, random_states, restore_random_states, rotate
+from peftkit.train.restore import load_trained
+from peftkit.train.snapshot import random_states, restore_random_states, rotate
 
 
 def draws():

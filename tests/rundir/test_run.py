@@ -68,7 +68,7 @@ def test_write_text_keeps_the_old_file_when_it_fails(tmp_path):
 
 def test_create_refuses_a_run_a_full_folder_and_a_file(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "plan.json").write_text("{}")
+    (tmp_path / "run" / "resolved.yaml").write_text("{}")
     with pytest.raises(UserError, match=r"already holds a run.*peftkit resume"):
         RunDir.create(tmp_path / "run")
     (tmp_path / "notes").mkdir()
@@ -81,7 +81,7 @@ def test_create_refuses_a_run_a_full_folder_and_a_file(tmp_path):
 
 
 def test_open_wants_a_run(tmp_path):
-    with pytest.raises(UserError, match=r"without plan\.json"):
+    with pytest.raises(UserError, match=r"without resolved\.yaml"):
         RunDir.open(tmp_path)
     with pytest.raises(UserError, match="nothing there"):
         RunDir.open(tmp_path / "absent")

@@ -1,0 +1,95 @@
+"""Which base an adapter belongs to: told by what the base's files hold, not by its name alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peftkit.errors import Problem, UserError
+from peftkit.plan.plan import BasePlan
+
+IDENTITY = "peftkit.json"  # beside the adapter's weights
+_PIECE = 2**16
+_PIECES = 16  # of each file, from end to end
+# of no weight: where it was loaded from, by which version, in which type it is held
+_VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+
+
+def folder_of(source: str, revision: str | None) -> Path | None:
+    """Where the files of a base lie: a local folder, or the hub cache's; None where they do not yet."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(source, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _config_sha256(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _weights_sha256(folder: Path) -> str:
+    """Of each weights file its size and pieces from end to end: an 8B model takes milliseconds."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{size} bytes".encode())
+        with path.open("rb") as file:
+            for number in range(_PIECES + 1):
+                file.seek(max(0, size - _PIECE) * number // _PIECES)
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()
+
+
+def base_identity(source: str, plan: BasePlan) -> dict[str, Any]:
+    """The base's name, revision and quantization, and fingerprints of its configuration and weights."""
+    folder = folder_of(source, plan.revision)
+    local = Path(source).is_dir()
+    quantized = plan.quant_type is not None
+    return {
+        "id": plan.id,
+        "revision": plan.revision if local or folder is None else folder.name,
+        "config_sha256": _config_sha256(folder) if folder else None,
+        "weights_sha256": _weights_sha256(folder) if folder else None,
+        "quantization": {"type": plan.quant_type, "double": plan.double_quant} if quantized else None,
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In which of what is known on both sides two bases differ; a name or a revision alone is none."""
+    keys = ("config_sha256", "weights_sha256")
+    names = {"config_sha256": "configuration", "weights_sha256": "weights"}
+    return [names[key] for key in keys if before.get(key) and now.get(key) and before[key] != now[key]]
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What an adapter says of its base; empty for one that was made elsewhere. Raises UserError if broken."""
+    file = folder / IDENTITY
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["base"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            Problem(str(file), f"no identity of a base ({error!r})", "the file that peftkit wrote")
+        ) from None
+
+
+def refuse_other_base(folder: Path, source: str, plan: BasePlan) -> None:
+    """Raises UserError where the base is not the one that the adapter in `folder` was trained on."""
+    before, now = read_identity(folder), base_identity(source, plan)
+    differ = differences(before, now)
+    if differ:
+        got = f"the base {now['id']} with other {' and '.join(differ)}"
+        fix = f"give that base; if it is the same model in other files, remove {folder / IDENTITY}"
+        raise UserError(Problem(str(folder), got, f"the base {before['id']} that it was trained on", fix))

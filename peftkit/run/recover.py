@@ -1,0 +1,122 @@
+"""A run that ran out of memory or left the road: how it goes on, where the recipe lets it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peftkit.errors import UserError
+from peftkit.plan.fit import revised
+from peftkit.run import oom
+from peftkit.run.memory import trace_memory
+from peftkit.run.stage import Stage, replan
+from peftkit.rundir import write_sealed
+from peftkit.train.guard import Diverged, divergence
+
+MOST_ROLLBACKS = 3
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Training left the road, and why."""
+
+    said: str
+    first_step: int
+
+
+Happened = Departure | oom.Shortage
+
+
+def what_happened(stage: Stage, error: Exception) -> Happened | None:
+    """What can be recovered from in an error, without its frames; None where nothing can."""
+    if isinstance(error, Diverged):
+        return Departure(str(error), error.first_step)
+    return _shortage(stage, error)
+
+
+def recovered(stage: Stage, happened: Happened) -> Stage:
+    """The stage with which to go on from the newest checkpoint.
+
+    Raises UserError where the recipe, or all that was tried before, says that the run stops here.
+    """
+    if isinstance(happened, Departure):
+        return _more_gently(stage, happened)
+    return _in_smaller_pieces(stage, happened)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step of a checkpoint's folder; 0 for the start."""
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+
+
+def _more_gently(stage: Stage, departure: Departure) -> Stage:
+    """Half the learning rate, from the last checkpoint before the first bad step."""
+    from peftkit.model.hardware import release
+
+    release()
+    before = [event["step"] for event in stage.run.events() if event["event"] == "rollback"]
+    step = step_of(stage.run.newest_checkpoint()[0])  # bad steps are never kept
+    if step and step in before:
+        stage.run.set_aside(step, "left")  # it led to the same once more
+        step = step_of(stage.run.newest_checkpoint()[0])
+    rate = stage.plan.train.learning_rate
+    if len(before) >= MOST_ROLLBACKS:
+        kept = f"; the checkpoint of step {step} is whole" if step else ""
+        said = f"{departure.said}, after {len(before)} rollbacks{kept}"
+        raise UserError(divergence(stage.plan, said, _last_rows(stage)))
+    stage.emit(
+        "rollback",
+        text=departure.said,
+        step=step,
+        learning_rate=rate / 2,
+        first_bad_step=departure.first_step,
+    )
+    train = replace(stage.plan.train, learning_rate=rate / 2)
+    plan = revised(stage.plan, train, stage.facts, f"on_spike: rollback, halved after {departure.said}")
+    write_sealed(stage.run.path / "plan.json", plan.to_json())
+    return replan(stage, plan)
+
+
+def _last_rows(stage: Stage) -> list[str]:
+    """The rows of the last spike."""
+    spikes = [event for event in stage.run.events() if event["event"] == "spike"]
+    return list(spikes[-1]["rows"]) if spikes else []
+
+
+def _shortage(stage: Stage, error: Exception) -> oom.Shortage | None:
+    """What ran out where, for an out-of-memory error; None for any other."""
+    from peftkit.model.hardware import is_out_of_memory, memory_used
+
+    if not is_out_of_memory(error):
+        return None
+    used = memory_used()
+    steps = [event["step"] for event in stage.run.events() if event["event"] == "step"]
+    occupied = used.get("peak_allocated_bytes", used.get("resident_bytes", 0))
+    return oom.shortage_of(error, step=steps[-1] if steps else None, occupied_bytes=occupied)
+
+
+def _in_smaller_pieces(stage: Stage, shortage: oom.Shortage) -> Stage:
+    """The stage with a smaller micro-batch, where the recipe allows it. Raises UserError where it stops."""
+    from peftkit.model.hardware import release
+
+    release()
+    plan = oom.smaller(stage.plan, stage.facts, shortage) if stage.plan.train.on_oom == "adapt" else None
+    step = step_of(stage.run.newest_checkpoint()[0])
+    stage.emit(
+        "oom",
+        phase=shortage.phase,
+        text=oom.exceeded(stage.plan, shortage),
+        micro_batch=stage.plan.train.micro_batch,
+        next_micro_batch=plan.train.micro_batch if plan else None,
+        next_accumulation=plan.train.accumulation if plan else None,
+        step=step,
+    )
+    if plan is None:
+        kept = f"; the checkpoint of step {step} is whole" if step else ""
+        where = f"{stage.run.path}{kept}"
+        raise UserError(oom.problem(stage.loaded, stage.facts, stage.plan, shortage, where))
+    assert plan.batch is not None
+    found = trace_memory(plan, stage.facts.model.shape, stage.config, plan.batch)
+    plan = replace(plan, memory=found.memory or plan.memory)
+    write_sealed(stage.run.path / "plan.json", plan.to_json())
+    return replan(stage, plan)

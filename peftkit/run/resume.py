@@ -1,0 +1,159 @@
+"""Go on exactly where the last good checkpoint stands, or say what has changed since."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peftkit import interrupt
+from peftkit.errors import Problem, UserError, did_you_mean
+from peftkit.model.identity import differences
+from peftkit.plan import make_plan
+from peftkit.recipe import load
+from peftkit.report import Summary, read_plan, read_summary
+from peftkit.run.facts import light_facts, refuse_where_it_cannot_run
+from peftkit.run.flow import told, train_and_publish
+from peftkit.run.memory import settle
+from peftkit.run.stage import (
+    Observer,
+    Stage,
+    open_stage,
+    replan,
+    write_decided,
+    write_environment,
+    write_recipe,
+)
+from peftkit.rundir import MANIFEST, RunDir, owned, read_json, read_sealed, verify_folder
+
+CHANGES = ("data", "recipe", "base", "tokenizer", "versions")
+
+
+def resume(
+    path: Path,
+    *,
+    allow_changed: Sequence[str] = (),
+    take_over: bool = False,
+    observer: Observer = lambda event: None,
+) -> Summary:
+    """Go on with a run from its newest checkpoint that verifies, or from the start where there is none.
+
+    `allow_changed` names what may differ from when the run began; a recipe that may is decided anew.
+    `take_over` is for a run that another machine, which is gone, did not release. Raises UserError where
+    there is nothing to go on with, or where something else changed since.
+    """
+    run = RunDir.open(path)
+    _check_names(allow_changed)
+    with interrupt.listening(), owned(path, take_over=take_over), told(run):
+        run.sweep()
+        is_planned = (path / "plan.json").exists()
+        if is_planned and (summary := _finished(run, observer)) is not None:
+            return summary
+        checkpoint, skipped = run.newest_checkpoint()
+        run.drop_cut_event()
+        for fault in skipped:
+            observer({"event": "warning", "text": f"{fault}: passed over"})
+        run.set_damaged_aside()
+        stage = _reopened(run, observer)
+        if is_planned:
+            stage = _as_it_was(stage, allow_changed)
+        else:
+            write_decided(stage)
+        return train_and_publish(stage, checkpoint=checkpoint)
+
+
+def _check_names(allowed: Sequence[str]) -> None:
+    unknown = [name for name in allowed if name not in CHANGES]
+    if unknown:
+        raise UserError(
+            [
+                Problem("--allow-changed", repr(name), "what may change", did_you_mean(name, list(CHANGES)))
+                for name in unknown
+            ]
+        )
+
+
+def _finished(run: RunDir, observer: Observer) -> Summary | None:
+    """The summary of a run whose result was published just before it was killed; None where there is none.
+
+    A result that is not whole is set aside. Raises UserError where the run ended long ago.
+    """
+    result = run.adapter if run.adapter.exists() else run.model
+    if not result.exists():
+        return None
+    if faults := verify_folder(result):
+        observer({"event": "warning", "text": f"{'; '.join(faults)}: made again"})
+        result.replace(tempfile.mkdtemp(dir=run.path, prefix=f"damaged-{result.name}-"))
+        return None
+    run.drop_cut_event()
+    events = run.events()
+    if any(event["event"] == "done" for event in events):
+        fix = "its result stands beside it; train anew with peftkit finetune"
+        raise UserError(Problem(str(run.path), "a run that is finished", "an interrupted run", fix))
+    last = max((event.get("at_seconds", 0.0) for event in events), default=0.0)
+    steps = [event["step"] for event in events if event["event"] == "step"]
+    step = int(read_json(result / MANIFEST)["step"])
+    fields = {"step": max([*steps, step]), "published_step": step, "result": result.name}
+    observer(run.emit("done", at_seconds=last, **fields))
+    return read_summary(run)
+
+
+def _reopened(run: RunDir, observer: Observer) -> Stage:
+    """The run's stage from its own recipe, as far as time goes where it stopped."""
+    loaded = load(run.path / "resolved.yaml")
+    if not (run.path / "recipe.yaml").exists():
+        write_recipe(loaded, run)  # killed before the copy as given: what is left of it
+    facts, examples = light_facts(loaded)
+    plan = read_plan(run) if (run.path / "plan.json").exists() else make_plan(loaded, facts)
+    base = refuse_where_it_cannot_run(loaded, plan, facts)
+    stage = open_stage(loaded, facts, examples, base, run, observer)
+    spent = max((event.get("at_seconds", 0.0) for event in run.events()), default=0.0)
+    return replace(stage, started=stage.started - spent)
+
+
+def _as_it_was(stage: Stage, allowed: Sequence[str]) -> Stage:
+    """The stage, once nothing has changed but what may. A changed recipe that may is decided anew."""
+    before = read_sealed(stage.run.path / "environment.json")["fingerprints"]
+    changed = _changes(before, stage.fingerprints())
+    names = {"data": ", ".join(stage.plan.data.train), "base": stage.plan.base.id}
+    problems = [
+        Problem(
+            names.get(key, key),
+            f"{key} that changed since the run began ({said})",
+            "the same as then",
+            f"restore it, train anew, or go on all the same with --allow-changed {key}",
+        )
+        for key, said in changed.items()
+        if key not in allowed
+    ]
+    if problems:
+        raise UserError(problems)
+    if changed:
+        stage.emit("changed", text="; ".join(f"{key} changed ({said})" for key, said in changed.items()))
+        if "recipe" in changed:
+            plan, _ = settle(stage.loaded, stage.facts, stage.looked.plan, stage.config)
+            stage = replan(stage, plan)
+            write_decided(stage)
+        else:
+            write_environment(stage)
+    return stage
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What differs, by the name under which it may be allowed, in words."""
+    found = {}
+    for key in ("recipe", "data", "tokenizer"):
+        if before[key] != now[key]:
+            found[key] = f"sha256 {before[key][:8]} then, {now[key][:8]} now"
+    if base := differences(before["base"], now["base"]):
+        found["base"] = f"other {' and '.join(base)}"
+    others = [
+        f"{name} {before['versions'].get(name)} then, {version} now"
+        for name, version in now["versions"].items()
+        if before["versions"].get(name) != version
+    ]
+    if others:
+        found["versions"] = "; ".join(others)
+    return found

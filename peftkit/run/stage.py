@@ -1,0 +1,134 @@
+"""What a run stands on before it trains: recipe, facts, data, plan, and the files that say so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftkit import interrupt
+from peftkit.data.examples import Examples
+from peftkit.data.gate.report import DataReport
+from peftkit.data.prepare import Prepared
+from peftkit.errors import UserError
+from peftkit.plan import Facts, Plan
+from peftkit.recipe import LoadedRecipe
+from peftkit.recipe.paths import shown
+from peftkit.report import read_plan
+from peftkit.run.check import Looked, look
+from peftkit.run.environment import environment, fingerprints, resolved_text
+from peftkit.run.facts import converted, memory_problems, model_facts, read
+from peftkit.run.memory import settle
+from peftkit.run.room import refuse_without_room
+from peftkit.rundir import RunDir, write_sealed, write_text
+
+Observer = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the steps of the flow hand to each other."""
+
+    run: RunDir
+    loaded: LoadedRecipe
+    facts: Facts
+    config: Mapping[str, Any]
+    plan: Plan
+    source: str
+    looked: Looked
+    observer: Observer
+    started: float
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.looked.tokenizer
+
+    @property
+    def prepared(self) -> Prepared:
+        return self.looked.prepared
+
+    def fingerprints(self) -> dict[str, Any]:
+        """Of recipe, data, base and versions, as they are now."""
+        return fingerprints(self.loaded, self.source, self.plan.base, self.tokenizer, self.prepared)
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Write an event and show it."""
+        self.observer(self.run.emit(event, at_seconds=round(time.monotonic() - self.started, 3), **fields))
+
+
+def write_recipe(loaded: LoadedRecipe, run: RunDir) -> None:
+    """The recipe as given and as resolved: what makes a folder a run, from its first moment on."""
+    resolved = resolved_text(loaded)
+    write_text(run.path / "resolved.yaml", resolved)
+    write_text(run.path / "recipe.yaml", loaded.text or resolved)
+    if any(shown(source.path) != source.path for source in loaded.recipe.data.sources):
+        for name in ("recipe.yaml", "resolved.yaml"):
+            (run.path / name).chmod(0o600)  # a URL in them may hold a password
+
+
+def write_decided(stage: Stage) -> None:
+    """What the gate said, with what the run is made, and what was decided: plan.json last."""
+    write_sealed(stage.run.path / "data.json", stage.looked.report.to_json())
+    write_environment(stage)
+    write_sealed(stage.run.path / "plan.json", stage.plan.to_json())
+
+
+def write_environment(stage: Stage) -> None:
+    """With what the run is made from here on."""
+    found = environment(stage.facts.device, stage.fingerprints(), stage.loaded)
+    write_sealed(stage.run.path / "environment.json", found)
+
+
+def open_stage(
+    loaded: LoadedRecipe, facts: Facts, examples: Examples | None, base: Any, run: RunDir, observer: Observer
+) -> Stage:
+    """Tokenizer and data first, so that bad data costs no model load; then the plan for the rows left.
+
+    A run that was planned keeps its plan. Raises UserError for bad data, and for what does not fit.
+    """
+    from peftkit.model.hardware import detect_device
+    from peftkit.model.load import loadable
+
+    started = time.monotonic()
+    source = loadable(base, loaded.where(("base", "id")))
+    interrupt.stop_if_requested("interrupted before training")
+    examples = read(loaded) if examples is None else examples
+    plan_device = facts.device.kind
+    whole = converted(base, source)
+    facts = Facts(detect_device(), model_facts(loaded, whole, examples), None)
+    names = ", ".join(Path(shown(source.path)).name for source in loaded.recipe.data.sources)
+    observer({"event": "phase", "name": "data", "detail": names})
+    if facts.device.kind != plan_device:
+        text = f"the driver shows a {plan_device} device, but torch uses {facts.device.name}"
+        observer({"event": "warning", "text": f"{text}: is the right torch installed?"})
+    looked = look(loaded, facts, examples, source)
+    facts, plan = looked.facts, looked.plan
+    _tell_report(looked.report, observer)
+    stage = Stage(run, loaded, facts, whole.config or {}, plan, source, looked, observer, started)
+    if (run.path / "plan.json").exists():
+        return replan(stage, read_plan(run))
+    plan, note = settle(loaded, facts, plan, whole.config or {})
+    if note:
+        observer({"event": "warning", "text": note})
+    if problems := memory_problems(loaded, plan, facts, slack=1.0):
+        raise UserError(problems)
+    refuse_without_room(plan, run)
+    return replan(stage, plan)
+
+
+def replan(stage: Stage, plan: Plan) -> Stage:
+    """The stage with another plan."""
+    return Stage(**{**vars(stage), "plan": plan})
+
+
+def _tell_report(report: DataReport, observer: Observer) -> None:
+    """What the data gate says. Raises UserError where a check fails that is not waived."""
+    observer({"event": "checks", "verdict": report.verdict, "batching": report.totals.batching})
+    for finding in report.findings:
+        if finding.status in {"warn", "waived"}:
+            word = "waived: " if finding.status == "waived" else ""
+            observer({"event": "warning", "text": f"{word}{finding.check}: {finding.said}"})
+    if report.failed:
+        raise UserError(report.problems())

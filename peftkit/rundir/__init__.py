@@ -1,0 +1,33 @@
+"""The run directory: everything that a run leaves behind, complete or absent, and owned by one process."""
+
+from peftkit.rundir.files import (
+    MANIFEST,
+    is_full,
+    publish_folder,
+    read_json,
+    read_sealed,
+    sha256_of,
+    verify_folder,
+    verify_sealed,
+    write_json,
+    write_sealed,
+    write_text,
+)
+from peftkit.rundir.lock import owned
+from peftkit.rundir.run import RunDir
+
+__all__ = [
+    "MANIFEST",
+    "RunDir",
+    "is_full",
+    "owned",
+    "publish_folder",
+    "read_json",
+    "read_sealed",
+    "sha256_of",
+    "verify_folder",
+    "verify_sealed",
+    "write_json",
+    "write_sealed",
+    "write_text",
+]

@@ -1,0 +1,195 @@
+"""Files that are whole or absent, whatever stops the writing.
+
+A folder that matters (a checkpoint, an adapter, a converted base) is written to a temporary sibling,
+fsynced, its manifest of sizes and sha256 last, renamed into place, and read again. What has no valid manifest
+is never trusted.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peftkit.errors import Problem, UserError
+
+MANIFEST = "MANIFEST.json"
+TEMPORARY = ".tmp-"
+_SEAL = "sha256"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room left: on the disk, in the quota, or for a larger file."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    told = _OS_ERROR.search(str(error))  # safetensors' own errors hold the system's in their text
+    return told is not None and int(told[1]) in _FULL
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _to_disk(path: Path) -> None:
+    """fsync a file and forget what memory holds of it, so that the next reader reads the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: a reader sees the old text or the new, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _fsync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, _text(value))
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """The parsed content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _seal_of(value: Mapping[str, Any]) -> str:
+    rest = {key: item for key, item in value.items() if key != _SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """`write_json` with a hash of the value inside, so that a later change shows."""
+    plain = json.loads(json.dumps(value, ensure_ascii=False))  # tuples and number keys as they come back
+    write_json(path, {**plain, _SEAL: _seal_of(plain)})
+
+
+def verify_sealed(path: Path) -> list[str]:
+    """What is wrong with a sealed file, in words; empty where it is as it was written."""
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        return [f"{path.name} is missing"]
+    except (OSError, ValueError) as error:
+        return [f"{path.name} cannot be read ({error})"]
+    if not isinstance(value, dict) or not isinstance(value.get(_SEAL), str):
+        return [f"{path.name} has no hash of its content"]
+    if value[_SEAL] != _seal_of(value) or path.read_text(encoding="utf-8") != _text(value):
+        return [f"{path.name} was changed after it was written"]
+    return []
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The value of a sealed file. Raises UserError where it is not as it was written."""
+    if faults := verify_sealed(path):
+        expected, fix = "the file as peftkit wrote it", "put the file back, or train anew"
+        raise UserError(Problem(str(path), faults[0], expected, fix))
+    return {key: item for key, item in read_json(path).items() if key != _SEAL}
+
+
+@contextmanager
+def publish_folder(final: Path, *, known: Mapping[str, str] | None = None, **facts: Any) -> Iterator[Path]:
+    """Yield a temporary sibling to write into; on success it becomes `final`, with a manifest.
+
+    `facts` are stored in the manifest beside the files' sizes and hashes. `known` has the sha256 of files
+    that were hashed in memory, by name: what the disk then holds is compared with them. An exception, or a
+    kill at any moment, leaves no `final`; an exception also removes the temporary folder. Raises OSError
+    where the disk gives back something else than was written.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{TEMPORARY}{final.name}-"))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        entries = {}
+        for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+            _to_disk(path)
+            name = path.relative_to(staging).as_posix()
+            digest = (known or {}).get(name) or sha256_of(path)
+            entries[name] = {"size_bytes": path.stat().st_size, "sha256": digest}
+        for folder in (path for path in staging.rglob("*") if path.is_dir()):
+            _fsync_folder(folder)
+        write_sealed(staging / MANIFEST, {**facts, "files": entries})
+        if faults := verify_folder(staging):
+            raise OSError(errno.EIO, f"the disk does not give back what was written: {faults[0]}")
+        staging.rename(final)
+        _fsync_folder(final.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def verify_folder(folder: Path, *, hashes: bool = True) -> list[str]:
+    """What is wrong with a published folder, in words; empty when every file is as it was written.
+
+    `hashes=False` compares sizes only: enough to know that a write was finished, at no cost. A manifest that
+    names files elsewhere is not believed, and links are not followed.
+    """
+    try:
+        entries = read_json(folder / MANIFEST)["files"].items()
+        sizes = {name: (int(entry["size_bytes"]), str(entry["sha256"])) for name, entry in entries}
+    except (FileNotFoundError, NotADirectoryError):
+        return [f"{folder.name} is incomplete (no {MANIFEST})"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return [f"{folder.name} has an unreadable {MANIFEST}"]
+    faults = [f"{folder.name}/{fault}" for fault in verify_sealed(folder / MANIFEST)]
+    for name, (size_bytes, digest) in sizes.items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            faults.append(f"{folder.name} has a {MANIFEST} that names a file elsewhere ({name})")
+        elif path.is_symlink() or not path.is_file():
+            faults.append(f"{folder.name}/{name} is missing")
+        elif path.stat().st_size != size_bytes:
+            faults.append(f"{folder.name}/{name} has {path.stat().st_size} bytes, not {size_bytes}")
+        elif hashes and sha256_of(path) != digest:
+            faults.append(f"{folder.name}/{name} was changed after it was written (sha256 differs)")
+    return faults
+
+
+def sweep(folder: Path) -> list[str]:
+    """Remove what writes that were cut short left in a folder. Returns the names.
+
+    Only for a folder that the caller owns: another writer's temporary files look the same.
+    """
+    found = sorted(folder.glob(f"{TEMPORARY}*")) if folder.is_dir() else []
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return [path.name for path in found]

@@ -1,0 +1,167 @@
+"""Paths and files of one run, its event log, and which of its checkpoints can be trusted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftkit.errors import Problem, UserError
+from peftkit.rundir.files import TEMPORARY, sweep, verify_folder, write_text
+from peftkit.rundir.lock import LOCK
+
+_DECIDED = ("plan.json", "environment.json", "data.json", "resolved.yaml", "recipe.yaml")
+_CHECKPOINT = re.compile(r"^step-(\d{6,})$")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths and files of one run. Knows where things are, not what they mean."""
+
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step stands, whether it exists or not."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    @classmethod
+    def create(cls, path: Path) -> RunDir:
+        """Make a fresh run directory. Raises UserError where one cannot be made or would be overwritten."""
+        if path.exists() and not path.is_dir():
+            raise UserError(Problem(str(path), "a file", "a folder for the run", "choose another --out"))
+        if path.is_dir() and any(not _left_by_a_kill(one) for one in path.iterdir()):
+            is_run = (path / "resolved.yaml").exists()
+            got = "a folder that already holds a run" if is_run else "a folder that is not empty"
+            fix = f"go on with it: peftkit resume {path}, or " if is_run else ""
+            raise UserError(Problem(str(path), got, "a new or empty folder", f"{fix}choose another --out"))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / f"{TEMPORARY}writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                Problem(
+                    str(path),
+                    f"no permission to write ({error.strerror})",
+                    "a writable folder",
+                    "choose another --out",
+                )
+            ) from None
+        return cls(path)
+
+    def discard(self) -> None:
+        """Remove a run in which nothing was trained: the files that are ours, then the folder if empty."""
+        self.sweep()
+        for name in (*_DECIDED, LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """An existing run. Raises UserError where `path` holds none."""
+        if not (path / "resolved.yaml").is_file():
+            got = "a folder without resolved.yaml" if path.is_dir() else "nothing there"
+            raise UserError(Problem(str(path), got, "a run directory made by peftkit finetune"))
+        if (path / "checkpoints").is_symlink():
+            got = "checkpoints that are a link to elsewhere"
+            raise UserError(
+                Problem(str(path), got, "a folder of the run itself", "move the checkpoints here")
+            )
+        return cls(path)
+
+    def emit(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Append one event, whole or not at all. Returns what was written."""
+        record = {"event": event, **fields}
+        line = (json.dumps(record, ensure_ascii=False, allow_nan=True) + "\n").encode(
+            "utf-8",
+            "backslashreplace",  # a lone surrogate becomes JSON's own escape
+        )
+        handle = os.open(self.events_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            before = os.fstat(handle).st_size
+            try:
+                if os.write(handle, line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.events_file))
+            except OSError:
+                os.ftruncate(handle, before)
+                raise
+        finally:
+            os.close(handle)
+        return record
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events in order. A last line cut by a kill is left out, a broken line elsewhere raises."""
+        if not self.events_file.exists():
+            return []
+        # not splitlines(): JSON may hold other line separators, such as U+0085, as they are
+        *lines, _cut = self.events_file.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines]
+
+    def drop_cut_event(self) -> None:
+        """Remove a last line that a kill cut short, so that the next event starts a line of its own."""
+        if self.events_file.exists():
+            text = self.events_file.read_text(encoding="utf-8", errors="replace")
+            if text and not text.endswith("\n"):
+                write_text(self.events_file, text[: text.rfind("\n") + 1])
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of which a checkpoint folder stands (verified or not), ascending."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = (_CHECKPOINT.match(path.name) for path in self.checkpoints.iterdir() if not path.is_symlink())
+        return sorted(int(match[1]) for match in found if match)
+
+    def sweep(self) -> None:
+        """Remove what writes that a kill cut short left behind. Only for the run's owner."""
+        for folder in (self.path, self.checkpoints):
+            sweep(folder)
+
+    def set_damaged_aside(self) -> None:
+        """Rename checkpoints that do not verify, so that they are neither trusted nor in the way."""
+        for step in self.checkpoint_steps():
+            if verify_folder(self.checkpoint(step)):
+                self.set_aside(step, "damaged")
+
+    def set_aside(self, step: int, why: str) -> None:
+        """Rename a checkpoint, so that nothing goes on from it; it is kept."""
+        folder = self.checkpoint(step)
+        folder.replace(tempfile.mkdtemp(dir=self.checkpoints, prefix=f"{why}-{folder.name}-"))
+
+    def newest_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that verifies, and why newer ones were passed over."""
+        skipped: list[str] = []
+        for step in reversed(self.checkpoint_steps()):
+            faults = verify_folder(self.checkpoint(step))
+            if not faults:
+                return self.checkpoint(step), skipped
+            skipped.extend(faults)
+        return None, skipped
+
+
+def _left_by_a_kill(path: Path) -> bool:
+    """Whether a file is all that a process killed in its first moments leaves: then there is no run yet."""
+    return path.name == LOCK or path.name.startswith(TEMPORARY)

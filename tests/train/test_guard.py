@@ -1,0 +1,159 @@
+"""What is a spike, what is none, and what a step that is not finite leaves behind."""
+
+import math
+import random
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftkit.errors import UserError
+from peftkit.train.guard import ENOUGH, MOST_SKIPPED, WINDOW, Diverged, Guard, Vitals
+from tests.plans import cpu_plan
+
+
+def told(losses):
+    """Steps (from 1) at which a training with these losses is called to have a spike."""
+    vitals, found = Vitals(), []
+    for step, loss in enumerate(losses, start=1):
+        if vitals.spike(loss):
+            found.append(step)
+        else:
+            vitals.note(loss)
+    return found
+
+
+@settings(max_examples=200)
+@given(st.integers(0, 2**32), st.floats(0.02, 0.5), st.floats(0.1, 3.0))
+def test_noise_is_never_a_spike(seed, noise, end):
+    """A loss that falls from 4 and varies by up to half of itself, as small batches do."""
+    chance = random.Random(seed)
+    losses = [
+        (end + (4 - end) * math.exp(-step / 60)) * math.exp(chance.gauss(0, noise)) for step in range(300)
+    ]
+    assert told(losses) == [] or noise > 0.3  # of heavy noise some leaps are as large as what was learnt
+
+
+@given(st.integers(0, 2**32), st.integers(60, 200))
+def test_a_loss_back_where_it_began_is_one(seed, at):
+    chance = random.Random(seed)
+    losses = [0.5 + 3.5 * math.exp(-step / 10) + chance.gauss(0, 0.02) for step in range(at)]
+    assert told([*losses, 4.5])[-1:] == [at + 1]
+
+
+def test_rows_that_are_hard_in_a_memorised_set_are_none():
+    """Most steps near 0, one in ten far above it: no departure, though many deviations away."""
+    losses = [3.0] * ENOUGH + ([0.01] * 9 + [0.9]) * 20
+    assert told(losses) == []
+
+
+def test_what_is_remembered_is_bounded():
+    vitals = Vitals()
+    for _ in range(1000):
+        vitals.note(1.0)
+    assert len(vitals.losses) == WINDOW
+    assert vitals.start_loss == statistics.median([1.0])
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4))
+        self.other = torch.nn.Parameter(torch.ones(4))
+
+
+def guard_of(events, **train):
+    plan = cpu_plan()
+    plan = replace(plan, train=replace(plan.train, **train))
+    return Guard(
+        plan,
+        lambda event, **fields: events.append((event, fields)),
+        Vitals(),
+        lambda n: [f"row {i}" for i in n],
+    )
+
+
+def one_step(guard, model, optimizer, *, loss, gradient, step):
+    guard.on_step_begin(None, None, None)
+    for number, value in enumerate(loss):
+        guard.saw(torch.tensor([10 * number, 10 * number + 1]), torch.tensor(value))
+    for parameter in model.parameters():
+        parameter.grad = torch.full((4,), gradient)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    guard.on_pre_optimizer_step(None, None, None, model=model)
+    optimizer.step()
+    guard.judge(step, norm, learning_rate=0.1, model=model)
+
+
+@pytest.mark.parametrize("gradient", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_that_is_not_finite_changes_nothing(gradient, kind):
+    events, model = [], Model()
+    guard, optimizer = guard_of(events), None
+    optimizer = kind(model.parameters(), lr=0.1)
+    one_step(guard, model, optimizer, loss=[1.0, 1.0], gradient=0.5, step=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {k: v.clone() for k, v in optimizer.state.get(model.weight, {}).items() if torch.is_tensor(v)}
+    one_step(guard, model, optimizer, loss=[1.0, 1.0], gradient=gradient, step=2)
+    if gradient != 3e38:  # its norm is infinite: clipped to zero it is finite, and told all the same
+        assert guard.skipped
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert all(torch.equal(optimizer.state[model.weight][k], v) for k, v in state.items())
+    assert all(bool(tensor.isfinite().all()) for tensor in model.parameters())
+    [(event, fields)] = events
+    assert (event, fields["step"], fields["num_in_a_row"]) == ("spike", 2, 1)
+    assert not guard.steady
+    one_step(guard, model, optimizer, loss=[1.0], gradient=0.5, step=3)
+    assert guard.steady
+
+
+def test_the_rows_of_the_bad_micro_batch_are_named():
+    events, model = [], Model()
+    guard = guard_of(events)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    one_step(guard, model, optimizer, loss=[1.0, math.nan, 1.0], gradient=1.0, step=1)
+    assert events[0][1]["rows"] == ["row 10", "row 11"]
+    assert "a loss of nan" in events[0][1]["text"]
+
+
+def test_each_choice_of_on_spike():
+    def bad_steps(number, **train):
+        events, model = [], Model()
+        guard = guard_of(events, **train)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(1, number + 1):
+            one_step(guard, model, optimizer, loss=[math.nan], gradient=1.0, step=step)
+        return len(events)
+
+    assert bad_steps(2, on_spike="rollback") == 2
+    with pytest.raises(Diverged) as caught:
+        bad_steps(3, on_spike="rollback")
+    assert caught.value.first_step == 1
+    with pytest.raises(UserError, match=r"step 1: a loss of nan.*row 0, row 1"):
+        bad_steps(1, on_spike="stop")
+    assert bad_steps(MOST_SKIPPED - 1, on_spike="skip") == MOST_SKIPPED - 1
+    with pytest.raises(UserError, match="lower the learning rate"):
+        bad_steps(MOST_SKIPPED, on_spike="skip")
+
+
+def test_what_does_not_move_is_told_and_nothing_moving_stops():
+    events, model = [], Model()
+    guard = guard_of(events)
+    guard.on_train_begin(None, None, None, model=model)
+    optimizer = torch.optim.SGD([model.weight], lr=0.1)
+    for step in range(1, 5):
+        one_step(guard, model, optimizer, loss=[1.0], gradient=1.0, step=step)
+    [(event, fields)] = events
+    assert (
+        event == "warning"
+        and "1 trained tensors have not moved by step 3 (for example other" in fields["text"]
+    )
+    guard = guard_of(events)
+    guard.on_train_begin(None, None, None, model=model)
+    still = torch.optim.SGD(model.parameters(), lr=1e-12)
+    with pytest.raises(UserError, match="2 trained tensors that have not moved by step 3"):
+        for step in range(1, 5):
+            one_step(guard, model, still, loss=[1.0], gradient=1.0, step=step)
