@@ -21,7 +21,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from peftkit.data.bounded import why_not_plain
 from peftkit.errors import Problem, UserError
 
 SECONDS = 10.0  # for one chat: those in use take a thousandth of one
@@ -41,6 +40,8 @@ def _known() -> frozenset[str]:
 
 def is_safe(template: str) -> bool:
     """Whether a template may be rendered in this process."""
+    from peftkit.data.bounded import why_not_plain  # here: a dry run renders nothing, and needs no Jinja
+
     return not why_not_plain(template) or template in _known()
 
 
@@ -126,6 +127,8 @@ def render_chat(
     template that goes beyond the limits.
     """
     import jinja2
+
+    from peftkit.data.bounded import why_not_plain
 
     if is_safe(template):
         from transformers.utils.chat_template_utils import render_jinja_template

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peftkit.data.bounded import Generation
 from peftkit.data.formats import Example
 from peftkit.data.rendering import is_safe, render_chat
 from peftkit.data.template import (
@@ -103,6 +102,8 @@ def _training_template(tokenizer: Any) -> str | None:
 def read_template(path: Path) -> str:
     """A chat template from a file. Raises UserError where there is none, or it is no Jinja template."""
     import jinja2
+
+    from peftkit.data.bounded import Generation
 
     try:
         if path.stat().st_size > _LONGEST_BYTES:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peftkit.data.bounded import why_not_plain
 from peftkit.data.formats.base import BadRow
 from peftkit.data.read import Row
 from peftkit.errors import Problem, UserError
@@ -18,6 +17,8 @@ def _line(text: str, where: str) -> Any:
     """A compiled Jinja line, in a sandbox: a recipe is data, not code."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from peftkit.data.bounded import why_not_plain  # here: most recipes have no such line
 
     try:
         reason = why_not_plain(text)
