@@ -14,6 +14,7 @@ from peftkit.recipe import LoadedRecipe, Recipe, load
 from peftkit.report import Summary, read_summary
 from peftkit.run.account import Account
 from peftkit.run.evaluate import Evaluation
+from peftkit.run.reproduce import Reproduction
 from peftkit.run.verify import Verification
 from peftkit.rundir import RunDir
 
@@ -34,6 +35,7 @@ __all__ = [
     "load_recipe",
     "make_plan",
     "plan_recipe",
+    "reproduce_run",
     "resume_run",
     "summarize_run",
     "verify_run",
@@ -112,6 +114,7 @@ def finetune(
 def resume_run(
     path: str | Path,
     *,
+    recipe: str | Path | None = None,
     allow_changed: Sequence[str] = (),
     take_over: bool = False,
     observer: Observer = _ignore,
@@ -119,11 +122,35 @@ def resume_run(
     """Go on with an interrupted run from its newest checkpoint that verifies.
 
     `allow_changed` names what may differ from when the run began: data, recipe, base, tokenizer, versions.
-    `take_over` is for a run that another machine, now gone, did not release.
+    `take_over` is for a run that another machine, now gone, did not release. `recipe` is the file that it was
+    made of, needed where that held secrets.
     """
     from peftkit import run
 
-    return run.resume(Path(path), allow_changed=allow_changed, take_over=take_over, observer=observer)
+    return run.resume(
+        Path(path),
+        recipe=Path(recipe) if recipe else None,
+        allow_changed=allow_changed,
+        take_over=take_over,
+        observer=observer,
+    )
+
+
+def reproduce_run(
+    path: str | Path,
+    *,
+    out: str | Path | None = None,
+    recipe: str | Path | None = None,
+    observer: Observer = _ignore,
+) -> Reproduction:
+    """Train what a finished run trained once more, into `out` (RUN-again), and compare every number.
+
+    `recipe` is the file that it was made of, needed where that held secrets.
+    """
+    from peftkit.run.reproduce import reproduce
+
+    given = Path(recipe) if recipe else None
+    return reproduce(Path(path), out=Path(out) if out else None, recipe=given, observer=observer)
 
 
 def verify_run(path: str | Path) -> Verification:

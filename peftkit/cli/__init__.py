@@ -116,6 +116,7 @@ COMMANDS: tuple[Command, ...] = (
                 metavar="WHAT",
                 help="go on though this changed: data, recipe, base, tokenizer or versions",
             ),
+            _arg("--recipe", metavar="FILE", help="what the run was made of, where that held secrets"),
             _arg("--take-over", action="store_true", help="a machine that is gone did not release the run"),
         ),
     ),
@@ -123,6 +124,15 @@ COMMANDS: tuple[Command, ...] = (
         "verify",
         "read every file of a run again, against what was written",
         (_arg("run", metavar="RUN"), _arg("--json", action="store_true")),
+    ),
+    Command(
+        "reproduce",
+        "train a finished run again, and compare every number",
+        (
+            _arg("run", metavar="RUN"),
+            _arg("--out", metavar="DIR", help="a new folder; RUN-again unless given"),
+            _arg("--recipe", metavar="FILE", help="what the run was made of, where that held secrets"),
+        ),
     ),
     Command(
         "generate",

@@ -119,6 +119,7 @@ def resume(arguments: argparse.Namespace) -> int:
     with open_display() as display:
         summary = api.resume_run(
             arguments.run,
+            recipe=arguments.recipe,
             allow_changed=arguments.allow_changed,
             take_over=arguments.take_over,
             observer=display.show,
@@ -140,6 +141,20 @@ def verify(arguments: argparse.Namespace) -> int:
     else:
         print_verification(found)
     return 2 if found.faults else 0
+
+
+def reproduce(arguments: argparse.Namespace) -> int:
+    """Train a finished run again and print how it compares. Returns 1 where it differs."""
+    from peftkit import api
+    from peftkit.cli.display import open_display
+    from peftkit.cli.tables import print_reproduction
+
+    with open_display() as display:
+        found = api.reproduce_run(
+            arguments.run, out=arguments.out, recipe=arguments.recipe, observer=display.show
+        )
+    print_reproduction(found)
+    return 0 if found.is_equal else 1
 
 
 def generate(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from rich.table import Table
 from peftkit.api import Account, Evaluation, Inspection
 from peftkit.plan import Plan
 from peftkit.report import Summary
+from peftkit.run.reproduce import Reproduction
 from peftkit.run.trial import Trial
 from peftkit.run.verify import Verification
 from peftkit.units import show_bytes, show_count, show_percent, show_seconds
@@ -198,6 +199,15 @@ def print_verification(found: Verification) -> None:
     count = len(found.faults)
     end = "finished" if found.is_finished else f"a resume goes on from step {found.newest_step}"
     console.print(f"{count or 'no'} fault{'' if count == 1 else 's'}; {end}")
+
+
+def print_reproduction(found: Reproduction) -> None:
+    """How a run compares with itself, made again."""
+    table = _table("", "")
+    table.show_header = False
+    for row in found.rows():
+        table.add_row(*_plain(row))
+    _console().print(table)
 
 
 def print_summary(summary: Summary) -> None:

@@ -9,7 +9,7 @@ from peftkit import interrupt
 from peftkit.cache import cache_folder
 from peftkit.errors import Problem, UserError
 from peftkit.model.locate import Base, check_pin
-from peftkit.rundir import publish_folder, sha256_of, verify_folder, write_json
+from peftkit.rundir import publish_folder, refuse_without_room, sha256_of, verify_folder, write_json
 
 _FORMAT = 2  # raise when what is written changes, so that older conversions are not reused
 
@@ -123,7 +123,12 @@ def _convert(path: Path, folder: Path, where: str) -> None:
                 "use the model's safetensors folder instead",
             )
         ) from error
-    save_torch_state_dict(model.state_dict(), folder)
+    interrupt.stop_if_requested("interrupted while converting the base; nothing is left of it")
+    state = model.state_dict()
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    fix = "make room, or set PEFTKIT_CACHE to a folder on another disk"
+    refuse_without_room(folder, num_bytes, what="the converted base", fix=fix)
+    save_torch_state_dict(state, folder)
     config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     write_json(
         folder / "config.json", {**config, "architectures": [type(model).__name__], "dtype": "bfloat16"}

@@ -20,6 +20,7 @@ from peftkit.plan import DeviceFacts
 from peftkit.plan.plan import BasePlan
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.document import dump_text
+from peftkit.secrets import redact
 
 _PACKAGES = (
     "peftkit",
@@ -62,8 +63,8 @@ def recipe_sha256(loaded: LoadedRecipe) -> str:
 
 
 def resolved_text(loaded: LoadedRecipe) -> str:
-    """The content of resolved.yaml: the recipe after extends and overrides, without defaults."""
-    return dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True))
+    """The content of resolved.yaml: the recipe after extends and overrides, without defaults and secrets."""
+    return redact(dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True)))
 
 
 def fingerprints(

@@ -19,12 +19,12 @@ from peftkit.run.compare import calibrate, compare_memory
 from peftkit.run.facts import light_facts, refuse_where_it_cannot_run
 from peftkit.run.measure import measure
 from peftkit.run.stage import Observer, Stage, open_stage, write_decided, write_recipe
-from peftkit.rundir import RunDir, is_full, owned, publish_folder, write_json
+from peftkit.rundir import RunDir, is_full, owned, publish_folder, write_sealed
 
 
 def default_out(loaded: LoadedRecipe) -> Path:
-    """runs/NAME, or runs/NAME-2 and so on where that is taken."""
-    name = Path(loaded.name).stem
+    """runs/NAME, or runs/NAME-2 and so on where that is taken; never outside of runs/."""
+    name = Path(loaded.name).stem.strip(". ") or "recipe"
     candidate, number = Path("runs") / name, 1
     while candidate.exists():
         number += 1
@@ -178,7 +178,7 @@ def _publish(stage: Stage, model: Any, step: int) -> None:
     target = run.adapter if plan.method.peft else run.model
     with publish_folder(target, step=step, base=plan.base.id) as folder:
         adapter.save_result(model, plan, stage.tokenizer, folder, start=run.path / "adapter_start")
-        write_json(folder / IDENTITY, {"step": step, **stage.fingerprints()})
+        write_sealed(folder / IDENTITY, {"step": step, **stage.fingerprints()})
 
 
 def _tell_start(stage: Stage) -> None:

@@ -12,8 +12,9 @@ from peftkit import interrupt
 from peftkit.errors import Problem, UserError, did_you_mean
 from peftkit.model.identity import differences
 from peftkit.plan import make_plan
-from peftkit.recipe import load
+from peftkit.recipe import LoadedRecipe, load
 from peftkit.report import Summary, read_plan, read_summary
+from peftkit.run.environment import resolved_text
 from peftkit.run.facts import light_facts, refuse_where_it_cannot_run
 from peftkit.run.flow import told, train_and_publish
 from peftkit.run.memory import settle
@@ -27,6 +28,7 @@ from peftkit.run.stage import (
     write_recipe,
 )
 from peftkit.rundir import MANIFEST, RunDir, owned, read_json, read_sealed, verify_folder
+from peftkit.secrets import MARK
 
 CHANGES = ("data", "recipe", "base", "tokenizer", "versions")
 
@@ -34,11 +36,14 @@ CHANGES = ("data", "recipe", "base", "tokenizer", "versions")
 def resume(
     path: Path,
     *,
+    recipe: Path | None = None,
     allow_changed: Sequence[str] = (),
     take_over: bool = False,
     observer: Observer = lambda event: None,
 ) -> Summary:
     """Go on with a run from its newest checkpoint that verifies, or from the start where there is none.
+
+    `recipe` is the file that the run was made of, where it held secrets: a run keeps none.
 
     `allow_changed` names what may differ from when the run began; a recipe that may is decided anew.
     `take_over` is for a run that another machine, which is gone, did not release. Raises UserError where
@@ -56,7 +61,7 @@ def resume(
         for fault in skipped:
             observer({"event": "warning", "text": f"{fault}: passed over"})
         run.set_damaged_aside()
-        stage = _reopened(run, observer)
+        stage = _reopened(run, recipe, observer)
         if is_planned:
             stage = _as_it_was(stage, allow_changed)
         else:
@@ -100,9 +105,24 @@ def _finished(run: RunDir, observer: Observer) -> Summary | None:
     return read_summary(run)
 
 
-def _reopened(run: RunDir, observer: Observer) -> Stage:
+def recipe_of(run: RunDir, given: Path | None) -> LoadedRecipe:
+    """The run's own recipe, or the one that it was made of. Raises UserError where the two differ."""
+    kept = load(run.path / "resolved.yaml")
+    if given is None:
+        if any(MARK in source.path for source in kept.recipe.data.sources):
+            got, fix = "a source whose secrets were not kept", f"peftkit resume {run.path} --recipe FILE"
+            raise UserError(Problem(str(run.path), got, "the recipe that it was made of", fix))
+        return kept
+    loaded = load(given)
+    if resolved_text(loaded) != resolved_text(kept):
+        fix = "leave --recipe out; to change the recipe, edit resolved.yaml and --allow-changed recipe"
+        raise UserError(Problem(str(given), "another recipe than the run's", "the one it was made of", fix))
+    return loaded
+
+
+def _reopened(run: RunDir, recipe: Path | None, observer: Observer) -> Stage:
     """The run's stage from its own recipe, as far as time goes where it stopped."""
-    loaded = load(run.path / "resolved.yaml")
+    loaded = recipe_of(run, recipe)
     if not (run.path / "recipe.yaml").exists():
         write_recipe(loaded, run)  # killed before the copy as given: what is left of it
     facts, examples = light_facts(loaded)
@@ -116,7 +136,7 @@ def _reopened(run: RunDir, observer: Observer) -> Stage:
 def _as_it_was(stage: Stage, allowed: Sequence[str]) -> Stage:
     """The stage, once nothing has changed but what may. A changed recipe that may is decided anew."""
     before = read_sealed(stage.run.path / "environment.json")["fingerprints"]
-    changed = _changes(before, stage.fingerprints())
+    changed = changes(before, stage.fingerprints())
     names = {"data": ", ".join(stage.plan.data.train), "base": stage.plan.base.id}
     problems = [
         Problem(
@@ -141,7 +161,7 @@ def _as_it_was(stage: Stage, allowed: Sequence[str]) -> Stage:
     return stage
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """What differs, by the name under which it may be allowed, in words."""
     found = {}
     for key in ("recipe", "data", "tokenizer"):

@@ -21,8 +21,9 @@ from peftkit.run.check import Looked, look
 from peftkit.run.environment import environment, fingerprints, resolved_text
 from peftkit.run.facts import converted, memory_problems, model_facts, read
 from peftkit.run.memory import settle
-from peftkit.run.room import refuse_without_room
+from peftkit.run.room import refuse_a_full_disk
 from peftkit.rundir import RunDir, write_sealed, write_text
+from peftkit.secrets import redact
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -59,13 +60,10 @@ class Stage:
 
 
 def write_recipe(loaded: LoadedRecipe, run: RunDir) -> None:
-    """The recipe as given and as resolved: what makes a folder a run, from its first moment on."""
+    """The recipe as resolved and as given, without secrets: what makes a folder a run from the start."""
     resolved = resolved_text(loaded)
     write_text(run.path / "resolved.yaml", resolved)
-    write_text(run.path / "recipe.yaml", loaded.text or resolved)
-    if any(shown(source.path) != source.path for source in loaded.recipe.data.sources):
-        for name in ("recipe.yaml", "resolved.yaml"):
-            (run.path / name).chmod(0o600)  # a URL in them may hold a password
+    write_text(run.path / "recipe.yaml", redact(loaded.text) or resolved)
 
 
 def write_decided(stage: Stage) -> None:
@@ -108,13 +106,14 @@ def open_stage(
     _tell_report(looked.report, observer)
     stage = Stage(run, loaded, facts, whole.config or {}, plan, source, looked, observer, started)
     if (run.path / "plan.json").exists():
+        refuse_a_full_disk(plan, run)
         return replan(stage, read_plan(run))
     plan, note = settle(loaded, facts, plan, whole.config or {})
     if note:
         observer({"event": "warning", "text": note})
     if problems := memory_problems(loaded, plan, facts, slack=1.0):
         raise UserError(problems)
-    refuse_without_room(plan, run)
+    refuse_a_full_disk(plan, run)
     return replan(stage, plan)
 
 

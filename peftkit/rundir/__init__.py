@@ -1,5 +1,6 @@
 """The run directory: everything that a run leaves behind, complete or absent, and owned by one process."""
 
+from peftkit.rundir.disk import refuse_without_room
 from peftkit.rundir.files import (
     MANIFEST,
     is_full,
@@ -24,6 +25,7 @@ __all__ = [
     "publish_folder",
     "read_json",
     "read_sealed",
+    "refuse_without_room",
     "sha256_of",
     "verify_folder",
     "verify_sealed",

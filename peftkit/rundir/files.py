@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
+from peftkit.secrets import redact_value
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY = ".tmp-"
@@ -94,8 +95,10 @@ def _seal_of(value: Mapping[str, Any]) -> str:
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """`write_json` with a hash of the value inside, so that a later change shows."""
-    plain = json.loads(json.dumps(value, ensure_ascii=False))  # tuples and number keys as they come back
+    """`write_json` of a value without secrets, with a hash of it inside, so that a later change shows."""
+    plain = json.loads(
+        json.dumps(redact_value(value), ensure_ascii=False)
+    )  # tuples and number keys as they come back
     write_json(path, {**plain, _SEAL: _seal_of(plain)})
 
 

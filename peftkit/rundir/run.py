@@ -15,6 +15,7 @@ from typing import Any
 from peftkit.errors import Problem, UserError
 from peftkit.rundir.files import TEMPORARY, sweep, verify_folder, write_text
 from peftkit.rundir.lock import LOCK
+from peftkit.secrets import redact_value
 
 _DECIDED = ("plan.json", "environment.json", "data.json", "resolved.yaml", "recipe.yaml")
 _CHECKPOINT = re.compile(r"^step-(\d{6,})$")
@@ -95,7 +96,7 @@ class RunDir:
 
     def emit(self, event: str, **fields: Any) -> dict[str, Any]:
         """Append one event, whole or not at all. Returns what was written."""
-        record = {"event": event, **fields}
+        record = dict(redact_value({"event": event, **fields}))
         line = (json.dumps(record, ensure_ascii=False, allow_nan=True) + "\n").encode(
             "utf-8",
             "backslashreplace",  # a lone surrogate becomes JSON's own escape

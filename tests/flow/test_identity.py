@@ -7,8 +7,10 @@ import pytest
 
 import peftkit
 from peftkit.errors import Interrupted, UserError
+from peftkit.recipe.document import dump_text
 from peftkit.rundir import RunDir, read_sealed, verify_sealed, write_sealed
 from tests.conftest import TINY_LLAMA
+from tests.data.read.test_remote import server  # noqa: F401
 from tests.flow.test_resume import stopping_at, weights
 
 
@@ -110,3 +112,23 @@ def test_verify_reads_everything_again(cut, tmp_path):
     (cut.path / "adapter" / "more.txt").write_text("x")
     (cut.path / "data.json").write_text("{}")
     assert len(peftkit.verify_run(cut.path).faults) == 2
+
+
+def test_a_password_is_not_kept_and_the_recipe_asked_for(recipe, chats, server, tmp_path):  # noqa: F811
+    server.answers["/rows.jsonl"] = ({}, chats.read_bytes())
+    url = server.url.replace("://", "://me:open-sesame-99@") + "/rows.jsonl"
+    recipe["data"] = {"train": url, "eval": "25%"}
+    recipe["train"].update(max_steps=8, checkpoint_steps=2)
+    (tmp_path / "mine.yaml").write_text(dump_text(recipe))
+    with pytest.raises(Interrupted):
+        peftkit.finetune(tmp_path / "mine.yaml", out=tmp_path / "cut", observer=stopping_at(5))
+    for path in (tmp_path / "cut").rglob("*"):
+        assert path.is_dir() or b"open-sesame-99" not in path.read_bytes(), path
+    with pytest.raises(UserError, match="--recipe FILE"):
+        peftkit.resume_run(tmp_path / "cut")
+    recipe["train"]["max_steps"] = 9
+    (tmp_path / "other.yaml").write_text(dump_text(recipe))
+    with pytest.raises(UserError, match="another recipe than the run's"):
+        peftkit.resume_run(tmp_path / "cut", recipe=tmp_path / "other.yaml")
+    assert peftkit.resume_run(tmp_path / "cut", recipe=tmp_path / "mine.yaml").num_steps == 8
+    assert peftkit.verify_run(tmp_path / "cut").faults == ()

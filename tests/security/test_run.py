@@ -75,7 +75,6 @@ def test_no_secret_is_written_and_no_socket_opened(recipe, tmp_path):
         ".safetensors",
         ".json",
         ".jsonl",
-        ".lock",
         ".yaml",
         ".lock",
         ".jinja",
@@ -84,7 +83,6 @@ def test_no_secret_is_written_and_no_socket_opened(recipe, tmp_path):
         ".md",
         ".html",
         ".log",
-        ".lock",
     }
     assert {path.suffix for path in files} <= known
     for place, content in told.items():
