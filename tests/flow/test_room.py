@@ -57,4 +57,4 @@ def test_a_small_disk(recipe, tmp_path, kibibytes):
             filler.unlink()
             assert peftkit.resume_run(run.path).num_steps == 400
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
