@@ -68,7 +68,7 @@ class Training:
         try:
             return self._run()
         finally:
-            self.record.writer.finish()
+            self.record.writer.close()
 
     def _run(self) -> int:
         if self.checkpoint is None:

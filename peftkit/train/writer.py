@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import psutil
@@ -34,51 +34,44 @@ class Writer:
 
     def __init__(self, run: RunDir, told: Callable[[Commit], None]) -> None:
         self.run, self.told = run, told
-        self._thread: threading.Thread | None = None
-        self._commit: Commit | None = None
-        self._fault: BaseException | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Commit] | None = None
 
     def submit(self, snapshot: Snapshot, *, best_step: int | None) -> None:
         """Commit a snapshot: beside what follows where its copy is small, else now."""
         self.finish()
-        if snapshot.size_bytes > _SHARE * psutil.virtual_memory().available:
-            self._work(snapshot, best_step)
-            self.poll()
-            return
-        # not a daemon: a process that ends waits for what it began to write
-        self._thread = threading.Thread(
-            target=self._work, args=(snapshot.owned(), best_step), name="checkpoint"
-        )
-        self._thread.start()
+        beside = snapshot.size_bytes <= _SHARE * psutil.virtual_memory().available
+        kept = snapshot.owned() if beside else snapshot
+        self._writing = self._thread.submit(self._commit, kept, best_step)
+        if not beside:
+            self.finish()
 
-    def _work(self, snapshot: Snapshot, best_step: int | None) -> None:
+    def _commit(self, snapshot: Snapshot, best_step: int | None) -> Commit:
         started, error = time.monotonic(), None
-        path = self.run.checkpoint(snapshot.step)
         try:
             snapshot.commit(self.run)
             rotate(self.run, best_step)
         except OSError as caught:
+            if not is_full(caught):
+                raise
             error = caught
-        except BaseException as caught:  # noqa: BLE001  raised again in the training's thread
-            self._fault = caught
-        seconds = time.monotonic() - started
-        name = str(path.relative_to(self.run.path))
-        self._commit = Commit(snapshot.step, name, seconds, snapshot.size_bytes, error)
+        name = str(self.run.checkpoint(snapshot.step).relative_to(self.run.path))
+        return Commit(snapshot.step, name, time.monotonic() - started, snapshot.size_bytes, error)
 
     def poll(self) -> None:
         """Tell how the last one ended, if it has. Raises what is no matter of room on the disk."""
-        if self._commit is None or (self._thread is not None and self._thread.is_alive()):
-            return
-        commit, fault = self._commit, self._fault
-        self._thread = self._commit = self._fault = None
-        if fault is not None:
-            raise fault
-        if commit.error is not None and not is_full(commit.error):
-            raise commit.error
-        self.told(commit)
+        if self._writing is not None and self._writing.done():
+            self.finish()
 
     def finish(self) -> None:
         """Wait for the one that is being written, and tell."""
-        if self._thread is not None:
-            self._thread.join()
-        self.poll()
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self.told(writing.result())
+
+    def close(self) -> None:
+        """The same, and no more will come."""
+        try:
+            self.finish()
+        finally:
+            self._thread.shutdown()
