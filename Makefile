@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 FAST := not slow and not gpu and not network
 
-.PHONY: demo test test-slow test-gpu lint format audit docs bench clean
+.PHONY: demo test test-slow test-gpu lint format audit docs bench chaos clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,11 @@ format: $(READY)
 bench: $(READY)                ## start-up, first step and throughput against a hand-written script
 	$(VENV)/bin/python benchmarks/startup.py
 	$(VENV)/bin/python benchmarks/floor.py
+
+chaos: $(READY)                ## runs killed, stopped, starved and damaged; everything fuzzed; a soak (hours)
+	$(VENV)/bin/python benchmarks/chaos/runs.py
+	$(VENV)/bin/python benchmarks/chaos/fuzz.py
+	$(VENV)/bin/python benchmarks/chaos/soak.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

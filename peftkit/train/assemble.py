@@ -78,7 +78,7 @@ class Training:
         if self.record.stops_early or step >= (self.plan.train.num_steps or 0):
             load_trained(self.trainer.model, self.checkpoint)
             return step
-        handover = handover_folder(self.checkpoint, self.run_dir.path / ".handover")
+        handover = handover_folder(self.checkpoint, self.run_dir.path / ".tmp-handover")
         try:
             self.trainer.train(resume_from_checkpoint=str(handover))
         finally:

@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: whole, in order, of the state as it was, and told when they fail."""
+"""Checkpoints written beside the training: whole, in order, of the state as it was, told when they fail."""
 
 import errno
 import os
