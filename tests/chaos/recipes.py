@@ -497,12 +497,12 @@ def check(case: Case, folder: Path, *, through_cli: bool) -> str:
 
 def open_recipes(shared: Path) -> Run:
     """Ready to run cases: data beside every recipe, one of ten through the command line too."""
-    os.environ["PEFTKIT_CACHE"] = str(shared / "cache")
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows = [{"prompt": f"Say number {i}", "completion": f"number {i}"} for i in range(24)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
 
     def run(rng: random.Random, folder: Path) -> str:
+        os.environ["PEFTKIT_CACHE"] = str(folder / "cache")
         (folder / "rows.jsonl").write_text(text)
         (folder / "held.jsonl").write_text(text.replace("number", "digit"))
         case = make(rng)
