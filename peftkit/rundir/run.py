@@ -50,6 +50,7 @@ class RunDir:
     @classmethod
     def create(cls, path: Path) -> RunDir:
         """Make a fresh run directory. Raises UserError where one cannot be made or would be overwritten."""
+        _check_name(path, "choose another --out")
         if path.exists() and not path.is_dir():
             raise UserError(Problem(str(path), "a file", "a folder for the run", "choose another --out"))
         if path.is_dir() and any(not _left_by_a_kill(one) for one in path.iterdir()):
@@ -84,6 +85,7 @@ class RunDir:
     @classmethod
     def open(cls, path: Path) -> RunDir:
         """An existing run. Raises UserError where `path` holds none."""
+        _check_name(path, "give the folder of a run")
         if not (path / "resolved.yaml").is_file():
             got = "a folder without resolved.yaml" if path.is_dir() else "nothing there"
             raise UserError(Problem(str(path), got, "a run directory made by peftkit finetune"))
@@ -166,3 +168,15 @@ class RunDir:
 def _left_by_a_kill(path: Path) -> bool:
     """Whether a file is all that a process killed in its first moments leaves: then there is no run yet."""
     return path.name == LOCK or path.name.startswith(TEMPORARY)
+
+
+def _check_name(path: Path, fix: str) -> None:
+    """Raises UserError for what no file can be called."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        where = str(path)[:80].replace("\0", "\\0")
+        raise UserError(Problem(where, f"a name that no folder can have ({said})", "a path", fix)) from None

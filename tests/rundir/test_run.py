@@ -126,3 +126,10 @@ def test_newest_checkpoint_passes_over_damaged_ones(tmp_path):
     assert newest == run.checkpoint(20)
     assert len(skipped) == 2
     assert "step-000040 is incomplete" in skipped[0]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_what_no_folder_can_be_called_is_told(name):
+    for function in (RunDir.open, RunDir.create):
+        with pytest.raises(UserError, match="no folder can have"):
+            function(Path(name))
