@@ -45,6 +45,7 @@ class Vitals:
     start_loss: float | None = None  # the median of the first ones
     num_bad: int = 0  # in a row
     num_skipped: int = 0
+    num_scaled: int = 0  # in a row: gradients that only fp16's loss scale may have made infinite
 
     def spike(self, loss: float) -> str:
         """Why a finite loss is a spike, in words; empty where it is none.
@@ -131,7 +132,8 @@ class Guard(TrainerCallback):
         loss = self.loss
         fine = math.isfinite(loss) and math.isfinite(grad_norm)
         scaling = self.plan.train.autocast == "fp16" and math.isfinite(loss)
-        if not fine and scaling and self.vitals.num_bad < MOST_SKIPPED:
+        self.vitals.num_scaled = 0 if fine else self.vitals.num_scaled + 1
+        if not fine and scaling and self.vitals.num_scaled < MOST_SKIPPED:
             return  # the loss scale of fp16 finds its place
         said = self.vitals.spike(loss) if fine else _not_finite(loss, grad_norm)
         if not said:

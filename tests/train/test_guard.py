@@ -139,6 +139,19 @@ def test_each_choice_of_on_spike():
         bad_steps(MOST_SKIPPED, on_spike="skip")
 
 
+def test_the_loss_scale_of_fp16_may_look_for_its_place():
+    events, model = [], Model()
+    guard = guard_of(events, autocast="fp16")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(1, MOST_SKIPPED):
+        one_step(guard, model, optimizer, loss=[1.0], gradient=math.inf, step=step)
+    assert events == [] and guard.steady
+    one_step(guard, model, optimizer, loss=[1.0], gradient=math.inf, step=MOST_SKIPPED)
+    assert [event for event, _ in events] == ["spike"], "it finds none"
+    one_step(guard, model, optimizer, loss=[math.nan], gradient=1.0, step=MOST_SKIPPED + 1)
+    assert len(events) == 2, "a loss that is not finite is no matter of the scale"
+
+
 def test_what_does_not_move_is_told_and_nothing_moving_stops():
     events, model = [], Model()
     guard = guard_of(events)
