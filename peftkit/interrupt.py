@@ -1,13 +1,14 @@
 """Ctrl-C and SIGTERM as a flag that long work polls at its safe points.
 
 The first signal asks; the work finishes its step, commits, and raises `Interrupted`.
-A second signal exits at once.
+A second signal exits at once, unless it comes within half a second of the first.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,6 +16,8 @@ from types import FrameType
 from peftkit.errors import Interrupted
 
 _received: int | None = None
+_at_seconds = 0.0  # when, on the monotonic clock
+_SAME_SECONDS = 0.5
 
 
 def requested() -> bool:
@@ -29,10 +32,12 @@ def stop_if_requested(message: str = "interrupted") -> None:
 
 
 def _note(signum: int, frame: FrameType | None) -> None:
-    global _received  # noqa: PLW0603  a signal handler has no other way to speak
-    if _received is not None:
+    global _received, _at_seconds
+    now = time.monotonic()
+    if _received is None:
+        _received, _at_seconds = signum, now
+    elif now - _at_seconds > _SAME_SECONDS:  # a launcher may pass on what the terminal sent already
         os._exit(128 + signum)
-    _received = signum
 
 
 @contextmanager

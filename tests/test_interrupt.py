@@ -24,12 +24,14 @@ def test_first_signal_asks(number, code):
 
 def test_second_signal_exits_at_once():
     program = (
-        "import os, signal\nfrom peftkit import interrupt\nwith interrupt.listening():\n"
+        "import os, signal, time\nfrom peftkit import interrupt\nwith interrupt.listening():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print('alive')\n"
+        "    print('both at once are one')\n    time.sleep(0.6)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    print('alive')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 143
+    assert done.stdout in {"", "both at once are one\n"}
     assert "alive" not in done.stdout
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from peftkit.cache import cache_folder
 from peftkit.errors import Problem, UserError
 
-VERSION = 9  # of what is kept: another one starts afresh
+VERSION = 10  # of what is kept: another one starts afresh
 _KEEP_BYTES = 20 * 2**30
 _UNFINISHED_SECONDS = 14 * 86_400
 _META = "meta.json"

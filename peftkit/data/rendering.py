@@ -70,6 +70,7 @@ class _Renderer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us: it would be taken for a bad template
             env={**environment, "HF_HUB_OFFLINE": "1"},
         )
         if self._line(_START_SECONDS) != b"ready":
@@ -97,8 +98,8 @@ class _Renderer:
         with self.lock:
             if template in self.limits:
                 return {"limit": self.limits[template]}
-            if self.child is None or self.owner != os.getpid():
-                self._start()
+            if self.child is None or self.owner != os.getpid() or self.child.poll() is not None:
+                self._start()  # also where somebody ended it between two chats
             assert self.child is not None and self.child.stdin is not None
             self.child.stdin.write(json.dumps(asked).encode() + b"\n")
             self.child.stdin.flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -140,10 +140,16 @@ def is_weighted(rows: Sequence[Tokenized]) -> bool:
     return rows.is_weighted if isinstance(rows, TokenRows) else any(row.weights for row in rows)
 
 
-def sha256_of(paths: Iterable[Path]) -> str:
-    """A fingerprint of the bytes of some files, in order."""
-    digest = hashlib.sha256()
+def content_sha256(paths: Sequence[Path]) -> str:
+    """A fingerprint of what is learnt from: ids, labels and weights in order, wherever the rows came from."""
+    digests = {name: (hashlib.sha256(), hashlib.sha256()) for name in ("input_ids", "labels", "weights")}
     for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+        for batch in pa.ipc.open_stream(pa.memory_map(str(path))):
+            for name, (lengths, values) in digests.items():
+                column = batch.column(name)
+                lengths.update(column.value_lengths().fill_null(-1).to_numpy().tobytes())
+                values.update(column.flatten().to_numpy().tobytes())
+        for lengths, _ in digests.values():
+            lengths.update(b"end of a set")
+    parts = [part.digest() for pair in digests.values() for part in pair]
+    return hashlib.sha256(b"".join(parts)).hexdigest()

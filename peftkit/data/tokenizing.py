@@ -162,7 +162,7 @@ def write(examples: Examples, work: Work, folder: Path) -> dict[str, Any]:
 
     Returns what is to be known of them. The position is written after each whole file.
     """
-    from peftkit.data.store import Writer, sha256_of
+    from peftkit.data.store import Writer, content_sha256
 
     watch, files = Watch(work.tokenizer, work.task), []
     fitted = {"train": Fitted(), "eval": Fitted()}
@@ -187,7 +187,7 @@ def write(examples: Examples, work: Work, folder: Path) -> dict[str, Any]:
         "files": files,
         "seen": watch.to_json(),
         "fitted": [asdict(fitted["train"]), asdict(fitted["eval"])],
-        "fingerprint": sha256_of(folder / file for file in files),
+        "fingerprint": content_sha256([folder / file for file in files]),
     }
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peftkit.archs import place_of
-from peftkit.errors import Problem, UserError
+from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.methods.lora import CHANGES_BASE
 from peftkit.plan.plan import MethodPlan, Plan
 from peftkit.plan.targets import unmatched
-from peftkit.rundir import publish_folder
+from peftkit.rundir import publish_folder, verify_folder
 
 
 def _token_ids(tokenizer: Any, tokens: Iterable[str]) -> list[int]:
@@ -196,9 +197,16 @@ def non_finite(model: Any) -> list[str]:
     return [name for name, tensor in trainable_tensors(model).items() if not bool(tensor.isfinite().all())]
 
 
-def save_start(model: Any, plan: Plan, folder: Path) -> None:
-    """Keep the adapter's start for methods that subtract it from the base (PiSSA, OLoRA)."""
-    if needs_start(plan) and not folder.exists():
+def save_start(model: Any, plan: Plan, folder: Path, *, afresh: bool) -> None:
+    """Keep the adapter's start for methods that subtract it from the base (PiSSA, OLoRA).
+
+    One that is not whole is made again, and with `afresh` any: an adapter that is attached anew is the start.
+    """
+    if not needs_start(plan):
+        return
+    if folder.exists() and (afresh or verify_folder(folder)):
+        folder.replace(tempfile.mkdtemp(dir=folder.parent, prefix=f"left-{folder.name}-"))
+    if not folder.exists():
         # PEFT's recipe: the start is saved as an ordinary LoRA, to be subtracted at the end
         model.peft_config["default"].init_lora_weights = True
         with publish_folder(folder) as staging:
@@ -219,6 +227,8 @@ def save_result(model: Any, plan: Plan, tokenizer: Any, folder: Path, *, start: 
     """
     arguments: dict[str, Any] = {}
     if needs_start(plan):
+        if faults := verify_folder(start):
+            raise PeftkitError(f"what is to be subtracted is not whole: {'; '.join(faults)}")
         arguments["path_initial_model_for_weight_conversion"] = str(start)
     model.save_pretrained(folder, safe_serialization=True, **arguments)
     tokenizer.save_pretrained(folder)

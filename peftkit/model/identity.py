@@ -10,6 +10,7 @@ from typing import Any
 
 from peftkit.errors import Problem, UserError
 from peftkit.plan.plan import BasePlan
+from peftkit.rundir import MANIFEST, read_json
 
 IDENTITY = "peftkit.json"  # beside the adapter's weights
 _PIECE = 2**16
@@ -38,29 +39,53 @@ def _config_sha256(folder: Path) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _weights_sha256(folder: Path) -> str:
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, in order: those of the index, or the only one; none before they came.
+
+    Others may lie beside them (consolidated.safetensors of a hub repository) or not.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()))
+        files = [folder / str(name) for name in names]
+        return files if all(file.is_file() for file in files) else []
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _weights_sha256(folder: Path) -> str | None:
     """Of each weights file its size and pieces from end to end: an 8B model takes milliseconds."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    files, digest = _weight_files(folder), hashlib.sha256()
+    for path in files:
         size = path.stat().st_size
         digest.update(f"{size} bytes".encode())
         with path.open("rb") as file:
             for number in range(_PIECES + 1):
                 file.seek(max(0, size - _PIECE) * number // _PIECES)
                 digest.update(file.read(_PIECE))
-    return digest.hexdigest()
+    return digest.hexdigest() if files else None
+
+
+def _made_from(folder: Path) -> str | None:
+    """The sha256 of the GGUF file that a folder was converted from: the conversion follows our versions."""
+    manifest = folder / MANIFEST
+    found = read_json(manifest).get("source_sha256") if manifest.is_file() else None
+    return str(found) if found else None
 
 
 def base_identity(source: str, plan: BasePlan) -> dict[str, Any]:
-    """The base's name, revision and quantization, and fingerprints of its configuration and weights."""
+    """The base's name, revision and quantization, and fingerprints of its configuration and weights.
+
+    Those of weights that are still to be downloaded are None.
+    """
     folder = folder_of(source, plan.revision)
+    made_from = _made_from(folder) if folder else None
     local = Path(source).is_dir()
     quantized = plan.quant_type is not None
     return {
         "id": plan.id,
         "revision": plan.revision if local or folder is None else folder.name,
-        "config_sha256": _config_sha256(folder) if folder else None,
-        "weights_sha256": _weights_sha256(folder) if folder else None,
+        "config_sha256": _config_sha256(folder) if folder and not made_from else None,
+        "weights_sha256": made_from or (_weights_sha256(folder) if folder else None),
         "quantization": {"type": plan.quant_type, "double": plan.double_quant} if quantized else None,
     }
 

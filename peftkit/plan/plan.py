@@ -105,6 +105,7 @@ class TrainPlan:
     min_delta: float
     on_oom: str = "stop"
     on_spike: str = "rollback"
+    rollbacks: tuple[tuple[int, int], ...] = ()  # each: the step gone back to, the one set aside, or 0
     packing: bool = False
     sampling: str = "random"  # or "by length": rows of like length together
 
@@ -217,11 +218,12 @@ class Plan:
         data = {**value["data"], "train": tuple(value["data"]["train"])}
         data["waive"] = tuple(data.get("waive", ()))
         batch, memory = value.get("batch"), value.get("memory")
+        rollbacks = value["train"].get("rollbacks", ())
         return cls(
             base=BasePlan(**base),
             method=MethodPlan(**method),
             data=DataPlan(**data),
-            train=TrainPlan(**value["train"]),
+            train=TrainPlan(**{**value["train"], "rollbacks": tuple(map(tuple, rollbacks))}),
             evaluate=EvaluatePlan(**value["evaluate"]),
             device=value["device"],
             seed=value["seed"],

@@ -53,7 +53,7 @@ def data_sha256(*sets: Sequence[Tokenized]) -> str:
     for rows in sets:
         digest.update(f"{len(rows)} rows".encode())
         for row in rows:
-            digest.update(repr((row.input_ids, row.labels)).encode())
+            digest.update(repr((row.input_ids, row.labels, row.weights)).encode())
     return digest.hexdigest()
 
 

@@ -18,7 +18,14 @@ from peftkit.report import Summary, read_summary
 from peftkit.run.compare import calibrate, compare_memory
 from peftkit.run.facts import light_facts, refuse_where_it_cannot_run
 from peftkit.run.measure import measure
-from peftkit.run.stage import Observer, Stage, open_stage, write_decided, write_recipe
+from peftkit.run.stage import (
+    Observer,
+    Stage,
+    note_weights,
+    open_stage,
+    write_decided,
+    write_recipe,
+)
 from peftkit.rundir import RunDir, is_full, owned, publish_folder, write_sealed
 
 
@@ -49,8 +56,11 @@ def finetune(
     facts, examples = light_facts(loaded)
     plan = make_plan(loaded, facts)
     base = refuse_where_it_cannot_run(loaded, plan, facts)
-    run = RunDir.create(out or default_out(loaded))
+    path = out or default_out(loaded)
+    was_there = path.exists()
+    run = RunDir.create(path)
     with interrupt.listening(), owned(run.path), told(run):
+        RunDir.create(path)  # another may have begun and ended a run between the two
         run.sweep()
         try:
             write_recipe(loaded, run)
@@ -60,7 +70,9 @@ def finetune(
         except Interrupted:
             raise
         except BaseException:
-            run.discard()  # nothing was decided yet: what is to be mended leaves no folder behind
+            run.discard(
+                keep_folder=was_there
+            )  # nothing was decided yet: what is to be mended leaves no folder behind
             raise
         return train_and_publish(stage, checkpoint=None)
 
@@ -127,8 +139,9 @@ def _go(stage: Stage, *, checkpoint: Path | None) -> None:
         stage.source, plan.base, device=plan.device, tell=lambda text: stage.emit("warning", text=text)
     )
     interrupt.stop_if_requested()
+    note_weights(stage)
     model = adapter.attach(model, plan, stage.tokenizer, eva_batches=_batches(stage))
-    adapter.save_start(model, plan, run.path / "adapter_start")
+    adapter.save_start(model, plan, run.path / "adapter_start", afresh=checkpoint is None)
     _tell_parameters(stage, model)
     reset_peak()
     training = assemble(
@@ -139,7 +152,7 @@ def _go(stage: Stage, *, checkpoint: Path | None) -> None:
         run=run,
         emit=stage.emit,
         checkpoint=checkpoint,
-        facts={"fingerprints": stage.fingerprints()},
+        facts={"fingerprints": stage.fingerprints(), "num_rollbacks": len(plan.train.rollbacks)},
     )
     passed = training.preflight()
     stage.emit("preflight", **asdict(passed), memory=memory_used())

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peftkit.errors import UserError
+from peftkit.plan import Plan
 from peftkit.plan.fit import revised
 from peftkit.run import oom
 from peftkit.run.memory import trace_memory
 from peftkit.run.stage import Stage, replan
-from peftkit.rundir import write_sealed
+from peftkit.rundir import MANIFEST, RunDir, read_json, verify_folder, write_sealed
 from peftkit.train.guard import Diverged, divergence
 
 MOST_ROLLBACKS = 3
@@ -54,16 +55,21 @@ def _more_gently(stage: Stage, departure: Departure) -> Stage:
     from peftkit.model.hardware import release
 
     release()
-    before = [event["step"] for event in stage.run.events() if event["event"] == "rollback"]
-    step = step_of(stage.run.newest_checkpoint()[0])  # bad steps are never kept
-    if step and step in before:
-        stage.run.set_aside(step, "left")  # it led to the same once more
-        step = step_of(stage.run.newest_checkpoint()[0])
+    before, run = stage.plan.train.rollbacks, stage.run
+    step, dropped = step_of(run.newest_checkpoint()[0]), 0  # bad steps are never kept
+    if step and step in [gone_back_to for gone_back_to, _ in before]:
+        dropped = step  # it led to the same once more
+        step = step_of(run.newest_checkpoint(below=dropped)[0])
     rate = stage.plan.train.learning_rate
     if len(before) >= MOST_ROLLBACKS:
         kept = f"; the checkpoint of step {step} is whole" if step else ""
         said = f"{departure.said}, after {len(before)} rollbacks{kept}"
         raise UserError(divergence(stage.plan, said, _last_rows(stage)))
+    train = replace(stage.plan.train, learning_rate=rate / 2, rollbacks=(*before, (step, dropped)))
+    plan = revised(stage.plan, train, stage.facts, f"on_spike: rollback, halved after {departure.said}")
+    # first of all: a kill after it goes on with all of it, one before it with none
+    write_sealed(run.path / "plan.json", plan.to_json())
+    set_left_aside(run, plan)
     stage.emit(
         "rollback",
         text=departure.said,
@@ -71,10 +77,16 @@ def _more_gently(stage: Stage, departure: Departure) -> Stage:
         learning_rate=rate / 2,
         first_bad_step=departure.first_step,
     )
-    train = replace(stage.plan.train, learning_rate=rate / 2)
-    plan = revised(stage.plan, train, stage.facts, f"on_spike: rollback, halved after {departure.said}")
-    write_sealed(stage.run.path / "plan.json", plan.to_json())
     return replan(stage, plan)
+
+
+def set_left_aside(run: RunDir, plan: Plan) -> None:
+    """Set checkpoints aside from which a rollback went further back; those made since stay."""
+    for number, (_, dropped) in enumerate(plan.train.rollbacks, start=1):
+        folder = run.checkpoint(dropped)
+        stands = dropped and not verify_folder(folder, hashes=False)
+        if stands and read_json(folder / MANIFEST).get("num_rollbacks", 0) < number:
+            run.set_aside(dropped, "left")
 
 
 def _last_rows(stage: Stage) -> list[str]:

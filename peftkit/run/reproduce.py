@@ -70,7 +70,7 @@ def reproduce(
     run = RunDir.open(path)
     result = _result(run)
     loaded = recipe_of(run, recipe)
-    after = finetune(loaded, out=out or path.with_name(f"{path.name}-again"), observer=observer)
+    after = finetune(loaded, out=out or _beside(path), observer=observer)
     again = RunDir(after.path)
     then, now = (read_sealed(one.path / "environment.json")["fingerprints"] for one in (run, again))
     steps = [_steps(one) for one in (run, again)]
@@ -83,6 +83,15 @@ def reproduce(
         changed=changes(then, now),
         num_steps=len(numbers),
     )
+
+
+def _beside(path: Path) -> Path:
+    """RUN-again, or RUN-again-2 and so on where that is taken."""
+    candidate, number = path.resolve().with_name(f"{path.resolve().name}-again"), 1
+    while candidate.exists():
+        number += 1
+        candidate = candidate.with_name(f"{path.resolve().name}-again-{number}")
+    return candidate
 
 
 def _result(run: RunDir) -> Path:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from peftkit.run.environment import resolved_text
 from peftkit.run.facts import light_facts, refuse_where_it_cannot_run
 from peftkit.run.flow import told, train_and_publish
 from peftkit.run.memory import settle
+from peftkit.run.recover import set_left_aside
 from peftkit.run.stage import (
     Observer,
     Stage,
@@ -27,7 +29,7 @@ from peftkit.run.stage import (
     write_environment,
     write_recipe,
 )
-from peftkit.rundir import MANIFEST, RunDir, owned, read_json, read_sealed, verify_folder
+from peftkit.rundir import MANIFEST, RunDir, owned, read_json, read_sealed, verify_folder, write_sealed
 from peftkit.secrets import MARK
 
 CHANGES = ("data", "recipe", "base", "tokenizer", "versions")
@@ -54,16 +56,15 @@ def resume(
     with interrupt.listening(), owned(path, take_over=take_over), told(run):
         run.sweep()
         is_planned = (path / "plan.json").exists()
+        if lines := run.mend_events():
+            text = f"{run.events_file.name}: {len(lines)} broken lines were set aside"
+            observer({"event": "warning", "text": text})
         if is_planned and (summary := _finished(run, observer)) is not None:
             return summary
-        checkpoint, skipped = run.newest_checkpoint()
-        run.drop_cut_event()
-        for fault in skipped:
-            observer({"event": "warning", "text": f"{fault}: passed over"})
-        run.set_damaged_aside()
+        checkpoint = _checkpoint_of(run, is_planned, observer)
         stage = _reopened(run, recipe, observer)
         if is_planned:
-            stage = _as_it_was(stage, allow_changed)
+            stage = _as_it_was(stage, allow_changed, checkpoint)
         else:
             write_decided(stage)
         return train_and_publish(stage, checkpoint=checkpoint)
@@ -80,6 +81,23 @@ def _check_names(allowed: Sequence[str]) -> None:
         )
 
 
+def _checkpoint_of(run: RunDir, is_planned: bool, observer: Observer) -> Path | None:
+    """Where to go on: the newest checkpoint that verifies. Others are told, and set aside.
+
+    Raises UserError where checkpoints stand and the plan that they were made by does not.
+    """
+    if not is_planned and run.checkpoint_steps():
+        got, fix = "checkpoints without plan.json", "put plan.json back, or train anew"
+        raise UserError(Problem(str(run.path), got, "the plan that they were made by", fix))
+    if is_planned:
+        set_left_aside(run, read_plan(run))
+    checkpoint, skipped = run.newest_checkpoint()
+    for fault in skipped:
+        observer({"event": "warning", "text": f"{fault}: passed over"})
+    run.set_damaged_aside()
+    return checkpoint
+
+
 def _finished(run: RunDir, observer: Observer) -> Summary | None:
     """The summary of a run whose result was published just before it was killed; None where there is none.
 
@@ -92,7 +110,6 @@ def _finished(run: RunDir, observer: Observer) -> Summary | None:
         observer({"event": "warning", "text": f"{'; '.join(faults)}: made again"})
         result.replace(tempfile.mkdtemp(dir=run.path, prefix=f"damaged-{result.name}-"))
         return None
-    run.drop_cut_event()
     events = run.events()
     if any(event["event"] == "done" for event in events):
         fix = "its result stands beside it; train anew with peftkit finetune"
@@ -133,9 +150,10 @@ def _reopened(run: RunDir, recipe: Path | None, observer: Observer) -> Stage:
     return replace(stage, started=stage.started - spent)
 
 
-def _as_it_was(stage: Stage, allowed: Sequence[str]) -> Stage:
+def _as_it_was(stage: Stage, allowed: Sequence[str], checkpoint: Path | None) -> Stage:
     """The stage, once nothing has changed but what may. A changed recipe that may is decided anew."""
-    before = read_sealed(stage.run.path / "environment.json")["fingerprints"]
+    environment = read_sealed(stage.run.path / "environment.json")
+    before = environment["fingerprints"]
     changed = changes(before, stage.fingerprints())
     names = {"data": ", ".join(stage.plan.data.train), "base": stage.plan.base.id}
     problems = [
@@ -150,15 +168,32 @@ def _as_it_was(stage: Stage, allowed: Sequence[str]) -> Stage:
     ]
     if problems:
         raise UserError(problems)
+    if environment["device"]["name"] != stage.facts.device.name:
+        then, now = environment["device"]["name"], stage.facts.device.name
+        text = f"the run began on {then} and goes on on {now}: not to the same bytes"
+        stage.emit("warning", text=text)
     if changed:
         stage.emit("changed", text="; ".join(f"{key} changed ({said})" for key, said in changed.items()))
         if "recipe" in changed:
-            plan, _ = settle(stage.loaded, stage.facts, stage.looked.plan, stage.config)
-            stage = replan(stage, plan)
-            write_decided(stage)
-        else:
-            write_environment(stage)
+            stage = _decided_anew(stage, checkpoint)
+        write_environment(stage)
     return stage
+
+
+def _decided_anew(stage: Stage, checkpoint: Path | None) -> Stage:
+    """The stage with the plan of a changed recipe. Raises UserError where the checkpoint is of another."""
+    plan, _ = settle(stage.loaded, stage.facts, stage.looked.plan, stage.config)
+    kinds = [
+        json.dumps([asdict(one.method), asdict(one.base), one.train.optimizer], sort_keys=True, default=str)
+        for one in (stage.plan, plan)
+    ]
+    if checkpoint is not None and kinds[0] != kinds[1]:
+        got = f"another method, base or optimizer than that of {checkpoint.name}"
+        fix = "put it back, or train anew with peftkit finetune"
+        raise UserError(Problem(str(stage.run.path / "resolved.yaml"), got, "what it was trained by", fix))
+    # environment.json, which tells the recipe, comes last: until then the change has to be allowed again
+    write_sealed(stage.run.path / "plan.json", plan.to_json())
+    return replan(stage, plan)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

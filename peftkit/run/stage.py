@@ -22,7 +22,7 @@ from peftkit.run.environment import environment, fingerprints, resolved_text
 from peftkit.run.facts import converted, memory_problems, model_facts, read
 from peftkit.run.memory import settle
 from peftkit.run.room import refuse_a_full_disk
-from peftkit.rundir import RunDir, write_sealed, write_text
+from peftkit.rundir import RunDir, read_sealed, write_sealed, write_text
 from peftkit.secrets import redact
 
 Observer = Callable[[dict[str, Any]], None]
@@ -77,6 +77,13 @@ def write_environment(stage: Stage) -> None:
     """With what the run is made from here on."""
     found = environment(stage.facts.device, stage.fingerprints(), stage.loaded)
     write_sealed(stage.run.path / "environment.json", found)
+
+
+def note_weights(stage: Stage) -> None:
+    """Write with what the run is made once more where a hub's weights have come only now."""
+    before = read_sealed(stage.run.path / "environment.json")["fingerprints"]
+    if not before["base"]["weights_sha256"]:
+        write_environment(stage)
 
 
 def open_stage(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftkit.errors import UserError
 from peftkit.recipe import load
 from peftkit.report import read_plan
 from peftkit.run.environment import recipe_sha256, resolved_text
@@ -54,7 +54,9 @@ def verify(path: Path) -> Verification:
         checked.append(_events(run))
     folders = [run.checkpoint(step) for step in run.checkpoint_steps()]
     folders += [path / "adapter_start", run.adapter, run.model]
-    checked += [_folder(path, folder) for folder in folders if folder.exists()]
+    found = [_folder(path, folder) for folder in folders]
+    # a run that goes on may have rotated a checkpoint away meanwhile
+    checked += [one for one, folder in zip(found, folders, strict=True) if folder.exists()]
     checkpoint, _ = run.newest_checkpoint()
     newest = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
     return Verification(path, tuple(checked), newest, run.adapter.exists() or run.model.exists())
@@ -87,17 +89,17 @@ def _events(run: RunDir) -> Checked:
     faults = []
     try:
         run.events()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        faults.append(f"{run.events_file.name} has a line that is no event ({error})")
+    except UserError as error:
+        faults.append(f"{error.problems[0].where} is no event")
     return Checked(run.events_file.name, run.events_file.stat().st_size, tuple(faults))
 
 
 def _folder(root: Path, folder: Path) -> Checked:
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
     faults = verify_folder(folder)
     if not faults:
         known = {*read_json(folder / MANIFEST)["files"], MANIFEST}
         extra = sorted({path.relative_to(folder).as_posix() for path in files} - known)
         faults = [f"{folder.name}/{name} is not in its {MANIFEST}" for name in extra]
-    size = sum(path.stat().st_size for path in files)
+    size = sum(path.stat().st_size for path in files if path.exists())
     return Checked(folder.relative_to(root).as_posix(), size, tuple(faults))

@@ -24,6 +24,10 @@ from peftkit.secrets import redact_value
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY = ".tmp-"
+_OURS = re.compile(  # what stands in a run, and the eight characters of tempfile
+    r"\.tmp-(?:(?:resolved\.yaml|recipe\.yaml|plan\.json|data\.json|environment\.json|events\.jsonl|step-\d{6,}"
+    r"|adapter|adapter_start|model|trainer_state\.json)-[a-z0-9_]{8}|writable|handover|old-step-\d{6,})$"
+)
 _SEAL = "sha256"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -184,12 +188,17 @@ def verify_folder(folder: Path, *, hashes: bool = True) -> list[str]:
     return faults
 
 
+def is_ours(name: str) -> bool:
+    """Whether a file or folder is what a write of ours leaves when it is cut short."""
+    return _OURS.match(name) is not None
+
+
 def sweep(folder: Path) -> list[str]:
     """Remove what writes that were cut short left in a folder. Returns the names.
 
     Only for a folder that the caller owns: another writer's temporary files look the same.
     """
-    found = sorted(folder.glob(f"{TEMPORARY}*")) if folder.is_dir() else []
+    found = sorted(path for path in folder.iterdir() if is_ours(path.name)) if folder.is_dir() else []
     for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -76,13 +76,19 @@ def _take(handle: int, folder: Path, *, take_over: bool) -> None:
     holder = _written(handle)
     if not holder:
         return
-    if holder.get("boot_id") == boot_id() and holder.get("host") == socket.gethostname():
-        # the system lets go of a dead process's lock; where it has none, the pid tells
-        if not locks and _is_alive(holder.get("pid")) and not take_over:
-            raise _refuse(folder, holder, wait)
-    elif not take_over and holder.get("boot_id") != boot_id() and holder.get("host") != socket.gethostname():
-        # another machine, whose locks this file system may not show
-        raise _refuse(folder, holder, f"if that machine is gone: peftkit resume {folder} --take-over")
+    gone = f"if that machine is gone: peftkit resume {folder} --take-over"
+    same_boot, same_host = holder.get("boot_id") == boot_id(), holder.get("host") == socket.gethostname()
+    if take_over:
+        return
+    if locks:
+        # the system lets go of a dead process's lock, and a machine that was started anew has the same name;
+        # another machine's locks this file system may not show
+        if not same_boot and not same_host:
+            raise _refuse(folder, holder, gone)
+    elif not (same_boot and same_host):
+        raise _refuse(folder, holder, gone)
+    elif _is_alive(holder.get("pid")):
+        raise _refuse(folder, holder, wait)
 
 
 @contextmanager
@@ -92,15 +98,35 @@ def owned(folder: Path, *, take_over: bool = False) -> Iterator[None]:
     The lock goes with its process, however that ends: flock's on this machine and over NFS. A file that
     another machine wrote and did not release is believed, unless `take_over` says that the machine is gone.
     """
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    handle = _opened(folder)
     try:
         _take(handle, folder, take_over=take_over)
-        text = json.dumps(_holder()).encode()
-        os.pwrite(handle, text, 0)
-        os.ftruncate(handle, len(text))
+        _write(handle, folder)
         try:
             yield
         finally:
             os.ftruncate(handle, 0)  # not unlinked: another may have opened it already
     finally:
         os.close(handle)
+
+
+def _opened(folder: Path) -> int:
+    try:
+        return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _write(handle: int, folder: Path) -> None:
+    """Say who has it now."""
+    text = json.dumps(_holder()).encode()
+    try:
+        os.pwrite(handle, text, 0)
+        os.ftruncate(handle, len(text))
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    got = f"a folder whose {LOCK} cannot be written ({error.strerror})"
+    return UserError(Problem(str(folder), got, "a run to write into", "make room, or mend its permissions"))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
-from peftkit.rundir.files import TEMPORARY, sweep, verify_folder, write_text
+from peftkit.rundir.files import TEMPORARY, is_ours, sweep, verify_folder, write_text
 from peftkit.rundir.lock import LOCK
 from peftkit.secrets import redact_value
 
@@ -74,13 +76,14 @@ class RunDir:
             ) from None
         return cls(path)
 
-    def discard(self) -> None:
-        """Remove a run in which nothing was trained: the files that are ours, then the folder if empty."""
+    def discard(self, *, keep_folder: bool) -> None:
+        """Remove a run in which nothing was trained: the files that are ours, and a folder that we made."""
         self.sweep()
         for name in (*_DECIDED, LOCK):
             (self.path / name).unlink(missing_ok=True)
-        with suppress(OSError):
-            self.path.rmdir()
+        if not keep_folder:
+            with suppress(OSError):  # what others put there stays
+                self.path.rmdir()
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
@@ -117,19 +120,39 @@ class RunDir:
         return record
 
     def events(self) -> list[dict[str, Any]]:
-        """All events in order. A last line cut by a kill is left out, a broken line elsewhere raises."""
-        if not self.events_file.exists():
-            return []
-        # not splitlines(): JSON may hold other line separators, such as U+0085, as they are
-        *lines, _cut = self.events_file.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines]
+        """All events in order. A last line cut by a kill is left out. Raises UserError for a broken line."""
+        found = list(self._lines())
+        broken = [number for number, event in found if event is None]
+        if broken:
+            where, fix = f"{self.events_file}:{broken[0]}", "peftkit resume sets broken lines aside"
+            raise UserError(Problem(where, "a line that is no event", "events as peftkit wrote them", fix))
+        return [event for _, event in found if event is not None]
 
-    def drop_cut_event(self) -> None:
-        """Remove a last line that a kill cut short, so that the next event starts a line of its own."""
-        if self.events_file.exists():
-            text = self.events_file.read_text(encoding="utf-8", errors="replace")
-            if text and not text.endswith("\n"):
-                write_text(self.events_file, text[: text.rfind("\n") + 1])
+    def _lines(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """(line, its event, None where it is none); what follows the last line end is a cut event."""
+        if not self.events_file.exists():
+            return
+        # not splitlines(): JSON may hold other line separators, such as U+0085, as they are
+        *lines, _cut = self.events_file.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                event = None
+            yield number, event if isinstance(event, dict) and "event" in event else None
+
+    def mend_events(self) -> list[int]:
+        """Drop a last line that a kill cut short. Broken lines are set aside, and their numbers returned."""
+        found = list(self._lines())
+        broken = [number for number, event in found if event is None]
+        if broken:
+            aside = tempfile.mkdtemp(dir=self.path, prefix="damaged-events-")
+            (Path(aside) / self.events_file.name).write_bytes(self.events_file.read_bytes())
+        if broken or (self.events_file.exists() and not self.events_file.read_bytes().endswith(b"\n")):
+            kept = self.events_file.read_bytes().split(b"\n")
+            lines = [kept[number - 1].decode("utf-8") for number, event in found if event is not None]
+            write_text(self.events_file, "".join(f"{line}\n" for line in lines))
+        return broken
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of which a checkpoint folder stands (verified or not), ascending."""
@@ -154,10 +177,10 @@ class RunDir:
         folder = self.checkpoint(step)
         folder.replace(tempfile.mkdtemp(dir=self.checkpoints, prefix=f"{why}-{folder.name}-"))
 
-    def newest_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that verifies, and why newer ones were passed over."""
+    def newest_checkpoint(self, *, below: float = math.inf) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint of a step `below` that verifies, and why newer ones were passed over."""
         skipped: list[str] = []
-        for step in reversed(self.checkpoint_steps()):
+        for step in reversed([step for step in self.checkpoint_steps() if step < below]):
             faults = verify_folder(self.checkpoint(step))
             if not faults:
                 return self.checkpoint(step), skipped
@@ -167,7 +190,7 @@ class RunDir:
 
 def _left_by_a_kill(path: Path) -> bool:
     """Whether a file is all that a process killed in its first moments leaves: then there is no run yet."""
-    return path.name == LOCK or path.name.startswith(TEMPORARY)
+    return path.name == LOCK or is_ours(path.name)
 
 
 def _check_name(path: Path, fix: str) -> None:

@@ -13,7 +13,6 @@ from transformers import PrinterCallback
 
 from peftkit.data.mask import Tokenized
 from peftkit.data.prepare import Prepared
-from peftkit.errors import PeftkitError
 from peftkit.evaluate.losses import mean_token_loss
 from peftkit.methods import METHODS
 from peftkit.model.adapter import build_loraplus_optimizer
@@ -101,9 +100,10 @@ class Training:
         if best is None or best == last_step:
             return last_step
         folder = self.run_dir.checkpoint(best)
-        faults = verify_folder(folder)
-        if faults:
-            raise PeftkitError(f"the best checkpoint cannot be published: {'; '.join(faults)}")
+        if faults := verify_folder(folder):
+            text = f"the best checkpoint cannot be published, so that the last step is: {'; '.join(faults)}"
+            self.record.emit("warning", text=text)
+            return last_step
         load_trained(self.trainer.model, folder)
         return best
 

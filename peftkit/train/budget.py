@@ -53,4 +53,4 @@ def restore_scores(model: Any, saved: Mapping[str, torch.Tensor]) -> None:
         if kind == "pattern":
             config.rank_pattern[name] = tensor.tolist()
         else:
-            getattr(allocator, kind)[name] = tensor.to(device)
+            getattr(allocator, kind)[name] = tensor.to(device, copy=True)

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Vitals:
 
     losses: list[float] = field(default_factory=list)  # the last good ones
     start_loss: float | None = None  # the median of the first ones
+    lowest_loss: float | None = None  # the lowest median so far: a slow climb leaves it behind
     num_bad: int = 0  # in a row
     num_skipped: int = 0
     num_scaled: int = 0  # in a row: gradients that only fp16's loss scale may have made infinite
@@ -50,24 +52,28 @@ class Vitals:
     def spike(self, loss: float) -> str:
         """Why a finite loss is a spike, in words; empty where it is none.
 
-        It has to stand out from the last losses (median and median absolute deviation, so that a few
-        outliers do not hide the next), and to give back half of what was learnt since the start.
+        It has to stand out from the lowest median so far by many robust deviations, so that a few outliers or
+        a slow climb do not hide the next, and to give back half of what was learnt since the start.
         """
-        if len(self.losses) < ENOUGH or self.start_loss is None:
+        if self.start_loss is None or self.lowest_loss is None:
+            highest = max(self.losses, default=math.inf)
+            far = loss > 2 * highest + 1
+            return f"a loss of {loss:.3f} after at most {highest:.3f} since the start" if far else ""
+        # of differences from step to step, which a trend leaves alone
+        spread = 1.4826 / math.sqrt(2) * statistics.median(abs(b - a) for a, b in pairwise(self.losses))
+        lost = loss - self.lowest_loss
+        learnt = self.start_loss - self.lowest_loss
+        if lost <= max(DEVIATIONS * spread, 0.5 * learnt, 0.5 * abs(self.lowest_loss)):
             return ""
-        middle = statistics.median(self.losses)
-        spread = 1.4826 * statistics.median(abs(one - middle) for one in self.losses)
-        lost = loss - middle
-        most = max(DEVIATIONS * spread, 0.5 * (self.start_loss - middle), 0.5 * abs(middle))
-        if lost <= most:
-            return ""
-        return f"a loss of {loss:.3f} after {middle:.3f}, the median of the last {len(self.losses)} steps"
+        return f"a loss of {loss:.3f} after {self.lowest_loss:.3f}, the lowest median of {WINDOW} steps"
 
     def note(self, loss: float) -> None:
         """Take in a good step's loss."""
         self.losses = [*self.losses, loss][-WINDOW:]
-        if self.start_loss is None and len(self.losses) == ENOUGH:
-            self.start_loss = statistics.median(self.losses)
+        if len(self.losses) >= ENOUGH:
+            middle = statistics.median(self.losses)
+            self.start_loss = middle if self.start_loss is None else self.start_loss
+            self.lowest_loss = middle if self.lowest_loss is None else min(middle, self.lowest_loss)
 
 
 @dataclass
@@ -144,6 +150,9 @@ class Guard(TrainerCallback):
         self.vitals.num_bad += 1
         self.vitals.num_skipped += self.skipped
         rows = self._rows()
+        if fine and self.plan.train.on_spike == "skip":  # told, and then taken as it is
+            self.vitals.note(loss)
+            self.vitals.num_bad = 0
         self.emit(
             "spike",
             step=step,

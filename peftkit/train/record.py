@@ -32,18 +32,29 @@ class Progress:
     patience_loss: float | None = None  # what the next loss must beat by min_delta
     num_without_gain: int = 0
     last_step: int = 0  # of the last evaluation
+    earlier_loss: float | None = None  # the best before that, whose checkpoint stands until the next is whole
+    earlier_step: int | None = None
 
-    def note(self, loss: float, step: int, min_delta: float) -> bool:
-        """Take in an evaluation loss. Returns whether it is the best so far; NaN never is."""
+    def note(self, loss: float, step: int, min_delta: float, *, kept: bool = True) -> bool:
+        """Take in an evaluation loss. Returns whether it is the best so far; NaN never is.
+
+        Without `kept` no checkpoint will hold the step's state: it is not the best, whatever its loss.
+        """
         self.last_step = step
         if self.patience_loss is None or loss < self.patience_loss - min_delta:
             self.patience_loss, self.num_without_gain = loss if math.isfinite(loss) else None, 0
         else:
             self.num_without_gain += 1
-        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+        if kept and math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.earlier_loss, self.earlier_step = self.best_loss, self.best_step
             self.best_loss, self.best_step = loss, step
             return True
         return False
+
+    def lost(self, step: int) -> None:
+        """The checkpoint of a step could not be written: the best before it is the best again."""
+        if step == self.best_step:
+            self.best_loss, self.best_step = self.earlier_loss, self.earlier_step
 
 
 class Record(TrainerCallback):
@@ -66,7 +77,8 @@ class Record(TrainerCallback):
         self.plan, self.emit, self.progress, self.guard = plan, emit, progress, guard
         self.evaluate, self.facts = evaluate, facts
         self.writer = Writer(run, self._tell_commit)
-        self.last_saved = self.retry_step = 0
+        self.last_saved = 0  # the step whose checkpoint is written, or being written
+        self.due: int | None = None  # from which step on a checkpoint is wanted
         self.accelerator: Any = None  # the trainer's, once there is one
         self.step_started = time.monotonic()
         self.step_seconds = 0.0
@@ -83,7 +95,8 @@ class Record(TrainerCallback):
         """Evaluate and record the loss for `step`. Returns whether it is the best so far."""
         assert self.evaluate is not None
         loss = self.evaluate(model)
-        best = step > 0 and self.progress.note(loss, step, self.plan.train.min_delta)
+        kept = self.guard.steady
+        best = step > 0 and self.progress.note(loss, step, self.plan.train.min_delta, kept=kept)
         self.emit("eval", step=step, loss=loss, best=best, memory=memory_used())
         if self.stops_early:
             self.emit("early_stop", step=step, patience=self.plan.train.patience)
@@ -114,7 +127,9 @@ class Record(TrainerCallback):
             learning_rate=float(logs["learning_rate"]),
             model=self.parts["model"],
         )
-        if (step % self.plan.train.checkpoint_steps == 0 or step == self.retry_step) and not last:
+        if step % self.plan.train.checkpoint_steps == 0:
+            self.due = step
+        if self.due is not None and step >= self.due and not last:
             self._checkpoint(state)
         if self.evaluate is not None and (last or step % self.plan.train.eval_steps == 0):
             try:
@@ -150,8 +165,8 @@ class Record(TrainerCallback):
         """Keep this step's state, unless it is kept already or the step was a bad one."""
         step = state.global_step
         if self.last_saved == step or not self.guard.steady:
-            return
-        self.last_saved = step
+            return  # after a bad step the next good one is kept: it stays due
+        self.last_saved, self.due = step, None
         scaler = getattr(self.accelerator, "scaler", None)
         snapshot = take_snapshot(
             model=self.parts["model"],
@@ -177,10 +192,12 @@ class Record(TrainerCallback):
                 seconds=round(commit.seconds, 4),
                 size_bytes=commit.size_bytes,
             )
+            if commit.rotation_fault:
+                text = f"an older checkpoint could not be removed ({commit.rotation_fault})"
+                self.emit("warning", text=text)
             return
-        again = max(1, self.plan.train.checkpoint_steps // 4)
-        self.retry_step = self.parts["state"].global_step + again
-        if commit.step == self.progress.best_step:
-            self.progress.best_step = self.progress.best_loss = None
+        self.due = self.parts["state"].global_step + max(1, self.plan.train.checkpoint_steps // 4)
+        self.last_saved = 0 if self.last_saved == commit.step else self.last_saved
+        self.progress.lost(commit.step)
         text = f"no checkpoint of step {commit.step} ({commit.error.strerror}): make room; the run goes on"
-        self.emit("warning", text=f"{text}, and tries again at step {self.retry_step}")
+        self.emit("warning", text=f"{text}, and tries again at step {self.due}")

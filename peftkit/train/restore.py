@@ -75,7 +75,9 @@ class Restore(TrainerCallback):
             name, field = key.rsplit("|", 1)
             # a plain Adam keeps its step counts on the CPU, a fused one beside the parameter
             stays = tensor.ndim == 0 and not on_device
-            optimizer.state[live[name]][field] = tensor if stays else tensor.to(live[name].device)
+            # a copy: what was loaded maps the file, which will be rotated away
+            place = "cpu" if stays else live[name].device
+            optimizer.state[live[name]][field] = tensor.to(place, copy=True)
         for key, value in self.state["optimizer"].items():
             name, field = key.rsplit("|", 1)
             optimizer.state[live[name]][field] = value

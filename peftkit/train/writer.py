@@ -24,6 +24,7 @@ class Commit:
     seconds: float
     size_bytes: int
     error: OSError | None = None
+    rotation_fault: str = ""  # why an older one still stands
 
 
 class Writer:
@@ -47,16 +48,25 @@ class Writer:
             self.finish()
 
     def _commit(self, snapshot: Snapshot, best_step: int | None) -> Commit:
-        started, error = time.monotonic(), None
+        started, error, fault = time.monotonic(), None, ""
         try:
             snapshot.commit(self.run)
-            rotate(self.run, best_step)
         except OSError as caught:
             if not is_full(caught):
                 raise
             error = caught
+        else:
+            fault = self._rotated(best_step)
         name = str(self.run.checkpoint(snapshot.step).relative_to(self.run.path))
-        return Commit(snapshot.step, name, time.monotonic() - started, snapshot.size_bytes, error)
+        return Commit(snapshot.step, name, time.monotonic() - started, snapshot.size_bytes, error, fault)
+
+    def _rotated(self, best_step: int | None) -> str:
+        """Remove older ones; what kept one from going loses nothing, and is told."""
+        try:
+            rotate(self.run, best_step)
+        except OSError as error:
+            return str(error)
+        return ""
 
     def poll(self) -> None:
         """Tell how the last one ended, if it has. Raises what is no matter of room on the disk."""

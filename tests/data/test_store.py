@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 
 from peftkit.data.mask import Tokenized
 from peftkit.data.read import mapped_dataset
-from peftkit.data.store import Counts, TokenRows, Writer, is_weighted, sha256_of
+from peftkit.data.store import Counts, TokenRows, Writer, content_sha256, is_weighted
 
 ids = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9)
 rows = st.lists(st.builds(Tokenized, ids, ids, st.text("ab:/1", max_size=5)), max_size=8)
@@ -40,4 +40,25 @@ def test_the_trainer_reads_the_same_file(tmp_path):
     found = store(tmp_path, [[Tokenized([1, 2], [3, 4], "a")]])
     dataset = mapped_dataset(found.paths, ["input_ids", "labels"])
     assert dataset[0] == {"input_ids": [1, 2], "labels": [3, 4]}
-    assert len(sha256_of(found.paths)) == 64
+    assert len(content_sha256(found.paths)) == 64
+
+
+def test_the_fingerprint_is_of_what_is_learnt_not_of_where_it_came_from(tmp_path):
+    one, two = Tokenized([1, 2], [3, 4], "a"), Tokenized([5], [6], "b")
+
+    def print_of(*batches):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        return content_sha256(store(folder, batches).paths)
+
+    same = print_of([one, two])
+    assert print_of([one], [two]) == same, "batches are no part of it"
+    assert print_of([Tokenized([1, 2], [3, 4], "elsewhere:7"), two]) == same
+    others = [
+        [two, one],
+        [one],
+        [Tokenized([1], [3, 4], "a"), Tokenized([2, 5], [6], "b")],
+        [Tokenized([1, 2], [3, 5], "a"), two],
+        [Tokenized([1, 2], [3, 4], "a", [1.0, 0.5]), two],
+    ]
+    assert len({same, *(print_of(batch) for batch in others)}) == 1 + len(others)

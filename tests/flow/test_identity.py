@@ -132,3 +132,70 @@ def test_a_password_is_not_kept_and_the_recipe_asked_for(recipe, chats, server, 
         peftkit.resume_run(tmp_path / "cut", recipe=tmp_path / "other.yaml")
     assert peftkit.resume_run(tmp_path / "cut", recipe=tmp_path / "mine.yaml").num_steps == 8
     assert peftkit.verify_run(tmp_path / "cut").faults == ()
+
+
+def test_a_changed_recipe_that_the_checkpoint_does_not_fit_is_refused_and_nothing_is_lost(cut):
+    file, plan = cut.path / "resolved.yaml", (cut.path / "plan.json").read_bytes()
+    before = file.read_text()
+    for other in (
+        before.replace("rank: 4", "rank: 8"),
+        before.replace("  max_steps: 8", "  optimizer: sgd\n  max_steps: 8"),
+    ):
+        assert other != before
+        file.write_text(other)
+        with pytest.raises(UserError, match="another method, base or optimizer than that of step-"):
+            peftkit.resume_run(cut.path, allow_changed=["recipe"])
+        assert (cut.path / "plan.json").read_bytes() == plan
+    file.write_text(before)
+    assert peftkit.resume_run(cut.path).num_steps == 8
+
+
+def test_checkpoints_without_their_plan_are_not_gone_on_with(cut):
+    kept = (cut.path / "plan.json").read_bytes()
+    (cut.path / "plan.json").unlink()
+    with pytest.raises(UserError, match=r"checkpoints without plan\.json"):
+        peftkit.resume_run(cut.path)
+    (cut.path / "plan.json").write_bytes(kept)
+    assert peftkit.resume_run(cut.path).num_steps == 8
+
+
+def test_data_in_another_folder_is_the_same_data(cut, chats, tmp_path):
+    moved = tmp_path / "elsewhere.jsonl"
+    chats.rename(moved)
+    file = cut.path / "resolved.yaml"
+    file.write_text(file.read_text().replace(str(chats), str(moved)))
+    with pytest.raises(UserError) as caught:
+        peftkit.resume_run(cut.path)
+    assert [problem.where for problem in caught.value.problems] == ["recipe"]
+    assert peftkit.resume_run(cut.path, allow_changed=["recipe"]).num_steps == 8
+
+
+def test_weights_that_were_not_there_yet_are_no_other_base(tmp_path):
+    from dataclasses import replace
+
+    from peftkit.model.identity import base_identity, differences
+    from tests.plans import cpu_plan
+
+    shutil.copytree(TINY_LLAMA, tmp_path / "base")
+    plan = replace(cpu_plan().base, revision=None)
+    whole = base_identity(str(tmp_path / "base"), plan)
+    weights = (tmp_path / "base" / "model.safetensors").read_bytes()
+    (tmp_path / "base" / "model.safetensors").unlink()
+    before = base_identity(str(tmp_path / "base"), plan)
+    assert before["weights_sha256"] is None and differences(before, whole) == []
+    (tmp_path / "base" / "model.safetensors").write_bytes(weights)
+    (tmp_path / "base" / "consolidated.safetensors").write_bytes(weights[:100])
+    assert base_identity(str(tmp_path / "base"), plan) == whole, "what is not loaded is no part of it"
+
+
+def test_what_pissa_subtracts_is_made_again_where_it_is_damaged(recipe, tmp_path):
+    recipe["method"] = {"name": "lora", "rank": 2, "init": "pissa"}
+    recipe["train"].update(max_steps=8, checkpoint_steps=2)
+    whole = peftkit.finetune(recipe, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        peftkit.finetune(recipe, out=tmp_path / "cut", observer=stopping_at(5))
+    file = tmp_path / "cut" / "adapter_start" / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert weights(peftkit.resume_run(tmp_path / "cut")) == weights(whole)

@@ -107,3 +107,38 @@ def test_the_loss_of_a_step_is_the_trainers(recipe, tmp_path, monkeypatch):
     peftkit.finetune(recipe, out=tmp_path / "run")
     assert len(seen) == 4
     assert all(theirs == ours for theirs, ours in seen)
+
+
+def test_a_kill_in_the_middle_of_a_rollback_changes_nothing(steep, tmp_path, monkeypatch):
+    from peftkit.run import recover
+
+    whole = peftkit.finetune(steep, out=tmp_path / "whole")
+    assert len(of(tmp_path / "whole", "rollback")) == 2
+
+    for name in ("write_sealed", "set_left_aside"):
+
+        def killed(*arguments):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(recover, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            peftkit.finetune(steep, out=tmp_path / name)
+        monkeypatch.undo()
+        assert weights(peftkit.resume_run(tmp_path / name)) == weights(whole)
+        plans = [read_sealed(tmp_path / run / "plan.json")["train"] for run in (name, "whole")]
+        assert plans[0] == plans[1]
+
+
+def test_an_evaluation_at_a_bad_step_is_never_the_best(steep, tmp_path):
+    """Its state is kept by no checkpoint: taken for the best, nothing could be published."""
+    steep["data"]["eval"] = "25%"
+    steep["train"].update(eval_steps=1, checkpoint_steps=40, max_steps=12, on_spike="skip")
+    try:
+        summary = peftkit.finetune(steep, out=tmp_path / "run")
+    except UserError:
+        assert of(tmp_path / "run", "spike")
+        return
+    bad = {event["step"] for event in of(tmp_path / "run", "spike") if event["skipped"]}
+    best = {event["step"] for event in of(tmp_path / "run", "eval") if event["best"]}
+    assert bad and not bad & best
+    assert summary.result is not None

@@ -85,9 +85,9 @@ def test_leftovers_are_swept_and_links_are_not_followed(tmp_path):
     mine.mkdir()
     (mine / "keep").write_text("me")
     run = tmp_path / "run"
-    (run / ".tmp-step-000001-x").mkdir(parents=True)
-    (run / ".tmp-plan.json-y").write_text("half")
-    (run / ".tmp-link").symlink_to(mine)
+    (run / ".tmp-step-000001-abcd_123").mkdir(parents=True)
+    (run / ".tmp-plan.json-abcdefg0").write_text("half")
+    (run / ".tmp-adapter-abcdefg0").symlink_to(mine)
     (run / "step-000001").mkdir()
     assert len(sweep(run)) == 3
     assert [path.name for path in run.iterdir()] == ["step-000001"]

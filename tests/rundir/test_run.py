@@ -110,7 +110,7 @@ def test_event_cut_by_a_kill_is_left_out_and_dropped(tmp_path):
     with run.events_file.open("a") as file:
         file.write('{"event": "st')
     assert run.events() == [{"event": "step", "step": 1}]
-    run.drop_cut_event()
+    assert run.mend_events() == []
     run.emit("step", step=2)
     assert [e["step"] for e in run.events()] == [1, 2]
 
@@ -133,3 +133,33 @@ def test_what_no_folder_can_be_called_is_told(name):
     for function in (RunDir.open, RunDir.create):
         with pytest.raises(UserError, match="no folder can have"):
             function(Path(name))
+
+
+def test_a_broken_line_is_told_and_set_aside(tmp_path):
+    run = RunDir(tmp_path)
+    for step in (1, 2, 3):
+        run.emit("step", step=step)
+    lines = run.events_file.read_bytes().split(b"\n")
+    lines[1] = lines[1][:5] + b"\xff" + lines[1][6:]
+    run.events_file.write_bytes(b"\n".join(lines))
+    with pytest.raises(UserError, match=r"events\.jsonl:2: got a line that is no event"):
+        run.events()
+    assert run.mend_events() == [2]
+    assert [event["step"] for event in run.events()] == [1, 3]
+    [aside] = tmp_path.glob("damaged-events-*/events.jsonl")
+    assert aside.read_bytes() == b"\n".join(lines)
+
+
+def test_what_others_made_is_not_taken_for_ours(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".tmp-mine").write_text("keep me")
+    with pytest.raises(UserError, match="not empty"):
+        RunDir.create(tmp_path / "run")
+    RunDir(tmp_path / "run").sweep()
+    assert (tmp_path / "run" / ".tmp-mine").read_text() == "keep me"
+    (tmp_path / "empty").mkdir()
+    run = RunDir.create(tmp_path / "empty")
+    run.discard(keep_folder=True)
+    assert list((tmp_path / "empty").iterdir()) == []
+    RunDir.create(tmp_path / "made").discard(keep_folder=False)
+    assert not (tmp_path / "made").exists()

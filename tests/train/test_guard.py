@@ -50,6 +50,16 @@ def test_rows_that_are_hard_in_a_memorised_set_are_none():
     assert told(losses) == []
 
 
+def test_a_training_that_leaves_at_once_and_one_that_climbs_slowly_are_seen():
+    assert told([2.0, 11.0, 11.0, 11.0]) == [2, 3, 4]
+    assert told([7.0, 9.0, 12.0, 6.0, 4.0]) == []
+    chance = random.Random(0)
+    falling = [1.0 + 3 * math.exp(-step / 10) + chance.gauss(0, 0.1) for step in range(80)]
+    climbing = [1.0 + step * 5 / 100 + chance.gauss(0, 0.1) for step in range(100)]
+    assert told(falling) == []
+    assert told([*falling, *climbing]), "the median climbs with it, the lowest one does not"
+
+
 def test_what_is_remembered_is_bounded():
     vitals = Vitals()
     for _ in range(1000):
@@ -137,6 +147,16 @@ def test_each_choice_of_on_spike():
     assert bad_steps(MOST_SKIPPED - 1, on_spike="skip") == MOST_SKIPPED - 1
     with pytest.raises(UserError, match="lower the learning rate"):
         bad_steps(MOST_SKIPPED, on_spike="skip")
+
+
+def test_a_lasting_rise_is_told_and_taken_where_only_skipping_is_wanted():
+    events, model = [], Model()
+    guard = guard_of(events, on_spike="skip")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(1, 200):
+        one_step(guard, model, optimizer, loss=[1.0 if step < 50 else 9.0], gradient=0.5, step=step)
+        assert guard.steady, "a checkpoint is always allowed"
+    assert events, "it is told"
 
 
 def test_the_loss_scale_of_fp16_may_look_for_its_place():

@@ -32,3 +32,15 @@ def test_nan_is_never_the_best():
     assert progress.note(3.0, 2, 0.0)
     assert not progress.note(float("nan"), 3, 0.0)
     assert progress.best_step == 2
+
+
+def test_a_checkpoint_that_could_not_be_written_gives_the_best_back():
+    progress = Progress()
+    progress.note(2.0, 10, 0.0)
+    progress.note(1.5, 20, 0.0)
+    progress.lost(15)
+    assert progress.best_step == 20
+    progress.lost(20)
+    assert (progress.best_step, progress.best_loss) == (10, 2.0)
+    assert not progress.note(1.0, 30, 0.0, kept=False)
+    assert (progress.best_step, progress.last_step) == (10, 30)
