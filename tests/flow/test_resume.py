@@ -193,3 +193,21 @@ def test_kill_nine_and_resume_from_the_command_line(long_recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr
     assert weights(peftkit.summarize_run(run.path)) == weights(whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_works_on_is_refused(long_recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    long_recipe["train"].update(max_steps=4000, checkpoint_steps=50, eval_steps=4000)
+    path.write_text(yaml.safe_dump(long_recipe))
+    command = [sys.executable, "-m", "peftkit", "finetune", str(path), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    run = RunDir(tmp_path / "run")
+    while process.poll() is None and not run.checkpoint_steps():
+        time.sleep(0.05)
+    with pytest.raises(UserError, match=f"a run that process {process.pid} on .* works on"):
+        peftkit.resume_run(run.path)
+    assert peftkit.verify_run(run.path).faults == (), "to look at it is no work"
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert run.newest_checkpoint()[0] is not None
