@@ -78,6 +78,7 @@ class Record(TrainerCallback):
         self.evaluate, self.facts = evaluate, facts
         self.writer = Writer(run, self._tell_commit)
         self.last_saved = 0  # the step whose checkpoint is written, or being written
+        self.has_ended = False
         self.due: int | None = None  # from which step on a checkpoint is wanted
         self.accelerator: Any = None  # the trainer's, once there is one
         self.step_started = time.monotonic()
@@ -106,6 +107,9 @@ class Record(TrainerCallback):
         self.parts = {name: parts[name] for name in ("model", "optimizer", "lr_scheduler")} | {"state": state}
         self.num_tokens = float(state.num_input_tokens_seen)  # of the run that this one goes on with
         self.emit("train_begin", step=state.global_step, num_steps=state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.has_ended = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step_started = time.monotonic()
@@ -198,6 +202,8 @@ class Record(TrainerCallback):
             return
         self.due = self.parts["state"].global_step + max(1, self.plan.train.checkpoint_steps // 4)
         self.last_saved = 0 if self.last_saved == commit.step else self.last_saved
-        self.progress.lost(commit.step)
+        last = self.has_ended and commit.step == self.parts["state"].global_step
+        if not last:  # the last step's state is in the model still: it can be published
+            self.progress.lost(commit.step)
         text = f"no checkpoint of step {commit.step} ({commit.error.strerror}): make room; the run goes on"
         self.emit("warning", text=f"{text}, and tries again at step {self.due}")
