@@ -10,6 +10,7 @@ with, and must end with the very adapter of a run that nothing hurt, nothing hal
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.common import write_result
+from benchmarks.common import RESULTS, write_result
 from tests.chaos.nursery import Nursery
 from tests.chaos.scenes import DAMAGES, Scenes, files_of, mutated, recipe_at
 from tests.conftest import TINY_LLAMA
@@ -140,6 +141,14 @@ def hurt(name: str, cases: list[Case], pool: list[Scenes]) -> dict:
     return {"name": name, "cases": len(cases), "held": len(cases) - len(failed), "failed": failed[:20]}
 
 
+def _with_earlier(rows: list[dict]) -> list[dict]:
+    """These rows, and those of an earlier run that `--only` left out."""
+    file = RESULTS / "chaos.json"
+    earlier = json.loads(file.read_text())["rows"] if file.exists() else []
+    names = [row["name"] for row in rows]
+    return [row for row in earlier if row["name"] not in names] + rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a tenth of all")
@@ -176,8 +185,8 @@ def main() -> None:
         rows = [hurt(*row) for row in table if not given.only or any(one in row[0] for one in given.only)]
         for scenes in pool:
             scenes.nursery.close()
-    if not given.quick and not given.only:
-        write_result("chaos", {"write_points": pool[0].num_points, "rows": rows})
+    if not given.quick:
+        write_result("chaos", {"write_points": pool[0].num_points, "rows": _with_earlier(rows)})
     sys.exit(any(row["failed"] for row in rows))
 
 
