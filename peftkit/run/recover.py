@@ -12,7 +12,7 @@ from peftkit.run import oom
 from peftkit.run.memory import trace_memory
 from peftkit.run.stage import Stage, replan
 from peftkit.rundir import MANIFEST, RunDir, read_json, verify_folder, write_sealed
-from peftkit.train.guard import Diverged, divergence
+from peftkit.train.divergence import Diverged, divergence
 
 MOST_ROLLBACKS = 3
 

@@ -19,7 +19,6 @@ from peftkit.run.environment import resolved_text
 from peftkit.run.facts import light_facts, refuse_where_it_cannot_run
 from peftkit.run.flow import told, train_and_publish
 from peftkit.run.memory import settle
-from peftkit.run.recover import set_left_aside
 from peftkit.run.stage import (
     Observer,
     Stage,
@@ -90,6 +89,8 @@ def _checkpoint_of(run: RunDir, is_planned: bool, observer: Observer) -> Path | 
         got, fix = "checkpoints without plan.json", "put plan.json back, or train anew"
         raise UserError(Problem(str(run.path), got, "the plan that they were made by", fix))
     if is_planned:
+        from peftkit.run.recover import set_left_aside  # it knows the trainer, which a plan does not need
+
         set_left_aside(run, read_plan(run))
     checkpoint, skipped = run.newest_checkpoint()
     for fault in skipped:

@@ -16,26 +16,19 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from peftkit.errors import PeftkitError, Problem, UserError
+from peftkit.errors import Problem, UserError
 from peftkit.model.adapter import trainable_tensors
 from peftkit.plan import Plan
+from peftkit.train.divergence import ADVICE, Diverged, divergence
 
 WINDOW = 64  # losses that a new one is compared with
 ENOUGH = 16  # of them, before anything is called a spike
 DEVIATIONS = 10.0  # robust ones, from the median
+_FEW = 3  # before anything at all is called one
 IN_A_ROW = 3  # bad steps that lead to more than a line
 MOST_SKIPPED = 25  # in a row, where the recipe only skips
 _STEPS_TO_MOVE = 3  # with a learning rate, before everything has moved
 _SHOWN_ROWS = 6
-ADVICE = "lower the learning rate, warm up for 5-10 % of the steps, clip at 1.0, or look at these rows"
-
-
-class Diverged(PeftkitError):
-    """Training left the road at `first_step`, and the recipe says to go back and try more gently."""
-
-    def __init__(self, message: str, *, first_step: int) -> None:
-        self.first_step = first_step
-        super().__init__(message)
 
 
 @dataclass
@@ -57,7 +50,7 @@ class Vitals:
         """
         if self.start_loss is None or self.lowest_loss is None:
             highest = max(self.losses, default=math.inf)
-            far = loss > 2 * highest + 1
+            far = len(self.losses) >= _FEW and loss > 3 * highest
             return f"a loss of {loss:.3f} after at most {highest:.3f} since the start" if far else ""
         # of differences from step to step, which a trend leaves alone
         spread = 1.4826 / math.sqrt(2) * statistics.median(abs(b - a) for a, b in pairwise(self.losses))
@@ -221,10 +214,3 @@ def _sum(tensor: torch.Tensor) -> float:
 def _not_finite(loss: float, grad_norm: float) -> str:
     what = f"a loss of {loss}" if not math.isfinite(loss) else f"a gradient norm of {grad_norm}"
     return f"{what}: the step was skipped"
-
-
-def divergence(plan: Plan, said: str, rows: Sequence[str]) -> Problem:
-    """What the user is told of a training that left the road."""
-    where = f"train.learning_rate {plan.train.learning_rate:g}"
-    names = f" (rows {', '.join(rows)})" if rows else ""
-    return Problem(where, f"{said}{names}", "finite numbers and a loss that falls", ADVICE)

@@ -362,7 +362,7 @@ def run_cell(model_type: str, task: str, variant: str) -> Cell:
         if plan.base.quant_type is not None:
             cell.checks["planned share is in 4-bit"] = _check_coverage(bench, bench.load())
         model = bench.attach()
-        save_start(model, plan, folder / "start")
+        save_start(model, plan, folder / "start", afresh=True)
         cell.checks["planned parameters are counted"] = _check_counts(bench, model)
         cell.checks |= _check_training(bench, model)
         cell.checks |= _check_saved(bench, model, folder)

@@ -73,7 +73,7 @@ def test_saved_adapter_loads_in_plain_peft_with_equal_logits(case, tmp_path):
         assert torch.allclose(start, logits(wrapped), atol=2e-4), (
             "an untrained adapter must not change the function"
         )
-    save_start(wrapped, plan, tmp_path / "start")
+    save_start(wrapped, plan, tmp_path / "start", afresh=True)
     shake(wrapped)
     trained = logits(wrapped)
     assert not torch.allclose(start, trained, atol=1e-2)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftkit.errors import UserError
-from peftkit.train.guard import ENOUGH, MOST_SKIPPED, WINDOW, Diverged, Guard, Vitals
+from peftkit.train.divergence import Diverged
+from peftkit.train.guard import ENOUGH, MOST_SKIPPED, WINDOW, Guard, Vitals
 from tests.plans import cpu_plan
 
 
@@ -51,7 +52,7 @@ def test_rows_that_are_hard_in_a_memorised_set_are_none():
 
 
 def test_a_training_that_leaves_at_once_and_one_that_climbs_slowly_are_seen():
-    assert told([2.0, 11.0, 11.0, 11.0]) == [2, 3, 4]
+    assert told([2.0, 1.9, 2.1, 11.0, 11.0, 11.0]) == [4, 5, 6]
     assert told([7.0, 9.0, 12.0, 6.0, 4.0]) == []
     chance = random.Random(0)
     falling = [1.0 + 3 * math.exp(-step / 10) + chance.gauss(0, 0.1) for step in range(80)]
