@@ -114,6 +114,7 @@ def test_verify_reads_everything_again(cut, tmp_path):
     assert len(peftkit.verify_run(cut.path).faults) == 2
 
 
+@pytest.mark.slow
 def test_a_password_is_not_kept_and_the_recipe_asked_for(recipe, chats, server, tmp_path):  # noqa: F811
     server.answers["/rows.jsonl"] = ({}, chats.read_bytes())
     url = server.url.replace("://", "://me:open-sesame-99@") + "/rows.jsonl"
@@ -150,6 +151,7 @@ def test_a_changed_recipe_that_the_checkpoint_does_not_fit_is_refused_and_nothin
     assert peftkit.resume_run(cut.path).num_steps == 8
 
 
+@pytest.mark.slow
 def test_checkpoints_without_their_plan_are_not_gone_on_with(cut):
     kept = (cut.path / "plan.json").read_bytes()
     (cut.path / "plan.json").unlink()
@@ -159,6 +161,7 @@ def test_checkpoints_without_their_plan_are_not_gone_on_with(cut):
     assert peftkit.resume_run(cut.path).num_steps == 8
 
 
+@pytest.mark.slow
 def test_data_in_another_folder_is_the_same_data(cut, chats, tmp_path):
     moved = tmp_path / "elsewhere.jsonl"
     chats.rename(moved)
@@ -188,6 +191,7 @@ def test_weights_that_were_not_there_yet_are_no_other_base(tmp_path):
     assert base_identity(str(tmp_path / "base"), plan) == whole, "what is not loaded is no part of it"
 
 
+@pytest.mark.slow
 def test_what_pissa_subtracts_is_made_again_where_it_is_damaged(recipe, tmp_path):
     recipe["method"] = {"name": "lora", "rank": 2, "init": "pissa"}
     recipe["train"].update(max_steps=8, checkpoint_steps=2)

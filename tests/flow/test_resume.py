@@ -54,7 +54,11 @@ def weights(summary):
     return file.read_bytes()
 
 
-@pytest.mark.parametrize("case", METHODS)
+FAST = {"lora", "pissa", "qlora", "prefix", "ia3", "full", "adalora"}
+CASES = [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in METHODS]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_stopped_and_resumed_equals_uninterrupted(case, long_recipe, tmp_path):
     source = {**long_recipe, "method": METHODS[case]}
     whole = peftkit.finetune(source, out=tmp_path / "whole")

@@ -29,7 +29,7 @@ def test_too_little_room_is_refused_with_the_number(tmp_path):
     refuse_without_room(tmp_path / "to" / "come", 1, what="a checkpoint", fix="make room")
 
 
-@pytest.mark.parametrize("kibibytes", [200, 20_000])
+@pytest.mark.parametrize("kibibytes", [200, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_a_small_disk(recipe, tmp_path, kibibytes):
     """A tmpfs of some kilobytes: too small from the start, or full on the way."""
     place = tmp_path / "disk"

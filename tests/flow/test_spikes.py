@@ -53,6 +53,7 @@ def test_a_rollback_halves_the_rate_and_the_run_ends_well(steep, tmp_path):
     assert peftkit.verify_run(tmp_path / "run").faults == ()
 
 
+@pytest.mark.slow
 def test_a_run_stopped_after_a_rollback_resumes_to_the_same_bytes(steep, tmp_path):
     whole = peftkit.finetune(steep, out=tmp_path / "whole")
     assert of(tmp_path / "whole", "rollback")
@@ -71,6 +72,7 @@ def test_stop_stops_at_the_first_with_the_last_checkpoint_whole(steep, tmp_path)
     assert verify_folder(run.checkpoint(run.checkpoint_steps()[-1])) == []
 
 
+@pytest.mark.slow
 def test_no_rate_that_helps_ends_the_run_and_publishes_nothing(steep, tmp_path):
     steep["train"].update(learning_rate=1e9, optimizer="adamw_torch")
     with pytest.raises(UserError, match="after 3 rollbacks"):
@@ -109,6 +111,7 @@ def test_the_loss_of_a_step_is_the_trainers(recipe, tmp_path, monkeypatch):
     assert all(theirs == ours for theirs, ours in seen)
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_rollback_changes_nothing(steep, tmp_path, monkeypatch):
     from peftkit.run import recover
 

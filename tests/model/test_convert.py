@@ -99,6 +99,7 @@ def test_odd_tensors_survive(legacy, tmp_path):
     assert made.num_tensors == len(tensors)
 
 
+@pytest.mark.slow
 def test_what_is_no_flat_dict_of_tensors_is_refused_and_nothing_is_left(tmp_path):
     cases = {
         "nested": {"state": {"w": torch.zeros(2)}},

@@ -152,6 +152,7 @@ def test_runs_are_named_inside_their_folder(name, recipe, tmp_path, monkeypatch)
     assert out.resolve().is_relative_to(here / "runs")
 
 
+@pytest.mark.slow
 def test_files_from_the_hub_are_of_a_sane_size(base, tmp_path):
     """A hub cache as huggingface_hub keeps it; offline, so that only it is asked."""
     program = """
