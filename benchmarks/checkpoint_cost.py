@@ -158,8 +158,7 @@ def main() -> None:
             f"{speed['read_bytes_per_second'] / 2**20:,.0f}",
             flush=True,
         )
-    if given.pairs >= 3:
-        write_result("checkpoint_cost", {"steps": STEPS, "every": EVERY, "rows": rows})
+    write_result("checkpoint_cost", {"steps": STEPS, "every": EVERY, "pairs": given.pairs, "rows": rows})
 
 
 if __name__ == "__main__":
