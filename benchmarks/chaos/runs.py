@@ -111,9 +111,8 @@ def changes(place: Path, stopped: Path, number: int) -> Iterable[Case]:
         yield f"seed {seed}", lambda _, s=seed: mutated(place, stopped, lambda f: change(f, s))
 
 
-# of these nothing is kept to compare with: the lock, the copy of the recipe with its comments, and the log,
-# of which whole lines may go unnoticed
-_FREE = {"run.lock", "recipe.yaml", "events.jsonl"}
+# of these nothing is kept to compare with: the lock, and the log, of which whole lines may go unnoticed
+_FREE = {"run.lock", "events.jsonl"}
 
 
 def hurt(name: str, cases: list[Case], pool: list[Scenes]) -> dict:

@@ -115,6 +115,7 @@ def resume_run(
     path: str | Path,
     *,
     recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
     allow_changed: Sequence[str] = (),
     take_over: bool = False,
     observer: Observer = _ignore,
@@ -123,13 +124,14 @@ def resume_run(
 
     `allow_changed` names what may differ from when the run began: data, recipe, base, tokenizer, versions.
     `take_over` is for a run that another machine, now gone, did not release. `recipe` is the file that it was
-    made of, needed where that held secrets.
+    made of, with its `overrides`, needed where that held secrets.
     """
     from peftkit import run
 
     return run.resume(
         Path(path),
         recipe=Path(recipe) if recipe else None,
+        overrides=overrides,
         allow_changed=allow_changed,
         take_over=take_over,
         observer=observer,
@@ -141,16 +143,18 @@ def reproduce_run(
     *,
     out: str | Path | None = None,
     recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
     observer: Observer = _ignore,
 ) -> Reproduction:
     """Train what a finished run trained once more, into `out` (RUN-again), and compare every number.
 
-    `recipe` is the file that it was made of, needed where that held secrets.
+    `recipe` is the file that it was made of, with its `overrides`, needed where that held secrets.
     """
     from peftkit.run.reproduce import reproduce
 
     given = Path(recipe) if recipe else None
-    return reproduce(Path(path), out=Path(out) if out else None, recipe=given, observer=observer)
+    folder = Path(out) if out else None
+    return reproduce(Path(path), out=folder, recipe=given, overrides=overrides, observer=observer)
 
 
 def verify_run(path: str | Path) -> Verification:

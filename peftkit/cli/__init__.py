@@ -117,6 +117,7 @@ COMMANDS: tuple[Command, ...] = (
                 help="go on though this changed: data, recipe, base, tokenizer or versions",
             ),
             _arg("--recipe", metavar="FILE", help="what the run was made of, where that held secrets"),
+            _OVERRIDES,
             _arg("--take-over", action="store_true", help="a machine that is gone did not release the run"),
         ),
     ),
@@ -132,6 +133,7 @@ COMMANDS: tuple[Command, ...] = (
             _arg("run", metavar="RUN"),
             _arg("--out", metavar="DIR", help="a new folder; RUN-again unless given"),
             _arg("--recipe", metavar="FILE", help="what the run was made of, where that held secrets"),
+            _OVERRIDES,
         ),
     ),
     Command(

@@ -119,13 +119,22 @@ def resume(arguments: argparse.Namespace) -> int:
     with open_display() as display:
         summary = api.resume_run(
             arguments.run,
-            recipe=arguments.recipe,
+            recipe=_recipe_file(arguments),
+            overrides=arguments.overrides,
             allow_changed=arguments.allow_changed,
             take_over=arguments.take_over,
             observer=display.show,
         )
     print_summary(summary)
     return 0
+
+
+def _recipe_file(arguments: argparse.Namespace) -> str | None:
+    """What --recipe names. Raises UserError for overrides of nothing: a run has its recipe already."""
+    if arguments.overrides and not arguments.recipe:
+        got, fix = " ".join(arguments.overrides), "to change a run's recipe, edit its resolved.yaml"
+        raise UserError(Problem("command line", got, "key=value together with --recipe FILE", fix))
+    return str(arguments.recipe) if arguments.recipe else None
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -151,7 +160,11 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
     with open_display() as display:
         found = api.reproduce_run(
-            arguments.run, out=arguments.out, recipe=arguments.recipe, observer=display.show
+            arguments.run,
+            out=arguments.out,
+            recipe=_recipe_file(arguments),
+            overrides=arguments.overrides,
+            observer=display.show,
         )
     print_reproduction(found)
     return 0 if found.is_equal else 1

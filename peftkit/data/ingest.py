@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peftkit import interrupt
 from peftkit.data import cache
 from peftkit.data.examples import NUMBERS, Examples, Kept, hash_of, numbers_of
 from peftkit.data.formats import BadRow, Example, reader
@@ -29,6 +30,7 @@ from peftkit.recipe.schema import Chat, Data, Source
 # checks whose rows cannot be used: waived, they are left out; otherwise they stop the run
 UNUSABLE = ("malformed-rows", "encoding", "missing-fields", "empty-answers", "roles")
 LEFT_OUT = "left-out"  # rows that could not be used, whatever the check
+_HEARD_ROWS = 1000  # between looks for a signal
 _FIRST_ROWS = 100  # among which one has to tell the format
 _TRAIN, _EVAL = ("data", "train"), ("data", "eval")
 _FIXES = {
@@ -102,6 +104,8 @@ class _Reading:
         return _Convert(name, rename, read)
 
     def _take_row(self, row: Row, convert: _Convert) -> None:
+        if len(self.units) % _HEARD_ROWS == 0:
+            interrupt.stop_if_requested("interrupted while reading")
         try:
             self._keep(adjusted(convert.read(convert.rename(row)), self.data.chat), row)
         except BadRow as bad:

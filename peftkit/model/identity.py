@@ -10,7 +10,7 @@ from typing import Any
 
 from peftkit.errors import Problem, UserError
 from peftkit.plan.plan import BasePlan
-from peftkit.rundir import MANIFEST, read_json
+from peftkit.rundir import MANIFEST, read_json, read_sealed
 
 IDENTITY = "peftkit.json"  # beside the adapter's weights
 _PIECE = 2**16
@@ -102,12 +102,10 @@ def read_identity(folder: Path) -> dict[str, Any]:
     file = folder / IDENTITY
     if not file.is_file():
         return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["base"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            Problem(str(file), f"no identity of a base ({error!r})", "the file that peftkit wrote")
-        ) from None
+    base = read_sealed(file).get("base")
+    if not isinstance(base, dict):
+        raise UserError(Problem(str(file), "no identity of a base", "the file that peftkit wrote"))
+    return base
 
 
 def refuse_other_base(folder: Path, source: str, plan: BasePlan) -> None:

@@ -189,8 +189,9 @@ class Train(Options):
     early_stopping: EarlyStopping | None = None
     on_spike: Literal["rollback", "skip", "stop"] = Field(
         "rollback",
-        description="loss or gradients that are not finite, or a loss that leaps, three steps in a row: go "
-        "back to the last checkpoint at half the rate; skip what is not finite and go on; or stop",
+        description="loss or gradients that are not finite, or a loss that leaps. rollback: after three in a "
+        "row, to the last checkpoint at half the rate; skip: what is not finite is left out; stop: at once "
+        "where it is not finite, at the third leap",
     )
     on_oom: Literal["stop", "adapt"] = Field(
         "stop",

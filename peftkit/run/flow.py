@@ -26,7 +26,7 @@ from peftkit.run.stage import (
     write_decided,
     write_recipe,
 )
-from peftkit.rundir import RunDir, is_full, owned, publish_folder, write_sealed
+from peftkit.rundir import RunDir, is_full, owned, publish_folder, step_of, write_sealed
 
 
 def default_out(loaded: LoadedRecipe) -> Path:
@@ -70,9 +70,8 @@ def finetune(
         except Interrupted:
             raise
         except BaseException:
-            run.discard(
-                keep_folder=was_there
-            )  # nothing was decided yet: what is to be mended leaves no folder behind
+            # nothing was decided yet: what is to be mended leaves no folder behind
+            run.discard(keep_folder=was_there)
             raise
         return train_and_publish(stage, checkpoint=None)
 
@@ -102,7 +101,7 @@ def _kept(run: RunDir, some: str, none: str) -> str:
 
 def train_and_publish(stage: Stage, *, checkpoint: Path | None) -> Summary:
     """Everything from loading to publishing, again from a checkpoint where that can mend what went wrong."""
-    from peftkit.run.recover import recovered, step_of, what_happened
+    from peftkit.run.recover import recovered, what_happened
 
     while True:
         try:
@@ -161,7 +160,7 @@ def _go(stage: Stage, *, checkpoint: Path | None) -> None:
         _measure(stage, model, "before")
         training.measure_start()
     else:
-        stage.emit("resume", step=int(checkpoint.name.removeprefix("step-")))
+        stage.emit("resume", step=step_of(checkpoint))
         interrupt.stop_if_requested()
     release()
     reset_peak()

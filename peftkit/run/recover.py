@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from peftkit.errors import UserError
 from peftkit.plan import Plan
 from peftkit.plan.fit import revised
 from peftkit.run import oom
 from peftkit.run.memory import trace_memory
-from peftkit.run.stage import Stage, replan
-from peftkit.rundir import MANIFEST, RunDir, read_json, verify_folder, write_sealed
+from peftkit.run.stage import Stage
+from peftkit.rundir import MANIFEST, RunDir, read_json, step_of, verify_folder, write_sealed
 from peftkit.train.divergence import Diverged, divergence
 
 MOST_ROLLBACKS = 3
@@ -45,11 +44,6 @@ def recovered(stage: Stage, happened: Happened) -> Stage:
     return _in_smaller_pieces(stage, happened)
 
 
-def step_of(checkpoint: Path | None) -> int:
-    """The step of a checkpoint's folder; 0 for the start."""
-    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-
-
 def _more_gently(stage: Stage, departure: Departure) -> Stage:
     """Half the learning rate, from the last checkpoint before the first bad step."""
     from peftkit.model.hardware import release
@@ -77,7 +71,7 @@ def _more_gently(stage: Stage, departure: Departure) -> Stage:
         learning_rate=rate / 2,
         first_bad_step=departure.first_step,
     )
-    return replan(stage, plan)
+    return replace(stage, plan=plan)
 
 
 def set_left_aside(run: RunDir, plan: Plan) -> None:
@@ -131,4 +125,4 @@ def _in_smaller_pieces(stage: Stage, shortage: oom.Shortage) -> Stage:
     found = trace_memory(plan, stage.facts.model.shape, stage.config, plan.batch)
     plan = replace(plan, memory=found.memory or plan.memory)
     write_sealed(stage.run.path / "plan.json", plan.to_json())
-    return replan(stage, plan)
+    return replace(stage, plan=plan)

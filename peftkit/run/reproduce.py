@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def reproduce(
     *,
     out: Path | None = None,
     recipe: Path | None = None,
+    overrides: Sequence[str] = (),
     observer: Observer = lambda event: None,
 ) -> Reproduction:
     """Train what a finished run trained once more, into a new folder, and compare.
@@ -69,7 +70,7 @@ def reproduce(
     """
     run = RunDir.open(path)
     result = _result(run)
-    loaded = recipe_of(run, recipe)
+    loaded = recipe_of(run, recipe, overrides)
     after = finetune(loaded, out=out or _beside(path), observer=observer)
     again = RunDir(after.path)
     then, now = (read_sealed(one.path / "environment.json")["fingerprints"] for one in (run, again))

@@ -23,7 +23,6 @@ from peftkit.run.stage import (
     Observer,
     Stage,
     open_stage,
-    replan,
     write_decided,
     write_environment,
     write_recipe,
@@ -38,14 +37,14 @@ def resume(
     path: Path,
     *,
     recipe: Path | None = None,
+    overrides: Sequence[str] = (),
     allow_changed: Sequence[str] = (),
     take_over: bool = False,
     observer: Observer = lambda event: None,
 ) -> Summary:
     """Go on with a run from its newest checkpoint that verifies, or from the start where there is none.
 
-    `recipe` is the file that the run was made of, where it held secrets: a run keeps none.
-
+    `recipe` is the file that the run was made of, with `overrides`, where it held secrets: a run keeps none.
     `allow_changed` names what may differ from when the run began; a recipe that may is decided anew.
     `take_over` is for a run that another machine, which is gone, did not release. Raises UserError where
     there is nothing to go on with, or where something else changed since.
@@ -61,7 +60,7 @@ def resume(
         if is_planned and (summary := _finished(run, observer)) is not None:
             return summary
         checkpoint = _checkpoint_of(run, is_planned, observer)
-        stage = _reopened(run, recipe, observer)
+        stage = _reopened(run, recipe_of(run, recipe, overrides), observer)
         if is_planned:
             stage = _as_it_was(stage, allow_changed, checkpoint)
         else:
@@ -123,24 +122,26 @@ def _finished(run: RunDir, observer: Observer) -> Summary | None:
     return read_summary(run)
 
 
-def recipe_of(run: RunDir, given: Path | None) -> LoadedRecipe:
+def recipe_of(run: RunDir, given: Path | None, overrides: Sequence[str]) -> LoadedRecipe:
     """The run's own recipe, or the one that it was made of. Raises UserError where the two differ."""
     kept = load(run.path / "resolved.yaml")
     if given is None:
         if any(MARK in source.path for source in kept.recipe.data.sources):
-            got, fix = "a source whose secrets were not kept", f"peftkit resume {run.path} --recipe FILE"
+            got, fix = (
+                "a source whose secrets were not kept",
+                f"peftkit resume {run.path} --recipe FILE [key=value ...]",
+            )
             raise UserError(Problem(str(run.path), got, "the recipe that it was made of", fix))
         return kept
-    loaded = load(given)
+    loaded = load(given, overrides)
     if resolved_text(loaded) != resolved_text(kept):
         fix = "leave --recipe out; to change the recipe, edit resolved.yaml and --allow-changed recipe"
         raise UserError(Problem(str(given), "another recipe than the run's", "the one it was made of", fix))
     return loaded
 
 
-def _reopened(run: RunDir, recipe: Path | None, observer: Observer) -> Stage:
+def _reopened(run: RunDir, loaded: LoadedRecipe, observer: Observer) -> Stage:
     """The run's stage from its own recipe, as far as time goes where it stopped."""
-    loaded = recipe_of(run, recipe)
     if not (run.path / "recipe.yaml").exists():
         write_recipe(loaded, run)  # killed before the copy as given: what is left of it
     facts, examples = light_facts(loaded)
@@ -174,10 +175,10 @@ def _as_it_was(stage: Stage, allowed: Sequence[str], checkpoint: Path | None) ->
         text = f"the run began on {then} and goes on on {now}: not to the same bytes"
         stage.emit("warning", text=text)
     if changed:
-        stage.emit("changed", text="; ".join(f"{key} changed ({said})" for key, said in changed.items()))
         if "recipe" in changed:
             stage = _decided_anew(stage, checkpoint)
         write_environment(stage)
+        stage.emit("changed", text="; ".join(f"{key} changed ({said})" for key, said in changed.items()))
     return stage
 
 
@@ -194,7 +195,7 @@ def _decided_anew(stage: Stage, checkpoint: Path | None) -> Stage:
         raise UserError(Problem(str(stage.run.path / "resolved.yaml"), got, "what it was trained by", fix))
     # environment.json, which tells the recipe, comes last: until then the change has to be allowed again
     write_sealed(stage.run.path / "plan.json", plan.to_json())
-    return replan(stage, plan)
+    return replace(stage, plan=plan)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from peftkit.run.environment import environment, fingerprints, resolved_text
 from peftkit.run.facts import converted, memory_problems, model_facts, read
 from peftkit.run.memory import settle
 from peftkit.run.room import refuse_a_full_disk
-from peftkit.rundir import RunDir, read_sealed, write_sealed, write_text
+from peftkit.rundir import RunDir, read_sealed, sha256_of, write_sealed, write_text
 from peftkit.secrets import redact
 
 Observer = Callable[[dict[str, Any]], None]
@@ -75,8 +75,9 @@ def write_decided(stage: Stage) -> None:
 
 def write_environment(stage: Stage) -> None:
     """With what the run is made from here on."""
+    given = sha256_of(stage.run.path / "recipe.yaml")
     found = environment(stage.facts.device, stage.fingerprints(), stage.loaded)
-    write_sealed(stage.run.path / "environment.json", found)
+    write_sealed(stage.run.path / "environment.json", {**found, "recipe_file_sha256": given})
 
 
 def note_weights(stage: Stage) -> None:
@@ -114,19 +115,14 @@ def open_stage(
     stage = Stage(run, loaded, facts, whole.config or {}, plan, source, looked, observer, started)
     if (run.path / "plan.json").exists():
         refuse_a_full_disk(plan, run)
-        return replan(stage, read_plan(run))
+        return replace(stage, plan=read_plan(run))
     plan, note = settle(loaded, facts, plan, whole.config or {})
     if note:
         observer({"event": "warning", "text": note})
     if problems := memory_problems(loaded, plan, facts, slack=1.0):
         raise UserError(problems)
     refuse_a_full_disk(plan, run)
-    return replan(stage, plan)
-
-
-def replan(stage: Stage, plan: Plan) -> Stage:
-    """The stage with another plan."""
-    return Stage(**{**vars(stage), "plan": plan})
+    return replace(stage, plan=plan)
 
 
 def _tell_report(report: DataReport, observer: Observer) -> None:

@@ -9,7 +9,7 @@ from peftkit.errors import UserError
 from peftkit.recipe import load
 from peftkit.report import read_plan
 from peftkit.run.environment import recipe_sha256, resolved_text
-from peftkit.rundir import MANIFEST, RunDir, read_json, verify_folder, verify_sealed
+from peftkit.rundir import MANIFEST, RunDir, read_json, sha256_of, step_of, verify_folder, verify_sealed
 from peftkit.units import html_table, show_bytes
 
 
@@ -46,7 +46,7 @@ class Verification:
 def verify(path: Path) -> Verification:
     """Read every file of a run again. Raises UserError where `path` holds no run."""
     run = RunDir.open(path)
-    checked = [_recipe(run)]
+    checked = [_recipe(run), *_as_given(run)]
     for name in ("plan.json", "environment.json", "data.json"):
         if name == "plan.json" or (path / "plan.json").exists():
             checked.append(_sealed(path / name))
@@ -58,8 +58,7 @@ def verify(path: Path) -> Verification:
     # a run that goes on may have rotated a checkpoint away meanwhile
     checked += [one for one, folder in zip(found, folders, strict=True) if folder.exists()]
     checkpoint, _ = run.newest_checkpoint()
-    newest = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-    return Verification(path, tuple(checked), newest, run.adapter.exists() or run.model.exists())
+    return Verification(path, tuple(checked), step_of(checkpoint), run.adapter.exists() or run.model.exists())
 
 
 def _recipe(run: RunDir) -> Checked:
@@ -75,6 +74,18 @@ def _recipe(run: RunDir) -> Checked:
         if before != sha256:
             faults = [f"{file.name} was changed after the run began"]
     return Checked(file.name, file.stat().st_size, tuple(faults))
+
+
+def _as_given(run: RunDir) -> list[Checked]:
+    """recipe.yaml, once environment.json tells its hash."""
+    file, environment = run.path / "recipe.yaml", run.path / "environment.json"
+    if not environment.exists() or verify_sealed(environment):
+        return []
+    if not file.is_file():
+        return [Checked(file.name, 0, (f"{file.name} is missing",))]
+    kept = read_json(environment).get("recipe_file_sha256")
+    faults = () if kept in {None, sha256_of(file)} else (f"{file.name} was changed after it was written",)
+    return [Checked(file.name, file.stat().st_size, faults)]
 
 
 def _sealed(file: Path) -> Checked:

@@ -15,7 +15,7 @@ from peftkit.rundir.files import (
     write_text,
 )
 from peftkit.rundir.lock import owned
-from peftkit.rundir.run import RunDir
+from peftkit.rundir.run import RunDir, step_of
 
 __all__ = [
     "MANIFEST",
@@ -27,6 +27,7 @@ __all__ = [
     "read_sealed",
     "refuse_without_room",
     "sha256_of",
+    "step_of",
     "verify_folder",
     "verify_sealed",
     "write_json",

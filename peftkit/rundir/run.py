@@ -23,6 +23,11 @@ _DECIDED = ("plan.json", "environment.json", "data.json", "resolved.yaml", "reci
 _CHECKPOINT = re.compile(r"^step-(\d{6,})$")
 
 
+def step_of(checkpoint: Path | None) -> int:
+    """The step of a checkpoint's folder; 0, the start, where there is none."""
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+
+
 @dataclass(frozen=True)
 class RunDir:
     """Paths and files of one run. Knows where things are, not what they mean."""

@@ -21,10 +21,10 @@ from peftkit.model.adapter import trainable_tensors
 from peftkit.plan import Plan
 from peftkit.train.divergence import ADVICE, Diverged, divergence
 
-WINDOW = 64  # losses that a new one is compared with
-ENOUGH = 16  # of them, before anything is called a spike
-DEVIATIONS = 10.0  # robust ones, from the median
-_FEW = 3  # before anything at all is called one
+WINDOW = 64  # losses that a median is taken of
+ENOUGH = 16  # of them, before there is one
+DEVIATIONS = 10.0  # robust ones, above the lowest median
+_FEW = 3  # losses, before anything at all is called a spike
 IN_A_ROW = 3  # bad steps that lead to more than a line
 MOST_SKIPPED = 25  # in a row, where the recipe only skips
 _STEPS_TO_MOVE = 3  # with a learning rate, before everything has moved
@@ -58,7 +58,7 @@ class Vitals:
         learnt = self.start_loss - self.lowest_loss
         if lost <= max(DEVIATIONS * spread, 0.5 * learnt, 0.5 * abs(self.lowest_loss)):
             return ""
-        return f"a loss of {loss:.3f} after {self.lowest_loss:.3f}, the lowest median of {WINDOW} steps"
+        return f"a loss of {loss:.3f} after {self.lowest_loss:.3f}, the lowest median so far"
 
     def note(self, loss: float) -> None:
         """Take in a good step's loss."""
@@ -134,7 +134,7 @@ class Guard(TrainerCallback):
         self.vitals.num_scaled = 0 if fine else self.vitals.num_scaled + 1
         if not fine and scaling and self.vitals.num_scaled < MOST_SKIPPED:
             return  # the loss scale of fp16 finds its place
-        said = self.vitals.spike(loss) if fine else _not_finite(loss, grad_norm)
+        said = self.vitals.spike(loss) if fine else self._not_finite(loss, grad_norm)
         if not said:
             self.vitals.note(loss)
             self.vitals.num_bad = 0
@@ -167,6 +167,12 @@ class Guard(TrainerCallback):
         limit = {"stop": IN_A_ROW if fine else 1, "skip": MOST_SKIPPED}.get(chosen, IN_A_ROW)
         if number >= limit and not (chosen == "skip" and fine):
             raise UserError(divergence(self.plan, f"step {step}: {said}", rows))
+
+    def _not_finite(self, loss: float, grad_norm: float) -> str:
+        what = f"a loss of {loss}" if not math.isfinite(loss) else f"a gradient norm of {grad_norm}"
+        # a norm beyond what a float holds, of gradients within it: clipping has made nothing of them
+        done = "the step was skipped" if self.skipped else "its gradients were clipped to nothing"
+        return f"{what}: {done}"
 
     def _rows(self) -> list[str]:
         """Where the rows of the worst micro-batches stand; of all, where the loss does not tell."""
@@ -209,8 +215,3 @@ def heard_by(callbacks: Sequence[Any]) -> Callable[[Any, torch.Tensor], None]:
 
 def _sum(tensor: torch.Tensor) -> float:
     return float(tensor.detach().sum(dtype=torch.float64))
-
-
-def _not_finite(loss: float, grad_norm: float) -> str:
-    what = f"a loss of {loss}" if not math.isfinite(loss) else f"a gradient norm of {grad_norm}"
-    return f"{what}: the step was skipped"

@@ -200,10 +200,13 @@ class Record(TrainerCallback):
                 text = f"an older checkpoint could not be removed ({commit.rotation_fault})"
                 self.emit("warning", text=text)
             return
-        self.due = self.parts["state"].global_step + max(1, self.plan.train.checkpoint_steps // 4)
-        self.last_saved = 0 if self.last_saved == commit.step else self.last_saved
-        last = self.has_ended and commit.step == self.parts["state"].global_step
-        if not last:  # the last step's state is in the model still: it can be published
+        step = int(self.parts["state"].global_step)
+        text = f"no checkpoint of step {commit.step} ({commit.error.strerror}): make room"
+        if self.has_ended:
+            self.emit("warning", text=text)
+        else:
+            self.due = step + max(1, self.plan.train.checkpoint_steps // 4)
+            self.last_saved = 0 if self.last_saved == commit.step else self.last_saved
+            self.emit("warning", text=f"{text}; the run goes on, and tries again at step {self.due}")
+        if not (self.has_ended and commit.step == step):  # the last state is in the model still
             self.progress.lost(commit.step)
-        text = f"no checkpoint of step {commit.step} ({commit.error.strerror}): make room; the run goes on"
-        self.emit("warning", text=f"{text}, and tries again at step {self.due}")

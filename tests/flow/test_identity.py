@@ -112,6 +112,8 @@ def test_verify_reads_everything_again(cut, tmp_path):
     (cut.path / "adapter" / "more.txt").write_text("x")
     (cut.path / "data.json").write_text("{}")
     assert len(peftkit.verify_run(cut.path).faults) == 2
+    (cut.path / "recipe.yaml").write_text("# mine\n" + (cut.path / "recipe.yaml").read_text())
+    assert "recipe.yaml was changed after it was written" in peftkit.verify_run(cut.path).faults
 
 
 @pytest.mark.slow
@@ -121,8 +123,9 @@ def test_a_password_is_not_kept_and_the_recipe_asked_for(recipe, chats, server, 
     recipe["data"] = {"train": url, "eval": "25%"}
     recipe["train"].update(max_steps=8, checkpoint_steps=2)
     (tmp_path / "mine.yaml").write_text(dump_text(recipe))
+    given = ["method.rank=2"]
     with pytest.raises(Interrupted):
-        peftkit.finetune(tmp_path / "mine.yaml", out=tmp_path / "cut", observer=stopping_at(5))
+        peftkit.finetune(tmp_path / "mine.yaml", given, out=tmp_path / "cut", observer=stopping_at(5))
     for path in (tmp_path / "cut").rglob("*"):
         assert path.is_dir() or b"open-sesame-99" not in path.read_bytes(), path
     with pytest.raises(UserError, match="--recipe FILE"):
@@ -130,8 +133,8 @@ def test_a_password_is_not_kept_and_the_recipe_asked_for(recipe, chats, server, 
     recipe["train"]["max_steps"] = 9
     (tmp_path / "other.yaml").write_text(dump_text(recipe))
     with pytest.raises(UserError, match="another recipe than the run's"):
-        peftkit.resume_run(tmp_path / "cut", recipe=tmp_path / "other.yaml")
-    assert peftkit.resume_run(tmp_path / "cut", recipe=tmp_path / "mine.yaml").num_steps == 8
+        peftkit.resume_run(tmp_path / "cut", recipe=tmp_path / "other.yaml", overrides=given)
+    assert peftkit.resume_run(tmp_path / "cut", recipe=tmp_path / "mine.yaml", overrides=given).num_steps == 8
     assert peftkit.verify_run(tmp_path / "cut").faults == ()
 
 

@@ -81,16 +81,20 @@ def test_no_rate_that_helps_ends_the_run_and_publishes_nothing(steep, tmp_path):
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_skip_goes_on_without_the_bad_steps(steep, tmp_path):
-    steep["train"].update(on_spike="skip")
-    try:
-        summary = peftkit.finetune(steep, out=tmp_path / "run")
-    except UserError as error:
-        assert "the step was skipped" in str(error)  # 25 in a row end it
-        assert not (tmp_path / "run" / "adapter").exists()
-    else:
-        assert math.isfinite(summary.loss_last)
-    assert of(tmp_path / "run", "spike") and not of(tmp_path / "run", "rollback")
+def test_skip_goes_on_without_the_bad_steps_until_there_are_too_many(steep, tmp_path):
+    steep["train"].update(on_spike="skip", max_steps=20)
+    summary = peftkit.finetune(steep, out=tmp_path / "run")
+    spikes = of(tmp_path / "run", "spike")
+    assert len(spikes) > 10 and all(event["skipped"] for event in spikes)
+    assert spikes[-1]["num_skipped"] == len(spikes)
+    assert not of(tmp_path / "run", "rollback")
+    assert math.isfinite(summary.loss_last)
+    assert summary.result is not None
+    steep["train"]["max_steps"] = 40
+    with pytest.raises(UserError, match=r"the step was skipped \(rows .*lower the learning rate"):
+        peftkit.finetune(steep, out=tmp_path / "longer")
+    assert of(tmp_path / "longer", "spike")[-1]["num_in_a_row"] == 25
+    assert not (tmp_path / "longer" / "adapter").exists()
 
 
 def test_the_loss_of_a_step_is_the_trainers(recipe, tmp_path, monkeypatch):
@@ -135,13 +139,10 @@ def test_a_kill_in_the_middle_of_a_rollback_changes_nothing(steep, tmp_path, mon
 def test_an_evaluation_at_a_bad_step_is_never_the_best(steep, tmp_path):
     """Its state is kept by no checkpoint: taken for the best, nothing could be published."""
     steep["data"]["eval"] = "25%"
-    steep["train"].update(eval_steps=1, checkpoint_steps=40, max_steps=12, on_spike="skip")
-    try:
-        summary = peftkit.finetune(steep, out=tmp_path / "run")
-    except UserError:
-        assert of(tmp_path / "run", "spike")
-        return
-    bad = {event["step"] for event in of(tmp_path / "run", "spike") if event["skipped"]}
-    best = {event["step"] for event in of(tmp_path / "run", "eval") if event["best"]}
-    assert bad and not bad & best
+    steep["train"].update(eval_steps=3, checkpoint_steps=40, max_steps=12, on_spike="skip")
+    summary = peftkit.finetune(steep, out=tmp_path / "run")
+    bad = {event["step"] for event in of(tmp_path / "run", "spike")}
+    evaluated = [event for event in of(tmp_path / "run", "eval") if event["step"]]
+    assert {event["step"] for event in evaluated} == {3, 6, 9, 12} <= bad
+    assert not any(event["best"] for event in evaluated)
     assert summary.result is not None

@@ -28,14 +28,14 @@ def told(losses):
 
 
 @settings(max_examples=200)
-@given(st.integers(0, 2**32), st.floats(0.02, 0.5), st.floats(0.1, 3.0))
+@given(st.integers(0, 2**32), st.floats(0.02, 0.3), st.floats(0.1, 3.0))
 def test_noise_is_never_a_spike(seed, noise, end):
     """A loss that falls from 4 and varies by up to half of itself, as small batches do."""
     chance = random.Random(seed)
     losses = [
         (end + (4 - end) * math.exp(-step / 60)) * math.exp(chance.gauss(0, noise)) for step in range(300)
     ]
-    assert told(losses) == [] or noise > 0.3  # of heavy noise some leaps are as large as what was learnt
+    assert told(losses) == []
 
 
 @given(st.integers(0, 2**32), st.integers(60, 200))
@@ -116,6 +116,8 @@ def test_a_step_that_is_not_finite_changes_nothing(gradient, kind):
     assert all(bool(tensor.isfinite().all()) for tensor in model.parameters())
     [(event, fields)] = events
     assert (event, fields["step"], fields["num_in_a_row"]) == ("spike", 2, 1)
+    assert ("the step was skipped" in fields["text"]) == guard.skipped
+    assert ("clipped to nothing" in fields["text"]) == (gradient == 3e38)
     assert not guard.steady
     one_step(guard, model, optimizer, loss=[1.0], gradient=0.5, step=3)
     assert guard.steady
