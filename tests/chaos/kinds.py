@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.chaos.adapters import open_adapters
-from tests.chaos.recipes import open_recipes
+from tests.chaos.recipes_judged import open_recipes
 from tests.chaos.rows import open_data
 from tests.chaos.watch import Kind
 
