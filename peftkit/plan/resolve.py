@@ -261,7 +261,12 @@ def _train(d: Decisions, facts: Facts, method: Method, autocast: str | None, max
     eval_steps = d.keep(
         "train.eval_steps", train.eval_steps, every, f"{_EVALS_PER_RUN} evaluations in the run"
     )
-    saves = d.keep("train.checkpoint_steps", train.checkpoint_steps, eval_steps, "with each evaluation")
+    why = (
+        "with each evaluation"
+        if eval_steps <= every
+        else f"{_EVALS_PER_RUN} in the run, so that a kill loses no more"
+    )
+    saves = d.keep("train.checkpoint_steps", train.checkpoint_steps, min(eval_steps, every), why)
     stopping = train.early_stopping
     d.keep("train.early_stopping", stopping.model_dump() if stopping else None)
     return TrainPlan(
