@@ -23,7 +23,7 @@ from peftkit.train.divergence import ADVICE, Diverged, divergence
 
 WINDOW = 64  # losses that a median is taken of
 ENOUGH = 16  # of them, before there is one
-DEVIATIONS = 10.0  # robust ones, above the lowest median
+DEVIATIONS = 16.0  # robust ones, above the lowest median
 _FEW = 3  # losses, before anything at all is called a spike
 IN_A_ROW = 3  # bad steps that lead to more than a line
 MOST_SKIPPED = 25  # in a row, where the recipe only skips
@@ -50,7 +50,7 @@ class Vitals:
         """
         if self.start_loss is None or self.lowest_loss is None:
             highest = max(self.losses, default=math.inf)
-            far = len(self.losses) >= _FEW and loss > 3 * highest
+            far = len(self.losses) >= _FEW and loss > 4 * highest
             return f"a loss of {loss:.3f} after at most {highest:.3f} since the start" if far else ""
         # of differences from step to step, which a trend leaves alone
         spread = 1.4826 / math.sqrt(2) * statistics.median(abs(b - a) for a, b in pairwise(self.losses))
