@@ -30,7 +30,7 @@ def told(losses):
 @settings(max_examples=200)
 @given(st.integers(0, 2**32), st.floats(0.02, 0.3), st.floats(0.1, 3.0))
 def test_noise_is_never_a_spike(seed, noise, end):
-    """A loss that falls from 4 and varies by up to a third of itself at one standard deviation, as small batches do."""
+    """A loss that falls from 4 and varies by up to a third of itself, as small batches do (one deviation)."""
     chance = random.Random(seed)
     losses = [
         (end + (4 - end) * math.exp(-step / 60)) * math.exp(chance.gauss(0, noise)) for step in range(300)
