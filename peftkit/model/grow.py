@@ -21,7 +21,7 @@ Named = Mapping[str, torch.Tensor]
 _Fields = dict[str, Any]  # of one tensor's state: exp_avg, step, ...
 _FIRST = {"exp_avg", "state1"}  # torch's names, bitsandbytes' names
 _SECOND = {"exp_avg_sq", "max_exp_avg_sq", "state2"}
-_NO_EFFECT = 1e-4  # |BA| over |B||A|: orthogonal starts have 1e-7, PiSSA's about 1
+_NO_EFFECT = 1e-4  # |BA| over |B||A|: 5e-8 in orthogonal starts, about 1 over sqrt(rank) in PiSSA's
 
 
 @dataclass(frozen=True)
