@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from peftkit import interrupt
@@ -124,7 +125,20 @@ def summed_loss(logits: Any, labels: Any, task: str, weights: Any = None) -> Any
     return (each * weights.reshape(-1)).sum()
 
 
-def mean_token_loss(
+@dataclass(frozen=True)
+class RowLosses:
+    """Cross entropy in nats summed over what is learnt in each row, and how much that is, in rows' order."""
+
+    sums: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        """Nats per learnt token, class or tag."""
+        return sum(self.sums) / sum(self.counts)
+
+
+def row_losses(
     model: Any,
     rows: Sequence[Tokenized],
     *,
@@ -133,24 +147,35 @@ def mean_token_loss(
     task: str = "causal-lm",
     autocast: str | None = None,
     summed: Call | None = None,
-) -> float:
-    """Cross entropy in nats, summed over what is learnt (tokens, classes, tags) and divided by their number.
+) -> RowLosses:
+    """The loss of each row, summed over what is learnt in it (tokens, classes, tags).
 
-    `summed` gives a batch's sum where the model can without holding all logits.
+    `summed` gives the sum of each of a batch's rows where the model can without holding all logits.
 
     It is worked out from the logits: some methods add a penalty to the model's own loss (AdaLoRA).
     Raises ValueError where nothing is learnt.
     """
-    total, num_learnt = 0.0, 0
-    for _, batch, output in batches(
+    sums, counts = [0.0] * len(rows), [0] * len(rows)
+    for chosen, batch, output in batches(
         model, rows, pad_id=pad_id, batch_size=batch_size, task=task, autocast=autocast, call=summed
     ):
         labels = batch["labels"][:, 1:] if task == "causal-lm" else batch["labels"]
-        num_learnt += int((labels != IGNORED).sum())
-        total += float(output if summed else summed_loss(output.logits, batch["labels"], task))
-    if num_learnt == 0:
+        learnt = (labels != IGNORED).reshape(len(chosen), -1).sum(-1).tolist()
+        each = output if summed else _sums(output.logits, batch["labels"], task)
+        for row, total, count in zip(chosen, each.tolist(), learnt, strict=True):
+            sums[row], counts[row] = total, count
+    if not any(counts):
         raise ValueError("no learnt token in the held-out rows")
-    return total / num_learnt
+    return RowLosses(tuple(sums), tuple(counts))
+
+
+def _sums(logits: Any, labels: Any, task: str) -> Any:
+    """The summed loss of each row, of shape (rows,)."""
+    import torch
+
+    return torch.stack(
+        [summed_loss(logits[i : i + 1], labels[i : i + 1], task) for i in range(labels.shape[0])]
+    )
 
 
 def predict(

@@ -106,6 +106,7 @@ class TrainPlan:
     on_oom: str = "stop"
     on_spike: str = "rollback"
     rollbacks: tuple[tuple[int, int], ...] = ()  # each: the step gone back to, the one set aside, or 0
+    restart_step: int = 0  # where the schedule begins anew: an escalation that goes on past the end
     packing: bool = False
     sampling: str = "random"  # or "by length": rows of like length together
 
@@ -119,6 +120,38 @@ class EvaluatePlan:
     max_new_tokens: int
     generation_batch: int
     use_cache: bool
+
+
+@dataclass(frozen=True)
+class DiagnosePlan:
+    """What is judged, when, and how far an escalation may go.
+
+    `look_steps` are those at which the run pauses to be looked at; its end is looked at unless it is off.
+    """
+
+    escalate: str = "off"  # "off" | "recommend" | "auto"
+    metric: str = "eval_loss"
+    target: float | None = None
+    reference: str | None = None
+    max_rank: int = 256
+    max_trainable: int | None = None
+    max_memory_bytes: int | None = None
+    max_escalations: int = 2
+    compute_share: float = 0.15
+    look_steps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Growth:
+    """An escalation that was made: at which step, for what cause, by which changes of the recipe.
+
+    One that did not pay is taken back: it is not `kept`.
+    """
+
+    step: int
+    cause: str
+    overrides: tuple[str, ...]
+    kept: bool = True
 
 
 @dataclass(frozen=True)
@@ -197,6 +230,8 @@ class Plan:
     device: str
     seed: int
     decisions: tuple[Decision, ...]
+    diagnose: DiagnosePlan = DiagnosePlan()
+    growths: tuple[Growth, ...] = ()
     batch: Batch | None = None  # the largest micro-batch that will come
     memory: Memory | None = None
 
@@ -219,6 +254,9 @@ class Plan:
         data["waive"] = tuple(data.get("waive", ()))
         batch, memory = value.get("batch"), value.get("memory")
         rollbacks = value["train"].get("rollbacks", ())
+        diagnose = dict(value.get("diagnose", {}))
+        diagnose["look_steps"] = tuple(diagnose.get("look_steps", ()))
+        growths = [{**growth, "overrides": tuple(growth["overrides"])} for growth in value.get("growths", ())]
         return cls(
             base=BasePlan(**base),
             method=MethodPlan(**method),
@@ -228,6 +266,8 @@ class Plan:
             device=value["device"],
             seed=value["seed"],
             decisions=tuple(Decision(**item) for item in value["decisions"]),
+            diagnose=DiagnosePlan(**diagnose),
+            growths=tuple(Growth(**growth) for growth in growths),
             batch=None if batch is None else Batch(**batch),
             memory=None if memory is None else Memory.from_json(memory),
         )

@@ -13,6 +13,7 @@ from peftkit.plan.advice import advice
 from peftkit.plan.context import rope_overrides
 from peftkit.plan.data import data_plan
 from peftkit.plan.decisions import Decisions
+from peftkit.plan.diagnosis import diagnose_plan
 from peftkit.plan.facts import Facts
 from peftkit.plan.fit import Free, choose, longest_batch
 from peftkit.plan.kernels import kernels_text, missing_kernels
@@ -312,6 +313,7 @@ def make_plan(loaded: LoadedRecipe, facts: Facts, *, to_train: bool = True) -> P
     d.keep("train.on_spike", recipe.train.on_spike)
     d.keep("train.on_oom", recipe.train.on_oom)
     d.keep("devices.price_per_hour", recipe.devices.price_per_hour)
+    diagnose = diagnose_plan(d, facts, method, train, evaluate)
     if d.problems:
         raise UserError(d.problems)
     plan = Plan(
@@ -322,6 +324,7 @@ def make_plan(loaded: LoadedRecipe, facts: Facts, *, to_train: bool = True) -> P
         device=facts.device.kind,
         seed=recipe.seed,
         evaluate=evaluate,
+        diagnose=diagnose,
         decisions=(),
     )
     plan = choose_sampling(d, _settle(d, plan, facts, method), facts)

@@ -147,6 +147,7 @@ def _without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
                 "auto",
                 "set data.eval: 5%",
             )
+        yield from _diagnosed_without_eval(recipe, loaded)
         if recipe.evaluate.metric not in {None, "auto"}:
             yield Problem(
                 loaded.where(("evaluate", "metric")),
@@ -166,6 +167,33 @@ def _without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
         )
 
 
+def _diagnosed_without_eval(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
+    """What can only be judged by held-out rows."""
+    wanted = recipe.diagnose
+    for key, set_so, said in (
+        ("escalate", wanted.escalate == "auto", "auto"),
+        ("target", wanted.target is not None, "a target"),
+        ("reference", wanted.reference is not None, "a reference"),
+    ):
+        if set_so:
+            yield Problem(
+                loaded.where(("diagnose", key)),
+                f"{said} without data.eval",
+                "held-out data to judge by",
+                "set data.eval: 5%",
+            )
+
+
+def _diagnose_without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
+    """Keys beside `escalate: off`."""
+    if recipe.diagnose.escalate != "off":
+        return
+    for key in ("target", "reference", "bounds"):
+        if ("diagnose", key) in loaded.sources:
+            fix = f"set escalate: recommend, or remove {key}"
+            yield Problem(loaded.where(("diagnose", key)), f"{key} with escalate: off", "no such key", fix)
+
+
 RULES: tuple[Rule, ...] = (
     _code_is_pinned,
     _prefix_without_checkpointing,
@@ -175,6 +203,7 @@ RULES: tuple[Rule, ...] = (
     _prefix_projection,
     _micro_batch_divides,
     _without_effect,
+    _diagnose_without_effect,
 )
 
 

@@ -217,6 +217,38 @@ class Devices(Options):
     price_per_hour: PositiveFloat | None = Field(None, description="of the device, in any currency")
 
 
+class Target(Options):
+    """What the run should reach: only against it is a run said to lag."""
+
+    metric: Literal["eval_loss", "exact_match", "accuracy"] = "eval_loss"
+    value: float = Field(description="eval_loss: at most this, in nats; others: at least this, from 0 to 1")
+
+
+class Bounds(Options):
+    """How far an escalation may go."""
+
+    max_rank: PositiveInt = Field(256, description="of LoRA")
+    max_trainable: PositiveInt | None = Field(None, description="trainable parameters")
+    max_memory: str | None = Field(None, description="of the device, such as 20GiB; null: what it has")
+    max_escalations: PositiveInt = Field(2, description="growths in one run")
+    compute: Share = Field(0.15, description="share of the run's compute that looking for the cause may take")
+
+
+class Diagnose(Options):
+    """Whether quality lags, why, and what is done about it."""
+
+    escalate: Literal["off", "recommend", "auto"] = Field(
+        "recommend",
+        description="recommend: a verdict and the next recipe; auto: grow the adapter in the run where that pays",
+    )
+    target: Target | None = None
+    reference: Literal["full"] | None = Field(
+        None,
+        description="full: short trainings of the adapted weights themselves, to compare with (billed apart)",
+    )
+    bounds: Bounds = Bounds()
+
+
 class Recipe(Options):
     """One fine-tuning run."""
 
@@ -226,6 +258,7 @@ class Recipe(Options):
     task: Literal["auto", "causal-lm", "seq2seq", "classification", "token-classification"] = "auto"
     train: Train = Train()
     evaluate: Evaluation = Evaluation()
+    diagnose: Diagnose = Diagnose()
     devices: Devices = Devices()
     seed: int = Field(0, ge=0, lt=2**32)
 

@@ -168,7 +168,7 @@ def evaluate(path: Path, *, data: str | None = None, contexts: Sequence[int] = (
 
     Raises UserError where there is no result, or no data to measure it on.
     """
-    from peftkit.evaluate.losses import mean_token_loss
+    from peftkit.evaluate.losses import row_losses
     from peftkit.run.measure import measure
 
     result = open_result(path)
@@ -177,13 +177,13 @@ def evaluate(path: Path, *, data: str | None = None, contexts: Sequence[int] = (
     rows, num_dropped = _tokenized(result, examples, chosen, whole=bool(contexts))
     if contexts:
         return Evaluation(None, len(rows), 0, {}, _contexts(result, rows, contexts, path))
-    loss = mean_token_loss(
+    loss = row_losses(
         result.model,
         rows,
         pad_id=result.tokenizer.pad_token_id,
         batch_size=8,
         task=result.task,
-    )
+    ).mean
     scores: dict[str, float] = {}
     if result.plan is not None and result.plan.evaluate.metric is not None:
         limit = result.plan.evaluate.max_examples

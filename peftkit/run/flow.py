@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit import interrupt
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
@@ -27,6 +27,9 @@ from peftkit.run.stage import (
     write_recipe,
 )
 from peftkit.rundir import RunDir, is_full, owned, publish_folder, step_of, write_sealed
+
+if TYPE_CHECKING:
+    from peftkit.run.diagnose import Looked
 
 
 def default_out(loaded: LoadedRecipe) -> Path:
@@ -103,10 +106,15 @@ def train_and_publish(stage: Stage, *, checkpoint: Path | None) -> Summary:
     """Everything from loading to publishing, again from a checkpoint where that can mend what went wrong."""
     from peftkit.run.recover import recovered, what_happened
 
+    base: Any = None
     while True:
         try:
-            _go(stage, checkpoint=checkpoint)
-            return read_summary(stage.run)
+            looked = _go(stage, checkpoint=checkpoint, base=base)
+            if looked is None:
+                return read_summary(stage.run)
+            stage, base = looked
+            checkpoint, _ = stage.run.newest_checkpoint()
+            continue
         except Interrupted:
             with suppress(OSError):  # a full disk: the stop is what is told
                 stage.emit("interrupted", step=step_of(stage.run.newest_checkpoint()[0]))
@@ -116,25 +124,26 @@ def train_and_publish(stage: Stage, *, checkpoint: Path | None) -> Summary:
             if happened is None:
                 raise
         # outside the handler: the traceback held the tensors that were in the way
+        base = None
         stage = recovered(stage, happened)
         checkpoint, _ = stage.run.newest_checkpoint()
 
 
-def _go(stage: Stage, *, checkpoint: Path | None) -> None:
-    """Load, wrap, measure, train, measure again, publish the best."""
+def _assembled(stage: Stage, *, checkpoint: Path | None, base: Any) -> tuple[Any, Any]:
+    """(training, model): loaded unless the base is in memory, wrapped, and proven on the longest rows."""
     from transformers import set_seed
 
     from peftkit.model import adapter
-    from peftkit.model.hardware import memory_used, release, reset_peak
+    from peftkit.model.hardware import memory_used, reset_peak
     from peftkit.model.load import load_model
-    from peftkit.model.tensors import tensor_bytes
     from peftkit.train import assemble
 
     plan, run = stage.plan, stage.run
-    _tell_start(stage)
+    if base is None:
+        _tell_start(stage)
     interrupt.stop_if_requested()
     set_seed(plan.seed)
-    model = load_model(
+    model = base or load_model(
         stage.source, plan.base, device=plan.device, tell=lambda text: stage.emit("warning", text=text)
     )
     interrupt.stop_if_requested()
@@ -156,29 +165,73 @@ def _go(stage: Stage, *, checkpoint: Path | None) -> None:
     passed = training.preflight()
     stage.emit("preflight", **asdict(passed), memory=memory_used())
     interrupt.stop_if_requested()
+    return training, model
+
+
+def _go(stage: Stage, *, checkpoint: Path | None, base: Any) -> tuple[Stage, Any] | None:
+    """Load, wrap, measure, train, look, measure again, publish the best.
+
+    `base` is the model where it is in memory. After a look that wrapped it anew, or came before the end, gives
+    the stage and the base to go on with from the newest checkpoint.
+    """
+    from peftkit.run.diagnose import is_due, look
+
+    plan, run = stage.plan, stage.run
+    training, model = _assembled(stage, checkpoint=checkpoint, base=base)
     if checkpoint is None:
         _measure(stage, model, "before")
         training.measure_start()
     else:
         stage.emit("resume", step=step_of(checkpoint))
         interrupt.stop_if_requested()
-    release()
-    reset_peak()
-    before = memory_used().get("resident_bytes", 0) - tensor_bytes(model)
-    step = training.run()
-    compared = compare_memory(plan, memory_used(), before)
-    if compared is not None:
-        stage.emit("memory", **compared)
+    step = _train(stage, training, model, checkpoint)
+    ended = training.has_ended(step)
     if step < (plan.train.num_steps or 0):
         interrupt.stop_if_requested()
+    if is_due(stage, step, ended=ended):
+        looked = look(stage, training, step=step, ended=ended)
+        if looked.is_rewrapped or not ended:
+            return _after(stage, looked, training)
     published_step = training.take_best(step)
     _refuse_non_finite(stage, model)
     _measure(stage, model, "after")
     _publish(stage, model, published_step)
+    from peftkit.model.hardware import memory_used
+
     result = run.adapter if plan.method.peft else run.model
     stage.emit("done", step=step, published_step=published_step, result=result.name, memory=memory_used())
     mean = mean_tokens(plan, stage.facts)
     calibrate(run, plan, stage.facts.model.shape, device=stage.facts.device.name, mean_tokens=mean)
+    return None
+
+
+def _train(stage: Stage, training: Any, model: Any, checkpoint: Path | None) -> int:
+    """Train to the next look or the end, and compare the memory that it took. Returns the step."""
+    from peftkit.model.hardware import memory_used, release, reset_peak
+    from peftkit.model.tensors import tensor_bytes
+    from peftkit.run.diagnose import is_due
+
+    if checkpoint is not None and is_due(stage, step_of(checkpoint), ended=False):
+        return step_of(checkpoint)  # killed before it was looked at
+    release()
+    reset_peak()
+    before = memory_used().get("resident_bytes", 0) - tensor_bytes(model)
+    step = int(training.run())
+    compared = compare_memory(stage.plan, memory_used(), before)
+    if compared is not None:
+        stage.emit("memory", **compared)
+    return step
+
+
+def _after(stage: Stage, looked: Looked, training: Any) -> tuple[Stage, Any]:
+    """The stage and the base with which the run goes on from the newest checkpoint."""
+    from peftkit.model.hardware import release
+    from peftkit.run.study import bare
+
+    base = bare(replace(stage, plan=looked.wrapped), looked.model)
+    training.trainer = None  # its optimizer holds what was trained until here
+    release()
+    return replace(stage, plan=looked.plan), base
 
 
 def _publish(stage: Stage, model: Any, step: int) -> None:

@@ -13,7 +13,7 @@ from transformers import PrinterCallback
 
 from peftkit.data.mask import Tokenized
 from peftkit.data.prepare import Prepared
-from peftkit.evaluate.losses import mean_token_loss
+from peftkit.evaluate.losses import RowLosses, row_losses
 from peftkit.methods import METHODS
 from peftkit.model.adapter import build_loraplus_optimizer
 from peftkit.plan import Plan
@@ -33,6 +33,19 @@ def objective(plan: Plan) -> ModuleType:
     # TRL's fused loss reads the head past PEFT's wrapper of single token rows
     known = plan.base.task == "causal-lm" and not (plan.base.inferred or plan.method.token_rows)
     return sft if known and not plan.data.weighted else supervised  # TRL's loss knows no weights
+
+
+def losses_of(model: Any, rows: Sequence[Tokenized], plan: Plan, *, pad_id: int) -> RowLosses:
+    """The losses of rows, for a model that the trainer has prepared."""
+    return row_losses(
+        model,
+        rows,
+        pad_id=pad_id,
+        batch_size=evaluation_rows(plan),
+        task=plan.base.task,
+        autocast=plan.train.autocast,
+        summed=objective(plan).summed,
+    )
 
 
 @dataclass
@@ -94,6 +107,10 @@ class Training:
             self.record.measure(self.trainer.model, step)
         return step
 
+    def has_ended(self, step: int) -> bool:
+        """Whether training is over at a step, by its number or by the recipe's patience."""
+        return self.record.stops_early or step >= (self.plan.train.num_steps or 0)
+
     def take_best(self, last_step: int) -> int:
         """Put the best checkpoint's tensors into the model, unless the last step is the best."""
         best = self.record.progress.best_step
@@ -135,16 +152,8 @@ def assemble(
             )
             progress.best_step = progress.best_loss = None
 
-    def evaluate(wrapped: Any) -> float:
-        return mean_token_loss(
-            wrapped,
-            held_out,
-            pad_id=tokenizer.pad_token_id,
-            batch_size=evaluation_rows(plan),
-            task=plan.base.task,
-            autocast=plan.train.autocast,
-            summed=objective(plan).summed,
-        )
+    def evaluate(wrapped: Any) -> RowLosses:
+        return losses_of(wrapped, held_out, plan, pad_id=tokenizer.pad_token_id)
 
     drawn = training_set(plan, train, tokenizer.pad_token_id)
     guard = Guard(plan, emit, vitals, lambda numbers: [train[number].where for number in numbers])

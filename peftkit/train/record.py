@@ -11,7 +11,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from peftkit import interrupt
+from peftkit.diagnose.paired import judged
 from peftkit.errors import Interrupted
+from peftkit.evaluate.losses import RowLosses
 from peftkit.model.hardware import memory_used
 from peftkit.plan import Plan
 from peftkit.rundir import RunDir
@@ -20,7 +22,7 @@ from peftkit.train.snapshot import take_snapshot
 from peftkit.train.writer import Commit, Writer
 
 Emit = Callable[..., None]
-Evaluate = Callable[[Any], float]
+Evaluate = Callable[[Any], RowLosses]
 
 
 @dataclass
@@ -57,10 +59,14 @@ class Progress:
             self.best_loss, self.best_step = self.earlier_loss, self.earlier_step
 
 
+_DIGITS = 5  # of a row's loss in an event
+
+
 class Record(TrainerCallback):
     """Emits events, evaluates when due, writes checkpoints, stops early or on a signal.
 
-    `evaluate` takes the model and returns the loss on held-out rows; None where there are none.
+    `evaluate` takes the model and returns the losses of held-out rows; None where there are none.
+    Training stops at the plan's looks, each with a checkpoint.
     """
 
     def __init__(
@@ -95,10 +101,11 @@ class Record(TrainerCallback):
     def measure(self, model: Any, step: int) -> bool:
         """Evaluate and record the loss for `step`. Returns whether it is the best so far."""
         assert self.evaluate is not None
-        loss = self.evaluate(model)
-        kept = self.guard.steady
+        each = self.evaluate(model)
+        kept, loss = self.guard.steady, each.mean
         best = step > 0 and self.progress.note(loss, step, self.plan.train.min_delta, kept=kept)
-        self.emit("eval", step=step, loss=loss, best=best, memory=memory_used())
+        rows = [round(each.sums[row], _DIGITS) for row in judged(len(each.sums))]
+        self.emit("eval", step=step, loss=loss, best=best, rows=rows, memory=memory_used())
         if self.stops_early:
             self.emit("early_stop", step=step, patience=self.plan.train.patience)
         return best
@@ -145,6 +152,12 @@ class Record(TrainerCallback):
                 self._checkpoint(state)
             if self.stops_early:
                 control.should_training_stop = True
+        ends = last or control.should_training_stop
+        if ends and self.plan.diagnose.escalate != "off":
+            self._checkpoint(state)  # what an adapter is judged by, now or later
+        if step in self.plan.diagnose.look_steps and not ends and self.guard.steady:
+            self._checkpoint(state)
+            control.should_training_stop = True
         if interrupt.requested() and not last:
             self._checkpoint(state)
             control.should_training_stop = True

@@ -17,14 +17,14 @@ from peftkit.train.budget import restore_scores
 from peftkit.train.snapshot import inner, load_tensors, restore_random_states
 
 
-def load_trained(model: Any, folder: Path) -> None:
-    """Copy a checkpoint's trained tensors into the model. Raises PeftkitError where they are others."""
-    saved, live = load_tensors(folder, "trained"), trainable_tensors(model)
+def load_trained(model: Any, source: Path | Mapping[str, torch.Tensor]) -> None:
+    """Copy trained tensors, or a checkpoint's, into the model. Raises PeftkitError where they are others."""
+    saved = load_tensors(source, "trained") if isinstance(source, Path) else source
+    live = trainable_tensors(model)
     odd = sorted(set(saved) ^ set(live)) or [n for n, t in saved.items() if t.shape != live[n].shape]
     if odd:
-        raise PeftkitError(
-            f"{folder.name} was written for other trained tensors (for example {', '.join(odd[:3])})"
-        )
+        what = source.name if isinstance(source, Path) else "the state"
+        raise PeftkitError(f"{what} was written for other trained tensors (for example {', '.join(odd[:3])})")
     with torch.no_grad():
         for name, tensor in saved.items():
             live[name].copy_(tensor)

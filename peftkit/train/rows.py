@@ -25,11 +25,16 @@ def _packs(plan: Plan, rows: Sequence[Tokenized]) -> list[list[int]]:
     return pack(Counts.of(rows).tokens.tolist(), plan.data.max_length)
 
 
+def drawn_from(plan: Plan, rows: Sequence[Tokenized]) -> list[list[int]]:
+    """The numbers of the rows in each thing that the trainer draws: packs, or rows by themselves."""
+    return _packs(plan, rows) if plan.train.packing else [[number] for number in range(len(rows))]
+
+
 def longest(plan: Plan, rows: Sequence[Tokenized], num: int) -> list[Drawn]:
     """The `num` longest rows or packs that the trainer draws from: the micro-batch that takes most memory."""
     counts = Counts.of(rows)
     sizes = np.maximum(counts.tokens, counts.labels)
-    found = _packs(plan, rows) if plan.train.packing else [[number] for number in range(len(rows))]
+    found = drawn_from(plan, rows)
     first = sorted(found, key=lambda numbers: int(sizes[numbers].sum()), reverse=True)[:num]
     return [[rows[number] for number in numbers] for numbers in first]
 

@@ -81,6 +81,7 @@ def test_the_set_of_recipe_keys_is_frozen():
         "base",
         "data",
         "devices",
+        "diagnose",
         "evaluate",
         "method",
         "seed",

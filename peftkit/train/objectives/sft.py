@@ -11,6 +11,7 @@ from peftkit.plan import Plan
 from peftkit.train.arguments import arguments
 from peftkit.train.guard import heard_by
 from peftkit.train.rows import DrawnSet
+from peftkit.train.schedule import restarted
 
 
 def trainer(
@@ -38,6 +39,13 @@ def trainer(
             saw(rows, loss)
             return loss
 
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            """The Trainer's own, or the plan's where that begins anew."""
+            if plan.train.restart_step:
+                self.lr_scheduler = restarted(plan, optimizer or self.optimizer)
+                return self.lr_scheduler
+            return super().create_scheduler(num_training_steps, optimizer)
+
     made = Watched(
         model=model,
         args=SFTConfig(
@@ -63,5 +71,5 @@ def loss(model: Any, batch: Mapping[str, Any], task: str) -> Any:
 
 
 def summed(model: Any, batch: Mapping[str, Any]) -> Any:
-    """The loss summed over what is learnt, for a model that the trainer has prepared: no logits are held."""
-    return -model(**batch, use_cache=False, fused_lm_head=True).log_probs.sum()
+    """Each row's loss summed over what is learnt, for a model that the trainer prepared: no logits are held."""
+    return -model(**batch, use_cache=False, fused_lm_head=True).log_probs.sum(-1)

@@ -13,6 +13,7 @@ from peftkit.plan import Plan
 from peftkit.train.arguments import arguments
 from peftkit.train.guard import heard_by
 from peftkit.train.rows import DrawnSet
+from peftkit.train.schedule import restarted
 
 
 def trainer(
@@ -54,6 +55,13 @@ def trainer(
             found = super().compute_loss(model, inputs, *rest, **named)
             saw(numbers, found)
             return found
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            """The Trainer's own, or the plan's where that begins anew."""
+            if plan.train.restart_step:
+                self.lr_scheduler = restarted(plan, optimizer or self.optimizer)
+                return self.lr_scheduler
+            return super().create_scheduler(num_training_steps, optimizer)
 
     return Watched(
         model=model,

@@ -1,0 +1,1 @@
+"""Pure judgement: evaluation losses and signals in, a verdict out. No torch."""

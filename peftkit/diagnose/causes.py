@@ -1,0 +1,187 @@
+"""The order of suspicion: what is measured next, or which cause the evidence names. Pure.
+
+Not lagging; data and masks; unstable; steps; learning rate; target modules; rank; embeddings or head.
+Signals alone cannot tell rank from learning rate, so that both are tried: an action is named only where its
+fork beats that of going on as before and that of another rate, beyond paired noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peftkit.diagnose.paired import Interval, Rows, gain
+from peftkit.diagnose.quality import Quality
+from peftkit.diagnose.signals import Signals
+
+Cause = Literal[
+    "none",
+    "learning rate too high",
+    "learning rate too low",
+    "too few steps",
+    "data: overfitting",
+    "data: labels or masks broken",
+    "target modules",
+    "rank",
+    "embeddings or head",
+    "unstable",
+    "undecided",
+]
+Wanted = Literal["signals", "dependence", "continue", "rate up", "rate down", "candidate"]
+CAPACITY: tuple[Cause, ...] = ("target modules", "rank", "embeddings or head")
+RATE_FACTOR = 3.0
+BEYOND = 2.5  # paired standard errors that a fork must be better by
+MATTERS = 0.004  # of the loss: less is not worth a change, however certain
+GENERALISES = 0.3  # below it what is left to learn does not help held-out rows
+AGREES = 0.05  # below it two batches want nothing in common
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A fork and what it came to on the rows to decide by; no rows where its loss was not finite."""
+
+    name: Wanted
+    learning_rate: float
+    num_steps: int
+    train_loss: float
+    rows: Rows | None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known so far. `rows` are those to decide by, in the state that is judged.
+
+    `masks` are findings of the data gate that were waived and say that the wrong tokens are learnt.
+    `candidate` is the cause that the fork of that name would confirm, "" where nothing can be grown.
+    `unaffordable` are measurements for which the budget has no room.
+    """
+
+    quality: Quality
+    rows: Rows
+    masks: tuple[str, ...] = ()
+    num_departures: int = 0  # rollbacks, skipped steps
+    train_loss: float | None = None
+    signals: Signals | None = None
+    dependence: Interval | None = None
+    asks: bool = True  # whether answers have a question to depend on
+    candidate: Cause | Literal[""] = ""
+    arms: Mapping[str, Arm] = field(default_factory=dict)
+    unaffordable: frozenset[str] = frozenset()
+
+    def versus(self, better: str, worse: str = "") -> Interval | None:
+        """The paired gain of an arm over another, or over the state itself."""
+        first, second = self.arms.get(better), self.arms.get(worse)
+        if first is None or first.rows is None:
+            return None
+        before = self.rows if not worse else (second.rows if second else None)
+        return None if before is None else gain(before, first.rows)
+
+    def beats(self, better: str, worse: str = "") -> bool:
+        """Whether an arm is better beyond paired noise, by what matters."""
+        found = self.versus(better, worse)
+        if found is None:  # one that left the road is beaten by any that did not
+            return better in self.arms and self.arms[better].rows is not None and worse in self.arms
+        return found.mean > BEYOND * found.error and found.mean > MATTERS * self.rows.mean
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The cause with why, in words, and which arm shows what acting on it brings."""
+
+    cause: Cause
+    said: str
+    arm: str = ""
+
+
+def look_further(evidence: Evidence) -> Wanted | Finding:
+    """What to measure next, or the cause."""
+    e = evidence
+    if e.masks:
+        return Finding("data: labels or masks broken", "; ".join(e.masks))
+    if e.quality.state == "not lagging":
+        return Finding("none", e.quality.said)
+    if e.num_departures:
+        said = f"{e.num_departures} steps were skipped or taken back"
+        return Finding("unstable", said)
+    if e.quality.state == "still improving":
+        return Finding("too few steps", e.quality.said)
+    if e.signals is None and "signals" not in e.unaffordable:
+        return "signals"
+    if e.asks and e.dependence is None and "dependence" not in e.unaffordable:
+        return "dependence"
+    if found := _data(e):
+        return found
+    for arm in _arms(e):
+        if arm not in e.arms and arm not in e.unaffordable:
+            return arm
+    return _by_forks(e)
+
+
+def look_early(evidence: Evidence) -> Wanted | Finding:
+    """The first look at a run that may still grow at no cost: are layers without an adapter what it lacks?"""
+    e = evidence
+    if e.masks:
+        return Finding("data: labels or masks broken", "; ".join(e.masks))
+    if e.signals is None and "signals" not in e.unaffordable:
+        return "signals"
+    if e.candidate != "target modules":
+        return Finding("none", "the layers without an adapter are not what this run lacks")
+    wanted: tuple[Wanted, ...] = ("continue", "rate up", "candidate")
+    for arm in wanted:
+        if arm not in e.arms and arm not in e.unaffordable:
+            return arm
+    if e.beats("candidate", "continue") and e.beats("candidate", "rate up"):
+        said = f"the grown adapter is better than going on by {e.versus('candidate', 'continue')}"
+        return Finding("target modules", said, "candidate")
+    if e.unaffordable:
+        return Finding("undecided", f"the budget did not reach to: {', '.join(sorted(e.unaffordable))}")
+    return Finding("none", "growing was not better than going on, or than another rate")
+
+
+def _arms(e: Evidence) -> tuple[Wanted, ...]:
+    """In the order in which they tell most."""
+    return ("continue", "rate up", "rate down", *(("candidate",) if e.candidate else ()))
+
+
+def _data(e: Evidence) -> Finding | None:
+    """Labels that have nothing to do with their questions, and rows that are known by heart."""
+    signals = e.signals
+    if e.asks and e.dependence is not None and signals is not None:
+        depends = e.dependence.low > 0 and e.dependence.mean > MATTERS * e.rows.mean
+        if not depends and signals.agreement < AGREES:
+            said = (
+                f"the answers are as likely under other rows' questions (by {e.dependence} nats), "
+                f"and two batches want nothing in common (agreement {signals.agreement:.3f})"
+            )
+            return Finding("data: labels or masks broken", said)
+    worsened = e.quality.worsened
+    if worsened is not None and worsened.mean > MATTERS * e.rows.mean:
+        said = f"the loss on held-out rows has risen since its best by {worsened}"
+        if e.train_loss is not None and e.train_loss < e.rows.mean:
+            return Finding("data: overfitting", f"{said}, and that of training is {e.train_loss:.3f}")
+    if signals is not None and signals.generalises < GENERALISES:
+        said = f"what training still wants does not help held-out rows ({signals.generalises:.2f} of it does)"
+        return Finding("data: overfitting", said)
+    return None
+
+
+def _by_forks(e: Evidence) -> Finding:
+    """The cause that forks show; undecided where the budget left out what would tell."""
+    missing = [arm for arm in _arms(e) if arm not in e.arms]
+    if e.beats("rate up", "continue") and not e.beats("rate down", "rate up"):
+        said = f"{RATE_FACTOR:g} times the rate is better than going on by {e.versus('rate up', 'continue')}"
+        return Finding("learning rate too low", said, "rate up")
+    if e.beats("rate down", "continue") and e.beats("rate down"):
+        said = f"a third of the rate is better than going on by {e.versus('rate down', 'continue')}"
+        return Finding("learning rate too high", said, "rate down")
+    if e.candidate and e.beats("candidate", "continue"):
+        others = [arm for arm in ("rate up", "rate down") if arm in e.arms]
+        if all(e.beats("candidate", other) for other in others):
+            said = f"the grown adapter is better than going on by {e.versus('candidate', 'continue')}"
+            return Finding(e.candidate, said, "candidate")
+    if e.beats("continue"):
+        return Finding("too few steps", f"going on brings {e.versus('continue')}", "continue")
+    if missing:
+        return Finding("undecided", f"the budget did not reach to: {', '.join(missing)}")
+    return Finding("undecided", "nothing that was tried is better than what there is, beyond its noise")

@@ -1,0 +1,93 @@
+"""Does quality lag: against a target or a reference, or else has it stopped moving?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from peftkit.diagnose.paired import Interval, Rows, gain, mean_interval
+
+State = Literal["not lagging", "lagging", "plateaued", "still improving"]
+MARGIN = 0.01  # of the loss: what a gain has to be to matter
+EXTENSION = 0.5  # of the run: what "more steps" means
+_EARLY = 0.45  # of the learning: from here on the trend is looked at
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out rows at a step, and how much was learnt by then: the sum of the learning rates so far."""
+
+    step: int
+    learnt: float
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The state with its numbers. `projected` is what half as many steps again would gain, in nats."""
+
+    state: State
+    loss: Interval
+    target: float | None
+    margin: float
+    projected: Interval | None
+    worsened: Interval | None  # from the best evaluation to the last, where that is worse
+    said: str
+
+
+def judge(
+    evaluations: Sequence[Evaluation], *, target: float | None, reference: Rows | None = None, looks: int = 1
+) -> Quality:
+    """The state of a run's quality by its evaluations, the last of which is judged.
+
+    A loss is a straight line over the logarithm of what was learnt, as far as this needs it; the sum of the
+    learning rates stands for the steps, so that a decaying rate is not taken for a plateau.
+    """
+    last = evaluations[-1]
+    loss = mean_interval(last.rows, looks=looks)
+    margin = MARGIN * loss.mean
+    projected = _projected(evaluations, looks)
+    best = min(evaluations, key=lambda one: one.rows.mean)
+    worsened = gain(last.rows, best.rows, looks=looks) if best.step < last.step else None
+    if worsened is not None and worsened.low <= 0:
+        worsened = None
+    state, said = _state(last.rows, loss, target, reference, projected, margin, looks)
+    return Quality(state, loss, target, margin, projected, worsened, said)
+
+
+def _state(
+    rows: Rows,
+    loss: Interval,
+    target: float | None,
+    reference: Rows | None,
+    projected: Interval | None,
+    margin: float,
+    looks: int,
+) -> tuple[State, str]:
+    if target is not None:
+        if loss.low > target:
+            return "lagging", f"the loss, {loss.mean:.4f}, is above the target of {target:g}"
+        noise = ", within its noise" if loss.mean > target else ""
+        return "not lagging", f"the loss, {loss.mean:.4f}, reaches the target of {target:g}{noise}"
+    if reference is not None:
+        behind = gain(rows, reference, looks=looks)
+        if behind.low > 0 and behind.mean > margin:
+            return "lagging", f"the reference is better by {behind}"
+        return "not lagging", f"the reference is better by {behind}, which is within the margin"
+    if projected is not None and projected.low > 0 and projected.mean > margin:
+        return "still improving", f"half as many steps again would bring about {projected}"
+    return "plateaued", "the loss has stopped falling beyond its noise"
+
+
+def _projected(evaluations: Sequence[Evaluation], looks: int) -> Interval | None:
+    """What half as much learning again would gain, by the slope of the later part."""
+    last = evaluations[-1]
+    earlier = [one for one in evaluations[:-1] if 0 < one.learnt < last.learnt]
+    if not earlier:
+        return None
+    first = min(earlier, key=lambda one: abs(one.learnt - _EARLY * last.learnt))
+    seen = gain(first.rows, last.rows, looks=looks)
+    scale = math.log(1 + EXTENSION) / math.log(last.learnt / first.learnt)
+    return Interval(seen.mean * scale, seen.low * scale, seen.high * scale, seen.num_documents)

@@ -1,0 +1,71 @@
+"""What the hooks measured, as values: gradient energy by module, and how training and held-out rows agree.
+
+For a linear layer with dL/dW = G, and two disjoint batches, <G1, G2> is the energy of what both want: noise
+cancels in it, as it does not in |G|^2. P(G) is what the adapter's tangent space can express, R(G) the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModuleSignal:
+    """One linear layer. Energies are <G1, G2> of its parts; a layer without an adapter has no tangent."""
+
+    name: str
+    role: str
+    is_adapted: bool
+    num_parameters_per_rank: int  # d_in + d_out
+    tangent: float  # <P G1, P G2>
+    residual: float  # <R G1, R G2>; of all of G where nothing is adapted
+    across: float  # <R G_train, R G_held_out>
+    agreement: float  # cosine of G1 and G2, noise and all
+
+
+@dataclass(frozen=True)
+class Signals:
+    """The layers' signals, and those of the run as a whole."""
+
+    modules: tuple[ModuleSignal, ...]
+    head: float = 0.0  # <G1, G2> of the output head
+    head_parameters: int = 0
+    num_rows: int = 0
+
+    @property
+    def tangent(self) -> float:
+        return sum(max(0.0, m.tangent) for m in self.modules if m.is_adapted)
+
+    @property
+    def residual(self) -> float:
+        return sum(max(0.0, m.residual) for m in self.modules if m.is_adapted)
+
+    @property
+    def unadapted(self) -> float:
+        return sum(max(0.0, m.residual) for m in self.modules if not m.is_adapted)
+
+    @property
+    def generalises(self) -> float:
+        """How much of the unexplored direction helps held-out rows too: 1 where all of it, 0 where none."""
+        inside = sum(m.residual for m in self.modules)
+        return sum(m.across for m in self.modules) / inside if inside > 0 else 0.0
+
+    @property
+    def agreement(self) -> float:
+        """How alike two batches' gradients are: near 0 where what is left to learn is noise."""
+        return sum(m.agreement for m in self.modules) / len(self.modules) if self.modules else 0.0
+
+    def by_worth(self) -> list[tuple[str, float]]:
+        """(role, energy per added parameter) of the roles without an adapter, the best first."""
+        return worth([m for m in self.modules if not m.is_adapted])
+
+
+def worth(modules: Sequence[ModuleSignal]) -> list[tuple[str, float]]:
+    """Energy per parameter of an adapter of rank one, by role, the best first."""
+    energy: dict[str, float] = {}
+    size: dict[str, int] = {}
+    for module in modules:
+        energy[module.role] = energy.get(module.role, 0.0) + module.residual
+        size[module.role] = size.get(module.role, 0) + module.num_parameters_per_rank
+    return sorted(((role, energy[role] / size[role]) for role in energy), key=lambda pair: -pair[1])

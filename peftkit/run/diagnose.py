@@ -1,0 +1,243 @@
+"""Is quality lagging, why, and what to do: at the looks of a run, at its end, and of a run that has ended."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peftkit.diagnose.causes import CAPACITY, Evidence, Finding, look_early, look_further
+from peftkit.diagnose.paired import gain
+from peftkit.diagnose.verdict import Action, Verdict
+from peftkit.plan import Plan
+from peftkit.plan.plan import Growth
+from peftkit.run.escalate import take_back, with_growth, write_growth
+from peftkit.run.next_recipe import write_next_recipe
+from peftkit.run.stage import Stage
+from peftkit.run.study import Study, evaluations_of
+from peftkit.rundir import step_of
+from peftkit.train.forks import Start
+
+MORE_STEPS = 0.5  # of the run: what "more steps" recommends, and what a growth at the end goes on for
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a look came to: a verdict, the plan to go on with, and the model as it is wrapped now."""
+
+    verdict: Verdict
+    plan: Plan
+    model: Any
+    wrapped: Plan  # by which plan
+    is_rewrapped: bool
+
+
+def is_due(stage: Stage, step: int, *, ended: bool) -> bool:
+    """Whether a run is to be looked at at a step, and was not yet."""
+    wanted = stage.plan.diagnose
+    if wanted.escalate == "off" or not (ended or step in wanted.look_steps):
+        return False
+    looks = [e for e in stage.run.events() if e["event"] == "verdict" and e["step"] == step]
+    return not any(e["num_growths"] == stage.num_growths for e in looks)
+
+
+def look(stage: Stage, training: Any, *, step: int, ended: bool) -> Looked:
+    """Judge a run at a step of which a checkpoint stands, tell the verdict, and in `auto` act on it."""
+    checkpoint, _ = stage.run.newest_checkpoint()
+    study = study_of(stage, training.trainer.model, checkpoint, step)
+    if ended and (lost := _did_not_pay(stage, study)):
+        return lost
+    evidence, finding = study.look(look_further if ended else look_early)
+    verdict = verdict_of(study, evidence, finding)
+    plan = stage.plan
+    acts = stage.plan.diagnose.escalate == "auto" and finding.arm == "candidate"
+    if acts and num_kept(plan) < plan.diagnose.max_escalations:
+        plan = _grow(stage, study, finding, checkpoint, ended=ended)
+        verdict = replace(verdict, kept=True)
+    tell(stage, verdict)
+    return Looked(verdict, plan, study.model, study.wrapped, study.is_rewrapped)
+
+
+def num_kept(plan: Plan) -> int:
+    """Growths that the run stands on."""
+    return sum(growth.kept for growth in plan.growths)
+
+
+def study_of(stage: Stage, model: Any, checkpoint: Path | None, step: int) -> Study:
+    """A look at a run's newest checkpoint, or at the model as it is where there is none."""
+    from peftkit.model.adapter import trainable_tensors
+
+    if checkpoint is not None and step_of(checkpoint) == step:
+        start = Start.of(checkpoint)
+    else:
+        start = Start({n: t.detach().clone() for n, t in trainable_tensors(model).items()}, {})
+    events, held = stage.run.events(), stage.prepared.eval
+    evaluations, train_loss = evaluations_of(events, held, step)
+    departures = sum(e["event"] == "rollback" or (e["event"] == "spike" and e["skipped"]) for e in events)
+    study = Study(
+        stage,
+        model,
+        start,
+        step,
+        evaluations,
+        departures,
+        train_loss,
+        asks=stage.plan.base.task == "causal-lm",
+    )
+    if not evaluations or evaluations[-1].step != step:
+        study.evaluations = [*evaluations, study.evaluate_now()]
+    return study
+
+
+def verdict_of(study: Study, evidence: Evidence, finding: Finding) -> Verdict:
+    """The finding with its action, what that brings and costs, and every number behind it."""
+    quality = evidence.quality
+    return Verdict(
+        step=study.step,
+        state=quality.state,
+        cause=finding.cause,
+        said=finding.said,
+        action=_action(study, evidence, finding),
+        loss=quality.loss,
+        num_rows=len(study.deciding),
+        overhead=study.budget.overhead,
+        numbers=_numbers(study, evidence),
+    )
+
+
+def _action(study: Study, evidence: Evidence, finding: Finding) -> Action:
+    plan, arms = study.plan, evidence.arms
+    brought = study.expected_gain(finding.arm) if finding.arm else None
+    cause = finding.cause
+    if cause in CAPACITY and study.candidate is not None:
+        return Action("grow the adapter", study.candidate.overrides, brought, study.candidate.cost(plan))
+    if cause in {"learning rate too low", "learning rate too high", "unstable"}:
+        arm = arms.get(finding.arm)
+        rate = arm.learning_rate if arm else plan.train.learning_rate / 3
+        return Action(f"train at a rate of {rate:g}", (f"train.learning_rate={rate:.6g}",), brought)
+    if cause == "too few steps":
+        steps = round((plan.train.num_steps or 0) * (1 + MORE_STEPS))
+        return Action(f"train for {steps} steps", (f"train.max_steps={steps}",), brought)
+    if cause == "data: overfitting":
+        best = min(study.evaluations, key=lambda one: one.rows.mean)
+        said = "more or cleaner data; with these, stop where held-out rows were best"
+        return Action(said, (f"train.max_steps={max(1, best.step)}",) if best.step < study.step else ())
+    if cause == "data: labels or masks broken":
+        return Action("look at what is learnt: peftkit check RECIPE; more training or rank mends none of it")
+    if cause == "undecided":
+        return Action(_left_open(study))
+    return Action("nothing: it is as good as was asked for" if study.plan.diagnose.target else "nothing")
+
+
+def _left_open(study: Study) -> str:
+    """What a person can do where nothing was proven."""
+    refused = study.candidate.refused if study.candidate is not None else ""
+    if refused:
+        return f"the next rung is forbidden: {refused}"
+    if study.plan.method.name in {"prefix", "prompt", "ia3", "ln", "vera", "oft"}:
+        return f"{study.plan.method.name} has no rank to raise: try method.name=lora"
+    return "give more compute to look: diagnose.bounds.compute, or a target or reference to judge by"
+
+
+def _numbers(study: Study, evidence: Evidence) -> dict[str, Any]:
+    """Every number behind a verdict, as plain values."""
+    signals = evidence.signals
+    found: dict[str, Any] = {
+        "train_loss": evidence.train_loss,
+        "target": evidence.quality.target,
+        "projected": asdict(evidence.quality.projected) if evidence.quality.projected else None,
+        "worsened": asdict(evidence.quality.worsened) if evidence.quality.worsened else None,
+        "dependence": asdict(evidence.dependence) if evidence.dependence else None,
+        "arms": {
+            name: {
+                "learning_rate": arm.learning_rate,
+                "num_steps": arm.num_steps,
+                "loss": arm.rows.mean if arm.rows else None,
+                "gain": asdict(gain(evidence.rows, arm.rows)) if arm.rows else None,
+            }
+            for name, arm in evidence.arms.items()
+        },
+        "unaffordable": sorted(evidence.unaffordable),
+    }
+    if signals is not None:
+        found["signals"] = {
+            "tangent": signals.tangent,
+            "residual": signals.residual,
+            "unadapted": signals.unadapted,
+            "generalises": signals.generalises,
+            "agreement": signals.agreement,
+            "head": signals.head,
+            "by_worth": signals.by_worth(),
+            "num_rows": signals.num_rows,
+        }
+    if study.rung is not None:
+        found["rung"] = asdict(study.rung)
+    return found
+
+
+def tell(stage: Stage, verdict: Verdict) -> None:
+    """Write the verdict as an event, and the next recipe beside the run where there is one."""
+    changes = verdict.action.overrides
+    if changes:
+        write_next_recipe(stage.run.path / "next-recipe.yaml", stage.loaded, verdict)
+    stage.emit(
+        "verdict",
+        step=verdict.step,
+        num_growths=stage.num_growths,
+        text=verdict.line,
+        **{key: value for key, value in verdict.to_json().items() if key != "step"},
+    )
+
+
+def _grow(stage: Stage, study: Study, finding: Finding, checkpoint: Path | None, *, ended: bool) -> Plan:
+    """Grow the run in place: early on the schedule that it is on, at its end on a restarted one."""
+    assert study.candidate is not None and study.candidate.plan is not None and checkpoint is not None
+    grown = study.candidate.plan
+    if ended:
+        steps = stage.plan.train.num_steps or 0
+        more = max(1, round(MORE_STEPS * steps))
+        train = replace(grown.train, num_steps=steps + more, restart_step=steps)
+        grown = replace(grown, train=train)
+    after = with_growth(grown, Growth(study.step, finding.cause, study.candidate.overrides))
+    write_growth(stage.run, stage.plan, after, checkpoint=checkpoint, grown=study.grown)
+    stage.emit(
+        "growth",
+        step=study.step,
+        cause=finding.cause,
+        overrides=list(study.candidate.overrides),
+        num_trainable=after.method.num_trainable,
+        learning_rate=after.train.learning_rate,
+        num_steps=after.train.num_steps,
+    )
+    return after
+
+
+def _did_not_pay(stage: Stage, study: Study) -> Looked | None:
+    """The run as it was before its last growth, where that brought nothing beyond noise."""
+    growth = stage.plan.growths[-1] if stage.plan.growths else None
+    if growth is None or not growth.kept or stage.plan.train.restart_step != growth.step:
+        return None
+    before = next((one for one in study.evaluations if one.step == growth.step), None)
+    if before is None:
+        return None
+    rows = [one.rows.of(study.deciding) for one in (before, study.evaluations[-1])]
+    brought = gain(rows[0], rows[1])
+    if brought.low > 0:
+        stage.emit("growth_kept", step=study.step, gain=[brought.mean, brought.low, brought.high])
+        return None
+    plan = take_back(stage.run, stage.plan)
+    stage.emit("growth_taken_back", step=study.step, gain=[brought.mean, brought.low, brought.high])
+    quality = study.first_quality()
+    said = f"the escalation at step {growth.step} brought {brought}: it was taken back"
+    verdict = Verdict(
+        study.step,
+        quality.state,
+        "undecided",
+        said,
+        Action("nothing"),
+        quality.loss,
+        len(study.deciding),
+        kept=False,
+    )
+    tell(replace(stage, plan=plan), verdict)
+    return Looked(verdict, plan, study.model, stage.plan, is_rewrapped=True)

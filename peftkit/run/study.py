@@ -1,0 +1,385 @@
+"""One look at a training: its quality is judged, and the cause sought, by what the budget lets it measure.
+
+What is measured next, and what it means, is decided in `diagnose/causes.py`; here it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from peftkit.archs import Module
+from peftkit.data.mask import Tokenized
+from peftkit.diagnose.causes import (
+    RATE_FACTOR,
+    Arm,
+    Evidence,
+    Finding,
+    Wanted,
+    look_further,
+)
+from peftkit.diagnose.ladder import Rung, next_rung
+from peftkit.diagnose.paired import Interval, Rows, gain, judged, split
+from peftkit.diagnose.quality import Evaluation, Quality, judge
+from peftkit.evaluate.dependence import swapped
+from peftkit.model.adapter import attach, plain_start, trainable_tensors
+from peftkit.model.grow import Grown, grow, scales
+from peftkit.plan import Plan
+from peftkit.plan.packing import mean_tokens
+from peftkit.run.candidate import Candidate, candidate_of
+from peftkit.run.stage import Stage
+from peftkit.train.assemble import losses_of, objective
+from peftkit.train.forks import Forked, Start, at_rate, draw, fork
+from peftkit.train.restore import load_trained
+from peftkit.train.signals import STREAMS, Looker
+
+_SIGNALS = 0.03  # of the run's tokens: what all signals together may take
+_STREAM_ROWS = (8, 64)  # in each of three streams
+_ARMS = 4
+_FEWEST_STEPS = 4  # of a fork: fewer say nothing
+_FORK_ROWS = (50, 200)  # held-out rows that decide, and as many that report: a third of a fork's cost
+_EVAL_COST = 1 / 3  # of a token that is trained on: no backward
+_LATE = 0.1  # of the steps: the training loss of the last ones is compared
+MASK_CHECKS = ("masked-rows", "end-token", "end-agreement", "template", "round-trip", "roles")
+
+
+@dataclass
+class Budget:
+    """Tokens that looking may take, in tokens that are trained on."""
+
+    run_tokens: float
+    share: float
+    spent_tokens: float = 0.0
+
+    @property
+    def left(self) -> float:
+        return self.share * self.run_tokens - self.spent_tokens
+
+    @property
+    def overhead(self) -> float:
+        """Of the run's tokens."""
+        return self.spent_tokens / self.run_tokens
+
+
+@dataclass
+class Study:
+    """A look at the state of a training. `model` may be wrapped anew while a candidate is tried."""
+
+    stage: Stage
+    model: Any
+    start: Start
+    step: int
+    evaluations: Sequence[Evaluation]
+    departures: int
+    train_loss: float | None
+    asks: bool = True
+    budget: Budget = field(init=False)
+    rung: Rung | None = None
+    candidate: Candidate | None = None
+    grown: Grown | None = None
+    is_rewrapped: bool = False
+    directions: dict[str, Any] = field(default_factory=dict)
+    reported: dict[str, Rows] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        plan, prepared = self.plan, self.stage.prepared
+        tokens = mean_tokens(plan, self.stage.facts) * plan.train.batch_size * (plan.train.num_steps or 1)
+        self.budget = Budget(tokens, plan.diagnose.compute_share)
+        self.numbers = judged(len(prepared.eval))
+        self.held = [prepared.eval[i] for i in self.numbers]
+        self.documents = documents_of(self.held)
+        self.deciding, self.reporting = split(self.documents)
+        limit = self.evaluated_rows()
+        self.deciding, self.reporting = self.deciding[:limit], self.reporting[:limit]
+
+    @property
+    def plan(self) -> Plan:
+        return self.stage.plan
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.stage.tokenizer.pad_token_id)
+
+    @property
+    def step_tokens(self) -> float:
+        """Of one optimizer step."""
+        return self.budget.run_tokens / (self.plan.train.num_steps or 1)
+
+    def evaluated_rows(self) -> int:
+        """How many held-out rows a fork is judged by."""
+        per_row = _EVAL_COST * sum(row.length for row in self.held) / len(self.held)
+        affordable = int(0.15 * self.budget.share * self.budget.run_tokens / _ARMS / per_row)
+        return max(_FORK_ROWS[0], min(_FORK_ROWS[1], affordable))
+
+    def evaluate_now(self) -> Evaluation:
+        """The held-out rows in the state that is judged, where no evaluation was due."""
+        load_trained(self.model, self.start.trained)
+        losses = losses_of(self.model, self.held, self.plan, pad_id=self.pad_id)
+        self.budget.spent_tokens += _EVAL_COST * sum(row.length for row in self.held)
+        learnt = self.evaluations[-1].learnt if self.evaluations else 0.0
+        return Evaluation(self.step, learnt, Rows(losses.sums, losses.counts, self.documents))
+
+    def first_quality(self) -> Quality:
+        """The quality by the evaluations alone."""
+        every = [replace(one, rows=one.rows.of(self.deciding)) for one in self.evaluations]
+        looks = len(self.plan.diagnose.look_steps) + 1
+        return judge(every, target=self._loss_target, looks=looks)
+
+    @property
+    def _loss_target(self) -> float | None:
+        wanted = self.plan.diagnose
+        return wanted.target if wanted.metric == "eval_loss" else None
+
+    @property
+    def wrapped(self) -> Plan:
+        """The plan by which the model is wrapped now."""
+        if self.is_rewrapped and self.candidate is not None and self.candidate.plan is not None:
+            return self.candidate.plan
+        return self.plan
+
+    # what is measured
+
+    def look(
+        self, further: Callable[[Evidence], Wanted | Finding] = look_further
+    ) -> tuple[Evidence, Finding]:
+        """Measure what the evidence asks for until it names a cause. The model holds the state afterwards."""
+        evidence = self._first()
+        while isinstance(wanted := further(evidence), str):
+            evidence = self._measured(evidence, wanted)
+        if not self.is_rewrapped:
+            load_trained(self.model, self.start.trained)
+        return evidence, wanted
+
+    def _first(self) -> Evidence:
+        """What costs nothing: evaluations, events, and what the data gate said."""
+        every = [replace(one, rows=one.rows.of(self.deciding)) for one in self.evaluations]
+        quality = self.first_quality()
+        findings = self.stage.looked.report.findings
+        masks = [f"{f.check}: {f.said}" for f in findings if f.status == "waived" and f.check in MASK_CHECKS]
+        return Evidence(
+            quality,
+            every[-1].rows,
+            masks=tuple(masks),
+            num_departures=self.departures,
+            train_loss=self.train_loss,
+            asks=self.asks and bool(swapped(self.held[:50])[0]),
+        )
+
+    def _measured(self, evidence: Evidence, wanted: Wanted) -> Evidence:
+        self.stage.emit("phase", name="diagnosis", detail=_SAID[wanted])
+        if wanted == "signals":
+            return self._signals(evidence)
+        if wanted == "dependence":
+            return self._dependence(evidence)
+        return self._arm(evidence, wanted)
+
+    def _signals(self, evidence: Evidence) -> Evidence:
+        train = self.stage.prepared.train
+        mean = self.stage.prepared.num_tokens / len(train)
+        room = int(_SIGNALS * self.budget.run_tokens / 3 / mean)
+        size = max(_STREAM_ROWS[0], min(_STREAM_ROWS[1], room, len(train) // 2))
+        if 3 * size * mean > self.budget.left:
+            return _without(evidence, "signals")
+        load_trained(self.model, self.start.trained)
+        import numpy as np
+
+        chosen = np.random.default_rng([self.plan.seed, self.step]).permutation(len(train))[: 2 * size]
+        held = [self.held[i] for i in self.deciding[:size]]
+        streams = dict(
+            zip(
+                STREAMS,
+                ([train[int(i)] for i in chosen[:size]], [train[int(i)] for i in chosen[size:]], held),
+                strict=True,
+            )
+        )
+        looker = Looker(self.model, self.plan, linear_modules(self.stage, self.model), self.pad_id)
+        signals = looker.look(streams)
+        self.budget.spent_tokens += looker.num_tokens
+        self.directions = {m.name: looker.sketches[m.name].directions() for m in signals.modules}
+        evidence = replace(evidence, signals=signals)
+        return self._with_candidate(evidence)
+
+    def _with_candidate(self, evidence: Evidence) -> Evidence:
+        """With the rung that the signals name, as far as the recipe's bounds allow one."""
+        assert evidence.signals is not None
+        spec = self.plan.method.peft
+        rank = int(spec.arguments.get("r", 0)) if spec is not None and spec.class_name == "LoraConfig" else 0
+        if rank:
+            adapted = tuple(dict.fromkeys(m.role for m in evidence.signals.modules if m.is_adapted))
+            self.rung = next_rung(
+                evidence.signals,
+                rank=rank,
+                adapted=adapted,
+                max_rank=self.plan.diagnose.max_rank,
+                num_learnt=self.stage.prepared.num_learnt,
+                loss=evidence.rows.mean,
+            )
+        if self.rung is None:
+            return evidence
+        self.candidate = candidate_of(self.stage, self.rung)
+        return replace(evidence, candidate=self.rung.cause if self.candidate.plan is not None else "")
+
+    def _dependence(self, evidence: Evidence) -> Evidence:
+        rows = [self.held[i] for i in self.deciding]
+        numbers, others = swapped(rows)
+        if not numbers:
+            return replace(evidence, asks=False)
+        load_trained(self.model, self.start.trained)
+        found = losses_of(self.model, others, self.plan, pad_id=self.pad_id)
+        self.budget.spent_tokens += _EVAL_COST * sum(row.length for row in others)
+        own = evidence.rows.of(numbers)
+        # the first token of an answer is predicted by the question's last one in both
+        return replace(evidence, dependence=gain(Rows(found.sums, found.counts, own.documents), own))
+
+    def _arm(self, evidence: Evidence, name: Wanted) -> Evidence:
+        steps = self.fork_steps()
+        if steps < _FEWEST_STEPS:
+            return _without(evidence, name)
+        batches = draw(self.plan, self.stage.prepared.train, steps, seed=self.step)
+        rate, model, start, plan = self.plan.train.learning_rate, self.model, self.start, self.plan
+        if name == "candidate":
+            model, start, plan = self._grow()
+            rate = plan.train.learning_rate
+        elif name != "continue":
+            rate = rate * RATE_FACTOR if name == "rate up" else rate / RATE_FACTOR
+        forked = fork(
+            model, at_rate(plan, rate), start, batches, pad_id=self.pad_id, loss=objective(plan).loss
+        )
+        self.budget.spent_tokens += forked.num_tokens
+        rows = self._judged(model, plan, name) if forked.is_finite else None
+        arm = Arm(name, rate, steps, forked.train_loss, rows)
+        self._tell(evidence, arm, forked)
+        return replace(evidence, arms={**evidence.arms, name: arm})
+
+    def fork_steps(self) -> int:
+        """How long each fork is: what the budget gives to all of them, divided."""
+        if not hasattr(self, "_fork_steps"):
+            judged_tokens = 2 * _EVAL_COST * sum(self.held[i].length for i in self.deciding)
+            self._fork_steps = int((self.budget.left / _ARMS - judged_tokens) / self.step_tokens)
+        return self._fork_steps
+
+    def _judged(self, model: Any, plan: Plan, name: str) -> Rows:
+        """Losses of the rows to decide by; those of the others are kept for the report, unseen."""
+        numbers = [*self.deciding, *self.reporting]
+        losses = losses_of(model, [self.held[i] for i in numbers], plan, pad_id=self.pad_id)
+        self.budget.spent_tokens += _EVAL_COST * sum(self.held[i].length for i in numbers)
+        rows = Rows(losses.sums, losses.counts, tuple(self.documents[i] for i in numbers))
+        here = len(self.deciding)
+        self.reported[name] = rows.of(range(here, len(numbers)))
+        return rows.of(range(here))
+
+    def expected_gain(self, arm: str) -> Interval | None:
+        """What an arm brought on the rows that decided nothing."""
+        if arm not in self.reported or not self.reporting:
+            return None
+        before = self.evaluations[-1].rows.of(self.reporting)
+        return gain(before, self.reported[arm])
+
+    def _grow(self) -> tuple[Any, Start, Plan]:
+        """The model with the candidate's adapter, which computes what the old one did."""
+        assert self.candidate is not None and self.candidate.plan is not None
+        before = scales(self.model)
+        base = bare(self.stage, self.model)
+        model = attach(base, plain_start(self.candidate.plan), self.stage.tokenizer)
+        self.grown = grow(
+            self.start.trained,
+            self.start.optimizer,
+            trainable_tensors(model),
+            old=before,
+            new=scales(model),
+            rows=self.directions,
+        )
+        self.model, self.is_rewrapped = model, True
+        tensors = {name: value for name, value in self.grown.optimizer.items() if hasattr(value, "shape")}
+        return model, Start(self.grown.trained, tensors), self.candidate.plan
+
+    def _tell(self, evidence: Evidence, arm: Arm, forked: Forked) -> None:
+        against = gain(evidence.rows, arm.rows) if arm.rows is not None else None
+        self.stage.emit(
+            "fork",
+            step=self.step,
+            name=arm.name,
+            learning_rate=arm.learning_rate,
+            num_steps=arm.num_steps,
+            train_loss=arm.train_loss,
+            loss=arm.rows.mean if arm.rows is not None else None,
+            gain=[against.mean, against.low, against.high] if against is not None else None,
+        )
+
+
+def bare(stage: Stage, model: Any) -> Any:
+    """The base of a wrapped model: the one in memory, or loaded anew where unwrapping does not give it back.
+
+    PEFT's `unload` leaves trained copies in place of `modules_to_save`, and parameters that it has wrapped in
+    another order, which would nest the next wrappers the other way round.
+    """
+    spec = stage.plan.method.peft
+    kept = spec is not None and (spec.arguments.get("modules_to_save") or stage.plan.method.target_parameters)
+    if kept:
+        from peftkit.model.load import load_model
+
+        return load_model(stage.source, stage.plan.base, device=stage.plan.device)
+    return model.unload()
+
+
+_SAID: Mapping[str, str] = {
+    "signals": "what the gradients of all layers want",
+    "dependence": "whether answers depend on their questions",
+    "continue": "a fork that goes on as before",
+    "rate up": "a fork at three times the rate",
+    "rate down": "a fork at a third of the rate",
+    "candidate": "a fork with a larger adapter",
+}
+
+
+def _without(evidence: Evidence, name: str) -> Evidence:
+    return replace(evidence, unaffordable=evidence.unaffordable | {name})
+
+
+def documents_of(rows: Sequence[Tokenized]) -> tuple[int, ...]:
+    """Which document each row is from: pieces of one row belong together."""
+    names: dict[str, int] = {}
+    return tuple(names.setdefault(row.where, len(names)) for row in rows)
+
+
+def linear_modules(stage: Stage, model: Any) -> list[Module]:
+    """The linear layers that hooks can watch and an adapter could have."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = {name.replace(".base_layer", "") for name, _ in base.named_modules()}
+    return [
+        m
+        for m in stage.facts.model.shape.modules
+        if not (m.blocked or m.in_experts or m.by_parameter) and m.name in names
+    ]
+
+
+def evaluations_of(
+    events: Sequence[Mapping[str, Any]], held: Sequence[Tokenized], upto: int
+) -> tuple[list[Evaluation], float | None]:
+    """(the evaluations up to a step, the training loss of the last steps before it), by a run's events.
+
+    A step that was made twice counts as it was made last.
+    """
+    rates = {e["step"]: e for e in events if e["event"] == "step" and e["step"] <= upto}
+    evals = {e["step"]: e for e in events if e["event"] == "eval" and e["step"] <= upto and "rows" in e}
+    numbers = judged(len(held))
+    counts = tuple(max(1, _learnt(held[i])) for i in numbers)
+    documents = documents_of([held[i] for i in numbers])
+    found = [
+        Evaluation(
+            step,
+            sum(event["learning_rate"] for at, event in rates.items() if at <= step),
+            Rows(tuple(evals[step]["rows"]), counts, documents),
+        )
+        for step in sorted(evals)
+    ]
+    late = sorted(rates)[-max(1, int(_LATE * len(rates))) :] if rates else []
+    losses = [rates[step]["loss"] for step in late]
+    return found, sum(losses) / len(losses) if losses else None
+
+
+def _learnt(row: Tokenized) -> int:
+    """What a decoder learns of a row: its first token is predicted by nothing."""
+    first = 1 if len(row.labels) == len(row.input_ids) and row.labels and row.labels[0] != -100 else 0
+    return row.num_learnt - first
