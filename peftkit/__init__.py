@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peftkit.api import (
         check_data,
         convert_weights,
+        diagnose_run,
         evaluate_run,
         finetune,
         generate,
@@ -44,6 +45,7 @@ _API = (
     "load_recipe",
     "make_plan",
     "plan_recipe",
+    "diagnose_run",
     "reproduce_run",
     "resume_run",
     "summarize_run",
@@ -57,6 +59,7 @@ __all__ = [
     "UserError",
     "check_data",
     "convert_weights",
+    "diagnose_run",
     "evaluate_run",
     "finetune",
     "generate",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.data.gate.report import DataReport
+from peftkit.diagnose.verdict import Verdict
 from peftkit.model.convert import Converted
 from peftkit.plan import Plan
 from peftkit.plan.inspection import Inspection
@@ -26,8 +27,10 @@ __all__ = [
     "Inspection",
     "Observer",
     "RecipeLike",
+    "Verdict",
     "check_data",
     "convert_weights",
+    "diagnose_run",
     "evaluate_run",
     "finetune",
     "generate",
@@ -155,6 +158,26 @@ def reproduce_run(
     given = Path(recipe) if recipe else None
     folder = Path(out) if out else None
     return reproduce(Path(path), out=folder, recipe=given, overrides=overrides, observer=observer)
+
+
+def diagnose_run(
+    path: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    anew: bool = False,
+    observer: Observer = _ignore,
+) -> Verdict:
+    """Is quality lagging, why, and what to do: the run's own verdict, or one that is measured now.
+
+    `path` is a run, or an adapter folder made elsewhere with the `recipe` that describes it; then `out` is a
+    new folder for what is found. `anew` measures again. Raises UserError where there is nothing to judge by.
+    """
+    from peftkit.run.diagnose_run import diagnose
+
+    given, folder = Path(recipe) if recipe else None, Path(out) if out else None
+    return diagnose(Path(path), recipe=given, overrides=overrides, out=folder, anew=anew, observer=observer)
 
 
 def verify_run(path: str | Path) -> Verification:

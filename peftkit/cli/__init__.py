@@ -122,6 +122,22 @@ COMMANDS: tuple[Command, ...] = (
         ),
     ),
     Command(
+        "diagnose",
+        "is quality lagging, why, and what to do, with every number",
+        (
+            _arg("run", metavar="RUN|ADAPTER"),
+            _arg("--recipe", metavar="FILE", help="what an adapter from elsewhere was trained by"),
+            _OVERRIDES,
+            _arg(
+                "--out",
+                metavar="DIR",
+                help="for what is found of it (ADAPTER-diagnosis)",
+            ),
+            _arg("--anew", action="store_true", help="measure again what a run said of itself"),
+            _arg("--json", action="store_true"),
+        ),
+    ),
+    Command(
         "verify",
         "read every file of a run again, against what was written",
         (_arg("run", metavar="RUN"), _arg("--json", action="store_true")),
@@ -170,6 +186,7 @@ COMMANDS: tuple[Command, ...] = (
 
 FUNCTIONS = {
     "check": "check_data",
+    "diagnose": "diagnose_run",
     "eval": "evaluate",
     "inspect": "inspect_model",
     "plan": "plan_recipe",

@@ -129,6 +129,28 @@ def resume(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def diagnose_run(arguments: argparse.Namespace) -> int:
+    """Print the verdict on a run or an adapter."""
+    from peftkit import api
+    from peftkit.cli.display import open_display
+    from peftkit.cli.tables import print_verdict
+
+    with open_display() as display:
+        verdict = api.diagnose_run(
+            arguments.run,
+            recipe=_recipe_file(arguments),
+            overrides=arguments.overrides,
+            out=arguments.out,
+            anew=arguments.anew,
+            observer=display.show,
+        )
+    if arguments.json:
+        print(json.dumps(verdict.to_json(), indent=2))
+    else:
+        print_verdict(verdict)
+    return 0
+
+
 def _recipe_file(arguments: argparse.Namespace) -> str | None:
     """What --recipe names. Raises UserError for overrides of nothing: a run has its recipe already."""
     if arguments.overrides and not arguments.recipe:

@@ -17,7 +17,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from peftkit.secrets import redact
 from peftkit.units import printable, show_bytes, show_count, show_percent, show_seconds
 
-_PHASES = {"base": "base", "data": "reading", "model": "loading", "metric": "measuring", "publish": "writing"}
+_PHASES = {
+    "base": "base",
+    "data": "reading",
+    "diagnosis": "looking",
+    "model": "loading",
+    "metric": "measuring",
+    "publish": "writing",
+}
 _PLAIN_SECONDS = 5.0
 
 
@@ -79,6 +86,17 @@ def _spike(event: dict[str, Any]) -> str:
     return f"step {event['step']}: {event['text']}{shown}; usual advice: {event['advice']}"
 
 
+def _verdict(event: dict[str, Any]) -> str:
+    changes = f": {' '.join(event['action']['overrides'])}" if event["action"]["overrides"] else ""
+    return f"step {event['step']}: {event['text']}; {event['action']['said']}{changes}"
+
+
+def _fork(event: dict[str, Any]) -> str:
+    if event["loss"] is None:
+        return f"fork {event['name']}: its loss was not finite"
+    return f"fork {event['name']}: {event['num_steps']} steps gained {event['gain'][0]:+.4f} nats"
+
+
 _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
     "phase": lambda event: f"{_PHASES.get(event['name'], event['name'])}: {event['detail']}",
     "checks": "data gate: {verdict}; {batching}".format_map,
@@ -96,6 +114,14 @@ _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory": _compared,
     "spike": _spike,
     "rollback": ("{text}: back to step {step}, with half the learning rate, {learning_rate:.2e}".format_map),
+    "verdict": _verdict,
+    "fork": _fork,
+    "growth": (
+        "step {step}: the adapter grows to {num_trainable:,} trainable parameters, at a rate of "
+        "{learning_rate:.2e}; {num_steps} steps in all".format_map
+    ),
+    "growth_kept": "step {step}: the growth paid: {gain[0]:+.4f} nats".format_map,
+    "growth_taken_back": "step {step}: the growth did not pay ({gain[0]:+.4f} nats): taken back".format_map,
     "changed": "going on though {text}".format_map,
     "resume": "going on from step {step}".format_map,
     "early_stop": "step {step}: stopped early, no gain in {patience} evaluations".format_map,

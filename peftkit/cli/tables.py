@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from peftkit.api import Account, Evaluation, Inspection
+from peftkit.diagnose.verdict import Verdict
 from peftkit.plan import Plan
 from peftkit.report import Summary
 from peftkit.run.reproduce import Reproduction
@@ -207,6 +208,15 @@ def print_reproduction(found: Reproduction) -> None:
     table.show_header = False
     for row in found.rows():
         table.add_row(*_plain(row))
+    _console().print(table)
+
+
+def print_verdict(verdict: Verdict) -> None:
+    """Is quality lagging, why, and what to do."""
+    table = _table("", "")
+    table.show_header = False
+    for name, value in verdict.rows():
+        table.add_row(name, value)
     _console().print(table)
 
 

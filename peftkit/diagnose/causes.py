@@ -97,15 +97,8 @@ class Finding:
 def look_further(evidence: Evidence) -> Wanted | Finding:
     """What to measure next, or the cause."""
     e = evidence
-    if e.masks:
-        return Finding("data: labels or masks broken", "; ".join(e.masks))
-    if e.quality.state == "not lagging":
-        return Finding("none", e.quality.said)
-    if e.num_departures:
-        said = f"{e.num_departures} steps were skipped or taken back"
-        return Finding("unstable", said)
-    if e.quality.state == "still improving":
-        return Finding("too few steps", e.quality.said)
+    if found := _at_once(e):
+        return found
     if e.signals is None and "signals" not in e.unaffordable:
         return "signals"
     if e.asks and e.dependence is None and "dependence" not in e.unaffordable:
@@ -116,6 +109,19 @@ def look_further(evidence: Evidence) -> Wanted | Finding:
         if arm not in e.arms and arm not in e.unaffordable:
             return arm
     return _by_forks(e)
+
+
+def _at_once(e: Evidence) -> Finding | None:
+    """What the evaluations, the events and the data gate have said already."""
+    if e.masks:
+        return Finding("data: labels or masks broken", "; ".join(e.masks))
+    if e.quality.state == "not lagging":
+        return Finding("none", e.quality.said)
+    if e.num_departures:
+        return Finding("unstable", f"{e.num_departures} steps were skipped or taken back")
+    if e.quality.state == "still improving":
+        return Finding("too few steps", e.quality.said)
+    return None
 
 
 def look_early(evidence: Evidence) -> Wanted | Finding:

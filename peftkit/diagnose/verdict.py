@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from peftkit.diagnose.causes import Cause
@@ -99,7 +99,8 @@ class Verdict:
             Interval(**gain) if gain else None,
             Cost(**cost) if cost else None,
         )
-        return cls(**{**value, "action": made, "loss": Interval(**value["loss"])})
+        known = {one.name: value[one.name] for one in fields(cls) if one.name in value}
+        return cls(**{**known, "action": made, "loss": Interval(**value["loss"])})
 
     def _repr_html_(self) -> str:
         return html_table(self.rows())

@@ -68,6 +68,28 @@ def load_adapter(model: Any, folder: Path) -> Any:
     return loaded
 
 
+def load_into(model: Any, folder: Path) -> None:
+    """Put a saved adapter's tensors into one that was attached by a plan.
+
+    Raises UserError where the plan's adapter is another: the tensors have to be the same, each of its shape.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    check_folder(folder)
+    check_adapter_weights(folder)
+    shapes = _shapes(folder)
+    needed = get_peft_model_state_dict(model, save_embedding_layers=False)
+    odd = sorted(shapes.keys() ^ needed.keys()) or [
+        name for name, tensor in needed.items() if tuple(tensor.shape) != shapes[name]
+    ]
+    if odd:
+        got = f"an adapter with other tensors than the recipe's (for example {odd[0]})"
+        fix = "give the recipe that it was trained by: method, rank and targets"
+        raise UserError(Problem(str(folder), got, "the adapter that the recipe describes", fix))
+    set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+
+
 def _said(error: Exception) -> str:
     """The first two lines: torch names what it loads in one, and what is wrong with it in the next."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -239,7 +239,7 @@ class Diagnose(Options):
 
     escalate: Literal["off", "recommend", "auto"] = Field(
         "recommend",
-        description="recommend: a verdict and the next recipe; auto: grow the adapter in the run where that pays",
+        description="recommend: a verdict, and the next recipe; auto: grow the adapter where that pays",
     )
     target: Target | None = None
     reference: Literal["full"] | None = Field(

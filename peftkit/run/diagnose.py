@@ -37,8 +37,7 @@ def is_due(stage: Stage, step: int, *, ended: bool) -> bool:
     wanted = stage.plan.diagnose
     if wanted.escalate == "off" or not (ended or step in wanted.look_steps):
         return False
-    looks = [e for e in stage.run.events() if e["event"] == "verdict" and e["step"] == step]
-    return not any(e["num_growths"] == stage.num_growths for e in looks)
+    return not any(e["event"] == "verdict" and e["step"] == step for e in stage.run.events())
 
 
 def look(stage: Stage, training: Any, *, step: int, ended: bool) -> Looked:
@@ -183,7 +182,6 @@ def tell(stage: Stage, verdict: Verdict) -> None:
     stage.emit(
         "verdict",
         step=verdict.step,
-        num_growths=stage.num_growths,
         text=verdict.line,
         **{key: value for key, value in verdict.to_json().items() if key != "step"},
     )

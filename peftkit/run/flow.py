@@ -129,7 +129,7 @@ def train_and_publish(stage: Stage, *, checkpoint: Path | None) -> Summary:
         checkpoint, _ = stage.run.newest_checkpoint()
 
 
-def _assembled(stage: Stage, *, checkpoint: Path | None, base: Any) -> tuple[Any, Any]:
+def assembled(stage: Stage, *, checkpoint: Path | None, base: Any) -> tuple[Any, Any]:
     """(training, model): loaded unless the base is in memory, wrapped, and proven on the longest rows."""
     from transformers import set_seed
 
@@ -171,13 +171,13 @@ def _assembled(stage: Stage, *, checkpoint: Path | None, base: Any) -> tuple[Any
 def _go(stage: Stage, *, checkpoint: Path | None, base: Any) -> tuple[Stage, Any] | None:
     """Load, wrap, measure, train, look, measure again, publish the best.
 
-    `base` is the model where it is in memory. After a look that wrapped it anew, or came before the end, gives
-    the stage and the base to go on with from the newest checkpoint.
+    `base` is the model where it is in memory. After a look that wrapped it anew, or came before the end,
+    gives the stage and the base to go on with from the newest checkpoint.
     """
     from peftkit.run.diagnose import is_due, look
 
     plan, run = stage.plan, stage.run
-    training, model = _assembled(stage, checkpoint=checkpoint, base=base)
+    training, model = assembled(stage, checkpoint=checkpoint, base=base)
     if checkpoint is None:
         _measure(stage, model, "before")
         training.measure_start()

@@ -60,9 +60,9 @@ def resume(
         if is_planned and (summary := _finished(run, observer)) is not None:
             return summary
         checkpoint = _checkpoint_of(run, is_planned, observer)
-        stage = _reopened(run, recipe_of(run, recipe, overrides), observer)
+        stage = reopened(run, recipe_of(run, recipe, overrides), observer)
         if is_planned:
-            stage = _as_it_was(stage, allow_changed, checkpoint)
+            stage = as_it_was(stage, allow_changed, checkpoint)
         else:
             write_decided(stage)
         return train_and_publish(stage, checkpoint=checkpoint)
@@ -140,7 +140,7 @@ def recipe_of(run: RunDir, given: Path | None, overrides: Sequence[str]) -> Load
     return loaded
 
 
-def _reopened(run: RunDir, loaded: LoadedRecipe, observer: Observer) -> Stage:
+def reopened(run: RunDir, loaded: LoadedRecipe, observer: Observer) -> Stage:
     """The run's stage from its own recipe, as far as time goes where it stopped."""
     if not (run.path / "recipe.yaml").exists():
         write_recipe(loaded, run)  # killed before the copy as given: what is left of it
@@ -152,7 +152,7 @@ def _reopened(run: RunDir, loaded: LoadedRecipe, observer: Observer) -> Stage:
     return replace(stage, started=stage.started - spent)
 
 
-def _as_it_was(stage: Stage, allowed: Sequence[str], checkpoint: Path | None) -> Stage:
+def as_it_was(stage: Stage, allowed: Sequence[str], checkpoint: Path | None) -> Stage:
     """The stage, once nothing has changed but what may. A changed recipe that may is decided anew."""
     environment = read_sealed(stage.run.path / "environment.json")
     before = environment["fingerprints"]

@@ -50,11 +50,6 @@ class Stage:
     def prepared(self) -> Prepared:
         return self.looked.prepared
 
-    @property
-    def num_growths(self) -> int:
-        """Escalations so far, kept or not."""
-        return len(self.plan.growths)
-
     def fingerprints(self) -> dict[str, Any]:
         """Of recipe, data, base and versions, as they are now."""
         return fingerprints(self.loaded, self.source, self.plan.base, self.tokenizer, self.prepared)

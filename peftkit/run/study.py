@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peftkit.archs import Module
-from peftkit.data.mask import Tokenized
+from peftkit.data.mask import IGNORED, Tokenized
 from peftkit.diagnose.causes import (
     RATE_FACTOR,
     Arm,
@@ -40,6 +40,7 @@ _ARMS = 4
 _FEWEST_STEPS = 4  # of a fork: fewer say nothing
 _FORK_ROWS = (50, 200)  # held-out rows that decide, and as many that report: a third of a fork's cost
 _EVAL_COST = 1 / 3  # of a token that is trained on: no backward
+_CLOSING = 4  # tokens with which a template may close a turn
 _LATE = 0.1  # of the steps: the training loss of the last ones is compared
 MASK_CHECKS = ("masked-rows", "end-token", "end-agreement", "template", "round-trip", "roles")
 
@@ -157,6 +158,7 @@ class Study:
         quality = self.first_quality()
         findings = self.stage.looked.report.findings
         masks = [f"{f.check}: {f.said}" for f in findings if f.status == "waived" and f.check in MASK_CHECKS]
+        masks += masked_ends(self.held)
         return Evidence(
             quality,
             every[-1].rows,
@@ -343,6 +345,20 @@ def documents_of(rows: Sequence[Tokenized]) -> tuple[int, ...]:
     return tuple(names.setdefault(row.where, len(names)) for row in rows)
 
 
+def masked_ends(rows: Sequence[Tokenized]) -> list[str]:
+    """What is odd about where learning ends in most decoder rows; nothing where they end with it."""
+    after = []
+    for row in rows:
+        if len(row.labels) != len(row.input_ids) or row.num_learnt == 0:
+            return []
+        last = max(i for i, label in enumerate(row.labels) if label != IGNORED)
+        after.append(len(row.labels) - 1 - last)
+    usual = sorted(after)[len(after) // 2]
+    if usual <= _CLOSING:
+        return []
+    return [f"half of the rows go on for {usual} tokens or more after the last one that is learnt"]
+
+
 def linear_modules(stage: Stage, model: Any) -> list[Module]:
     """The linear layers that hooks can watch and an adapter could have."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -381,5 +397,5 @@ def evaluations_of(
 
 def _learnt(row: Tokenized) -> int:
     """What a decoder learns of a row: its first token is predicted by nothing."""
-    first = 1 if len(row.labels) == len(row.input_ids) and row.labels and row.labels[0] != -100 else 0
+    first = 1 if len(row.labels) == len(row.input_ids) and row.labels and row.labels[0] != IGNORED else 0
     return row.num_learnt - first

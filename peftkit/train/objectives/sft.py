@@ -71,5 +71,5 @@ def loss(model: Any, batch: Mapping[str, Any], task: str) -> Any:
 
 
 def summed(model: Any, batch: Mapping[str, Any]) -> Any:
-    """Each row's loss summed over what is learnt, for a model that the trainer prepared: no logits are held."""
+    """Each row's summed loss, for a model that the trainer has prepared: no logits are held."""
     return -model(**batch, use_cache=False, fused_lm_head=True).log_probs.sum(-1)
