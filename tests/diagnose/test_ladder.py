@@ -1,0 +1,48 @@
+"""To the rung that the evidence names: modules by energy per parameter, rank by what the data tells."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftkit.diagnose.ladder import RANKS, next_rung, rank_for
+from peftkit.diagnose.signals import ModuleSignal, Signals
+
+
+def module(role, residual, *, adapted=False, size=256, tangent=0.0):
+    return ModuleSignal(f"layers.0.{role}", role, adapted, size, tangent, residual, residual, 0.5)
+
+
+def rung(*modules, rank=8, max_rank=256, num_learnt=1000, head=0.0):
+    found = Signals(tuple(modules), head=head, head_parameters=1000 if head else 0)
+    adapted = tuple(dict.fromkeys(m.role for m in modules if m.is_adapted))
+    return next_rung(found, rank=rank, adapted=adapted, max_rank=max_rank, num_learnt=num_learnt, loss=2.0)
+
+
+def test_modules_are_added_by_energy_per_parameter_and_not_by_folklore():
+    found = rung(
+        module("q", 0.2, adapted=True, tangent=0.1),
+        module("k", 0.01),
+        module("o", 0.7),
+        module("down", 0.9, size=512),
+    )
+    assert found.cause == "target modules"
+    assert found.roles == ("q", "o", "down")  # k has a seventieth of o's
+    assert "o 1.00" in found.said
+
+
+def test_rank_where_all_layers_have_an_adapter():
+    found = rung(module("q", 2.0, adapted=True, tangent=0.1), module("o", 1.0, adapted=True, tangent=0.1))
+    assert (found.cause, found.roles, found.rank) == ("rank", (), 16)
+    assert rung(module("q", 2.0, adapted=True), rank=64, max_rank=64) is None
+
+
+def test_the_head_where_it_stands_out():
+    assert rung(module("q", 1.0, adapted=True), head=1000.0).cause == "embeddings or head"
+    assert rung(module("q", 1.0, adapted=True), head=1.0).cause == "rank"
+
+
+@given(st.integers(0, 10**7), st.floats(0.01, 10), st.integers(1, 10**6), st.sampled_from(RANKS))
+def test_the_rank_is_a_rung_within_its_bounds(num_learnt, loss, per_rank, least):
+    found = rank_for(num_learnt, loss, per_rank, least=least, most=256)
+    assert found in RANKS
+    assert least <= found <= 256
+    assert found <= rank_for(2 * num_learnt, loss, per_rank, least=least, most=256)

@@ -1,0 +1,61 @@
+"""Lagging only against a target or a reference; else still improving, or plateaued."""
+
+import numpy as np
+import pytest
+
+from peftkit.diagnose.paired import Rows
+from peftkit.diagnose.quality import Evaluation, judge
+
+HARD = np.random.default_rng(0).gamma(4.0, 0.25, size=200)
+
+
+def evaluation(step, loss, *, learnt=None, noise=0.0):
+    chance = np.random.default_rng(step)
+    sums = HARD + loss - HARD.mean() + chance.normal(0, noise, size=200)
+    return Evaluation(step, float(learnt or step), Rows(tuple(sums), (1,) * 200, tuple(range(200))))
+
+
+def curve(losses, **more):
+    return [evaluation(100 * i, loss, **more) for i, loss in enumerate(losses)]
+
+
+def test_without_a_target_nothing_lags():
+    assert judge(curve([4.0, 3.0, 2.0, 1.5]), target=None).state == "still improving"
+    flat = curve([4.0, 1.5, 1.5, 1.5, 1.5], noise=0.02)
+    assert judge(flat, target=None).state == "plateaued"
+
+
+@pytest.mark.parametrize(("target", "state"), [(0.9, "lagging"), (1.2, "not lagging"), (1.0, "not lagging")])
+def test_a_target_is_missed_only_beyond_noise(target, state):
+    found = judge(curve([4.0, 2.0, 1.05]), target=target)
+    assert found.state == state
+    assert f"{target:g}" in found.said
+
+
+def test_a_reference_is_compared_row_by_row():
+    last = curve([4.0, 2.0, 1.5])
+    assert judge(last, target=None, reference=evaluation(0, 1.2).rows).state == "lagging"
+    assert judge(last, target=None, reference=evaluation(0, 1.495).rows).state == "not lagging"
+
+
+def test_a_decaying_rate_is_no_plateau():
+    """The same losses: at a constant rate the last steps brought little, at a decaying one they were short."""
+    losses = [4.0, 2.0, 1.9, 1.85]
+    constant = [evaluation(100 * i, loss, learnt=100 * i) for i, loss in enumerate(losses)]
+    decaying = [
+        evaluation(100 * i, loss, learnt=learnt)
+        for i, (loss, learnt) in enumerate(zip(losses, [0.001, 100, 110, 115], strict=True))
+    ]
+    said = [judge(one, target=None).projected.mean for one in (constant, decaying)]
+    assert said[1] > 3 * said[0]
+
+
+def test_what_got_worse_since_its_best_is_told():
+    assert judge(curve([4.0, 1.0, 1.4, 1.9]), target=None).worsened.mean == pytest.approx(0.9, abs=0.02)
+    assert judge(curve([4.0, 2.0, 1.0]), target=None).worsened is None
+
+
+def test_a_single_evaluation_says_what_it_can():
+    found = judge([evaluation(50, 1.0)], target=None)
+    assert found.state == "plateaued"
+    assert found.projected is None
