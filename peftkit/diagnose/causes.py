@@ -35,6 +35,7 @@ BEYOND = 2.5  # paired standard errors that a fork must be better by
 MATTERS = 0.004  # of the loss: less is not worth a change, however certain
 GENERALISES = 0.3  # below it what is left to learn does not help held-out rows
 AGREES = 0.05  # below it two batches want nothing in common
+BY_HEART = 0.5  # of the held-out loss: a training loss below it
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,12 @@ def _arms(e: Evidence) -> tuple[Wanted, ...]:
 def _data(e: Evidence) -> Finding | None:
     """Labels that have nothing to do with their questions, and rows that are known by heart."""
     signals = e.signals
+    if signals is not None and signals.is_collapsed:
+        said = (
+            f"the layers' gradients are {signals.reach:.0e} of the head's: a rate that was too high has left "
+            "them where nothing moves the loss"
+        )
+        return Finding("learning rate too high", said)
     if e.asks and e.dependence is not None and signals is not None:
         depends = e.dependence.low > 0 and e.dependence.mean > MATTERS * e.rows.mean
         if not depends and signals.agreement < AGREES:
@@ -166,28 +173,40 @@ def _data(e: Evidence) -> Finding | None:
         said = f"the loss on held-out rows has risen since its best by {worsened}"
         if e.train_loss is not None and e.train_loss < e.rows.mean:
             return Finding("data: overfitting", f"{said}, and that of training is {e.train_loss:.3f}")
-    if signals is not None and signals.generalises < GENERALISES:
-        said = f"what training still wants does not help held-out rows ({signals.generalises:.2f} of it does)"
+    if signals is not None and signals.generalises < GENERALISES and _knows_by_heart(e):
+        said = (
+            f"the loss of training is {e.train_loss:.3f}, and of what training still wants "
+            f"{signals.generalises:.2f} helps held-out rows"
+        )
         return Finding("data: overfitting", said)
     return None
 
 
+def _knows_by_heart(e: Evidence) -> bool:
+    return e.train_loss is not None and e.train_loss < BY_HEART * e.rows.mean
+
+
 def _by_forks(e: Evidence) -> Finding:
     """The cause that forks show; undecided where the budget left out what would tell."""
-    missing = [arm for arm in _arms(e) if arm not in e.arms]
-    if e.beats("rate up", "continue") and not e.beats("rate down", "rate up"):
-        said = f"{RATE_FACTOR:g} times the rate is better than going on by {e.versus('rate up', 'continue')}"
-        return Finding("learning rate too low", said, "rate up")
+    still = e.quality.projected
+    learns = still is not None and still.low > 0 and still.mean > MATTERS * e.rows.mean
+    others = [arm for arm in ("continue", "rate up", "rate down") if arm in e.arms]
+    if e.candidate and len(others) > 1 and all(e.beats("candidate", other) for other in others):
+        said = f"the grown adapter is better than going on by {e.versus('candidate', 'continue')}"
+        return Finding(e.candidate, said, "candidate")
+    higher = e.versus("rate up", "continue")
+    if higher is not None and (e.beats("rate up", "continue") or (learns and higher.mean > -higher.error)):
+        said = f"{RATE_FACTOR:g} times the rate goes as well as this one, or better: {higher}"
+        return Finding("learning rate too low", f"{said}; {_learning(still)}", "rate up")
     if e.beats("rate down", "continue") and e.beats("rate down"):
         said = f"a third of the rate is better than going on by {e.versus('rate down', 'continue')}"
         return Finding("learning rate too high", said, "rate down")
-    if e.candidate and e.beats("candidate", "continue"):
-        others = [arm for arm in ("rate up", "rate down") if arm in e.arms]
-        if all(e.beats("candidate", other) for other in others):
-            said = f"the grown adapter is better than going on by {e.versus('candidate', 'continue')}"
-            return Finding(e.candidate, said, "candidate")
-    if e.beats("continue"):
-        return Finding("too few steps", f"going on brings {e.versus('continue')}", "continue")
-    if missing:
+    if learns or e.beats("continue"):
+        return Finding("too few steps", _learning(still), "continue" if e.beats("continue") else "")
+    if missing := [arm for arm in _arms(e) if arm not in e.arms]:
         return Finding("undecided", f"the budget did not reach to: {', '.join(missing)}")
     return Finding("undecided", "nothing that was tried is better than what there is, beyond its noise")
+
+
+def _learning(projected: Interval | None) -> str:
+    return f"half as many steps again would bring about {projected}" if projected else "going on brings more"

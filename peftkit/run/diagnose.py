@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peftkit.diagnose.causes import CAPACITY, Evidence, Finding, look_early, look_further
+from peftkit.diagnose.causes import CAPACITY, Evidence, Finding, Wanted, look_early, look_further
 from peftkit.diagnose.paired import gain
 from peftkit.diagnose.verdict import Action, Verdict
 from peftkit.plan import Plan
@@ -17,6 +18,7 @@ from peftkit.run.stage import Stage
 from peftkit.run.study import Study, evaluations_of
 from peftkit.rundir import step_of
 from peftkit.train.forks import Start
+from peftkit.train.restore import load_trained
 
 MORE_STEPS = 0.5  # of the run: what "more steps" recommends, and what a growth at the end goes on for
 
@@ -46,8 +48,7 @@ def look(stage: Stage, training: Any, *, step: int, ended: bool) -> Looked:
     study = study_of(stage, training.trainer.model, checkpoint, step)
     if ended and (lost := _did_not_pay(stage, study)):
         return lost
-    evidence, finding = study.look(look_further if ended else look_early)
-    verdict = verdict_of(study, evidence, finding)
+    verdict, finding = verdict_of(study, look_further if ended else look_early)
     plan = stage.plan
     acts = stage.plan.diagnose.escalate == "auto" and finding.arm == "candidate"
     if acts and num_kept(plan) < plan.diagnose.max_escalations:
@@ -88,15 +89,28 @@ def study_of(stage: Stage, model: Any, checkpoint: Path | None, step: int) -> St
     return study
 
 
-def verdict_of(study: Study, evidence: Evidence, finding: Finding) -> Verdict:
-    """The finding with its action, what that brings and costs, and every number behind it."""
+def verdict_of(
+    study: Study, further: Callable[[Evidence], Wanted | Finding] = look_further
+) -> tuple[Verdict, Finding]:
+    """What a look finds, with its action, what that brings and costs, and every number behind it.
+
+    The model holds the state that was judged afterwards, unless it was wrapped anew.
+    """
+    evidence, finding = study.look(further)
+    action = _action(study, evidence, finding)
+    if not study.is_rewrapped:
+        load_trained(study.model, study.start.trained)
+    return _verdict(study, evidence, finding, action), finding
+
+
+def _verdict(study: Study, evidence: Evidence, finding: Finding, action: Action) -> Verdict:
     quality = evidence.quality
     return Verdict(
         step=study.step,
         state=quality.state,
         cause=finding.cause,
         said=finding.said,
-        action=_action(study, evidence, finding),
+        action=action,
         loss=quality.loss,
         num_rows=len(study.deciding),
         overhead=study.budget.overhead,

@@ -68,8 +68,7 @@ def _judged(stage: Stage, checkpoint: Path | None, adapter: Path | None = None) 
         load_into(model, adapter)
     step = step_of(checkpoint) if adapter is None else (stage.plan.train.num_steps or 0)
     study = study_of(stage, training.trainer.model, checkpoint, step)
-    evidence, finding = study.look()
-    verdict = verdict_of(study, evidence, finding)
+    verdict, _ = verdict_of(study)
     tell(stage, verdict)
     return verdict
 

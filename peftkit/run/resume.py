@@ -16,6 +16,7 @@ from peftkit.plan import make_plan
 from peftkit.recipe import LoadedRecipe, load
 from peftkit.report import Summary, read_plan, read_summary
 from peftkit.run.environment import resolved_text
+from peftkit.run.escalate import settle_growths
 from peftkit.run.facts import light_facts, refuse_where_it_cannot_run
 from peftkit.run.flow import told, train_and_publish
 from peftkit.run.memory import settle
@@ -90,7 +91,9 @@ def _checkpoint_of(run: RunDir, is_planned: bool, observer: Observer) -> Path | 
     if is_planned:
         from peftkit.run.recover import set_left_aside  # it knows the trainer, which a plan does not need
 
-        set_left_aside(run, read_plan(run))
+        plan = read_plan(run)
+        settle_growths(run, plan)
+        set_left_aside(run, plan)
     checkpoint, skipped = run.newest_checkpoint()
     for fault in skipped:
         observer({"event": "warning", "text": f"{fault}: passed over"})

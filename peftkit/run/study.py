@@ -33,12 +33,13 @@ from peftkit.train.assemble import losses_of, objective
 from peftkit.train.forks import Forked, Start, at_rate, draw, fork
 from peftkit.train.restore import load_trained
 from peftkit.train.signals import STREAMS, Looker
+from peftkit.train.snapshot import Tensors
 
-_SIGNALS = 0.03  # of the run's tokens: what all signals together may take
+_SIGNALS = 0.02  # of the run's tokens: what all signals together may take
 _STREAM_ROWS = (8, 64)  # in each of three streams
 _ARMS = 4
 _FEWEST_STEPS = 4  # of a fork: fewer say nothing
-_FORK_ROWS = (50, 200)  # held-out rows that decide, and as many that report: a third of a fork's cost
+_FORK_ROWS = (40, 200)  # held-out rows that decide, as many as a fifth of a fork's cost pays for
 _EVAL_COST = 1 / 3  # of a token that is trained on: no backward
 _CLOSING = 4  # tokens with which a template may close a turn
 _LATE = 0.1  # of the steps: the training loss of the last ones is compared
@@ -80,8 +81,9 @@ class Study:
     candidate: Candidate | None = None
     grown: Grown | None = None
     is_rewrapped: bool = False
+    _fork_steps: int | None = None
     directions: dict[str, Any] = field(default_factory=dict)
-    reported: dict[str, Rows] = field(default_factory=dict)
+    ends: dict[str, Tensors] = field(default_factory=dict)  # what each fork came to
 
     def __post_init__(self) -> None:
         plan, prepared = self.plan, self.stage.prepared
@@ -110,7 +112,7 @@ class Study:
     def evaluated_rows(self) -> int:
         """How many held-out rows a fork is judged by."""
         per_row = _EVAL_COST * sum(row.length for row in self.held) / len(self.held)
-        affordable = int(0.15 * self.budget.share * self.budget.run_tokens / _ARMS / per_row)
+        affordable = int(0.2 * self.budget.share * self.budget.run_tokens / _ARMS / per_row)
         return max(_FORK_ROWS[0], min(_FORK_ROWS[1], affordable))
 
     def evaluate_now(self) -> Evaluation:
@@ -144,12 +146,10 @@ class Study:
     def look(
         self, further: Callable[[Evidence], Wanted | Finding] = look_further
     ) -> tuple[Evidence, Finding]:
-        """Measure what the evidence asks for until it names a cause. The model holds the state afterwards."""
+        """Measure what the evidence asks for until it names a cause."""
         evidence = self._first()
         while isinstance(wanted := further(evidence), str):
             evidence = self._measured(evidence, wanted)
-        if not self.is_rewrapped:
-            load_trained(self.model, self.start.trained)
         return evidence, wanted
 
     def _first(self) -> Evidence:
@@ -238,7 +238,9 @@ class Study:
         steps = self.fork_steps()
         if steps < _FEWEST_STEPS:
             return _without(evidence, name)
-        batches = draw(self.plan, self.stage.prepared.train, steps, seed=self.step)
+        batches = draw(
+            self.plan, self.stage.prepared.train, steps, batch_size=self.fork_batch, seed=self.step
+        )
         rate, model, start, plan = self.plan.train.learning_rate, self.model, self.start, self.plan
         if name == "candidate":
             model, start, plan = self._grow()
@@ -249,34 +251,43 @@ class Study:
             model, at_rate(plan, rate), start, batches, pad_id=self.pad_id, loss=objective(plan).loss
         )
         self.budget.spent_tokens += forked.num_tokens
-        rows = self._judged(model, plan, name) if forked.is_finite else None
+        rows = self._judged(model, plan) if forked.is_finite else None
+        self.ends[name] = {n: t.detach().cpu().clone() for n, t in trainable_tensors(model).items()}
         arm = Arm(name, rate, steps, forked.train_loss, rows)
         self._tell(evidence, arm, forked)
         return replace(evidence, arms={**evidence.arms, name: arm})
 
+    @property
+    def fork_batch(self) -> int:
+        """Rows of a fork's step: half of the run's, so that there are twice as many steps."""
+        return max(1, self.plan.train.batch_size // 2)
+
     def fork_steps(self) -> int:
         """How long each fork is: what the budget gives to all of them, divided."""
-        if not hasattr(self, "_fork_steps"):
-            judged_tokens = 2 * _EVAL_COST * sum(self.held[i].length for i in self.deciding)
-            self._fork_steps = int((self.budget.left / _ARMS - judged_tokens) / self.step_tokens)
+        if self._fork_steps is None:
+            judging = 1 + 1 / _ARMS  # after each fork, and once for the report
+            judged_tokens = judging * _EVAL_COST * sum(self.held[i].length for i in self.deciding)
+            tokens = self.step_tokens * self.fork_batch / self.plan.train.batch_size
+            self._fork_steps = int((self.budget.left / _ARMS - judged_tokens) / tokens)
         return self._fork_steps
 
-    def _judged(self, model: Any, plan: Plan, name: str) -> Rows:
-        """Losses of the rows to decide by; those of the others are kept for the report, unseen."""
-        numbers = [*self.deciding, *self.reporting]
-        losses = losses_of(model, [self.held[i] for i in numbers], plan, pad_id=self.pad_id)
-        self.budget.spent_tokens += _EVAL_COST * sum(self.held[i].length for i in numbers)
-        rows = Rows(losses.sums, losses.counts, tuple(self.documents[i] for i in numbers))
-        here = len(self.deciding)
-        self.reported[name] = rows.of(range(here, len(numbers)))
-        return rows.of(range(here))
+    def _judged(self, model: Any, plan: Plan) -> Rows:
+        """Losses of the rows to decide by."""
+        losses = losses_of(model, [self.held[i] for i in self.deciding], plan, pad_id=self.pad_id)
+        self.budget.spent_tokens += _EVAL_COST * sum(self.held[i].length for i in self.deciding)
+        return Rows(losses.sums, losses.counts, tuple(self.documents[i] for i in self.deciding))
 
     def expected_gain(self, arm: str) -> Interval | None:
-        """What an arm brought on the rows that decided nothing."""
-        if arm not in self.reported or not self.reporting:
+        """What an arm brought on the rows that decided nothing, which are looked at here alone."""
+        if arm not in self.ends or not self.reporting or (self.is_rewrapped and arm != "candidate"):
             return None
+        load_trained(self.model, self.ends[arm])
+        rows = [self.held[i] for i in self.reporting]
+        losses = losses_of(self.model, rows, self.wrapped, pad_id=self.pad_id)
+        self.budget.spent_tokens += _EVAL_COST * sum(row.length for row in rows)
+        documents = tuple(self.documents[i] for i in self.reporting)
         before = self.evaluations[-1].rows.of(self.reporting)
-        return gain(before, self.reported[arm])
+        return gain(before, Rows(losses.sums, losses.counts, documents))
 
     def _grow(self) -> tuple[Any, Start, Plan]:
         """The model with the candidate's adapter, which computes what the old one did."""

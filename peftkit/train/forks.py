@@ -53,15 +53,15 @@ class Forked:
     is_finite: bool
 
 
-def draw(plan: Plan, rows: Sequence[Tokenized], num_steps: int, *, seed: int) -> list[Step]:
-    """The batches of a fork: `num_steps` of micro-batches, of rows drawn without return while they last."""
+def draw(plan: Plan, rows: Sequence[Tokenized], num_steps: int, *, batch_size: int, seed: int) -> list[Step]:
+    """The batches of a fork: steps of `batch_size` rows or packs, drawn without return while they last."""
     chance, found = np.random.default_rng([plan.seed, seed]), drawn_from(plan, rows)
-    wanted = num_steps * plan.train.micro_batch * plan.train.accumulation
+    wanted = num_steps * batch_size
     order = np.concatenate([chance.permutation(len(found)) for _ in range(-(-wanted // len(found)))])
     chosen = [[rows[number] for number in found[i]] for i in order[:wanted]]
-    micro = [chosen[i : i + plan.train.micro_batch] for i in range(0, len(chosen), plan.train.micro_batch)]
-    each = plan.train.accumulation
-    return [micro[i : i + each] for i in range(0, len(micro), each)]
+    size = min(plan.train.micro_batch, batch_size)
+    steps = [chosen[i : i + batch_size] for i in range(0, wanted, batch_size)]
+    return [[step[i : i + size] for i in range(0, batch_size, size)] for step in steps]
 
 
 def rate_at(step: int, num_steps: int) -> float:

@@ -39,7 +39,7 @@ def test_a_reference_is_compared_row_by_row():
 
 
 def test_a_decaying_rate_is_no_plateau():
-    """The same losses: at a constant rate the last steps brought little, at a decaying one they were short."""
+    """The same losses: the last steps brought little at a constant rate, were short at a decaying one."""
     losses = [4.0, 2.0, 1.9, 1.85]
     constant = [evaluation(100 * i, loss, learnt=100 * i) for i, loss in enumerate(losses)]
     decaying = [

@@ -1,0 +1,84 @@
+"""What the plan makes of `diagnose:`, and what it refuses."""
+
+import pytest
+
+from peftkit.errors import UserError
+from peftkit.plan import Plan
+from peftkit.plan.diagnosis import FIRST_LOOK
+from peftkit.plan.plan import Growth
+from peftkit.recipe import check, load
+from tests.plans import cpu_plan
+
+
+def decided(plan, key):
+    return next(one for one in plan.decisions if one.key == key)
+
+
+def test_recommend_is_the_default_and_pauses_nowhere():
+    plan = cpu_plan()
+    assert (plan.diagnose.escalate, plan.diagnose.look_steps) == ("recommend", ())
+    assert plan.diagnose.compute_share == 0.15
+
+
+def test_auto_looks_early_where_there_are_steps_enough():
+    plan = cpu_plan(diagnose={"escalate": "auto"}, train={"max_steps": 500})
+    assert plan.diagnose.look_steps == (max(plan.train.num_warmup_steps + 1, round(FIRST_LOOK * 500)),)
+    assert cpu_plan(diagnose={"escalate": "auto"}, train={"max_steps": 40}).diagnose.look_steps == ()
+
+
+@pytest.mark.parametrize(
+    ("method", "train", "why"),
+    [
+        ("prefix", {}, "prefix has no rank"),
+        ("ia3", {}, "LoRA, is recommended"),
+        ({"name": "lora", "init": "pissa"}, {}, "defined by its start"),
+        ({"name": "lora", "lr_ratio": 16.0}, {}, "a rate of its own"),
+        ("lora", {"optimizer": "adafactor"}, "cannot be grown"),
+    ],
+)
+def test_what_cannot_grow_is_recommended_to_with_a_reason(method, train, why):
+    plan = cpu_plan(method, diagnose={"escalate": "auto"}, train={"max_steps": 200, **train})
+    found = decided(plan, "diagnose.escalate")
+    assert (found.value, plan.diagnose.escalate) == ("recommend", "recommend")
+    assert why in found.reason
+
+
+def test_nothing_is_judged_without_held_out_rows():
+    source = {"base": "org/model", "method": "lora", "data": {"train": "x.jsonl", "eval": None}}
+    assert check(load(source)) == []
+    plan = cpu_plan(data={"train": "x.jsonl", "eval": None})
+    assert plan.diagnose.escalate == "off"
+    assert "data.eval: 5%" in decided(plan, "diagnose.escalate").reason
+    wanted = {"escalate": "auto", "target": {"value": 1.0}, "reference": "full"}
+    problems = check(load({**source, "diagnose": wanted}))
+    assert [p.where.split()[-1] for p in problems] == [
+        "diagnose.escalate",
+        "diagnose.target",
+        "diagnose.reference",
+    ]
+
+
+def test_keys_beside_off_are_told():
+    source = {"base": "org/model", "method": "lora", "data": {"train": "x.jsonl"}}
+    problems = check(load({**source, "diagnose": {"escalate": "off", "target": {"value": 1.0}}}))
+    assert [p.got for p in problems] == ["target with escalate: off"]
+
+
+def test_targets_and_bounds_that_mean_nothing_are_refused():
+    for wanted, said in (
+        ({"target": {"metric": "accuracy", "value": 0.9}}, "accuracy, which is not measured"),
+        ({"bounds": {"max_memory": "large"}}, "'large'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            cpu_plan(diagnose=wanted)
+    with pytest.raises(UserError, match="full with qlora"):
+        cpu_plan("qlora", diagnose={"reference": "full"})
+    plan = cpu_plan(diagnose={"bounds": {"max_memory": "4GiB", "compute": "5%"}})
+    assert (plan.diagnose.max_memory_bytes, plan.diagnose.compute_share) == (4 * 2**30, 0.05)
+
+
+def test_a_plan_with_growths_comes_back_from_json():
+    from dataclasses import replace
+
+    plan = replace(cpu_plan(), growths=(Growth(20, "rank", ("method.rank=32",), kept=False),))
+    assert Plan.from_json(plan.to_json()) == plan
