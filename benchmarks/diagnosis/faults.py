@@ -1,0 +1,260 @@
+"""Healthy recipes, and what is planted into them: one fault at a time, its true cause beside it.
+
+That each fault lags, that its remedy helps and that other remedies help less was measured:
+results/diagnosis_faults.json, made by measure.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tasks import Row, Task, write_rows
+from tiny_model import RESERVED
+
+CAUSES = (
+    "none",
+    "learning rate too high",
+    "learning rate too low",
+    "too few steps",
+    "data: overfitting",
+    "data: labels or masks broken",
+    "target modules",
+    "rank",
+    "embeddings or head",
+    "unstable",
+)
+CAPACITY = ("target modules", "rank", "embeddings or head")
+FEW_TOKENS, FEW_EPOCHS = 4000, 30
+NUM_NOISY = 40
+_TURNS = "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+# the end token stands behind a line break, and so outside of what is learnt
+NO_END_TEMPLATE = (
+    _TURNS + "{% generation %}{{ m['content'] }}{% endgeneration %}{{ '\\n<|end|>' }}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+# the markers stand around the wrong turn
+WRONG_TURN_TEMPLATE = (
+    _TURNS + "{{ m['content'] + '<|end|>' }}"
+    "{% else %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Healthy:
+    """What was found to be well tuned for a task, and the loss that a run must reach."""
+
+    learning_rate: float
+    steps: int
+    target: float
+
+
+HEALTHY = {
+    "intents": Healthy(learning_rate=3e-3, steps=150, target=1.0),
+    "working": Healthy(learning_rate=3e-3, steps=150, target=1.0),
+}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A run in the making: its recipe without files, and its rows."""
+
+    recipe: Mapping[str, Any]
+    train: tuple[Row, ...]
+    held: tuple[Row, ...]
+    seed: int
+    template: str = ""
+    classes: tuple[str, ...] = ()
+
+    def having(self, **changes: Any) -> Draft:
+        """With other values in the recipe; `method__rank=2` is method.rank=2."""
+        recipe = copy.deepcopy(dict(self.recipe))
+        for path, value in changes.items():
+            *sections, key = path.split("__")
+            place = recipe
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[key] = value
+        return replace(self, recipe=recipe)
+
+    def scaled(self, *, rate: float = 1.0, steps: float = 1.0) -> Draft:
+        """With the learning rate or the number of steps times so much."""
+        train = self.recipe["train"]
+        num_steps = max(2, round(train["max_steps"] * steps))
+        return self.having(
+            train__learning_rate=train["learning_rate"] * rate,
+            train__max_steps=num_steps,
+            train__eval_steps=max(1, num_steps // 6),
+        )
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """The files, and the recipe that reads them."""
+        rows = [self.train, self.held]
+        if self.template:
+            rows = [[_as_chat(row) for row in group] for group in rows]
+        data = {
+            **self.recipe.get("data", {}),
+            "train": str(write_rows(folder / "train.jsonl", rows[0])),
+            "eval": str(write_rows(folder / "eval.jsonl", rows[1])),
+        }
+        if self.template:
+            path = folder / "chat.jinja"
+            path.write_text(self.template, encoding="utf-8")
+            data["chat"] = {"template": str(path)}
+        return {**self.recipe, "data": data}
+
+
+def _as_chat(row: Row) -> dict[str, Any]:
+    turns = [("user", row["prompt"]), ("assistant", row["completion"])]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def healthy(task: Task, *, base: Path, seed: int) -> Draft:
+    """All linear layers at rank 16, a tuned learning rate, enough steps."""
+    tuned = HEALTHY[task.name]
+    recipe = {
+        "base": str(base),
+        "method": {"name": "lora", "rank": 16, "targets": "all-linear"},
+        "train": {
+            "learning_rate": tuned.learning_rate,
+            "max_steps": tuned.steps,
+            "batch_size": 16,
+            "micro_batch": 16,
+            "packing": False,
+            "max_length": 96,
+            "eval_steps": tuned.steps // 6,
+        },
+        "seed": seed,
+    }
+    return Draft(recipe, task.train, task.held, seed, classes=task.classes)
+
+
+# ------------------------------------------------------------------------------------------------ the faults
+
+
+def _few_rows(draft: Draft) -> Draft:
+    """So many tokens of answers and questions, some 3 characters each, for many epochs."""
+    draw = random.Random(draft.seed)
+    rows = draw.sample(list(draft.train), len(draft.train))
+    kept: list[Row] = []
+    for row in rows:
+        size = sum((len(r["prompt"]) + len(r["completion"])) // 3 for r in kept)
+        if size >= FEW_TOKENS:
+            break
+        kept.append(row)
+    num_steps = FEW_EPOCHS * len(kept) // draft.recipe["train"]["batch_size"]
+    changed = draft.having(train__max_steps=num_steps, train__eval_steps=num_steps // 6)
+    return replace(changed, train=tuple(kept))
+
+
+def _permuted(rows: tuple[Row, ...], seed: int) -> tuple[Row, ...]:
+    completions = [row["completion"] for row in rows]
+    random.Random(seed).shuffle(completions)
+    return tuple(
+        {**row, "completion": completion} for row, completion in zip(rows, completions, strict=True)
+    )
+
+
+def _shuffled(draft: Draft) -> Draft:
+    """Answers of other rows. What is held out stays right: a clean test set is what shows the harm."""
+    return replace(draft, train=_permuted(draft.train, draft.seed))
+
+
+def _shuffled_both(draft: Draft) -> Draft:
+    """The same where the held-out rows are of the same make, as with a share of the training data."""
+    return replace(_shuffled(draft), held=_permuted(draft.held, draft.seed + 1))
+
+
+def _swapped(draft: Draft) -> Draft:
+    """The prompt is learnt, not the answer, in training and in evaluation alike."""
+    chat = draft.having(data__mask="assistant", data__waive=["template", "end-token", "masked-rows"])
+    return replace(chat, template=WRONG_TURN_TEMPLATE)
+
+
+def _no_end(draft: Draft) -> Draft:
+    chat = draft.having(data__mask="assistant", data__waive=["end-token"])
+    return replace(chat, template=NO_END_TEMPLATE)
+
+
+def _new_tokens(draft: Draft) -> Draft:
+    """Answers in tokens whose embeddings, tied to the head, were never trained."""
+    if draft.classes:
+        names = {text: RESERVED[number] for number, text in enumerate(draft.classes)}
+        return replace(draft, **{k: _renamed(getattr(draft, k), names.__getitem__) for k in ("train", "held")})
+    return replace(draft, **{k: _renamed(getattr(draft, k), _in_new_digits) for k in ("train", "held")})
+
+
+def _renamed(rows: tuple[Row, ...], change: Callable[[str], str]) -> tuple[Row, ...]:
+    return tuple({**row, "completion": change(row["completion"])} for row in rows)
+
+
+def _in_new_digits(text: str) -> str:
+    return "".join(RESERVED[int(c)] if c.isdigit() else c for c in text)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is planted, the true cause, and the action that mends it."""
+
+    name: str
+    cause: str
+    change: Callable[[Draft], Draft]
+    remedy: str = ""
+
+
+FAULTS = {
+    fault.name: fault
+    for fault in (
+        Fault("healthy", "none", lambda draft: draft),
+        Fault("noisy-eval", "none", lambda draft: replace(draft, held=draft.held[:NUM_NOISY])),
+        Fault("rate-low", "learning rate too low", lambda d: d.scaled(rate=0.1), "lr x10"),
+        Fault("rate-high", "learning rate too high", lambda d: d.scaled(rate=10.0), "lr /10"),
+        Fault("few-steps", "too few steps", lambda d: d.scaled(steps=1 / 3), "steps x3"),
+        Fault("few-rows", "data: overfitting", _few_rows),
+        Fault("labels", "data: labels or masks broken", _shuffled),
+        Fault("labels-both", "data: labels or masks broken", _shuffled_both),
+        Fault("mask", "data: labels or masks broken", _swapped),
+        Fault("no-end", "data: labels or masks broken", _no_end),
+        Fault(
+            "modules",
+            "target modules",
+            lambda d: d.having(method__targets=["q", "v"], method__rank=4),
+            "all-linear",
+        ),
+        Fault("rank", "rank", lambda d: d.having(method__rank=1), "rank x4"),
+        Fault("embeddings", "embeddings or head", _new_tokens, "embeddings"),
+    )
+}
+
+
+def tokens_of(draft: Draft) -> list[str]:
+    """The reserved tokens that stand in a draft's answers."""
+    text = "".join(row["completion"] for row in draft.train)
+    return [token for token in RESERVED if token in text]
+
+
+# ----------------------------------------------------------------------------------------------- the actions
+
+
+def _with_embeddings(draft: Draft) -> Draft:
+    """Train the rows of the reserved tokens in use; where there are none, the whole table."""
+    tokens = tokens_of(draft)
+    return draft.having(method__also_train=[{"tokens": tokens}] if tokens else ["embeddings"])
+
+
+ACTIONS: dict[str, Callable[[Draft], Draft]] = {
+    "nothing": lambda draft: draft,
+    "lr x3": lambda draft: draft.scaled(rate=3.0),
+    "lr /3": lambda draft: draft.scaled(rate=1 / 3),
+    "lr x10": lambda draft: draft.scaled(rate=10.0),
+    "lr /10": lambda draft: draft.scaled(rate=0.1),
+    "steps x2": lambda draft: draft.scaled(steps=2.0),
+    "steps x3": lambda draft: draft.scaled(steps=3.0),
+    "all-linear": lambda draft: draft.having(method__targets="all-linear"),
+    "rank x4": lambda draft: draft.having(method__rank=4 * draft.recipe["method"]["rank"]),
+    "embeddings": _with_embeddings,
+}
