@@ -37,10 +37,10 @@ NO_END_TEMPLATE = (
     _TURNS + "{% generation %}{{ m['content'] }}{% endgeneration %}{{ '\\n<|end|>' }}"
     "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
 )
-# the markers stand around the wrong turn
-WRONG_TURN_TEMPLATE = (
-    _TURNS + "{{ m['content'] + '<|end|>' }}"
-    "{% else %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endif %}{% endfor %}"
+# turns as they are, the end token behind each answer
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|end|>' }}"
+    "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
 )
 
 
@@ -54,8 +54,8 @@ class Healthy:
 
 
 HEALTHY = {
-    "intents": Healthy(learning_rate=3e-3, steps=150, target=1.0),
-    "working": Healthy(learning_rate=3e-3, steps=150, target=1.0),
+    "intents": Healthy(learning_rate=6e-3, steps=150, target=1.0),
+    "working": Healthy(learning_rate=5e-3, steps=150, target=1.0),
 }
 
 
@@ -67,7 +67,8 @@ class Draft:
     train: tuple[Row, ...]
     held: tuple[Row, ...]
     seed: int
-    template: str = ""
+    template: str = ""  # rows are written as chats, where there is one
+    swapped: bool = False  # such chats learn the prompt and mask the answer
     classes: tuple[str, ...] = ()
 
     def having(self, **changes: Any) -> Draft:
@@ -95,7 +96,7 @@ class Draft:
         """The files, and the recipe that reads them."""
         rows = [self.train, self.held]
         if self.template:
-            rows = [[_as_chat(row) for row in group] for group in rows]
+            rows = [[_as_chat(row, self.swapped) for row in group] for group in rows]
         data = {
             **self.recipe.get("data", {}),
             "train": str(write_rows(folder / "train.jsonl", rows[0])),
@@ -108,9 +109,16 @@ class Draft:
         return {**self.recipe, "data": data}
 
 
-def _as_chat(row: Row) -> dict[str, Any]:
-    turns = [("user", row["prompt"]), ("assistant", row["completion"])]
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+def _as_chat(row: Row, swapped: bool) -> dict[str, Any]:
+    asked, answered = row["prompt"], row["completion"]
+    if not swapped:
+        return {"messages": [_turn("user", asked), _turn("assistant", answered)]}
+    learnt, masked = _turn("assistant", asked, weight=1), _turn("assistant", answered, weight=0)
+    return {"messages": [_turn("user", "Read:"), learnt, _turn("user", "Answer:"), masked]}
+
+
+def _turn(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
 
 
 def healthy(task: Task, *, base: Path, seed: int) -> Draft:
@@ -154,9 +162,7 @@ def _few_rows(draft: Draft) -> Draft:
 def _permuted(rows: tuple[Row, ...], seed: int) -> tuple[Row, ...]:
     completions = [row["completion"] for row in rows]
     random.Random(seed).shuffle(completions)
-    return tuple(
-        {**row, "completion": completion} for row, completion in zip(rows, completions, strict=True)
-    )
+    return tuple({**row, "completion": completion} for row, completion in zip(rows, completions, strict=True))
 
 
 def _shuffled(draft: Draft) -> Draft:
@@ -170,9 +176,14 @@ def _shuffled_both(draft: Draft) -> Draft:
 
 
 def _swapped(draft: Draft) -> Draft:
-    """The prompt is learnt, not the answer, in training and in evaluation alike."""
-    chat = draft.having(data__mask="assistant", data__waive=["template", "end-token", "masked-rows"])
-    return replace(chat, template=WRONG_TURN_TEMPLATE)
+    """The prompt is learnt and the answer masked, by weights of turns, in training and evaluation alike.
+
+    Generation markers around the wrong turn are no such fault: the data gate sees through them, and learns
+    the answer.
+    """
+    # each chat begins alike, which looks like leakage
+    chat = draft.having(data__mask="assistant", data__waive=["leakage", "near-leakage"])
+    return replace(chat, template=PLAIN_TEMPLATE, swapped=True)
 
 
 def _no_end(draft: Draft) -> Draft:
@@ -184,7 +195,9 @@ def _new_tokens(draft: Draft) -> Draft:
     """Answers in tokens whose embeddings, tied to the head, were never trained."""
     if draft.classes:
         names = {text: RESERVED[number] for number, text in enumerate(draft.classes)}
-        return replace(draft, **{k: _renamed(getattr(draft, k), names.__getitem__) for k in ("train", "held")})
+        return replace(
+            draft, **{k: _renamed(getattr(draft, k), names.__getitem__) for k in ("train", "held")}
+        )
     return replace(draft, **{k: _renamed(getattr(draft, k), _in_new_digits) for k in ("train", "held")})
 
 
@@ -193,7 +206,7 @@ def _renamed(rows: tuple[Row, ...], change: Callable[[str], str]) -> tuple[Row, 
 
 
 def _in_new_digits(text: str) -> str:
-    return "".join(RESERVED[int(c)] if c.isdigit() else c for c in text)
+    return "".join(RESERVED[int(c)] if c in "0123456789" else c for c in text)
 
 
 @dataclass(frozen=True)
