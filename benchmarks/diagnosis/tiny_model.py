@@ -2,8 +2,8 @@
 
     python benchmarks/diagnosis/tiny_model.py --data FOLDER [--minutes 4]
 
-Text: Shakespeare and the questions of GSM8K. Answers of GSM8K and all of BANKING77 are left out: they are what
-the tasks teach. The vocabulary ends in reserved tokens that no text has: their embeddings stay random.
+Text: Shakespeare and the questions of GSM8K. Answers of GSM8K and all of BANKING77 are left out: they are
+what the tasks teach. The vocabulary ends in reserved tokens that no text has: their embeddings stay random.
 FOLDER (or $PEFTKIT_BENCH_DATA) holds gsm8k/{train,test}.jsonl, banking77/{train,test}.csv and
 tinyshakespeare/input.txt. The model is kept in $PEFTKIT_BENCH_CACHE, or ~/.cache/peftkit-bench.
 """
