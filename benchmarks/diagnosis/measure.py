@@ -20,9 +20,9 @@ from tiny_model import data_folder
 
 RESULTS = Path(__file__).parent.parent / "results" / "diagnosis_faults.jsonl"
 TRIED = {  # of each fault: what should mend it, then what should not
-    "rank": ("rank x4", "lr x3", "lr /3", "steps x2", "embeddings"),
-    "modules": ("all-linear", "rank x4", "lr x3", "steps x2", "embeddings"),
-    "embeddings": ("embeddings", "rank x4", "lr x3", "steps x2"),
+    "modules": ("rank x4", "lr x3", "steps x2", "embeddings"),  # all-linear makes it healthy
+    "rank": ("rank x4", "lr x3", "steps x2", "embeddings", "lr /3"),
+    "embeddings": ("embeddings", "lr x3", "rank x4", "steps x2"),
     "few-rows": ("rank x4", "steps x2"),
     "healthy": ("lr x3", "lr /3", "steps x2", "rank x4"),
 }
@@ -31,6 +31,7 @@ TRIED = {  # of each fault: what should mend it, then what should not
 def cells_of(tasks: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     """Healthy runs and faults of every seed; remedies for the first."""
     found = [Cell(task, fault, seeds[0]) for fault in FAULTS for task in tasks]
+    found += [Cell(task, "healthy", seed) for seed in seeds[1:] for task in tasks]
     found += [
         act(Cell(task, fault, seeds[0]), action)
         for rank in range(max(map(len, TRIED.values())))
@@ -38,7 +39,6 @@ def cells_of(tasks: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
         for action in actions[rank : rank + 1]
         for task in tasks
     ]
-    found += [Cell(task, "healthy", seed) for seed in seeds[1:] for task in tasks]
     planted = [fault for fault in FAULTS if fault != "healthy"]
     return found + [Cell(task, fault, seed) for seed in seeds[1:] for fault in planted for task in tasks]
 
