@@ -81,6 +81,7 @@ def run_cell(cell: Cell, data: Path, base: Path, tiny_steps: int = 0) -> dict[st
     import torch
 
     from peftkit.api import finetune
+    from peftkit.errors import Interrupted
 
     torch.set_num_threads(1)
     fault, started = FAULTS[cell.fault], time.perf_counter()
@@ -106,6 +107,8 @@ def run_cell(cell: Cell, data: Path, base: Path, tiny_steps: int = 0) -> dict[st
             asked = time.perf_counter()
             line["verdict"] = verdict_of(folder / "run")
             line["verdict_seconds"] = round(time.perf_counter() - asked, 2)
+    except Interrupted:
+        raise  # not a finding: the cell is made again
     except Exception as error:  # noqa: BLE001  a run that fails is a finding, and the others go on
         line["error"] = f"{type(error).__name__}: {error}"[:500]
     finally:
