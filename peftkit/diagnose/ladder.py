@@ -10,20 +10,34 @@ from peftkit.diagnose.causes import Cause
 from peftkit.diagnose.signals import Signals
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+USUAL_RANK = 16  # a smaller one grows to it at least
 BITS_PER_PARAMETER = 2.0  # what a trained weight can hold (Allen-Zhu and Li 2024; Schulman et al. 2025)
 WORTHWHILE = 0.1  # of the best role's energy per parameter: a role below it is left out
-HEAD_STANDS_OUT = 4.0  # times the energy per parameter of all linear layers
+UNTRAINED = 0.02  # of what is learnt: so much in tokens without a trained row is not for layers to mend
+MOST_TOKENS = 512  # single rows to train; beyond, the whole table
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A larger adapter: the cause that it mends, its roles (empty: as before), its rank, and why."""
+    """A larger adapter: the cause that it mends, its roles (empty: as before), its rank, and why.
+
+    `tokens` are those whose rows are trained as well, `also_train` other parts of the model.
+    """
 
     cause: Cause
     roles: tuple[str, ...]
     rank: int
-    also_train: tuple[str, ...]
     said: str
+    tokens: tuple[str, ...] = ()
+    also_train: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """Tokens that are learnt and whose rows in the head look untrained, and their share of what is learnt."""
+
+    tokens: tuple[str, ...] = ()
+    share: float = 0.0
 
 
 def rank_for(num_learnt: int, loss: float, per_rank: int, *, least: int, most: int) -> int:
@@ -38,37 +52,54 @@ def rank_for(num_learnt: int, loss: float, per_rank: int, *, least: int, most: i
 
 
 def next_rung(
-    signals: Signals, *, rank: int, adapted: Sequence[str], max_rank: int, num_learnt: int, loss: float
+    signals: Signals,
+    *,
+    rank: int,
+    adapted: Sequence[str],
+    max_rank: int,
+    num_learnt: int,
+    loss: float,
+    untrained: Untrained = Untrained(),
 ) -> Rung | None:
     """The next rung by the signals; None where there is none within the bound.
 
-    `adapted` are the roles with an adapter now. Modules come before rank: at equal parameters they bring far
-    more wherever it was measured.
+    `adapted` are the roles with an adapter now. Tokens that nothing has trained come first, as no layer makes
+    up for them; then modules before rank: at equal parameters they bring far more wherever it was measured.
     """
-    linear = signals.tangent + signals.residual + signals.unadapted
-    size = sum(m.num_parameters_per_rank for m in signals.modules)
-    if signals.head_parameters and size and linear > 0:
-        per_head, per_linear = signals.head / signals.head_parameters, linear / size
-        if per_head > HEAD_STANDS_OUT * per_linear:
-            said = f"the head's energy per parameter is {per_head / per_linear:.1f} times the layers'"
-            return Rung("embeddings or head", (), rank, ("embeddings",), said)
+    if untrained.share >= UNTRAINED:
+        said = f"{untrained.share:.0%} of what is learnt is in {len(untrained.tokens)} tokens with untrained rows"
+        if len(untrained.tokens) > MOST_TOKENS:
+            return Rung("embeddings or head", (), rank, said, also_train=("embeddings",))
+        return Rung("embeddings or head", (), rank, said, tokens=untrained.tokens)
     if signals.unadapted > signals.residual:
-        ranked = signals.by_worth()
-        best = ranked[0][1]
-        chosen = tuple(role for role, one in ranked if one >= WORTHWHILE * best)
-        members = {*adapted, *chosen}
-        per_rank = sum(m.num_parameters_per_rank for m in signals.modules if m.role in members)
-        grown = rank_for(num_learnt, loss, per_rank, least=rank, most=max(rank, max_rank))
-        shown = ", ".join(f"{role} {one / best:.2f}" for role, one in ranked)
-        share = signals.unadapted / (signals.unadapted + signals.residual + signals.tangent)
-        said = (
-            f"{share:.0%} of the gradients' energy lies in layers without an adapter (per parameter: {shown})"
-        )
-        return Rung("target modules", (*adapted, *chosen), grown, (), said)
-    if rank >= max_rank:
+        return _more_modules(signals, rank, adapted, max_rank, num_learnt, loss)
+    most = _most(signals, max_rank)
+    if rank >= most:
         return None
     per_rank = sum(m.num_parameters_per_rank for m in signals.modules if m.is_adapted)
-    grown = rank_for(num_learnt, loss, per_rank, least=min(max_rank, 2 * rank), most=max_rank)
+    grown = rank_for(num_learnt, loss, per_rank, least=min(most, max(2 * rank, USUAL_RANK)), most=most)
     beyond = signals.residual / (signals.residual + signals.tangent) if signals.residual > 0 else 0.0
     said = f"{beyond:.0%} of the gradients' energy lies beyond what rank {rank} can express"
-    return Rung("rank", (), grown, (), said)
+    return Rung("rank", (), grown, said)
+
+
+def _most(signals: Signals, max_rank: int) -> int:
+    """The largest rank: within the bound, and below half of a full layer's."""
+    narrowest = min(m.narrowest for m in signals.modules) if signals.modules else max_rank
+    return min(max_rank, max(1, narrowest // 2))
+
+
+def _more_modules(
+    signals: Signals, rank: int, adapted: Sequence[str], max_rank: int, num_learnt: int, loss: float
+) -> Rung:
+    """Adapters on the roles that are worth it, by measured energy per parameter."""
+    ranked = signals.by_worth()
+    best = ranked[0][1]
+    chosen = tuple(role for role, one in ranked if one >= WORTHWHILE * best)
+    members = {*adapted, *chosen}
+    per_rank = sum(m.num_parameters_per_rank for m in signals.modules if m.role in members)
+    grown = rank_for(num_learnt, loss, per_rank, least=rank, most=max(rank, _most(signals, max_rank)))
+    shown = ", ".join(f"{role} {one / best:.2f}" for role, one in ranked)
+    share = signals.unadapted / (signals.unadapted + signals.residual + signals.tangent)
+    said = f"{share:.0%} of the gradients' energy lies in layers without an adapter (per parameter: {shown})"
+    return Rung("target modules", (*adapted, *chosen), grown, said)

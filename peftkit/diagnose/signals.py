@@ -24,6 +24,7 @@ class ModuleSignal:
     residual: float  # <R G1, R G2>; of all of G where nothing is adapted
     across: float  # <R G_train, R G_held_out>
     agreement: float  # cosine of G1 and G2, noise and all
+    narrowest: int = 2**31  # the smaller of d_in and d_out
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,6 @@ class Signals:
 
     modules: tuple[ModuleSignal, ...]
     head: float = 0.0  # <G1, G2> of the output head
-    head_parameters: int = 0
     num_rows: int = 0
 
     @property

@@ -91,10 +91,11 @@ def _overrides(plan: Plan, options: LoraOptions, rung: Rung, rank: int) -> tuple
     if rank != now:
         times = math.sqrt(rank / now) if options.rslora else rank / now
         found += [f"method.rank={rank}", f"method.alpha={alpha * times:.6g}"]
-    if rung.also_train:
+    more: list[object] = [*rung.also_train, *([{"tokens": list(rung.tokens)}] if rung.tokens else [])]
+    if more:
         kept = options.model_dump(mode="json")["also_train"]
-        listed = [*kept, *(item for item in rung.also_train if item not in kept)]
-        found.append(f"method.also_train={json.dumps(listed)}")
+        listed = [*kept, *(item for item in more if item not in kept)]
+        found.append(f"method.also_train={json.dumps(listed, ensure_ascii=False)}")
     return tuple(found)
 
 

@@ -211,7 +211,9 @@ def _grow(stage: Stage, study: Study, finding: Finding, checkpoint: Path | None,
         train = replace(grown.train, num_steps=steps + more, restart_step=steps)
         grown = replace(grown, train=train)
     after = with_growth(grown, Growth(study.step, finding.cause, study.candidate.overrides))
-    write_growth(stage.run, stage.plan, after, checkpoint=checkpoint, grown=study.grown)
+    assert study.grown is not None
+    kept = {} if ended else study.grown.optimizer
+    write_growth(stage.run, stage.plan, after, checkpoint=checkpoint, grown=study.grown, optimizer=kept)
     stage.emit(
         "growth",
         step=study.step,

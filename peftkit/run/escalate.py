@@ -25,10 +25,13 @@ def folder_of(run: RunDir, number: int) -> Path:
     return run.path / "growths" / str(number)
 
 
-def write_growth(run: RunDir, before: Plan, after: Plan, *, checkpoint: Path, grown: Any) -> None:
+def write_growth(
+    run: RunDir, before: Plan, after: Plan, *, checkpoint: Path, grown: Any, optimizer: Mapping[str, Any]
+) -> None:
     """Grow the run from `before`, at a checkpoint, to `after`, whose last growth this is.
 
-    `grown` holds the tensors of the new checkpoint, as `model/grow.py` made them.
+    `grown` holds the tensors of the new checkpoint, as `model/grow.py` made them, `optimizer` those of its
+    optimizer: none where that begins anew.
     """
     from safetensors.torch import save_file
 
@@ -40,8 +43,8 @@ def write_growth(run: RunDir, before: Plan, after: Plan, *, checkpoint: Path, gr
     state, trainer = (read_json(checkpoint / name) for name in ("state.json", "trainer_state.json"))
     manifest = read_json(checkpoint / MANIFEST)
     facts = {key: manifest[key] for key in _KEPT_FACTS if key in manifest}
-    tensors = {k: v for k, v in grown.optimizer.items() if hasattr(v, "shape")}
-    values = {k: v for k, v in grown.optimizer.items() if not hasattr(v, "shape")}
+    tensors = {k: v for k, v in optimizer.items() if hasattr(v, "shape")}
+    values = {k: v for k, v in optimizer.items() if not hasattr(v, "shape")}
     with publish_folder(folder / "grown" / checkpoint.name, step=trainer["global_step"], **facts) as staging:
         for stem, named in (("trained", grown.trained), ("optimizer", tensors)):
             made = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}

@@ -5,6 +5,7 @@ What is measured next, and what it means, is decided in `diagnose/causes.py`; he
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +20,7 @@ from peftkit.diagnose.causes import (
     Wanted,
     look_further,
 )
-from peftkit.diagnose.ladder import Rung, next_rung
+from peftkit.diagnose.ladder import Rung, Untrained, next_rung
 from peftkit.diagnose.paired import Interval, Rows, gain, judged, split
 from peftkit.diagnose.quality import Evaluation, Quality, judge
 from peftkit.evaluate.dependence import swapped
@@ -41,6 +42,8 @@ _ARMS = 4
 _FEWEST_STEPS = 4  # of a fork: fewer say nothing
 _FORK_ROWS = (40, 200)  # held-out rows that decide, as many as a fifth of a fork's cost pays for
 _EVAL_COST = 1 / 3  # of a token that is trained on: no backward
+_UNTRAINED_SIZE = 0.5  # of the median row: reserved and resized rows are below, trained ones above
+_LOOKED_AT = 1000  # rows whose learnt tokens are counted
 _CLOSING = 4  # tokens with which a template may close a turn
 _LATE = 0.1  # of the steps: the training loss of the last ones is compared
 MASK_CHECKS = ("masked-rows", "end-token", "end-agreement", "template", "round-trip", "roles")
@@ -103,6 +106,11 @@ class Study:
     @property
     def pad_id(self) -> int:
         return int(self.stage.tokenizer.pad_token_id)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the run is over: a growth then restarts the schedule, and the optimizer with it."""
+        return self.step not in self.plan.diagnose.look_steps
 
     @property
     def step_tokens(self) -> float:
@@ -216,6 +224,7 @@ class Study:
                 max_rank=self.plan.diagnose.max_rank,
                 num_learnt=self.stage.prepared.num_learnt,
                 loss=evidence.rows.mean,
+                untrained=untrained_tokens(self.model, self.stage.tokenizer, self.stage.prepared.train),
             )
         if self.rung is None:
             return evidence
@@ -295,16 +304,18 @@ class Study:
         before = scales(self.model)
         base = bare(self.stage, self.model)
         model = attach(base, plain_start(self.candidate.plan), self.stage.tokenizer)
+        known = {adapted.weight for adapted in scales(model).values()}
         self.grown = grow(
             self.start.trained,
             self.start.optimizer,
             trainable_tensors(model),
             old=before,
             new=scales(model),
-            rows=self.directions,
+            rows={name: rows for name, rows in self.directions.items() if name in known},
         )
         self.model, self.is_rewrapped = model, True
-        tensors = {name: value for name, value in self.grown.optimizer.items() if hasattr(value, "shape")}
+        kept = {} if self.at_end else self.grown.optimizer
+        tensors = {name: value for name, value in kept.items() if hasattr(value, "shape")}
         return model, Start(self.grown.trained, tensors), self.candidate.plan
 
     def _tell(self, evidence: Evidence, arm: Arm, forked: Forked) -> None:
@@ -354,6 +365,20 @@ def documents_of(rows: Sequence[Tokenized]) -> tuple[int, ...]:
     """Which document each row is from: pieces of one row belong together."""
     names: dict[str, int] = {}
     return tuple(names.setdefault(row.where, len(names)) for row in rows)
+
+
+def untrained_tokens(model: Any, tokenizer: Any, rows: Sequence[Tokenized]) -> Untrained:
+    """The tokens learnt whose row of the head is less than half as large as usual: nothing has trained it."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        return Untrained()
+    sizes = weight.detach().float().norm(dim=1)
+    small = (sizes < _UNTRAINED_SIZE * sizes.median()).tolist()
+    learnt = Counter(label for row in rows[:_LOOKED_AT] for label in row.labels if 0 <= label < len(small))
+    found = [token for token in learnt if small[token]]
+    names = tokenizer.convert_ids_to_tokens(found)
+    return Untrained(tuple(names), sum(learnt[token] for token in found) / max(1, learnt.total()))
 
 
 def masked_ends(rows: Sequence[Tokenized]) -> list[str]:

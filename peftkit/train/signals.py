@@ -172,6 +172,7 @@ class Looker:
                     residual=residual,
                     across=_energy((residuals[0] + residuals[1]) / 2, residuals[2]),
                     agreement=_cosine(*(sketch.out[name][:, :WIDTH] for name in STREAMS[:2])),
+                    narrowest=min(module.d_in, module.d_out),
                 )
             )
         head = self.sketches.get("head")
@@ -179,7 +180,6 @@ class Looker:
         return Signals(
             tuple(found),
             head=_energy(head.out[STREAMS[0]], head.out[STREAMS[1]]) if head and heard else 0.0,
-            head_parameters=head.right.shape[0] * head.left.shape[1] if head else 0,
             num_rows=num_rows,
         )
 
