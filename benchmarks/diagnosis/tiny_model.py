@@ -1,6 +1,6 @@
 """The base of the suite: a Llama of 0.85M parameters, pretrained once on real text.
 
-    python benchmarks/diagnosis/tiny_model.py --data FOLDER [--minutes 4]
+    python benchmarks/diagnosis/tiny_model.py --data FOLDER
 
 Text: Shakespeare and the questions of GSM8K. Answers of GSM8K and all of BANKING77 are left out: they are
 what the tasks teach. The vocabulary ends in reserved tokens that no text has: their embeddings stay random.
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SEQUENCE, BATCH, VOCAB, NUM_RESERVED = 128, 16, 1664, 100
+STEPS = 1423  # as many as four minutes held when the faults were measured
 PLAIN = ["<|pad|>", "<|start|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 RESERVED = [f"<|label_{number}|>" for number in range(NUM_RESERVED)]
 TEMPLATE = (
@@ -45,11 +46,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PEFTKIT_BENCH_CACHE") or Path.home() / ".cache" / "peftkit-bench")
 
 
-def base_folder(data: Path, *, minutes: float = 4.0) -> Path:
+def base_folder(data: Path) -> Path:
     """The pretrained base, made now where it is not there yet."""
     folder = cache_folder() / "diagnosis-base"
     if not (folder / "config.json").exists():
-        _pretrain(data, folder, minutes)
+        _pretrain(data, folder)
     return folder
 
 
@@ -119,8 +120,8 @@ def _make_model(tokenizer: Any) -> Any:
     )
 
 
-def _pretrain(data: Path, folder: Path, minutes: float) -> None:
-    """Train from nothing for so many minutes, and save."""
+def _pretrain(data: Path, folder: Path) -> None:
+    """Train from nothing, and save: some four minutes on one core."""
     import torch
 
     draw = random.Random(0)
@@ -138,9 +139,10 @@ def _pretrain(data: Path, folder: Path, minutes: float) -> None:
     size = sum(p.numel() for p in model.parameters())
     print(f"{size:,} parameters, {len(train):,} tokens, {len(texts):,} texts", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    started, step = time.time(), 0
-    while (share := (time.time() - started) / (60 * minutes)) < 1:
-        rate = 3e-3 * min(1, (step + 1) / 60) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * share)))
+    started = time.time()
+    for step in range(STEPS):
+        share = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        rate = 3e-3 * min(1, (step + 1) / 60) * share
         for group in optimizer.param_groups:
             group["lr"] = rate
         starts = [draw.randrange(len(train) - SEQUENCE) for _ in range(BATCH)]
@@ -150,14 +152,13 @@ def _pretrain(data: Path, folder: Path, minutes: float) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        step += 1
-        if step % 100 == 0:
-            print(f"{step} steps, {time.time() - started:.0f} s, loss {loss.item():.3f}", flush=True)
+        if step % 100 == 99:
+            print(f"{step + 1} steps, {time.time() - started:.0f} s, loss {loss.item():.3f}", flush=True)
     _renew_reserved(model, tokenizer)
     model.eval()
     with torch.no_grad():
         held_loss = model(input_ids=held, labels=held).loss.item()
-    print(f"{step} steps; held out: {held_loss:.3f} nats per token", flush=True)
+    print(f"{STEPS} steps; held out: {held_loss:.3f} nats per token", flush=True)
     staging = folder.with_name(folder.name + ".new")
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
@@ -182,9 +183,8 @@ def main() -> None:
     """Make the base."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="folder of the data sets")
-    parser.add_argument("--minutes", type=float, default=4.0)
     arguments = parser.parse_args()
-    print(base_folder(data_folder(arguments.data), minutes=arguments.minutes))
+    print(base_folder(data_folder(arguments.data)))
 
 
 if __name__ == "__main__":
