@@ -70,19 +70,21 @@ class Evidence:
     arms: Mapping[str, Arm] = field(default_factory=dict)
     unaffordable: frozenset[str] = frozenset()
 
+    def _rows(self, name: str) -> Rows | None:
+        """Of an arm, or of the state itself, which has no name."""
+        arm = self.arms.get(name)
+        return self.rows if not name else (arm.rows if arm else None)
+
     def versus(self, better: str, worse: str = "") -> Interval | None:
         """The paired gain of an arm over another, or over the state itself."""
-        first, second = self.arms.get(better), self.arms.get(worse)
-        if first is None or first.rows is None:
-            return None
-        before = self.rows if not worse else (second.rows if second else None)
-        return None if before is None else gain(before, first.rows)
+        first, second = self._rows(better), self._rows(worse)
+        return None if first is None or second is None else gain(second, first)
 
     def beats(self, better: str, worse: str = "") -> bool:
-        """Whether an arm is better beyond paired noise, by what matters."""
+        """Whether an arm, or the state, is better beyond paired noise, by what matters."""
         found = self.versus(better, worse)
         if found is None:  # one that left the road is beaten by any that did not
-            return better in self.arms and self.arms[better].rows is not None and worse in self.arms
+            return self._rows(better) is not None and worse in self.arms
         return found.mean > BEYOND * found.error and found.mean > MATTERS * self.rows.mean
 
 
@@ -138,7 +140,7 @@ def look_early(evidence: Evidence) -> Wanted | Finding:
     for arm in wanted:
         if arm not in e.arms and arm not in e.unaffordable:
             return arm
-    if e.beats("candidate", "continue") and e.beats("candidate", "rate up"):
+    if all(e.beats("candidate", other) for other in ("", "continue", "rate up")):
         said = f"the grown adapter is better than going on by {e.versus('candidate', 'continue')}"
         return Finding("target modules", said, "candidate")
     if e.unaffordable:
@@ -147,8 +149,14 @@ def look_early(evidence: Evidence) -> Wanted | Finding:
 
 
 def _arms(e: Evidence) -> tuple[Wanted, ...]:
-    """In the order in which they tell most."""
-    return ("continue", "rate up", "rate down", *(("candidate",) if e.candidate else ()))
+    """In the order in which they tell most. A third of the rate only where going on does harm."""
+    harmed = e.beats("", "continue")
+    return (
+        "continue",
+        "rate up",
+        *(("rate down",) if harmed else ()),
+        *(("candidate",) if e.candidate else ()),
+    )
 
 
 def _data(e: Evidence) -> Finding | None:
@@ -173,37 +181,43 @@ def _data(e: Evidence) -> Finding | None:
         said = f"the loss on held-out rows has risen since its best by {worsened}"
         if e.train_loss is not None and e.train_loss < e.rows.mean:
             return Finding("data: overfitting", f"{said}, and that of training is {e.train_loss:.3f}")
-    if signals is not None and signals.generalises < GENERALISES and _knows_by_heart(e):
-        said = (
-            f"the loss of training is {e.train_loss:.3f}, and of what training still wants "
-            f"{signals.generalises:.2f} helps held-out rows"
-        )
-        return Finding("data: overfitting", said)
-    return None
+    return _by_heart(e)
 
 
-def _knows_by_heart(e: Evidence) -> bool:
-    return e.train_loss is not None and e.train_loss < BY_HEART * e.rows.mean
+def _by_heart(e: Evidence) -> Finding | None:
+    """Rows of training that are known while held-out rows are not."""
+    if e.train_loss is None or e.train_loss >= BY_HEART * e.rows.mean:
+        return None
+    said = f"the loss of training is {e.train_loss:.3f}, that of held-out rows {e.rows.mean:.3f}"
+    signals = e.signals
+    if signals is not None and signals.generalises < GENERALISES:
+        helps = f"{signals.generalises:.2f} of what training still wants helps held-out rows"
+        return Finding("data: overfitting", f"{said}, and {helps}")
+    return Finding("data: overfitting", said) if e.train_loss < BY_HEART**2 * e.rows.mean else None
 
 
 def _by_forks(e: Evidence) -> Finding:
     """The cause that forks show; undecided where the budget left out what would tell."""
     still = e.quality.projected
     learns = still is not None and still.low > 0 and still.mean > MATTERS * e.rows.mean
-    others = [arm for arm in ("continue", "rate up", "rate down") if arm in e.arms]
-    if e.candidate and len(others) > 1 and all(e.beats("candidate", other) for other in others):
+    controls = ("", *(arm for arm in ("continue", "rate up", "rate down") if arm in e.arms))
+    if e.candidate and len(controls) > 2 and all(e.beats("candidate", other) for other in controls):
         said = f"the grown adapter is better than going on by {e.versus('candidate', 'continue')}"
         return Finding(e.candidate, said, "candidate")
     higher = e.versus("rate up", "continue")
-    if higher is not None and (e.beats("rate up", "continue") or (learns and higher.mean > -higher.error)):
+    bears_more = learns and not e.beats("continue", "rate up")
+    if higher is not None and (e.beats("rate up", "continue") or bears_more):
         said = f"{RATE_FACTOR:g} times the rate goes as well as this one, or better: {higher}"
         return Finding("learning rate too low", f"{said}; {_learning(still)}", "rate up")
     if e.beats("rate down", "continue") and e.beats("rate down"):
         said = f"a third of the rate is better than going on by {e.versus('rate down', 'continue')}"
         return Finding("learning rate too high", said, "rate down")
+    missing = [arm for arm in _arms(e) if arm not in e.arms]
     if learns or e.beats("continue"):
-        return Finding("too few steps", _learning(still), "continue" if e.beats("continue") else "")
-    if missing := [arm for arm in _arms(e) if arm not in e.arms]:
+        untold = f"; the budget left out: {', '.join(missing)}" if missing else ""
+        arm = "continue" if e.beats("continue") else ""
+        return Finding("too few steps", _learning(still) + untold, arm)
+    if missing:
         return Finding("undecided", f"the budget did not reach to: {', '.join(missing)}")
     return Finding("undecided", "nothing that was tried is better than what there is, beyond its noise")
 

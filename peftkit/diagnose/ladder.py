@@ -67,7 +67,9 @@ def next_rung(
     up for them; then modules before rank: at equal parameters they bring far more wherever it was measured.
     """
     if untrained.share >= UNTRAINED:
-        said = f"{untrained.share:.0%} of what is learnt is in {len(untrained.tokens)} tokens with untrained rows"
+        said = (
+            f"{untrained.share:.0%} of what is learnt is in {len(untrained.tokens)} tokens of untrained rows"
+        )
         if len(untrained.tokens) > MOST_TOKENS:
             return Rung("embeddings or head", (), rank, said, also_train=("embeddings",))
         return Rung("embeddings or head", (), rank, said, tokens=untrained.tokens)

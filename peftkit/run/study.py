@@ -5,6 +5,7 @@ What is measured next, and what it means, is decided in `diagnose/causes.py`; he
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,7 @@ from peftkit.train.snapshot import Tensors
 
 _SIGNALS = 0.02  # of the run's tokens: what all signals together may take
 _STREAM_ROWS = (8, 64)  # in each of three streams
-_ARMS = 4
+_ARMS = 3
 _FEWEST_STEPS = 4  # of a fork: fewer say nothing
 _FORK_ROWS = (40, 200)  # held-out rows that decide, as many as a fifth of a fork's cost pays for
 _EVAL_COST = 1 / 3  # of a token that is trained on: no backward
@@ -245,7 +246,7 @@ class Study:
 
     def _arm(self, evidence: Evidence, name: Wanted) -> Evidence:
         steps = self.fork_steps()
-        if steps < _FEWEST_STEPS:
+        if steps < _FEWEST_STEPS or self.budget.left < self.fork_tokens(steps):
             return _without(evidence, name)
         batches = draw(
             self.plan, self.stage.prepared.train, steps, batch_size=self.fork_batch, seed=self.step
@@ -256,8 +257,15 @@ class Study:
             rate = plan.train.learning_rate
         elif name != "continue":
             rate = rate * RATE_FACTOR if name == "rate up" else rate / RATE_FACTOR
+        # smaller batches are noisier: their rate is smaller by the root (Malladi et al. 2022)
+        smaller = math.sqrt(self.fork_batch / self.plan.train.batch_size)
         forked = fork(
-            model, at_rate(plan, rate), start, batches, pad_id=self.pad_id, loss=objective(plan).loss
+            model,
+            at_rate(plan, rate * smaller),
+            start,
+            batches,
+            pad_id=self.pad_id,
+            loss=objective(plan).loss,
         )
         self.budget.spent_tokens += forked.num_tokens
         rows = self._judged(model, plan) if forked.is_finite else None
@@ -268,8 +276,8 @@ class Study:
 
     @property
     def fork_batch(self) -> int:
-        """Rows of a fork's step: half of the run's, so that there are twice as many steps."""
-        return max(1, self.plan.train.batch_size // 2)
+        """Rows of a fork's step: a quarter of the run's, so that there are four times as many steps."""
+        return max(1, self.plan.train.batch_size // 4)
 
     def fork_steps(self) -> int:
         """How long each fork is: what the budget gives to all of them, divided."""
@@ -279,6 +287,11 @@ class Study:
             tokens = self.step_tokens * self.fork_batch / self.plan.train.batch_size
             self._fork_steps = int((self.budget.left / _ARMS - judged_tokens) / tokens)
         return self._fork_steps
+
+    def fork_tokens(self, steps: int) -> float:
+        """What a fork of so many steps takes, with its evaluation."""
+        trained = steps * self.step_tokens * self.fork_batch / self.plan.train.batch_size
+        return trained + _EVAL_COST * sum(self.held[i].length for i in self.deciding)
 
     def _judged(self, model: Any, plan: Plan) -> Rows:
         """Losses of the rows to decide by."""

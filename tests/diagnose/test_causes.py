@@ -1,0 +1,133 @@
+"""The order of suspicion, on evidence made up: what is asked for next, and what is said."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from peftkit.diagnose.causes import Arm, Evidence, Finding, look_early, look_further
+from peftkit.diagnose.paired import Interval, Rows
+from peftkit.diagnose.quality import Quality
+from peftkit.diagnose.signals import ModuleSignal, Signals
+
+HARD = np.random.default_rng(0).gamma(4.0, 0.25, size=100)
+LEARNS, STILL = Interval(0.3, 0.25, 0.35, 100), Interval(0.001, -0.01, 0.01, 100)
+
+
+def rows(loss):
+    chance = np.random.default_rng(int(1000 * loss))
+    sums = HARD + loss - HARD.mean() + chance.normal(0, 0.02, size=100)
+    return Rows(tuple(sums), (1,) * 100, tuple(range(100)))
+
+
+def quality(state="lagging", projected=STILL, worsened=None):
+    return Quality(state, Interval(2.0, 1.9, 2.1, 100), 1.0, 0.02, projected, worsened, "as planted")
+
+
+def signals(*, across=1.0, agreement=0.3, unadapted=0.0, head=1.0):
+    adapted = ModuleSignal("a.q", "q", True, 64, 0.5, 1.0, across, agreement)
+    other = ModuleSignal("a.up", "up", False, 64, 0.0, unadapted, across * unadapted, agreement)
+    return Signals((adapted, other), head=head, num_rows=48)
+
+
+def arm(name, loss):
+    return Arm(name, 1e-3, 8, 1.0, rows(loss) if loss is not None else None)
+
+
+def evidence(**more):
+    made = Evidence(quality(), rows(2.0), signals=signals(), dependence=Interval(1.0, 0.8, 1.2, 100))
+    return replace(made, **more)
+
+
+def arms(**losses):
+    return {name.replace("_", " "): arm(name.replace("_", " "), loss) for name, loss in losses.items()}
+
+
+def cause(**more):
+    found = look_further(evidence(**more))
+    assert isinstance(found, Finding), found
+    return found.cause
+
+
+def test_a_healthy_run_is_asked_for_nothing():
+    for state, said in (("not lagging", "none"), ("still improving", "too few steps")):
+        assert cause(quality=quality(state), signals=None, dependence=None) == said
+
+
+def test_data_and_masks_come_before_everything():
+    broken = "data: labels or masks broken"
+    assert cause(masks=("end-token: never learnt",), quality=quality("not lagging")) == broken
+    assert cause(num_departures=2) == "unstable"
+    assert cause(dependence=STILL, signals=signals(agreement=0.01)) == broken
+    worse = Interval(0.5, 0.4, 0.6, 100)
+    assert cause(quality=quality(worsened=worse), train_loss=0.1) == "data: overfitting"
+    assert cause(train_loss=0.9, signals=signals(across=0.1)) == "data: overfitting"
+    assert cause(train_loss=0.4) == "data: overfitting", "known by heart, and nothing held out is"
+
+
+def test_a_collapse_is_a_rate_too_high_and_no_broken_label():
+    gone = signals(agreement=-0.1, across=0.0, head=1e7)
+    assert cause(signals=gone, dependence=STILL) == "learning rate too high"
+
+
+def asked(given):
+    """What is measured, in order, where forks come to the losses that are given."""
+    wants, now = [], evidence(signals=None, dependence=None, candidate="rank")
+    first = {"signals": {"signals": signals()}, "dependence": {"dependence": Interval(1.0, 0.8, 1.2, 100)}}
+    while isinstance(wanted := look_further(now), str):
+        wants.append(wanted)
+        fields = first.get(wanted) or {"arms": {**now.arms, wanted: arm(wanted, given.get(wanted, 1.95))}}
+        now = replace(now, **fields)
+    return wants
+
+
+def test_what_is_measured_next_goes_from_cheap_to_dear():
+    assert asked({}) == ["signals", "dependence", "continue", "rate up", "candidate"]
+    harmed = ["signals", "dependence", "continue", "rate up", "rate down", "candidate"]
+    assert asked({"continue": 2.5}) == harmed, "a smaller rate is tried where going on does harm"
+
+
+@pytest.mark.parametrize(
+    ("losses", "candidate", "projected", "expected"),
+    [
+        ({"continue": 1.9, "rate_up": 1.5}, "", LEARNS, "learning rate too low"),
+        ({"continue": 1.9, "rate_up": 1.9}, "", LEARNS, "learning rate too low"),
+        ({"continue": 1.9, "rate_up": 1.9}, "", STILL, "too few steps"),
+        ({"continue": 2.4, "rate_up": None, "rate_down": 1.7}, "", STILL, "learning rate too high"),
+        ({"continue": 2.0, "rate_up": 2.2}, "", LEARNS, "too few steps"),
+        ({"continue": 1.95, "rate_up": 2.2, "candidate": 1.5}, "rank", LEARNS, "rank"),
+        ({"continue": 1.95, "rate_up": 1.4, "candidate": 1.5}, "rank", LEARNS, "learning rate too low"),
+        (
+            {"continue": 2.3, "rate_up": 2.4, "rate_down": 2.1, "candidate": 2.05},
+            "rank",
+            LEARNS,
+            "too few steps",
+        ),
+        ({"continue": 2.0, "rate_up": 2.2, "candidate": 2.0}, "rank", STILL, "undecided"),
+    ],
+)
+def test_forks_tell_the_cause(losses, candidate, projected, expected):
+    assert cause(arms=arms(**losses), candidate=candidate, quality=quality(projected=projected)) == expected
+
+
+def test_what_the_budget_leaves_out_is_told():
+    left_out = frozenset({"rate up", "candidate"})
+    some = {"arms": arms(**{"continue": 2.0}), "unaffordable": left_out}
+    found = look_further(evidence(**some))
+    assert found.cause == "undecided"
+    assert "rate up" in found.said
+    found = look_further(evidence(**some, quality=quality(projected=LEARNS)))
+    assert found.cause == "too few steps"
+    assert "the budget left out: rate up" in found.said
+
+
+def test_an_early_look_grows_only_into_layers_without_an_adapter():
+    bare = evidence(quality=quality("lagging"))
+    assert look_early(replace(bare, signals=None)) == "signals"
+    assert look_early(replace(bare, candidate="rank")).cause == "none"
+    wide = replace(bare, candidate="target modules")
+    assert look_early(wide) == "continue"
+    paid = arms(**{"continue": 1.9, "rate_up": 1.85, "candidate": 1.4})
+    assert look_early(replace(wide, arms=paid)).cause == "target modules"
+    disguised = arms(**{"continue": 1.9, "rate_up": 1.3, "candidate": 1.4})
+    assert look_early(replace(wide, arms=disguised)).cause == "none"
