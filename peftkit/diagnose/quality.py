@@ -38,9 +38,15 @@ class Quality:
 
 
 def judge(
-    evaluations: Sequence[Evaluation], *, target: float | None, reference: Rows | None = None, looks: int = 1
+    evaluations: Sequence[Evaluation],
+    *,
+    target: float | None,
+    behind: Interval | None = None,
+    looks: int = 1,
 ) -> Quality:
     """The state of a run's quality by its evaluations, the last of which is judged.
+
+    `behind` is how much better a reference was.
 
     A loss is a straight line over the logarithm of what was learnt, as far as this needs it; the sum of the
     learning rates stands for the steps, so that a decaying rate is not taken for a plateau.
@@ -53,29 +59,27 @@ def judge(
     worsened = gain(last.rows, best.rows, looks=looks) if best.step < last.step else None
     if worsened is not None and worsened.low <= 0:
         worsened = None
-    state, said = _state(last.rows, loss, target, reference, projected, margin, looks)
+    state, said = _state(loss, target, behind, projected, margin)
     return Quality(state, loss, target, margin, projected, worsened, said)
 
 
 def _state(
-    rows: Rows,
     loss: Interval,
     target: float | None,
-    reference: Rows | None,
+    behind: Interval | None,
     projected: Interval | None,
     margin: float,
-    looks: int,
 ) -> tuple[State, str]:
     if target is not None:
         if loss.low > target:
             return "lagging", f"the loss, {loss.mean:.4f}, is above the target of {target:g}"
         noise = ", within its noise" if loss.mean > target else ""
         return "not lagging", f"the loss, {loss.mean:.4f}, reaches the target of {target:g}{noise}"
-    if reference is not None:
-        behind = gain(rows, reference, looks=looks)
+    if behind is not None:
         if behind.low > 0 and behind.mean > margin:
-            return "lagging", f"the reference is better by {behind}"
-        return "not lagging", f"the reference is better by {behind}, which is within the margin"
+            return "lagging", f"training the weights themselves is better by {behind}"
+        said = f"training the weights themselves is better by {behind}, which is within the margin"
+        return "not lagging", said
     if projected is not None and projected.low > 0 and projected.mean > margin:
         return "still improving", f"half as many steps again would bring about {projected}"
     return "plateaued", "the loss has stopped falling beyond its noise"

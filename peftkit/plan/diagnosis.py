@@ -47,7 +47,10 @@ def diagnose_plan(
     d.keep("diagnose.target", target.model_dump() if target else None)
     if wanted.reference is not None:
         d.keep("diagnose.reference", wanted.reference)
-        if method.quantized:
+        if not isinstance(d.loaded.recipe.method, LoraOptions):
+            got = f"full with {method.name}"
+            d.refuse("diagnose.reference", got, "method lora", "only adapted weights can be compared with it")
+        elif method.quantized:
             fix = (
                 "leave it out, or diagnose the same recipe with method lora on a smaller model of the family"
             )

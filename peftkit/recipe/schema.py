@@ -244,7 +244,7 @@ class Diagnose(Options):
     target: Target | None = None
     reference: Literal["full"] | None = Field(
         None,
-        description="full: short trainings of the adapted weights themselves, to compare with (billed apart)",
+        description="full: compare with short trainings of the adapted weights themselves (billed apart)",
     )
     bounds: Bounds = Bounds()
 

@@ -114,6 +114,7 @@ def _verdict(study: Study, evidence: Evidence, finding: Finding, action: Action)
         loss=quality.loss,
         num_rows=len(study.deciding),
         overhead=study.budget.overhead,
+        reference_overhead=study.reference_overhead,
         numbers=_numbers(study, evidence),
     )
 
@@ -158,6 +159,7 @@ def _numbers(study: Study, evidence: Evidence) -> dict[str, Any]:
     found: dict[str, Any] = {
         "train_loss": evidence.train_loss,
         "target": evidence.quality.target,
+        "behind": asdict(study.behind) if study.behind else None,
         "projected": asdict(evidence.quality.projected) if evidence.quality.projected else None,
         "worsened": asdict(evidence.quality.worsened) if evidence.quality.worsened else None,
         "dependence": asdict(evidence.dependence) if evidence.dependence else None,

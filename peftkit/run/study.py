@@ -30,6 +30,7 @@ from peftkit.model.grow import Grown, grow, scales
 from peftkit.plan import Plan
 from peftkit.plan.packing import mean_tokens
 from peftkit.run.candidate import Candidate, candidate_of
+from peftkit.run.reference import behind
 from peftkit.run.stage import Stage
 from peftkit.train.assemble import losses_of, objective
 from peftkit.train.forks import Forked, Start, at_rate, draw, fork
@@ -85,6 +86,8 @@ class Study:
     candidate: Candidate | None = None
     grown: Grown | None = None
     is_rewrapped: bool = False
+    behind: Interval | None = None  # the reference, where one was asked for
+    reference_overhead: float = 0.0
     _fork_steps: int | None = None
     directions: dict[str, Any] = field(default_factory=dict)
     ends: dict[str, Tensors] = field(default_factory=dict)  # what each fork came to
@@ -136,7 +139,19 @@ class Study:
         """The quality by the evaluations alone."""
         every = [replace(one, rows=one.rows.of(self.deciding)) for one in self.evaluations]
         looks = len(self.plan.diagnose.look_steps) + 1
-        return judge(every, target=self._loss_target, looks=looks)
+        return judge(every, target=self._loss_target, behind=self.behind, looks=looks)
+
+    def compare_with_reference(self) -> None:
+        """What the recipe asks for beside the looking itself: it is billed apart."""
+        if self.plan.diagnose.reference is None or self.behind is not None or not self.at_end:
+            return
+        self.stage.emit(
+            "phase", name="diagnosis", detail="the adapted weights themselves, trained for a while"
+        )
+        rows = [self.held[i] for i in self.deciding]
+        held = self.evaluations[-1].rows.of(self.deciding)
+        self.behind, tokens = behind(self.stage, self.model, held, rows, pad_id=self.pad_id)
+        self.reference_overhead = tokens / self.budget.run_tokens
 
     @property
     def _loss_target(self) -> float | None:
@@ -156,6 +171,7 @@ class Study:
         self, further: Callable[[Evidence], Wanted | Finding] = look_further
     ) -> tuple[Evidence, Finding]:
         """Measure what the evidence asks for until it names a cause."""
+        self.compare_with_reference()
         evidence = self._first()
         while isinstance(wanted := further(evidence), str):
             evidence = self._measured(evidence, wanted)

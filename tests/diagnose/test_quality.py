@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from peftkit.diagnose.paired import Rows
+from peftkit.diagnose.paired import Interval, Rows
 from peftkit.diagnose.quality import Evaluation, judge
 
 HARD = np.random.default_rng(0).gamma(4.0, 0.25, size=200)
@@ -32,10 +32,12 @@ def test_a_target_is_missed_only_beyond_noise(target, state):
     assert f"{target:g}" in found.said
 
 
-def test_a_reference_is_compared_row_by_row():
+def test_a_reference_decides_where_there_is_no_target():
     last = curve([4.0, 2.0, 1.5])
-    assert judge(last, target=None, reference=evaluation(0, 1.2).rows).state == "lagging"
-    assert judge(last, target=None, reference=evaluation(0, 1.495).rows).state == "not lagging"
+    better, alike = Interval(0.3, 0.2, 0.4, 200), Interval(0.005, 0.001, 0.009, 200)
+    assert judge(last, target=None, behind=better).state == "lagging"
+    assert judge(last, target=None, behind=alike).state == "not lagging", "within 1 % of the loss"
+    assert judge(last, target=9.0, behind=better).state == "not lagging", "a target is what was asked for"
 
 
 def test_a_decaying_rate_is_no_plateau():

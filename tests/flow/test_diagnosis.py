@@ -56,7 +56,7 @@ def of(path, name):
 
 
 def test_a_verdict_changes_nothing_of_what_is_trained(narrow, tmp_path):
-    narrow["train"]["max_steps"] = 24
+    narrow["train"]["max_steps"] = 40
     looked = peftkit.finetune(narrow, out=tmp_path / "looked")
     blind = peftkit.finetune({**narrow, "diagnose": {"escalate": "off"}}, out=tmp_path / "blind")
     assert weights(looked) == weights(blind)
@@ -168,6 +168,22 @@ def test_a_growth_that_does_not_pay_is_taken_back(narrow, tmp_path, monkeypatch)
     assert of(tmp_path / "run", "done")[0]["published_step"] <= 60
     blind = peftkit.finetune({**narrow, "diagnose": {"escalate": "off"}}, out=tmp_path / "blind")
     assert weights(summary) == weights(blind)
+
+
+def test_a_reference_says_whether_a_narrow_adapter_lags(narrow, tmp_path):
+    """Training the weights of q and v themselves is no better than rank 2 here, or it is: by numbers."""
+    narrow["train"]["max_steps"] = 24
+    narrow["diagnose"] = {"reference": "full", "bounds": {"compute": "1%"}}
+    looked = peftkit.finetune(narrow, out=tmp_path / "looked")
+    blind = peftkit.finetune({**narrow, "diagnose": {"escalate": "off"}}, out=tmp_path / "blind")
+    assert weights(looked) == weights(blind), "the base was put back"
+    verdict = peftkit.diagnose_run(tmp_path / "looked")
+    behind = verdict.numbers["behind"]
+    assert verdict.state == (
+        "lagging" if behind["low"] > 0 and behind["mean"] > 0.01 * verdict.loss.mean else "not lagging"
+    )
+    assert verdict.reference_overhead > verdict.overhead
+    assert "for the reference" in dict(verdict.rows())["looking took"]
 
 
 def test_an_adapter_from_elsewhere_with_its_recipe(narrow, tmp_path):

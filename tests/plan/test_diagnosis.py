@@ -71,8 +71,9 @@ def test_targets_and_bounds_that_mean_nothing_are_refused():
     ):
         with pytest.raises(UserError, match=said):
             cpu_plan(diagnose=wanted)
-    with pytest.raises(UserError, match="full with qlora"):
-        cpu_plan("qlora", diagnose={"reference": "full"})
+    for method in ("qlora", "ia3", "full"):
+        with pytest.raises(UserError, match=f"full with {method}"):
+            cpu_plan(method, diagnose={"reference": "full"})
     plan = cpu_plan(diagnose={"bounds": {"max_memory": "4GiB", "compute": "5%"}})
     assert (plan.diagnose.max_memory_bytes, plan.diagnose.compute_share) == (4 * 2**30, 0.05)
 
