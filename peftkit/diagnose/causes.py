@@ -140,7 +140,7 @@ def look_early(evidence: Evidence) -> Wanted | Finding:
     for arm in wanted:
         if arm not in e.arms and arm not in e.unaffordable:
             return arm
-    if all(e.beats("candidate", other) for other in ("", "continue", "rate up")):
+    if e.candidate and _growing_pays(e):
         said = f"the grown adapter is better than going on by {e.versus('candidate', 'continue')}"
         return Finding("target modules", said, "candidate")
     if e.unaffordable:
@@ -150,12 +150,14 @@ def look_early(evidence: Evidence) -> Wanted | Finding:
 
 def _arms(e: Evidence) -> tuple[Wanted, ...]:
     """In the order in which they tell most. A third of the rate only where going on does harm."""
+    if e.candidate == "embeddings or head":
+        return ("continue", "rate up", "candidate")
     harmed = e.beats("", "continue")
     return (
         "continue",
         "rate up",
-        *(("rate down",) if harmed else ()),
         *(("candidate",) if e.candidate else ()),
+        *(("rate down",) if harmed else ()),
     )
 
 
@@ -200,8 +202,7 @@ def _by_forks(e: Evidence) -> Finding:
     """The cause that forks show; undecided where the budget left out what would tell."""
     still = e.quality.projected
     learns = still is not None and still.low > 0 and still.mean > MATTERS * e.rows.mean
-    controls = ("", *(arm for arm in ("continue", "rate up", "rate down") if arm in e.arms))
-    if e.candidate and len(controls) > 2 and all(e.beats("candidate", other) for other in controls):
+    if e.candidate and _growing_pays(e):
         said = f"the grown adapter is better than going on by {e.versus('candidate', 'continue')}"
         return Finding(e.candidate, said, "candidate")
     higher = e.versus("rate up", "continue")
@@ -220,6 +221,15 @@ def _by_forks(e: Evidence) -> Finding:
     if missing:
         return Finding("undecided", f"the budget did not reach to: {', '.join(missing)}")
     return Finding("undecided", "nothing that was tried is better than what there is, beyond its noise")
+
+
+def _growing_pays(e: Evidence) -> bool:
+    """Whether the candidate beats going on, is no worse than before, and is better than another rate."""
+    if "rate up" not in e.arms or not e.beats("candidate", "continue"):
+        return False
+    gained, over = e.versus("candidate"), e.versus("candidate", "rate up")
+    no_worse = gained is not None and gained.mean > 0
+    return no_worse and (over is None or over.mean > over.error)
 
 
 def _learning(projected: Interval | None) -> str:

@@ -60,11 +60,13 @@ def next_rung(
     num_learnt: int,
     loss: float,
     untrained: Untrained = Untrained(),
+    early: bool = False,
 ) -> Rung | None:
     """The next rung by the signals; None where there is none within the bound.
 
     `adapted` are the roles with an adapter now. Tokens that nothing has trained come first, as no layer makes
     up for them; then modules before rank: at equal parameters they bring far more wherever it was measured.
+    `early` in a run, the move goes at once to the rank that the data can fill.
     """
     if untrained.share >= UNTRAINED:
         said = (
@@ -74,12 +76,13 @@ def next_rung(
             return Rung("embeddings or head", (), rank, said, also_train=("embeddings",))
         return Rung("embeddings or head", (), rank, said, tokens=untrained.tokens)
     if signals.unadapted > signals.residual:
-        return _more_modules(signals, rank, adapted, max_rank, num_learnt, loss)
+        return _more_modules(signals, rank, adapted, max_rank, num_learnt if early else 0, loss)
     most = _most(signals, max_rank)
     if rank >= most:
         return None
     per_rank = sum(m.num_parameters_per_rank for m in signals.modules if m.is_adapted)
-    grown = rank_for(num_learnt, loss, per_rank, least=min(most, max(2 * rank, USUAL_RANK)), most=most)
+    least = min(most, max(2 * rank, USUAL_RANK))
+    grown = rank_for(num_learnt if early else 0, loss, per_rank, least=least, most=most)
     beyond = signals.residual / (signals.residual + signals.tangent) if signals.residual > 0 else 0.0
     said = f"{beyond:.0%} of the gradients' energy lies beyond what rank {rank} can express"
     return Rung("rank", (), grown, said)

@@ -38,7 +38,7 @@ from peftkit.train.restore import load_trained
 from peftkit.train.signals import STREAMS, Looker
 from peftkit.train.snapshot import Tensors
 
-_SIGNALS = 0.02  # of the run's tokens: what all signals together may take
+_SIGNALS = 0.015  # of the run's tokens: what all signals together may take
 _STREAM_ROWS = (8, 64)  # in each of three streams
 _ARMS = 3
 _FEWEST_STEPS = 4  # of a fork: fewer say nothing
@@ -241,6 +241,7 @@ class Study:
                 max_rank=self.plan.diagnose.max_rank,
                 num_learnt=self.stage.prepared.num_learnt,
                 loss=evidence.rows.mean,
+                early=not self.at_end,
                 untrained=untrained_tokens(self.model, self.stage.tokenizer, self.stage.prepared.train),
             )
         if self.rung is None:

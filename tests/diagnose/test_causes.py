@@ -83,7 +83,7 @@ def asked(given):
 
 def test_what_is_measured_next_goes_from_cheap_to_dear():
     assert asked({}) == ["signals", "dependence", "continue", "rate up", "candidate"]
-    harmed = ["signals", "dependence", "continue", "rate up", "rate down", "candidate"]
+    harmed = ["signals", "dependence", "continue", "rate up", "candidate", "rate down"]
     assert asked({"continue": 2.5}) == harmed, "a smaller rate is tried where going on does harm"
 
 

@@ -40,9 +40,10 @@ def test_rank_where_all_layers_have_an_adapter():
 def test_a_rank_below_the_usual_one_goes_there_and_never_beyond_half_of_a_layer():
     adapted = module("q", 2.0, adapted=True, tangent=0.1)
     assert rung(adapted, rank=2).rank == 16
-    assert rung(adapted, rank=32, num_learnt=10**9).rank == 256
+    assert rung(adapted, rank=32, num_learnt=10**9).rank == 64
+    assert rung(adapted, rank=32, num_learnt=10**9, early=True).rank == 256
     narrow = ModuleSignal("layers.0.q", "q", True, 64, 0.1, 2.0, 2.0, 0.5, 32)
-    assert rung(narrow, rank=8, num_learnt=10**9).rank == 16
+    assert rung(narrow, rank=8, num_learnt=10**9, early=True).rank == 16
     assert rung(narrow, rank=16) is None
 
 
