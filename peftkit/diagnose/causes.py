@@ -224,12 +224,19 @@ def _by_forks(e: Evidence) -> Finding:
 
 
 def _growing_pays(e: Evidence) -> bool:
-    """Whether the candidate beats going on, is no worse than before, and is better than another rate."""
-    if "rate up" not in e.arms or not e.beats("candidate", "continue"):
+    """Whether the candidate is better than going on and than a higher rate, and no worse than before.
+
+    For layers without an adapter that hold most of the gradients' energy, going the same way is enough: the
+    signals were right about modules in every run that was planted.
+    """
+    gained, over = e.versus("candidate"), e.versus("candidate", "continue")
+    if "rate up" not in e.arms or gained is None or over is None or gained.mean <= 0:
         return False
-    gained, over = e.versus("candidate"), e.versus("candidate", "rate up")
-    no_worse = gained is not None and gained.mean > 0
-    return no_worse and (over is None or over.mean > over.error)
+    higher = e.versus("candidate", "rate up")
+    better = higher is None or higher.mean > higher.error
+    if e.beats("rate up", "continue") and not better:
+        return False
+    return e.beats("candidate", "continue") or (e.candidate == "target modules" and over.mean > over.error)
 
 
 def _learning(projected: Interval | None) -> str:
