@@ -41,6 +41,7 @@ from peftkit.train.snapshot import Tensors
 _SIGNALS = 0.015  # of the run's tokens: what all signals together may take
 _STREAM_ROWS = (8, 64)  # in each of three streams
 _ARMS = 3
+_MARGIN = 0.95  # of what is left: rows that are drawn may be longer than the mean
 _FEWEST_STEPS = 4  # of a fork: fewer say nothing
 _FORK_ROWS = (40, 200)  # held-out rows that decide, as many as a fifth of a fork's cost pays for
 _EVAL_COST = 1 / 3  # of a token that is trained on: no backward
@@ -302,7 +303,7 @@ class Study:
             judging = 1 + 1 / _ARMS  # after each fork, and once for the report
             judged_tokens = judging * _EVAL_COST * sum(self.held[i].length for i in self.deciding)
             tokens = self.step_tokens * self.fork_batch / self.plan.train.batch_size
-            self._fork_steps = int((self.budget.left / _ARMS - judged_tokens) / tokens)
+            self._fork_steps = int((_MARGIN * self.budget.left / _ARMS - judged_tokens) / tokens)
         return self._fork_steps
 
     def fork_tokens(self, steps: int) -> float:
@@ -331,8 +332,11 @@ class Study:
     def _grow(self) -> tuple[Any, Start, Plan]:
         """The model with the candidate's adapter, which computes what the old one did."""
         assert self.candidate is not None and self.candidate.plan is not None
+        from transformers import set_seed
+
         before = scales(self.model)
         base = bare(self.stage, self.model)
+        set_seed(self.plan.seed)  # the same new rows where a look that was killed is made again
         model = attach(base, plain_start(self.candidate.plan), self.stage.tokenizer)
         known = {adapted.weight for adapted in scales(model).values()}
         self.grown = grow(

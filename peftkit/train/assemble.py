@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from transformers import PrinterCallback
+from transformers.utils import logging
 
 from peftkit.data.mask import Tokenized
 from peftkit.data.prepare import Prepared
@@ -24,7 +25,7 @@ from peftkit.train.guard import Guard, Vitals
 from peftkit.train.objectives import sft, supervised
 from peftkit.train.preflight import Preflight, preflight
 from peftkit.train.record import Emit, Progress, Record
-from peftkit.train.restore import Restore, handover_folder, load_trained
+from peftkit.train.restore import AtStart, Restore, handover_folder, load_trained
 from peftkit.train.rows import longest, training_set
 
 
@@ -91,9 +92,13 @@ class Training:
             load_trained(self.trainer.model, self.checkpoint)
             return step
         handover = handover_folder(self.checkpoint, self.run_dir.path / ".tmp-handover")
+        told = logging.get_verbosity()
+        logging.set_verbosity_error()  # the Trainer warns of weights that the handover lacks on purpose
+        self.trainer.add_callback(AtStart(lambda: logging.set_verbosity(told)))
         try:
             self.trainer.train(resume_from_checkpoint=str(handover))
         finally:
+            logging.set_verbosity(told)
             shutil.rmtree(handover, ignore_errors=True)
         return int(self.trainer.state.global_step)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,16 @@ def load_trained(model: Any, source: Path | Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in saved.items():
             live[name].copy_(tensor)
+
+
+class AtStart(TrainerCallback):
+    """Does something once the Trainer has loaded what it resumes from."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.act()
 
 
 class Restore(TrainerCallback):
