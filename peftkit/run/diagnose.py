@@ -14,8 +14,9 @@ from peftkit.plan import Plan
 from peftkit.plan.plan import Growth
 from peftkit.run.escalate import take_back, with_growth, write_growth
 from peftkit.run.next_recipe import write_next_recipe
+from peftkit.run.observed import evaluations_of
 from peftkit.run.stage import Stage
-from peftkit.run.study import Study, evaluations_of
+from peftkit.run.study import Study
 from peftkit.rundir import step_of
 from peftkit.train.forks import Start
 from peftkit.train.restore import load_trained

@@ -139,6 +139,7 @@ def _backward(model: Any, plan: Plan, step: Step, *, pad_id: int, loss: Loss) ->
 
 
 def num_learnt(labels: torch.Tensor, task: str) -> int:
+    """How many labels the loss sees: a decoder's first token is predicted by nothing."""
     seen = labels[:, 1:] if task == "causal-lm" else labels
     return int((seen != IGNORED).sum())
 
