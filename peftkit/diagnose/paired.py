@@ -97,6 +97,14 @@ def judged(num_rows: int) -> list[int]:
     return [int(i) for i in np.linspace(0, num_rows - 1, MOST_JUDGED)]
 
 
+def proportion(share: float, num: int) -> Interval:
+    """A share of `num` answers with Wilson's interval (1927), which holds near 0 and 1 as well."""
+    z, n = 1.96, max(1, num)
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Interval(share, float(middle - half), float(middle + half), num)
+
+
 def split(documents: Sequence[int]) -> tuple[list[int], list[int]]:
     """(rows to decide by, rows to report by): half of the documents each, whatever their order."""
     names = sorted(set(documents))

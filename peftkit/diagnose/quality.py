@@ -42,11 +42,13 @@ def judge(
     *,
     target: float | None,
     behind: Interval | None = None,
+    scored: Interval | None = None,
     looks: int = 1,
 ) -> Quality:
     """The state of a run's quality by its evaluations, the last of which is judged.
 
-    `behind` is how much better a reference was.
+    `behind` is how much better a reference was, `scored` the metric that the target is of, where it is not
+    the loss.
 
     A loss is a straight line over the logarithm of what was learnt, as far as this needs it; the sum of the
     learning rates stands for the steps, so that a decaying rate is not taken for a plateau.
@@ -59,17 +61,21 @@ def judge(
     worsened = gain(last.rows, best.rows, looks=looks) if best.step < last.step else None
     if worsened is not None and worsened.low <= 0:
         worsened = None
-    state, said = _state(loss, target, behind, projected, margin)
+    state, said = _state(loss, target, scored, behind, projected, margin)
     return Quality(state, loss, target, margin, projected, worsened, said)
 
 
 def _state(
     loss: Interval,
     target: float | None,
+    scored: Interval | None,
     behind: Interval | None,
     projected: Interval | None,
     margin: float,
 ) -> tuple[State, str]:
+    if target is not None and scored is not None:
+        said = f"{scored.mean:.3f} [{scored.low:.3f}, {scored.high:.3f}] of answers are right, of {target:g}"
+        return ("lagging" if scored.high < target else "not lagging"), said
     if target is not None:
         if loss.low > target:
             return "lagging", f"the loss, {loss.mean:.4f}, is above the target of {target:g}"

@@ -184,6 +184,15 @@ def _diagnosed_without_eval(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Pr
             )
 
 
+def _target_in_range(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
+    """A share of answers that no run can reach or miss."""
+    target = recipe.diagnose.target
+    if target is None or 0 < target.value <= (1 if target.metric != "eval_loss" else float("inf")):
+        return
+    expected = "a loss above 0, in nats" if target.metric == "eval_loss" else "a share above 0, of at most 1"
+    yield Problem(loaded.where(("diagnose", "target", "value")), f"{target.value:g}", expected)
+
+
 def _diagnose_without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     """Keys beside `escalate: off`."""
     if recipe.diagnose.escalate != "off":
@@ -204,6 +213,7 @@ RULES: tuple[Rule, ...] = (
     _micro_batch_divides,
     _without_effect,
     _diagnose_without_effect,
+    _target_in_range,
 )
 
 

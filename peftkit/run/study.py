@@ -19,7 +19,7 @@ from peftkit.diagnose.causes import (
     look_further,
 )
 from peftkit.diagnose.ladder import Rung, next_rung
-from peftkit.diagnose.paired import Interval, Rows, gain, judged, split
+from peftkit.diagnose.paired import Interval, Rows, gain, judged, proportion, split
 from peftkit.diagnose.quality import Evaluation, Quality, judge
 from peftkit.evaluate.dependence import swapped
 from peftkit.model.adapter import attach, plain_start, trainable_tensors
@@ -27,6 +27,7 @@ from peftkit.model.grow import Grown, grow, scales
 from peftkit.plan import Plan
 from peftkit.plan.packing import mean_tokens
 from peftkit.run.candidate import Candidate, candidate_of
+from peftkit.run.measure import measure
 from peftkit.run.observed import MASK_CHECKS, documents_of, linear_modules, masked_ends, untrained_tokens
 from peftkit.run.reference import behind
 from peftkit.run.stage import Stage
@@ -82,6 +83,7 @@ class Study:
     is_rewrapped: bool = False
     behind: Interval | None = None  # the reference, where one was asked for
     reference_overhead: float = 0.0
+    scored: Interval | None = None
     _fork_steps: int | None = None
     directions: dict[str, Any] = field(default_factory=dict)
     ends: dict[str, Tensors] = field(default_factory=dict)  # what each fork came to
@@ -133,7 +135,22 @@ class Study:
         """The quality by the evaluations alone."""
         every = [replace(one, rows=one.rows.of(self.deciding)) for one in self.evaluations]
         looks = len(self.plan.diagnose.look_steps) + 1
-        return judge(every, target=self._loss_target, behind=self.behind, looks=looks)
+        target = self.plan.diagnose.target
+        return judge(every, target=target, behind=self.behind, scored=self._scored(), looks=looks)
+
+    def _scored(self) -> Interval | None:
+        """The metric of a target that is not the loss, in the state that is judged."""
+        wanted, prepared = self.plan.diagnose, self.stage.prepared
+        if wanted.target is None or wanted.metric == "eval_loss":
+            return None
+        if self.scored is None:
+            load_trained(self.model, self.start.trained)
+            limit = self.plan.evaluate.max_examples
+            examples, rows = prepared.eval_examples[:limit], prepared.eval[:limit]
+            measured = measure(self.model, self.stage.tokenizer, self.plan, examples, rows)
+            self.budget.spent_tokens += _EVAL_COST * sum(row.length for row in rows)
+            self.scored = proportion(measured.scores[wanted.metric], measured.num_examples)
+        return self.scored
 
     def compare_with_reference(self) -> None:
         """What the recipe asks for beside the looking itself: it is billed apart."""
@@ -146,11 +163,6 @@ class Study:
         held = self.evaluations[-1].rows.of(self.deciding)
         self.behind, tokens = behind(self.stage, self.model, held, rows, pad_id=self.pad_id)
         self.reference_overhead = tokens / self.budget.run_tokens
-
-    @property
-    def _loss_target(self) -> float | None:
-        wanted = self.plan.diagnose
-        return wanted.target if wanted.metric == "eval_loss" else None
 
     @property
     def wrapped(self) -> Plan:

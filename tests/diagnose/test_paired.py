@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftkit.diagnose.paired import MOST_JUDGED, Rows, gain, judged, mean_interval, split
+from peftkit.diagnose.paired import MOST_JUDGED, Rows, gain, judged, mean_interval, proportion, split
 
 
 def rows(sums, counts=None, documents=None):
@@ -75,3 +75,11 @@ def test_so_many_rows_are_judged_one_by_one(num_rows):
     assert len(chosen) == min(num_rows, MOST_JUDGED)
     assert chosen == sorted(set(chosen))
     assert all(0 <= i < num_rows for i in chosen)
+
+
+def test_a_proportion_has_wilsons_interval():
+    """The values of Newcombe (1998), table I: 81 of 263 and 0 of 20."""
+    found = proportion(81 / 263, 263)
+    assert (found.low, found.high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
+    none = proportion(0.0, 20)
+    assert (none.low, none.high) == (pytest.approx(0.0, abs=1e-9), pytest.approx(0.1611, abs=1e-4))

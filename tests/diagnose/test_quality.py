@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from peftkit.diagnose.paired import Interval, Rows
+from peftkit.diagnose.paired import Interval, Rows, proportion
 from peftkit.diagnose.quality import Evaluation, judge
 
 HARD = np.random.default_rng(0).gamma(4.0, 0.25, size=200)
@@ -38,6 +38,12 @@ def test_a_reference_decides_where_there_is_no_target():
     assert judge(last, target=None, behind=better).state == "lagging"
     assert judge(last, target=None, behind=alike).state == "not lagging", "within 1 % of the loss"
     assert judge(last, target=9.0, behind=better).state == "not lagging", "a target is what was asked for"
+
+
+def test_a_target_in_a_metric_is_missed_beyond_the_noise_of_its_answers():
+    last = curve([4.0, 2.0, 1.5])
+    for right, state in ((0.6, "lagging"), (0.85, "not lagging"), (0.95, "not lagging")):
+        assert judge(last, target=0.9, scored=proportion(right, 100)).state == state
 
 
 def test_a_decaying_rate_is_no_plateau():

@@ -64,6 +64,20 @@ def test_keys_beside_off_are_told():
     assert [p.got for p in problems] == ["target with escalate: off"]
 
 
+@pytest.mark.parametrize(
+    ("target", "is_fine"),
+    [({"value": 1.2}, True), ({"value": -1.0}, False), ({"metric": "accuracy", "value": 90.0}, False)],
+)
+def test_a_target_that_no_run_can_reach_or_miss_is_told(target, is_fine):
+    source = {
+        "base": "org/model",
+        "method": "lora",
+        "data": {"train": "x.jsonl"},
+        "diagnose": {"target": target},
+    }
+    assert (check(load(source)) == []) == is_fine
+
+
 def test_targets_and_bounds_that_mean_nothing_are_refused():
     for wanted, said in (
         ({"target": {"metric": "accuracy", "value": 0.9}}, "accuracy, which is not measured"),
