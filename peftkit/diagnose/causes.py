@@ -123,7 +123,7 @@ def _at_once(e: Evidence) -> Finding | None:
     if e.num_departures:
         return Finding("unstable", f"{e.num_departures} steps were skipped or taken back")
     if e.quality.state == "still improving":
-        return Finding("too few steps", e.quality.said)
+        return Finding("too few steps" if e.quality.projected else "none", e.quality.said)
     return None
 
 

@@ -86,7 +86,12 @@ def _state(
             return "lagging", f"training the weights themselves is better by {behind}"
         said = f"training the weights themselves is better by {behind}, which is within the margin"
         return "not lagging", said
-    if projected is not None and projected.low > 0 and projected.mean > margin:
+    if projected is None:
+        return (
+            "still improving",
+            "one evaluation cannot tell a climb from a plateau: set train.eval_steps lower",
+        )
+    if projected.low > 0 and projected.mean > margin:
         return "still improving", f"half as many steps again would bring about {projected}"
     return "plateaued", "the loss has stopped falling beyond its noise"
 

@@ -50,8 +50,12 @@ def cause(**more):
 
 
 def test_a_healthy_run_is_asked_for_nothing():
-    for state, said in (("not lagging", "none"), ("still improving", "too few steps")):
-        assert cause(quality=quality(state), signals=None, dependence=None) == said
+    for state, trend, said in (
+        ("not lagging", LEARNS, "none"),
+        ("still improving", LEARNS, "too few steps"),
+        ("still improving", None, "none"),
+    ):
+        assert cause(quality=quality(state, trend), signals=None, dependence=None) == said
 
 
 def test_data_and_masks_come_before_everything():

@@ -65,5 +65,6 @@ def test_what_got_worse_since_its_best_is_told():
 
 def test_a_single_evaluation_says_what_it_can():
     found = judge([evaluation(50, 1.0)], target=None)
-    assert found.state == "plateaued"
+    assert found.state == "still improving"
     assert found.projected is None
+    assert "train.eval_steps" in found.said
