@@ -35,6 +35,7 @@ BEYOND = 2.5  # paired standard errors that a fork must be better by
 MATTERS = 0.004  # of the loss: less is not worth a change, however certain
 GENERALISES = 0.3  # below it what is left to learn does not help held-out rows
 AGREES = 0.05  # below it two batches want nothing in common
+LEARNT = 0.5  # of the loss at the start: below it answers are known in shape, if not by their questions
 BY_HEART = 0.5  # of the held-out loss: a training loss below it
 
 
@@ -63,6 +64,7 @@ class Evidence:
     masks: tuple[str, ...] = ()
     num_departures: int = 0  # rollbacks, skipped steps
     train_loss: float | None = None
+    start_loss: float | None = None  # of held-out rows, before the first step
     signals: Signals | None = None
     dependence: Interval | None = None
     asks: bool = True  # whether answers have a question to depend on
@@ -172,12 +174,13 @@ def _data(e: Evidence) -> Finding | None:
         return Finding("learning rate too high", said)
     if e.asks and e.dependence is not None and signals is not None:
         depends = e.dependence.low > 0 and e.dependence.mean > MATTERS * e.rows.mean
+        said = f"the answers are as likely under other rows' questions (by {e.dependence} nats)"
         if not depends and signals.agreement < AGREES:
-            said = (
-                f"the answers are as likely under other rows' questions (by {e.dependence} nats), "
-                f"and two batches want nothing in common (agreement {signals.agreement:.3f})"
-            )
-            return Finding("data: labels or masks broken", said)
+            more = f"two batches want nothing in common (agreement {signals.agreement:.3f})"
+            return Finding("data: labels or masks broken", f"{said}, and {more}")
+        if not depends and e.start_loss is not None and e.rows.mean < LEARNT * e.start_loss:
+            more = f"much was learnt all the same: from {e.start_loss:.3f} to {e.rows.mean:.3f}"
+            return Finding("data: labels or masks broken", f"{said}, and {more}")
     worsened = e.quality.worsened
     if worsened is not None and worsened.mean > MATTERS * e.rows.mean:
         said = f"the loss on held-out rows has risen since its best by {worsened}"

@@ -196,6 +196,7 @@ class Study:
             masks=tuple(masks),
             num_departures=self.departures,
             train_loss=self.train_loss,
+            start_loss=every[0].rows.mean if every[0].step == 0 else None,
             asks=self.asks and bool(swapped(self.held[:50])[0]),
         )
 

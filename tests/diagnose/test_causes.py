@@ -63,6 +63,7 @@ def test_data_and_masks_come_before_everything():
     assert cause(masks=("end-token: never learnt",), quality=quality("not lagging")) == broken
     assert cause(num_departures=2) == "unstable"
     assert cause(dependence=STILL, signals=signals(agreement=0.01)) == broken
+    assert cause(dependence=STILL, start_loss=6.0) == broken, "a shape was learnt, and no mapping"
     worse = Interval(0.5, 0.4, 0.6, 100)
     assert cause(quality=quality(worsened=worse), train_loss=0.1) == "data: overfitting"
     assert cause(train_loss=0.9, signals=signals(across=0.1)) == "data: overfitting"
