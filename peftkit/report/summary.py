@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftkit.diagnose.verdict import Verdict
 from peftkit.errors import Problem, UserError
 from peftkit.plan import Plan
+from peftkit.plan.plan import Growth
 from peftkit.rundir import RunDir, read_sealed
 from peftkit.units import html_table, show_bytes, show_count, show_percent, show_seconds
 
@@ -40,13 +42,17 @@ class Summary:
     tokens_per_second: float | None
     result: Path | None
     memory: Mapping[str, Any]  # predicted and measured bytes of training, error in percent
+    verdict: Verdict | None = None  # of the last look
+    growths: tuple[str, ...] = ()  # each in words
 
     @property
     def next_commands(self) -> tuple[str, ...]:
         """What a person can do with the result now."""
         if self.result is None:
             return (f"peftkit resume {self.path}",)
-        return (f"peftkit generate {self.path} 'your prompt'",)
+        asked = (f"peftkit generate {self.path} 'your prompt'",)
+        following = self.path / "next-recipe.yaml"
+        return (*asked, f"peftkit finetune {following}") if following.is_file() else asked
 
     def rows(self) -> list[tuple[str, str]]:
         """The summary as (what, value), for a table."""
@@ -94,6 +100,11 @@ class Summary:
         )
         if self.tokens_per_second:
             rows.append(("tokens per second", f"{self.tokens_per_second:,.0f}"))
+        rows += [("grown", growth) for growth in self.growths]
+        if self.verdict is not None:
+            rows.append(("quality", self.verdict.line))
+            changes = " ".join(self.verdict.action.overrides)
+            rows.append(("advice", f"{self.verdict.action.said}{': ' if changes else ''}{changes}"))
         rows.append(("result", str(self.result) if self.result else "none yet"))
         return rows
 
@@ -145,6 +156,17 @@ def read_plan(run: RunDir) -> Plan:
         ) from None
 
 
+def _verdict(events: list[dict[str, Any]]) -> Verdict | None:
+    """Of the last look at the run."""
+    found = _last(events, "verdict")
+    return Verdict.from_json(found) if found else None
+
+
+def _growth(growth: Growth) -> str:
+    taken_back = "" if growth.kept else "; it did not pay, and was taken back"
+    return f"step {growth.step}, {growth.cause}: {' '.join(growth.overrides)}{taken_back}"
+
+
 def read_summary(run: RunDir) -> Summary:
     """The summary of a run, finished or not."""
     plan = read_plan(run)
@@ -178,4 +200,6 @@ def read_summary(run: RunDir) -> Summary:
         tokens_per_second=rates[len(rates) // 2] if rates else None,
         result=run.path / done["result"] if done else None,
         memory=_last(events, "memory") or {},
+        verdict=_verdict(events),
+        growths=tuple(map(_growth, plan.growths)),
     )

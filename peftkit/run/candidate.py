@@ -17,6 +17,8 @@ from peftkit.recipe import load
 from peftkit.run.stage import Stage
 from peftkit.units import show_bytes, show_count
 
+WITHOUT_RANK = ("prefix", "prompt", "ia3", "ln", "vera", "oft")
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -124,3 +126,17 @@ def grown_plan(stage: Stage, made: Plan, *, rate: float) -> Plan:
     )
     assert plan.batch is not None
     return replace(grown, memory=closed_form(stage.facts.model.shape, grown, plan.batch))
+
+
+def next_method(stage: Stage) -> tuple[tuple[str, ...], Cost] | None:
+    """For a method without a rank: LoRA at its defaults, and what that adds; None for others."""
+    if stage.plan.method.name not in WITHOUT_RANK:
+        return None
+    overrides = ("method=lora", "train.learning_rate=auto")
+    try:
+        made = make_plan(load(stage.loaded.recipe, overrides), stage.facts)
+    except UserError:
+        return None  # LoRA does not go with this model
+    cost = Candidate(overrides, made).cost(stage.plan)
+    assert cost is not None
+    return overrides, cost

@@ -12,9 +12,10 @@ from peftkit.diagnose.paired import gain
 from peftkit.diagnose.verdict import Action, Verdict
 from peftkit.plan import Plan
 from peftkit.plan.plan import Growth
+from peftkit.run.candidate import next_method
 from peftkit.run.escalate import take_back, with_growth, write_growth
 from peftkit.run.next_recipe import write_next_recipe
-from peftkit.run.observed import evaluations_of
+from peftkit.run.observed import clipped_share, evaluations_of
 from peftkit.run.stage import Stage
 from peftkit.run.study import Study
 from peftkit.rundir import step_of
@@ -74,6 +75,7 @@ def study_of(stage: Stage, model: Any, checkpoint: Path | None, step: int) -> St
         start = Start({n: t.detach().clone() for n, t in trainable_tensors(model).items()}, {})
     events, held = stage.run.events(), stage.prepared.eval
     evaluations, train_loss = evaluations_of(events, held, step)
+    clipped = clipped_share(events, stage.plan.train.max_grad_norm)
     departures = sum(e["event"] == "rollback" or (e["event"] == "spike" and e["skipped"]) for e in events)
     study = Study(
         stage,
@@ -84,6 +86,7 @@ def study_of(stage: Stage, model: Any, checkpoint: Path | None, step: int) -> St
         departures,
         train_loss,
         asks=stage.plan.base.task == "causal-lm",
+        clipped_share=clipped,
     )
     if not evaluations or evaluations[-1].step != step:
         study.evaluations = [*evaluations, study.evaluate_now()]
@@ -139,6 +142,8 @@ def _action(study: Study, evidence: Evidence, finding: Finding) -> Action:
         return Action(said, (f"train.max_steps={max(1, best.step)}",) if best.step < study.step else ())
     if cause == "data: labels or masks broken":
         return Action("look at what is learnt: peftkit check RECIPE; more training or rank mends none of it")
+    if cause == "undecided" and (other := next_method(study.stage)):
+        return Action(f"{study.plan.method.name} has no rank to raise: try lora", other[0], None, other[1])
     if cause == "undecided":
         return Action(_left_open(study))
     return Action("nothing: it is as good as was asked for" if study.plan.diagnose.target else "nothing")
@@ -149,8 +154,6 @@ def _left_open(study: Study) -> str:
     refused = study.candidate.refused if study.candidate is not None else ""
     if refused:
         return f"the next rung is forbidden: {refused}"
-    if study.plan.method.name in {"prefix", "prompt", "ia3", "ln", "vera", "oft"}:
-        return f"{study.plan.method.name} has no rank to raise: try method.name=lora"
     return "give more compute to look: diagnose.bounds.compute, or a target or reference to judge by"
 
 
@@ -174,6 +177,8 @@ def _numbers(study: Study, evidence: Evidence) -> dict[str, Any]:
             for name, arm in evidence.arms.items()
         },
         "unaffordable": sorted(evidence.unaffordable),
+        "refused": study.candidate.refused if study.candidate else "",
+        "clipped_share": study.clipped_share,
     }
     if signals is not None:
         found["signals"] = {

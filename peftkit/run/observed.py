@@ -94,3 +94,9 @@ def _learnt(row: Tokenized) -> int:
     """What a decoder learns of a row: its first token is predicted by nothing."""
     first = 1 if len(row.labels) == len(row.input_ids) and row.labels and row.labels[0] != IGNORED else 0
     return row.num_learnt - first
+
+
+def clipped_share(events: Sequence[Mapping[str, Any]], max_grad_norm: float) -> float:
+    """The share of steps whose gradients were clipped."""
+    norms = [float(event["grad_norm"]) for event in events if event["event"] == "step"]
+    return len([norm for norm in norms if norm > max_grad_norm]) / max(1, len(norms))

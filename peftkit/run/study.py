@@ -76,6 +76,7 @@ class Study:
     departures: int
     train_loss: float | None
     asks: bool = True
+    clipped_share: float = 0.0
     budget: Budget = field(init=False)
     rung: Rung | None = None
     candidate: Candidate | None = None

@@ -231,4 +231,17 @@ def test_methods_without_a_rank_are_shown_the_next_one(method, recipe, tmp_path)
     recipe["method"] = method
     recipe["diagnose"] = {"target": {"value": 0.001}}
     peftkit.finetune(recipe, out=tmp_path / "run")
-    assert "lora" in peftkit.diagnose_run(tmp_path / "run").action.said
+    action = peftkit.diagnose_run(tmp_path / "run").action
+    assert "try lora" in action.said
+    assert action.cost.num_trainable > 0
+    assert load(tmp_path / "run" / "next-recipe.yaml").recipe.method.name == "lora"
+
+
+def test_bounds_that_forbid_every_rung_are_told(narrow, tmp_path):
+    narrow["train"]["max_steps"] = 40
+    narrow["diagnose"]["bounds"] |= {"max_trainable": 3600}
+    peftkit.finetune(narrow, out=tmp_path / "run")
+    verdict = peftkit.diagnose_run(tmp_path / "run")
+    assert verdict.cause not in {"target modules", "rank"}
+    assert "candidate" not in verdict.numbers["arms"]
+    assert verdict.numbers["refused"].endswith("more than 3,600")
