@@ -10,6 +10,7 @@ from typing import Any
 from peftkit.diagnose.causes import CAPACITY, Evidence, Finding, Wanted, look_early, look_further
 from peftkit.diagnose.paired import gain
 from peftkit.diagnose.verdict import Action, Verdict
+from peftkit.model.hardware import is_out_of_memory
 from peftkit.plan import Plan
 from peftkit.plan.plan import Growth
 from peftkit.run.candidate import next_method
@@ -69,7 +70,9 @@ def study_of(stage: Stage, model: Any, checkpoint: Path | None, step: int) -> St
     """A look at a run's newest checkpoint, or at the model as it is where there is none."""
     from peftkit.model.adapter import trainable_tensors
 
-    if checkpoint is not None and step_of(checkpoint) == step:
+    if stage.plan.method.peft is None:
+        start = Start(trainable_tensors(model), {})  # a copy would be a second model
+    elif checkpoint is not None and step_of(checkpoint) == step:
         start = Start.of(checkpoint)
     else:
         start = Start({n: t.detach().clone() for n, t in trainable_tensors(model).items()}, {})
@@ -100,8 +103,15 @@ def verdict_of(
 
     The model holds the state that was judged afterwards, unless it was wrapped anew.
     """
-    evidence, finding = study.look(further)
-    action = _action(study, evidence, finding)
+    try:
+        evidence, finding = study.look(further)
+        action = _action(study, evidence, finding)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        evidence = study.first_evidence()
+        finding = Finding("undecided", "the memory did not suffice to look for the cause")
+        action = Action("nothing; peftkit diagnose RUN looks again, where there is more")
     if not study.is_rewrapped:
         load_trained(study.model, study.start.trained)
     return _verdict(study, evidence, finding, action), finding

@@ -179,12 +179,12 @@ class Study:
     ) -> tuple[Evidence, Finding]:
         """Measure what the evidence asks for until it names a cause."""
         self.compare_with_reference()
-        evidence = self._first()
+        evidence = self.first_evidence()
         while isinstance(wanted := further(evidence), str):
             evidence = self._measured(evidence, wanted)
         return evidence, wanted
 
-    def _first(self) -> Evidence:
+    def first_evidence(self) -> Evidence:
         """What costs nothing: evaluations, events, and what the data gate said."""
         every = [replace(one, rows=one.rows.of(self.deciding)) for one in self.evaluations]
         quality = self.first_quality()
@@ -270,7 +270,7 @@ class Study:
         return replace(evidence, dependence=gain(Rows(found.sums, found.counts, own.documents), own))
 
     def _arm(self, evidence: Evidence, name: Wanted) -> Evidence:
-        steps = self.fork_steps()
+        steps = self.fork_steps() if self.plan.method.peft is not None else 0  # whole models are not copied
         if steps < _FEWEST_STEPS or self.budget.left < self.fork_tokens(steps):
             return _without(evidence, name)
         batches = draw(

@@ -153,7 +153,7 @@ class Record(TrainerCallback):
             if self.stops_early:
                 control.should_training_stop = True
         ends = last or control.should_training_stop
-        if ends and self.plan.diagnose.escalate != "off":
+        if ends and self.plan.diagnose.escalate != "off" and self.plan.method.peft is not None:
             self._checkpoint(state)  # what an adapter is judged by, now or later
         if step in self.plan.diagnose.look_steps and not ends and self.guard.steady:
             self._checkpoint(state)

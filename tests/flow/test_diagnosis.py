@@ -237,6 +237,21 @@ def test_methods_without_a_rank_are_shown_the_next_one(method, recipe, tmp_path)
     assert load(tmp_path / "run" / "next-recipe.yaml").recipe.method.name == "lora"
 
 
+def test_a_look_that_runs_out_of_memory_costs_the_verdict_and_not_the_run(narrow, tmp_path, monkeypatch):
+    from peftkit.run import study
+
+    def full(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    narrow["train"]["max_steps"] = 40
+    blind = peftkit.finetune({**narrow, "diagnose": {"escalate": "off"}}, out=tmp_path / "blind")
+    monkeypatch.setattr(study, "fork", full)
+    looked = peftkit.finetune(narrow, out=tmp_path / "looked")
+    assert looked.verdict.cause == "undecided"
+    assert "memory" in looked.verdict.said
+    assert weights(looked) == weights(blind)
+
+
 def test_bounds_that_forbid_every_rung_are_told(narrow, tmp_path):
     narrow["train"]["max_steps"] = 40
     narrow["diagnose"]["bounds"] |= {"max_trainable": 3600}
