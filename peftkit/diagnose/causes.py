@@ -35,6 +35,7 @@ BEYOND = 2.5  # paired standard errors that a fork must be better by
 MATTERS = 0.004  # of the loss: less is not worth a change, however certain
 GENERALISES = 0.3  # below it what is left to learn does not help held-out rows
 AGREES = 0.05  # below it two batches want nothing in common
+MISSING = 0.8  # of the gradients' energy in layers without an adapter: the rest is not what a run lacks
 LEARNT = 0.5  # of the loss at the start: below it answers are known in shape, if not by their questions
 BY_HEART = 0.5  # of the held-out loss: a training loss below it
 
@@ -69,6 +70,7 @@ class Evidence:
     dependence: Interval | None = None
     asks: bool = True  # whether answers have a question to depend on
     candidate: Cause | Literal[""] = ""
+    is_small: bool = False  # an adapter of a rank below any usual one
     arms: Mapping[str, Arm] = field(default_factory=dict)
     unaffordable: frozenset[str] = frozenset()
 
@@ -208,6 +210,10 @@ def _by_forks(e: Evidence) -> Finding:
     if e.candidate and _growing_pays(e):
         said = f"the grown adapter is better than going on by {e.versus('candidate', 'continue')}"
         return Finding(e.candidate, said, "candidate")
+    if _layers_are_missing(e):
+        assert e.signals is not None
+        said = f"{e.signals.share_unadapted:.0%} of the gradients' energy lies in layers without an adapter"
+        return Finding("target modules", f"{said}; the fork was too short to show it")
     higher = e.versus("rate up", "continue")
     bears_more = learns and not e.beats("continue", "rate up")
     if higher is not None and (e.beats("rate up", "continue") or bears_more):
@@ -229,8 +235,7 @@ def _by_forks(e: Evidence) -> Finding:
 def _growing_pays(e: Evidence) -> bool:
     """Whether the candidate is better than going on and than a higher rate, and no worse than before.
 
-    For layers without an adapter that hold most of the gradients' energy, going the same way is enough: the
-    signals were right about modules in every run that was planted.
+    Of an adapter that is smaller than any usual one the fork only has to go the right way.
     """
     gained, over = e.versus("candidate"), e.versus("candidate", "continue")
     if "rate up" not in e.arms or gained is None or over is None or gained.mean <= 0:
@@ -239,7 +244,18 @@ def _growing_pays(e: Evidence) -> bool:
     better = higher is None or higher.mean > higher.error
     if e.beats("rate up", "continue") and not better:
         return False
-    return e.beats("candidate", "continue") or (e.candidate == "target modules" and over.mean > over.error)
+    expected = e.candidate == "target modules" or e.is_small
+    return e.beats("candidate", "continue") or (expected and over.mean > over.error)
+
+
+def _layers_are_missing(e: Evidence) -> bool:
+    """Whether nearly all that the gradients want lies in layers without an adapter, and no higher rate helps.
+
+    A short fork is noisier than this signal, which was right in every run that was planted.
+    """
+    if e.candidate != "target modules" or e.signals is None or "rate up" not in e.arms:
+        return False
+    return e.signals.share_unadapted > MISSING and not e.beats("rate up", "continue")
 
 
 def _learning(projected: Interval | None) -> str:

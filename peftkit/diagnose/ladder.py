@@ -11,6 +11,7 @@ from peftkit.diagnose.signals import Signals
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 USUAL_RANK = 16  # a smaller one grows to it at least
+SMALL_RANK = 4  # smaller than anyone would take where capacity matters
 BITS_PER_PARAMETER = 2.0  # what a trained weight can hold (Allen-Zhu and Li 2024; Schulman et al. 2025)
 WORTHWHILE = 0.1  # of the best role's energy per parameter: a role below it is left out
 UNTRAINED = 0.02  # of what is learnt: so much in tokens without a trained row is not for layers to mend
@@ -105,6 +106,6 @@ def _more_modules(
     per_rank = sum(m.num_parameters_per_rank for m in signals.modules if m.role in members)
     grown = rank_for(num_learnt, loss, per_rank, least=rank, most=max(rank, _most(signals, max_rank)))
     shown = ", ".join(f"{role} {one / best:.2f}" for role, one in ranked)
-    share = signals.unadapted / (signals.unadapted + signals.residual + signals.tangent)
-    said = f"{share:.0%} of the gradients' energy lies in layers without an adapter (per parameter: {shown})"
+    where = f"lies in layers without an adapter (per parameter: {shown})"
+    said = f"{signals.share_unadapted:.0%} of the gradients' energy {where}"
     return Rung("target modules", (*adapted, *chosen), grown, said)

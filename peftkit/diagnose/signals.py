@@ -48,6 +48,12 @@ class Signals:
         return sum(max(0.0, m.residual) for m in self.modules if not m.is_adapted)
 
     @property
+    def share_unadapted(self) -> float:
+        """Of all energy, what lies in layers without an adapter."""
+        whole = self.tangent + self.residual + self.unadapted
+        return self.unadapted / whole if whole > 0 else 0.0
+
+    @property
     def generalises(self) -> float:
         """How much of the unexplored direction helps held-out rows too: 1 where all of it, 0 where none."""
         inside = sum(m.residual for m in self.modules)

@@ -18,7 +18,7 @@ from peftkit.diagnose.causes import (
     Wanted,
     look_further,
 )
-from peftkit.diagnose.ladder import Rung, next_rung
+from peftkit.diagnose.ladder import SMALL_RANK, Rung, next_rung
 from peftkit.diagnose.paired import Interval, Rows, gain, judged, proportion, split
 from peftkit.diagnose.quality import Evaluation, Quality, judge
 from peftkit.evaluate.dependence import swapped
@@ -119,7 +119,7 @@ class Study:
         return self.budget.run_tokens / (self.plan.train.num_steps or 1)
 
     def evaluated_rows(self) -> int:
-        """How many held-out rows a fork is judged by."""
+        """How many held-out rows judge a fork."""
         per_row = _EVAL_COST * sum(row.length for row in self.held) / len(self.held)
         affordable = int(0.2 * self.budget.share * self.budget.run_tokens / _ARMS / per_row)
         return max(_FORK_ROWS[0], min(_FORK_ROWS[1], affordable))
@@ -255,7 +255,8 @@ class Study:
         if self.rung is None:
             return evidence
         self.candidate = candidate_of(self.stage, self.rung)
-        return replace(evidence, candidate=self.rung.cause if self.candidate.plan is not None else "")
+        cause = self.rung.cause if self.candidate.plan is not None else ""
+        return replace(evidence, candidate=cause, is_small=rank <= SMALL_RANK)
 
     def _dependence(self, evidence: Evidence) -> Evidence:
         rows = [self.held[i] for i in self.deciding]

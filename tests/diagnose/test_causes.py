@@ -115,6 +115,19 @@ def test_forks_tell_the_cause(losses, candidate, projected, expected):
     assert cause(arms=arms(**losses), candidate=candidate, quality=quality(projected=projected)) == expected
 
 
+def test_layers_that_hold_all_the_energy_need_no_fork_and_a_small_rank_a_weaker_one():
+    forks = arms(**{"continue": 2.0, "rate_up": 2.2, "candidate": 2.05})
+    assert cause(arms=forks, candidate="target modules", quality=quality(projected=LEARNS)) == "too few steps"
+    missing = {"signals": signals(unadapted=20.0), "candidate": "target modules"}
+    assert cause(arms=forks, **missing, quality=quality(projected=LEARNS)) == "target modules"
+    helped = arms(**{"continue": 2.0, "rate_up": 1.8, "candidate": 2.05})
+    assert cause(arms=helped, **missing, quality=quality(projected=LEARNS)) == "learning rate too low"
+    weak = arms(**{"continue": 2.0, "rate_up": 2.2, "candidate": 1.996})
+    small = {"arms": weak, "candidate": "rank", "quality": quality(projected=LEARNS)}
+    assert cause(**small) == "too few steps"
+    assert cause(**small, is_small=True) == "rank"
+
+
 def test_what_the_budget_leaves_out_is_told():
     left_out = frozenset({"rate up", "candidate"})
     some = {"arms": arms(**{"continue": 2.0}), "unaffordable": left_out}
