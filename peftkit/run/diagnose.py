@@ -42,6 +42,8 @@ def is_due(stage: Stage, step: int, *, ended: bool) -> bool:
     wanted = stage.plan.diagnose
     if wanted.escalate == "off" or not (ended or step in wanted.look_steps):
         return False
+    if not ended and any(growth.step == step for growth in stage.plan.growths):
+        return False  # killed between the growth and its verdict
     return not any(e["event"] == "verdict" and e["step"] == step for e in stage.run.events())
 
 
@@ -90,6 +92,7 @@ def study_of(stage: Stage, model: Any, checkpoint: Path | None, step: int) -> St
         train_loss,
         asks=stage.plan.base.task == "causal-lm",
         clipped_share=clipped,
+        spent=sum(e["overhead"] for e in events if e["event"] == "verdict" and e["step"] < step),
     )
     if not evaluations or evaluations[-1].step != step:
         study.evaluations = [*evaluations, study.evaluate_now()]

@@ -40,6 +40,7 @@ from peftkit.train.snapshot import Tensors
 _SIGNALS = 0.015  # of the run's tokens: what all signals together may take
 _STREAM_ROWS = (8, 64)  # in each of three streams
 _ARMS = 3
+_EARLY = 0.5  # of the budget: what an early look may take
 _MARGIN = 0.95  # of what is left: rows that are drawn may be longer than the mean
 _FEWEST_STEPS = 4  # of a fork: fewer say nothing
 _FORK_ROWS = (40, 200)  # held-out rows that decide, as many as a fifth of a fork's cost pays for
@@ -77,6 +78,7 @@ class Study:
     train_loss: float | None
     asks: bool = True
     clipped_share: float = 0.0
+    spent: float = 0.0  # of the run's tokens, by earlier looks
     budget: Budget = field(init=False)
     rung: Rung | None = None
     candidate: Candidate | None = None
@@ -92,7 +94,8 @@ class Study:
     def __post_init__(self) -> None:
         plan, prepared = self.plan, self.stage.prepared
         tokens = mean_tokens(plan, self.stage.facts) * plan.train.batch_size * (plan.train.num_steps or 1)
-        self.budget = Budget(tokens, plan.diagnose.compute_share)
+        share = plan.diagnose.compute_share
+        self.budget = Budget(tokens, share - self.spent if self.at_end else _EARLY * share)
         self.numbers = judged(len(prepared.eval))
         self.held = [prepared.eval[i] for i in self.numbers]
         self.documents = documents_of(self.held)

@@ -102,6 +102,7 @@ def test_a_run_grows_early_and_what_it_made_is_plain_peft(grown):
     base = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, path / "adapter")
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
+    assert sum(event["overhead"] for event in of(path, "verdict")) <= 0.9, "looks share the budget"
     losses = {event["step"]: event["loss"] for event in of(path, "step")}
     step = growth["step"]
     assert abs(losses[step + 1] - losses[step]) < 1.0, "the function did not jump"
