@@ -94,11 +94,15 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Finding:
-    """The cause with why, in words, and which arm shows what acting on it brings."""
+    """The cause with why, in words, and which arm shows what acting on it brings.
+
+    It is `proven` where that arm beat all controls beyond paired noise: only then a run acts by itself.
+    """
 
     cause: Cause
     said: str
     arm: str = ""
+    proven: bool = False
 
 
 def look_further(evidence: Evidence) -> Wanted | Finding:
@@ -146,7 +150,7 @@ def look_early(evidence: Evidence) -> Wanted | Finding:
             return arm
     if e.candidate and _growing_pays(e):
         said = f"the grown adapter is better than going on by {e.versus('candidate', 'continue')}"
-        return Finding("target modules", said, "candidate")
+        return Finding("target modules", said, "candidate", proven=_is_proven(e))
     if e.unaffordable:
         return Finding("undecided", f"the budget did not reach to: {', '.join(sorted(e.unaffordable))}")
     return Finding("none", "growing was not better than going on, or than another rate")
@@ -209,11 +213,14 @@ def _by_forks(e: Evidence) -> Finding:
     learns = still is not None and still.low > 0 and still.mean > MATTERS * e.rows.mean
     if e.candidate and _growing_pays(e):
         said = f"the grown adapter is better than going on by {e.versus('candidate', 'continue')}"
-        return Finding(e.candidate, said, "candidate")
+        return Finding(e.candidate, said, "candidate", proven=_is_proven(e))
     if _layers_are_missing(e):
         assert e.signals is not None
         said = f"{e.signals.share_unadapted:.0%} of the gradients' energy lies in layers without an adapter"
-        return Finding("target modules", f"{said}; the fork was too short to show it")
+        shown = (
+            "the fork was too short to show it" if "candidate" in e.arms else "the budget had no fork for it"
+        )
+        return Finding("target modules", f"{said}; {shown}")
     higher = e.versus("rate up", "continue")
     bears_more = learns and not e.beats("continue", "rate up")
     if higher is not None and (e.beats("rate up", "continue") or bears_more):
@@ -248,12 +255,17 @@ def _growing_pays(e: Evidence) -> bool:
     return e.beats("candidate", "continue") or (expected and over.mean > over.error)
 
 
+def _is_proven(e: Evidence) -> bool:
+    return all(e.beats("candidate", other) for other in ("continue", "rate up"))
+
+
 def _layers_are_missing(e: Evidence) -> bool:
     """Whether nearly all that the gradients want lies in layers without an adapter, and no higher rate helps.
 
     A short fork is noisier than this signal, which was right in every run that was planted.
     """
-    if e.candidate != "target modules" or e.signals is None or "rate up" not in e.arms:
+    untried = "rate up" not in e.arms and "rate up" not in e.unaffordable
+    if e.candidate != "target modules" or e.signals is None or untried:
         return False
     return e.signals.share_unadapted > MISSING and not e.beats("rate up", "continue")
 

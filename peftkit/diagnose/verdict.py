@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -85,8 +86,8 @@ class Verdict:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for an event or a file."""
-        return asdict(self)
+        """Plain values, for an event or a file; JSON has no infinity, which bounds of one document are."""
+        return dict(_without_infinity(asdict(self)))
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Verdict:
@@ -96,11 +97,29 @@ class Verdict:
         made = Action(
             action["said"],
             tuple(action["overrides"]),
-            Interval(**gain) if gain else None,
+            _interval(gain) if gain else None,
             Cost(**cost) if cost else None,
         )
         known = {one.name: value[one.name] for one in fields(cls) if one.name in value}
-        return cls(**{**known, "action": made, "loss": Interval(**value["loss"])})
+        return cls(**{**known, "action": made, "loss": _interval(value["loss"])})
 
     def _repr_html_(self) -> str:
         return html_table(self.rows())
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinity(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _interval(value: Mapping[str, Any]) -> Interval:
+    low, high = value["low"], value["high"]
+    return Interval(
+        value["mean"],
+        -math.inf if low is None else low,
+        math.inf if high is None else high,
+        value["num_documents"],
+    )

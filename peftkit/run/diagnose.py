@@ -55,7 +55,7 @@ def look(stage: Stage, training: Any, *, step: int, ended: bool) -> Looked:
         return lost
     verdict, finding = verdict_of(study, look_further if ended else look_early)
     plan = stage.plan
-    acts = stage.plan.diagnose.escalate == "auto" and finding.arm == "candidate"
+    acts = stage.plan.diagnose.escalate == "auto" and finding.proven
     if acts and num_kept(plan) < plan.diagnose.max_escalations:
         plan = _grow(stage, study, finding, checkpoint, ended=ended)
         verdict = replace(verdict, kept=True)

@@ -125,7 +125,10 @@ def test_layers_that_hold_all_the_energy_need_no_fork_and_a_small_rank_a_weaker_
     weak = arms(**{"continue": 2.0, "rate_up": 2.2, "candidate": 1.996})
     small = {"arms": weak, "candidate": "rank", "quality": quality(projected=LEARNS)}
     assert cause(**small) == "too few steps"
-    assert cause(**small, is_small=True) == "rank"
+    found = look_further(evidence(**small, is_small=True))
+    assert (found.cause, found.proven) == ("rank", False), "advice, on which no run acts by itself"
+    strong = arms(**{"continue": 2.0, "rate_up": 2.2, "candidate": 1.5})
+    assert look_further(evidence(**{**small, "arms": strong})).proven
 
 
 def test_what_the_budget_leaves_out_is_told():

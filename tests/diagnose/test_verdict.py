@@ -1,6 +1,7 @@
 """A verdict shows every number, and comes back from JSON as it was."""
 
 import json
+import math
 
 from peftkit.diagnose.paired import Interval
 from peftkit.diagnose.verdict import Action, Cost, Verdict
@@ -20,6 +21,13 @@ def verdict(**more):
 def test_it_comes_back_from_json_as_it_was():
     made = verdict(numbers={"arms": {"continue": {"loss": 2.0}}}, kept=True)
     assert Verdict.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
+def test_bounds_of_one_document_are_json_too():
+    loss = Interval(2.0, -math.inf, math.inf, 1)
+    made = Verdict(3, "plateaued", "undecided", "too few rows", Action("nothing"), loss, 1)
+    text = json.dumps(made.to_json(), allow_nan=False)
+    assert Verdict.from_json(json.loads(text)) == made
 
 
 def test_it_says_what_is_known_and_how_well():
