@@ -35,6 +35,7 @@ BEYOND = 2.5  # paired standard errors that a fork must be better by
 MATTERS = 0.004  # of the loss: less is not worth a change, however certain
 GENERALISES = 0.3  # below it what is left to learn does not help held-out rows
 AGREES = 0.05  # below it two batches want nothing in common
+DEPENDS = 0.01  # of the loss: what an answer's own question brings at least, where labels are right
 MISSING = 0.8  # of the gradients' energy in layers without an adapter: the rest is not what a run lacks
 LEARNT = 0.5  # of the loss at the start: below it answers are known in shape, if not by their questions
 BY_HEART = 0.5  # of the held-out loss: a training loss below it
@@ -179,7 +180,7 @@ def _data(e: Evidence) -> Finding | None:
         )
         return Finding("learning rate too high", said)
     if e.asks and e.dependence is not None and signals is not None:
-        depends = e.dependence.low > 0 and e.dependence.mean > MATTERS * e.rows.mean
+        depends = e.dependence.low > 0 or e.dependence.high > DEPENDS * e.rows.mean
         said = f"the answers are as likely under other rows' questions (by {e.dependence} nats)"
         if not depends and signals.agreement < AGREES:
             more = f"two batches want nothing in common (agreement {signals.agreement:.3f})"

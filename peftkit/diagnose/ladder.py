@@ -13,7 +13,8 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 USUAL_RANK = 16  # a smaller one grows to it at least
 SMALL_RANK = 4  # smaller than anyone would take where capacity matters
 BITS_PER_PARAMETER = 2.0  # what a trained weight can hold (Allen-Zhu and Li 2024; Schulman et al. 2025)
-WORTHWHILE = 0.1  # of the best role's energy per parameter: a role below it is left out
+WORTHWHILE = 0.01  # of the energy in layers without an adapter: a role below it is left out
+EARLY_RANK = 64  # an early growth costs no steps: it goes at once to where rank is no longer what is lacking
 UNTRAINED = 0.02  # of what is learnt: so much in tokens without a trained row is not for layers to mend
 MOST_TOKENS = 512  # single rows to train; beyond, the whole table
 
@@ -76,14 +77,15 @@ def next_rung(
         if len(untrained.tokens) > MOST_TOKENS:
             return Rung("embeddings or head", (), rank, said, also_train=("embeddings",))
         return Rung("embeddings or head", (), rank, said, tokens=untrained.tokens)
+    enough = (num_learnt, loss) if early else None
     if signals.unadapted > signals.residual:
-        return _more_modules(signals, rank, adapted, max_rank, num_learnt if early else 0, loss)
+        return _more_modules(signals, rank, adapted, max_rank, enough)
     most = _most(signals, max_rank)
     if rank >= most:
         return None
     per_rank = sum(m.num_parameters_per_rank for m in signals.modules if m.is_adapted)
     least = min(most, max(2 * rank, USUAL_RANK))
-    grown = rank_for(num_learnt if early else 0, loss, per_rank, least=least, most=most)
+    grown = rank_for(*enough, per_rank, least=least, most=most) if enough else least
     beyond = signals.residual / (signals.residual + signals.tangent) if signals.residual > 0 else 0.0
     said = f"{beyond:.0%} of the gradients' energy lies beyond what rank {rank} can express"
     return Rung("rank", (), grown, said)
@@ -96,15 +98,18 @@ def _most(signals: Signals, max_rank: int) -> int:
 
 
 def _more_modules(
-    signals: Signals, rank: int, adapted: Sequence[str], max_rank: int, num_learnt: int, loss: float
+    signals: Signals, rank: int, adapted: Sequence[str], max_rank: int, enough: tuple[int, float] | None
 ) -> Rung:
-    """Adapters on the roles that are worth it, by measured energy per parameter."""
+    """Adapters on the roles that are worth it; `enough` are the tokens and the loss that early growth fills."""
     ranked = signals.by_worth()
     best = ranked[0][1]
-    chosen = tuple(role for role, one in ranked if one >= WORTHWHILE * best)
+    shares = signals.shares()
+    chosen = tuple(role for role, _ in ranked if shares[role] >= WORTHWHILE)
     members = {*adapted, *chosen}
     per_rank = sum(m.num_parameters_per_rank for m in signals.modules if m.role in members)
-    grown = rank_for(num_learnt, loss, per_rank, least=rank, most=max(rank, _most(signals, max_rank)))
+    most = max(rank, _most(signals, max_rank))
+    least = max(rank, min(most, EARLY_RANK if enough else USUAL_RANK))
+    grown = rank_for(*enough, per_rank, least=least, most=most) if enough else least
     shown = ", ".join(f"{role} {one / best:.2f}" for role, one in ranked)
     where = f"lies in layers without an adapter (per parameter: {shown})"
     said = f"{signals.share_unadapted:.0%} of the gradients' energy {where}"

@@ -74,6 +74,15 @@ class Signals:
         """How alike two batches' gradients are: near 0 where what is left to learn is noise."""
         return sum(m.agreement for m in self.modules) / len(self.modules) if self.modules else 0.0
 
+    def shares(self) -> dict[str, float]:
+        """Of the energy in layers without an adapter, by role."""
+        found: dict[str, float] = {}
+        for module in self.modules:
+            if not module.is_adapted:
+                found[module.role] = found.get(module.role, 0.0) + module.residual
+        whole = sum(found.values())
+        return {role: one / whole if whole > 0 else 0.0 for role, one in found.items()}
+
     def by_worth(self) -> list[tuple[str, float]]:
         """(role, energy per added parameter) of the roles without an adapter, the best first."""
         return worth([m for m in self.modules if not m.is_adapted])

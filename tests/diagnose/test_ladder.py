@@ -22,12 +22,14 @@ def rung(*modules, rank=8, max_rank=256, num_learnt=1000, **more):
 def test_modules_are_added_by_energy_per_parameter_and_not_by_folklore():
     found = rung(
         module("q", 0.2, adapted=True, tangent=0.1),
-        module("k", 0.01),
+        module("k", 0.005),
         module("o", 0.7),
         module("down", 0.9, size=512),
     )
     assert found.cause == "target modules"
-    assert found.roles == ("q", "o", "down")  # k has a seventieth of o's
+    assert found.roles == ("q", "o", "down")  # k has a hundredth and less of what is without an adapter
+    assert found.rank == 16
+    assert rung(module("q", 0.2, adapted=True), module("o", 0.7), early=True).rank == 64
     assert "o 1.00" in found.said
 
 
