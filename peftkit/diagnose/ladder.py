@@ -100,7 +100,7 @@ def _most(signals: Signals, max_rank: int) -> int:
 def _more_modules(
     signals: Signals, rank: int, adapted: Sequence[str], max_rank: int, enough: tuple[int, float] | None
 ) -> Rung:
-    """Adapters on the roles that are worth it; `enough` are the tokens and the loss that early growth fills."""
+    """Adapters on the roles that are worth it; `enough` are the tokens and the loss to be held, early on."""
     ranked = signals.by_worth()
     best = ranked[0][1]
     shares = signals.shares()
