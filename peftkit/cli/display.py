@@ -121,7 +121,7 @@ _SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
         "{learning_rate:.2e}; {num_steps} steps in all".format_map
     ),
     "growth_kept": "step {step}: the growth paid: {gain[0]:+.4f} nats".format_map,
-    "growth_taken_back": "step {step}: the growth did not pay ({gain[0]:+.4f} nats): taken back".format_map,
+    "growth_taken_back": "step {step}: the growth did not pay: taken back ({text})".format_map,
     "changed": "going on though {text}".format_map,
     "resume": "going on from step {step}".format_map,
     "early_stop": "step {step}: stopped early, no gain in {patience} evaluations".format_map,

@@ -90,7 +90,8 @@ class Evidence:
         found = self.versus(better, worse)
         if found is None:  # one that left the road is beaten by any that did not
             return self._rows(better) is not None and worse in self.arms
-        return found.mean > BEYOND * found.error and found.mean > MATTERS * self.rows.mean
+        certain = found.is_enough and found.mean > BEYOND * found.error
+        return certain and found.mean > MATTERS * self.rows.mean
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,10 @@ def look_early(evidence: Evidence) -> Wanted | Finding:
         return Finding("data: labels or masks broken", "; ".join(e.masks))
     if e.signals is None and "signals" not in e.unaffordable:
         return "signals"
+    if e.signals is None:
+        return Finding("none", "the budget does not reach to signals this early")
     if e.candidate != "target modules":
-        return Finding("none", "the layers without an adapter are not what this run lacks")
+        return Finding("none", "no adapter on more layers is in reach, or asked for by the gradients")
     wanted: tuple[Wanted, ...] = ("continue", "rate up", "candidate")
     for arm in wanted:
         if arm not in e.arms and arm not in e.unaffordable:
@@ -249,8 +252,8 @@ def _growing_pays(e: Evidence) -> bool:
     if "rate up" not in e.arms or gained is None or over is None or gained.mean <= 0:
         return False
     higher = e.versus("candidate", "rate up")
-    better = higher is None or higher.mean > higher.error
-    if e.beats("rate up", "continue") and not better:
+    least = higher.error if higher is not None and e.beats("rate up", "continue") else 0.0
+    if not over.is_enough or (higher is not None and higher.mean <= least):
         return False
     expected = e.candidate == "target modules" or e.is_small
     return e.beats("candidate", "continue") or (expected and over.mean > over.error)

@@ -6,6 +6,7 @@ leaves a tenth of the noise (Miller 2024, "Adding Error Bars to Evals").
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 DRAWS = 2000
 LEVEL = 0.95
+FEWEST = 10  # documents; of fewer no interval is trusted to decide
 MOST_JUDGED = 1000  # held-out rows whose losses are kept one by one
 Floats = npt.NDArray[np.float64]
 
@@ -50,6 +52,16 @@ class Interval:
     num_documents: int
 
     @property
+    def plain(self) -> list[float | None]:
+        """Mean and bounds as JSON has them: it knows no infinity."""
+        return [x if math.isfinite(x) else None for x in (self.mean, self.low, self.high)]
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there are documents enough to decide by."""
+        return self.num_documents >= FEWEST
+
+    @property
     def error(self) -> float:
         """Half the width, as a standard error of the 95 % level."""
         return (self.high - self.low) / (2 * 1.96)
@@ -83,8 +95,7 @@ def _interval(sums: Floats, rows: Rows, looks: int) -> Interval:
     means = (weights @ by_document) / np.maximum(weights @ counts, 1e-12)
     tail = (1 - LEVEL) / looks / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    # the percentile bootstrap is too narrow for few documents, by this factor for normal data
-    wider = float(np.sqrt(len(documents) / (len(documents) - 1)))
+    wider = _wider(len(documents))
     return Interval(
         mean, mean - wider * (mean - float(low)), mean + wider * (float(high) - mean), len(documents)
     )
@@ -95,6 +106,16 @@ def judged(num_rows: int) -> list[int]:
     if num_rows <= MOST_JUDGED:
         return list(range(num_rows))
     return [int(i) for i in np.linspace(0, num_rows - 1, MOST_JUDGED)]
+
+
+def _wider(num: int) -> float:
+    """By what the percentile bootstrap of few documents is too narrow: Student's t beside the normal.
+
+    The quantile of t is that of Abramowitz and Stegun (1964), 26.7.5.
+    """
+    z, free = 1.96, num - 1
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    return float(t / z * np.sqrt(num / free))
 
 
 def proportion(share: float, num: int) -> Interval:

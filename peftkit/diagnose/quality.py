@@ -54,10 +54,11 @@ def judge(
     learning rates stands for the steps, so that a decaying rate is not taken for a plateau.
     """
     last = evaluations[-1]
-    loss = mean_interval(last.rows, looks=looks)
+    best = min(evaluations, key=lambda one: one.rows.mean)
+    # a target is for what is published, which is the best
+    loss = mean_interval((last if target is None else best).rows, looks=looks)
     margin = MARGIN * loss.mean
     projected = _projected(evaluations, looks)
-    best = min(evaluations, key=lambda one: one.rows.mean)
     worsened = gain(last.rows, best.rows, looks=looks) if best.step < last.step else None
     if worsened is not None and worsened.low <= 0:
         worsened = None
@@ -73,14 +74,8 @@ def _state(
     projected: Interval | None,
     margin: float,
 ) -> tuple[State, str]:
-    if target is not None and scored is not None:
-        said = f"{scored.mean:.3f} [{scored.low:.3f}, {scored.high:.3f}] of answers are right, of {target:g}"
-        return ("lagging" if scored.high < target else "not lagging"), said
     if target is not None:
-        if loss.low > target:
-            return "lagging", f"the loss, {loss.mean:.4f}, is above the target of {target:g}"
-        noise = ", within its noise" if loss.mean > target else ""
-        return "not lagging", f"the loss, {loss.mean:.4f}, reaches the target of {target:g}{noise}"
+        return _against_target(loss, target, scored)
     if behind is not None:
         if behind.low > 0 and behind.mean > margin:
             return "lagging", f"training the weights themselves is better by {behind}"
@@ -94,6 +89,19 @@ def _state(
     if projected.low > 0 and projected.mean > margin:
         return "still improving", f"half as many steps again would bring about {projected}"
     return "plateaued", "the loss has stopped falling beyond its noise"
+
+
+def _against_target(loss: Interval, target: float, scored: Interval | None) -> tuple[State, str]:
+    """Whether a target is missed beyond noise."""
+    if scored is not None:
+        said = f"{scored.mean:.3f} [{scored.low:.3f}, {scored.high:.3f}] of answers are right, of {target:g}"
+        return ("lagging" if scored.high < target else "not lagging"), said
+    if loss.low > target:
+        return "lagging", f"the loss, {loss.mean:.4f}, is above the target of {target:g}"
+    if loss.mean > target:
+        noise = f"which {loss.num_documents} documents cannot tell from noise"
+        return "not lagging", f"the loss, {loss.mean:.4f}, is above the target of {target:g}, {noise}"
+    return "not lagging", f"the loss, {loss.mean:.4f}, reaches the target of {target:g}"
 
 
 def _projected(evaluations: Sequence[Evaluation], looks: int) -> Interval | None:

@@ -31,7 +31,7 @@ def cannot_grow(options: object, method: Method, train: TrainPlan) -> str:
 
 
 def diagnose_plan(
-    d: Decisions, facts: Facts, method: Method, train: TrainPlan, evaluate: EvaluatePlan
+    d: Decisions, facts: Facts, method: Method, train: TrainPlan, evaluate: EvaluatePlan, *, precision: str
 ) -> DiagnosePlan:
     """What the recipe wants of diagnosis, as far as method, data and device allow it."""
     wanted = d.loaded.recipe.diagnose
@@ -50,6 +50,9 @@ def diagnose_plan(
         if not isinstance(d.loaded.recipe.method, LoraOptions):
             got = f"full with {method.name}"
             d.refuse("diagnose.reference", got, "method lora", "only adapted weights can be compared with it")
+        elif facts.device.kind != "cuda" and train.autocast is None and precision != "float32":
+            got = f"full with weights of {precision}"
+            d.refuse("diagnose.reference", got, "fp32, or a GPU", "set train.precision: fp32")
         elif method.quantized:
             fix = (
                 "leave it out, or diagnose the same recipe with method lora on a smaller model of the family"

@@ -313,7 +313,7 @@ def make_plan(loaded: LoadedRecipe, facts: Facts, *, to_train: bool = True) -> P
     d.keep("train.on_spike", recipe.train.on_spike)
     d.keep("train.on_oom", recipe.train.on_oom)
     d.keep("devices.price_per_hour", recipe.devices.price_per_hour)
-    diagnose = diagnose_plan(d, facts, method, train, evaluate)
+    diagnose = diagnose_plan(d, facts, method, train, evaluate, precision=base.dtype)
     if d.problems:
         raise UserError(d.problems)
     plan = Plan(

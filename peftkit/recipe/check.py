@@ -195,6 +195,9 @@ def _target_in_range(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
 
 def _diagnose_without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     """Keys beside `escalate: off`."""
+    bound = ("diagnose", "bounds", "max_escalations")
+    if recipe.diagnose.escalate == "recommend" and bound in loaded.sources:
+        yield Problem(loaded.where(bound), "a bound on growths with escalate: recommend", "escalate: auto")
     if recipe.diagnose.escalate != "off":
         return
     for key in ("target", "reference", "bounds"):

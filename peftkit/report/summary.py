@@ -172,6 +172,8 @@ def read_summary(run: RunDir) -> Summary:
     plan = read_plan(run)
     events, device = run.events(), read_sealed(run.path / "environment.json")["device"]["name"]
     steps = _final_steps(events)
+    if plan.growths and not plan.growths[-1].kept and (ended := _last(events, "done")):
+        steps = [event for event in steps if event["step"] <= ended["step"]]  # the rest was taken back
     evals = {event["step"]: event["loss"] for event in events if event["event"] == "eval"}
     done, counted = _last(events, "done"), _last(events, "parameters") or {}
     before, after = _last(events, "metric", when="before"), _last(events, "metric", when="after")

@@ -10,9 +10,11 @@ from typing import Any
 from peftkit.diagnose.causes import CAPACITY, Evidence, Finding, Wanted, look_early, look_further
 from peftkit.diagnose.paired import gain
 from peftkit.diagnose.verdict import Action, Verdict
+from peftkit.errors import Interrupted
 from peftkit.model.hardware import is_out_of_memory
 from peftkit.plan import Plan
 from peftkit.plan.plan import Growth
+from peftkit.report import read_plan
 from peftkit.run.candidate import next_method
 from peftkit.run.escalate import take_back, with_growth, write_growth
 from peftkit.run.next_recipe import write_next_recipe
@@ -20,6 +22,7 @@ from peftkit.run.observed import clipped_share, evaluations_of
 from peftkit.run.stage import Stage
 from peftkit.run.study import Study
 from peftkit.rundir import step_of
+from peftkit.secrets import MARK
 from peftkit.train.forks import Start
 from peftkit.train.restore import load_trained
 
@@ -47,6 +50,26 @@ def is_due(stage: Stage, step: int, *, ended: bool) -> bool:
     return not any(e["event"] == "verdict" and e["step"] == step for e in stage.run.events())
 
 
+def looked_at(stage: Stage, training: Any, *, step: int, ended: bool) -> Looked:
+    """A look that never costs the run: what goes wrong in it costs the verdict, and is told."""
+    try:
+        return look(stage, training, step=step, ended=ended)
+    except (Interrupted, OSError):
+        raise
+    except Exception as error:  # noqa: BLE001  libraries raise what they like; what was trained is whole
+        text = f"looking for a cause failed ({type(error).__name__}: {error}): please report it"
+        stage.emit("warning", text=f"{text}; the run goes on, and peftkit diagnose looks again")
+    stage = replace(stage, plan=read_plan(stage.run))  # it may have grown before that
+    quality = study_of(stage, training.trainer.model, None, step).first_quality()
+    action = Action("nothing")
+    verdict = Verdict(
+        step, quality.state, "undecided", text, action, quality.loss, quality.loss.num_documents
+    )
+    tell(stage, verdict)
+    # the model may be anything now: it is loaded anew, unless it was never touched
+    return Looked(verdict, stage.plan, None, stage.plan, is_rewrapped=stage.plan.method.peft is not None)
+
+
 def look(stage: Stage, training: Any, *, step: int, ended: bool) -> Looked:
     """Judge a run at a step of which a checkpoint stands, tell the verdict, and in `auto` act on it."""
     checkpoint, _ = stage.run.newest_checkpoint()
@@ -55,7 +78,7 @@ def look(stage: Stage, training: Any, *, step: int, ended: bool) -> Looked:
         return lost
     verdict, finding = verdict_of(study, look_further if ended else look_early)
     plan = stage.plan
-    acts = stage.plan.diagnose.escalate == "auto" and finding.proven
+    acts = stage.plan.diagnose.escalate == "auto" and finding.proven and step_of(checkpoint) == step
     if acts and num_kept(plan) < plan.diagnose.max_escalations:
         plan = _grow(stage, study, finding, checkpoint, ended=ended)
         verdict = replace(verdict, kept=True)
@@ -79,10 +102,10 @@ def study_of(stage: Stage, model: Any, checkpoint: Path | None, step: int) -> St
     else:
         start = Start({n: t.detach().clone() for n, t in trainable_tensors(model).items()}, {})
     events, held = stage.run.events(), stage.prepared.eval
-    evaluations, train_loss = evaluations_of(events, held, step)
+    evaluations, train_loss = evaluations_of(events, held, step, task=stage.plan.base.task)
     clipped = clipped_share(events, stage.plan.train.max_grad_norm)
     departures = sum(e["event"] == "rollback" or (e["event"] == "spike" and e["skipped"]) for e in events)
-    study = Study(
+    return Study(
         stage,
         model,
         start,
@@ -94,9 +117,6 @@ def study_of(stage: Stage, model: Any, checkpoint: Path | None, step: int) -> St
         clipped_share=clipped,
         spent=sum(e["overhead"] for e in events if e["event"] == "verdict" and e["step"] < step),
     )
-    if not evaluations or evaluations[-1].step != step:
-        study.evaluations = [*evaluations, study.evaluate_now()]
-    return study
 
 
 def verdict_of(
@@ -152,14 +172,15 @@ def _action(study: Study, evidence: Evidence, finding: Finding) -> Action:
     if cause == "data: overfitting":
         best = min(study.evaluations, key=lambda one: one.rows.mean)
         said = "more or cleaner data; with these, stop where held-out rows were best"
-        return Action(said, (f"train.max_steps={max(1, best.step)}",) if best.step < study.step else ())
+        return Action(said, (f"train.max_steps={best.step}",) if 0 < best.step < study.step else ())
     if cause == "data: labels or masks broken":
         return Action("look at what is learnt: peftkit check RECIPE; more training or rank mends none of it")
     if cause == "undecided" and (other := next_method(study.stage)):
         return Action(f"{study.plan.method.name} has no rank to raise: try lora", other[0], None, other[1])
     if cause == "undecided":
         return Action(_left_open(study))
-    return Action("nothing: it is as good as was asked for" if study.plan.diagnose.target else "nothing")
+    reached = evidence.quality.state == "not lagging" and study.plan.diagnose.target is not None
+    return Action("nothing: it is as good as was asked for" if reached else "nothing")
 
 
 def _left_open(study: Study) -> str:
@@ -167,6 +188,8 @@ def _left_open(study: Study) -> str:
     refused = study.candidate.refused if study.candidate is not None else ""
     if refused:
         return f"the next rung is forbidden: {refused}"
+    if study.plan.method.peft is None:
+        return "whole models are not forked: try a smaller and a larger learning rate"
     return "give more compute to look: diagnose.bounds.compute, or a target or reference to judge by"
 
 
@@ -200,7 +223,7 @@ def _numbers(study: Study, evidence: Evidence) -> dict[str, Any]:
             "unadapted": signals.unadapted,
             "generalises": signals.generalises,
             "agreement": signals.agreement,
-            "head": signals.head,
+            "reach": signals.reach,
             "by_worth": signals.by_worth(),
             "num_rows": signals.num_rows,
         }
@@ -211,9 +234,13 @@ def _numbers(study: Study, evidence: Evidence) -> dict[str, Any]:
 
 def tell(stage: Stage, verdict: Verdict) -> None:
     """Write the verdict as an event, and the next recipe beside the run where there is one."""
-    changes = verdict.action.overrides
-    if changes:
-        write_next_recipe(stage.run.path / "next-recipe.yaml", stage.loaded, verdict)
+    path, changes = stage.run.path / "next-recipe.yaml", verdict.action.overrides
+    grown = [text for growth in stage.plan.growths if growth.kept for text in growth.overrides]
+    hidden = any(MARK in source.path for source in stage.loaded.recipe.data.sources)
+    if changes and not hidden:
+        write_next_recipe(path, stage.loaded, replace_changes(verdict, (*grown, *changes)))
+    else:
+        path.unlink(missing_ok=True)  # of an earlier look
     stage.emit(
         "verdict",
         step=verdict.step,
@@ -222,14 +249,18 @@ def tell(stage: Stage, verdict: Verdict) -> None:
     )
 
 
+def replace_changes(verdict: Verdict, overrides: tuple[str, ...]) -> Verdict:
+    """The verdict with all that changes since the recipe, growths that were kept as well."""
+    return replace(verdict, action=replace(verdict.action, overrides=overrides))
+
+
 def _grow(stage: Stage, study: Study, finding: Finding, checkpoint: Path | None, *, ended: bool) -> Plan:
     """Grow the run in place: early on the schedule that it is on, at its end on a restarted one."""
     assert study.candidate is not None and study.candidate.plan is not None and checkpoint is not None
     grown = study.candidate.plan
     if ended:
-        steps = stage.plan.train.num_steps or 0
-        more = max(1, round(MORE_STEPS * steps))
-        train = replace(grown.train, num_steps=steps + more, restart_step=steps)
+        more = max(1, round(MORE_STEPS * (stage.plan.train.num_steps or 0)))
+        train = replace(grown.train, num_steps=study.step + more, restart_step=study.step)
         grown = replace(grown, train=train)
     after = with_growth(grown, Growth(study.step, finding.cause, study.candidate.overrides))
     assert study.grown is not None
@@ -252,16 +283,18 @@ def _did_not_pay(stage: Stage, study: Study) -> Looked | None:
     growth = stage.plan.growths[-1] if stage.plan.growths else None
     if growth is None or not growth.kept or stage.plan.train.restart_step != growth.step:
         return None
-    before = next((one for one in study.evaluations if one.step == growth.step), None)
-    if before is None:
+    before = [one for one in study.evaluations if 0 < one.step <= growth.step]
+    after = [one for one in study.evaluations if one.step > growth.step]
+    if not before or not after:
         return None
-    rows = [one.rows.of(study.deciding) for one in (before, study.evaluations[-1])]
-    brought = gain(rows[0], rows[1])
+    best = [min(some, key=lambda one: one.rows.mean).rows.of(study.half) for some in (before, after)]
+    brought = gain(best[0], best[1])
     if brought.low > 0:
-        stage.emit("growth_kept", step=study.step, gain=[brought.mean, brought.low, brought.high])
+        stage.emit("growth_kept", step=study.step, gain=brought.plain)
         return None
     plan = take_back(stage.run, stage.plan)
-    stage.emit("growth_taken_back", step=study.step, gain=[brought.mean, brought.low, brought.high])
+    stage.emit("growth_taken_back", step=study.step, text=f"it brought {brought}", gain=brought.plain)
+    study.evaluations = before
     quality = study.first_quality()
     said = f"the escalation at step {growth.step} brought {brought}: it was taken back"
     verdict = Verdict(

@@ -12,6 +12,7 @@ from peftkit.errors import Problem, UserError
 from peftkit.plan import make_plan
 from peftkit.recipe import load
 from peftkit.run.diagnose import study_of, tell, verdict_of
+from peftkit.run.escalate import settle_growths
 from peftkit.run.facts import light_facts, refuse_where_it_cannot_run
 from peftkit.run.flow import assembled
 from peftkit.run.resume import as_it_was, recipe_of, reopened
@@ -24,7 +25,7 @@ def last_verdict(run: RunDir) -> Verdict | None:
     events = run.events()
     ended = [event["step"] for event in events if event["event"] == "done"]
     said = [event for event in events if event["event"] == "verdict"]
-    if not (ended and said and said[-1]["step"] == ended[-1]):
+    if not (ended and said and said[-1]["step"] >= ended[-1]):
         return None
     return Verdict.from_json(said[-1])
 
@@ -50,23 +51,40 @@ def diagnose(
             return found
         with interrupt.listening(), owned(path):
             stage = reopened(run, recipe_of(run, recipe, overrides), observer)
+            settle_growths(run, stage.plan)
             checkpoint, _ = run.newest_checkpoint()
             stage = as_it_was(stage, (), checkpoint)
+            if checkpoint is None and stage.plan.method.peft is not None:
+                return _judged(stage, None, adapter=_published(run), step=_published_step(run))
             return _judged(stage, checkpoint)
     if not (path / "adapter_config.json").is_file():
         raise UserError(Problem(str(path), "no run and no adapter", "a run directory, or an adapter folder"))
     return _foreign(path, recipe, overrides, out, observer)
 
 
-def _judged(stage: Stage, checkpoint: Path | None, adapter: Path | None = None) -> Verdict:
-    """Look at the newest checkpoint, or at an adapter, and say what was found."""
+def _published(run: RunDir) -> Path:
+    """The adapter of a run whose checkpoints are gone. Raises UserError where that is gone too."""
+    if run.adapter.is_dir():
+        return run.adapter
+    raise UserError(Problem(str(run.path), "no checkpoint and no adapter", "something that was trained"))
+
+
+def _published_step(run: RunDir) -> int:
+    return max((event["published_step"] for event in run.events() if event["event"] == "done"), default=0)
+
+
+def _judged(
+    stage: Stage, checkpoint: Path | None, adapter: Path | None = None, step: int | None = None
+) -> Verdict:
+    """Look at the newest checkpoint, or at an adapter of a step, and say what was found."""
     _refuse_without_rows(stage)
     training, model = assembled(stage, checkpoint=checkpoint, base=None)
     if adapter is not None:
         from peftkit.model.saved import load_into
 
         load_into(model, adapter)
-    step = step_of(checkpoint) if adapter is None else (stage.plan.train.num_steps or 0)
+    if step is None:
+        step = step_of(checkpoint) if adapter is None else (stage.plan.train.num_steps or 0)
     study = study_of(stage, training.trainer.model, checkpoint, step)
     verdict, _ = verdict_of(study)
     tell(stage, verdict)

@@ -50,15 +50,13 @@ def write_growth(
             made = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
             save_file(made, staging / f"{stem}.safetensors")
         shutil.copyfile(checkpoint / "random.safetensors", staging / "random.safetensors")
-        write_json(staging / "state.json", _as_grown(state, values, before, after))
+        write_json(staging / "state.json", _as_grown(state, values))
         write_json(staging / "trainer_state.json", {**trainer, "max_steps": after.train.num_steps})
     write_sealed(run.path / "plan.json", after.to_json())
     settle_growths(run, after)
 
 
-def _as_grown(
-    state: Mapping[str, Any], values: Mapping[str, Any], before: Plan, after: Plan
-) -> dict[str, Any]:
+def _as_grown(state: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint's state for the grown adapter: the best so far was another's, the vitals go on."""
     progress = {**state["progress"], "best_loss": None, "best_step": None}
     progress |= {"earlier_loss": None, "earlier_step": None, "num_without_gain": 0, "patience_loss": None}
@@ -82,18 +80,15 @@ def settle_growths(run: RunDir, plan: Plan) -> None:
 
 def take_back(run: RunDir, plan: Plan) -> Plan:
     """The plan of before the last growth, which did not pay; the run stands there again."""
-    number = len(plan.growths)
-    before = _plan_before(run, number)
-    growths = (*plan.growths[:-1], replace(plan.growths[-1], kept=False))
-    restored = replace(before, growths=growths)
+    number = max(i for i, growth in enumerate(plan.growths, start=1) if growth.kept)
+    before = read_plan(RunDir(folder_of(run, number)))
+    growths = [
+        replace(one, kept=False) if i == number else one for i, one in enumerate(plan.growths, start=1)
+    ]
+    restored = replace(before, growths=tuple(growths))
     write_sealed(run.path / "plan.json", restored.to_json())
     settle_growths(run, restored)
     return restored
-
-
-def _plan_before(run: RunDir, number: int) -> Plan:
-    """The plan that a growth began from."""
-    return read_plan(RunDir(folder_of(run, number)))
 
 
 def with_growth(plan: Plan, growth: Growth) -> Plan:

@@ -136,6 +136,7 @@ def assembled(stage: Stage, *, checkpoint: Path | None, base: Any) -> tuple[Any,
     from peftkit.model import adapter
     from peftkit.model.hardware import memory_used, reset_peak
     from peftkit.model.load import load_model
+    from peftkit.run.diagnose import is_due
     from peftkit.train import assemble
 
     plan, run = stage.plan, stage.run
@@ -149,12 +150,15 @@ def assembled(stage: Stage, *, checkpoint: Path | None, base: Any) -> tuple[Any,
     interrupt.stop_if_requested()
     note_weights(stage)
     model = adapter.attach(model, plan, stage.tokenizer, eva_batches=_batches(stage))
-    adapter.save_start(model, plan, run.path / "adapter_start", afresh=checkpoint is None)
+    adapter.save_start(
+        model, plan, run.path / "adapter_start", afresh=checkpoint is None and not run.adapter.exists()
+    )
     _tell_parameters(stage, model)
     reset_peak()
+    due = tuple(step for step in plan.diagnose.look_steps if is_due(stage, step, ended=False))
     training = assemble(
         model,
-        plan,
+        replace(plan, diagnose=replace(plan.diagnose, look_steps=due)),  # it stops at looks still due
         stage.tokenizer,
         prepared=stage.prepared,
         run=run,
@@ -174,7 +178,7 @@ def _go(stage: Stage, *, checkpoint: Path | None, base: Any) -> tuple[Stage, Any
     `base` is the model where it is in memory. After a look that wrapped it anew, or came before the end,
     gives the stage and the base to go on with from the newest checkpoint.
     """
-    from peftkit.run.diagnose import is_due, look
+    from peftkit.run.diagnose import is_due, looked_at
 
     plan, run = stage.plan, stage.run
     training, model = assembled(stage, checkpoint=checkpoint, base=base)
@@ -189,7 +193,7 @@ def _go(stage: Stage, *, checkpoint: Path | None, base: Any) -> tuple[Stage, Any
     if step < (plan.train.num_steps or 0):
         interrupt.stop_if_requested()
     if is_due(stage, step, ended=ended):
-        looked = look(stage, training, step=step, ended=ended)
+        looked = looked_at(stage, training, step=step, ended=ended)
         if looked.is_rewrapped or not ended:
             return _after(stage, looked, training)
     published_step = training.take_best(step)
@@ -228,7 +232,7 @@ def _after(stage: Stage, looked: Looked, training: Any) -> tuple[Stage, Any]:
     from peftkit.model.hardware import release
     from peftkit.run.study import bare
 
-    base = bare(replace(stage, plan=looked.wrapped), looked.model)
+    base = bare(replace(stage, plan=looked.wrapped), looked.model) if looked.model is not None else None
     training.trainer = None  # its optimizer holds what was trained until here
     release()
     return replace(stage, plan=looked.plan), base

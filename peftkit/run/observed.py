@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from peftkit.archs import Module
 from peftkit.data.mask import IGNORED, Tokenized
 from peftkit.diagnose.ladder import Untrained
@@ -24,6 +26,13 @@ def documents_of(rows: Sequence[Tokenized]) -> tuple[int, ...]:
     """Which document each row is from: pieces of one row belong together."""
     names: dict[str, int] = {}
     return tuple(names.setdefault(row.where, len(names)) for row in rows)
+
+
+def drawn(numbers: Sequence[int], limit: int) -> list[int]:
+    """So many of the numbers, drawn by a fixed seed: files are often sorted."""
+    if len(numbers) <= limit:
+        return list(numbers)
+    return sorted(np.random.default_rng(2).choice(np.asarray(numbers), size=limit, replace=False).tolist())
 
 
 def untrained_tokens(model: Any, tokenizer: Any, rows: Sequence[Tokenized]) -> Untrained:
@@ -66,7 +75,7 @@ def linear_modules(stage: Stage, model: Any) -> list[Module]:
 
 
 def evaluations_of(
-    events: Sequence[Mapping[str, Any]], held: Sequence[Tokenized], upto: int
+    events: Sequence[Mapping[str, Any]], held: Sequence[Tokenized], upto: int, *, task: str
 ) -> tuple[list[Evaluation], float | None]:
     """(the evaluations up to a step, the training loss of the last steps before it), by a run's events.
 
@@ -75,7 +84,7 @@ def evaluations_of(
     rates = {e["step"]: e for e in events if e["event"] == "step" and e["step"] <= upto}
     evals = {e["step"]: e for e in events if e["event"] == "eval" and e["step"] <= upto and "rows" in e}
     numbers = judged(len(held))
-    counts = tuple(max(1, _learnt(held[i])) for i in numbers)
+    counts = tuple(_learnt(held[i], task) for i in numbers)
     documents = documents_of([held[i] for i in numbers])
     found = [
         Evaluation(
@@ -90,9 +99,9 @@ def evaluations_of(
     return found, sum(losses) / len(losses) if losses else None
 
 
-def _learnt(row: Tokenized) -> int:
-    """What a decoder learns of a row: its first token is predicted by nothing."""
-    first = 1 if len(row.labels) == len(row.input_ids) and row.labels and row.labels[0] != IGNORED else 0
+def _learnt(row: Tokenized, task: str) -> int:
+    """What the loss sees of a row: a decoder's first token is predicted by nothing."""
+    first = task == "causal-lm" and row.labels[0] != IGNORED
     return row.num_learnt - first
 
 

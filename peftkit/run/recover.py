@@ -8,6 +8,7 @@ from peftkit.errors import UserError
 from peftkit.plan import Plan
 from peftkit.plan.fit import revised
 from peftkit.run import oom
+from peftkit.run.escalate import take_back
 from peftkit.run.memory import trace_memory
 from peftkit.run.stage import Stage
 from peftkit.rundir import MANIFEST, RunDir, read_json, step_of, verify_folder, write_sealed
@@ -54,6 +55,10 @@ def _more_gently(stage: Stage, departure: Departure) -> Stage:
     if step and step in [gone_back_to for gone_back_to, _ in before]:
         dropped = step  # it led to the same once more
         step = step_of(run.newest_checkpoint(below=dropped)[0])
+    if step == 0 and any(growth.kept for growth in stage.plan.growths):
+        plan = take_back(run, stage.plan)  # nothing that was grown stands any more
+        stage.emit("growth_taken_back", step=0, text=departure.said, gain=None)
+        return replace(stage, plan=plan)
     rate = stage.plan.train.learning_rate
     if len(before) >= MOST_ROLLBACKS:
         kept = f"; the checkpoint of step {step} is whole" if step else ""

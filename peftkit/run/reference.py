@@ -79,19 +79,21 @@ def _trained(model: Any, kind: str, begun: Start) -> Iterator[Start]:
     weights = [
         module.base_layer.weight
         for module in model.modules()
-        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+        if hasattr(module, "lora_A") and hasattr(getattr(module, "base_layer", None), "weight")
     ]
     for tensor in adapter:
         tensor.requires_grad_(False)
     for weight in weights:
         weight.requires_grad_(True)
+    kept = [weight.data for weight in weights]
+    for weight in weights:
+        weight.data = weight.data.to(torch.float32, copy=True)  # small updates vanish in 16 bits
     start = Start({name: t.detach().clone() for name, t in trainable_tensors(model).items()}, {})
     try:
         yield start
     finally:
-        with torch.no_grad():
-            load_trained(model, start.trained)
-        for weight in weights:
+        for weight, data in zip(weights, kept, strict=True):
             weight.requires_grad_(False)
+            weight.data = data
         for tensor in adapter:
             tensor.requires_grad_(True)

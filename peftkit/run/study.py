@@ -10,14 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peftkit.diagnose.causes import (
-    RATE_FACTOR,
-    Arm,
-    Evidence,
-    Finding,
-    Wanted,
-    look_further,
-)
+from peftkit.diagnose.causes import RATE_FACTOR, Arm, Evidence, Finding, Wanted, look_further
 from peftkit.diagnose.ladder import SMALL_RANK, Rung, next_rung
 from peftkit.diagnose.paired import Interval, Rows, gain, judged, proportion, split
 from peftkit.diagnose.quality import Evaluation, Quality, judge
@@ -28,16 +21,24 @@ from peftkit.plan import Plan
 from peftkit.plan.packing import mean_tokens
 from peftkit.run.candidate import Candidate, candidate_of
 from peftkit.run.measure import measure
-from peftkit.run.observed import MASK_CHECKS, documents_of, linear_modules, masked_ends, untrained_tokens
+from peftkit.run.observed import (
+    MASK_CHECKS,
+    documents_of,
+    drawn,
+    linear_modules,
+    masked_ends,
+    untrained_tokens,
+)
 from peftkit.run.reference import behind
 from peftkit.run.stage import Stage
 from peftkit.train.assemble import losses_of, objective
-from peftkit.train.forks import Forked, Start, at_rate, draw, fork
+from peftkit.train.forks import Start, at_rate, draw, fork
+from peftkit.train.objectives import supervised
 from peftkit.train.restore import load_trained
 from peftkit.train.signals import STREAMS, Looker
 from peftkit.train.snapshot import Tensors
 
-_SIGNALS = 0.015  # of the run's tokens: what all signals together may take
+_SIGNALS = 0.025  # of the run's tokens: what all signals together may take
 _STREAM_ROWS = (8, 64)  # in each of three streams
 _ARMS = 3
 _EARLY = 0.5  # of the budget: what an early look may take
@@ -84,6 +85,8 @@ class Study:
     candidate: Candidate | None = None
     grown: Grown | None = None
     is_rewrapped: bool = False
+    is_reloaded: bool = False  # on a base that no trainer has prepared
+    _reported_before: Rows | None = None
     behind: Interval | None = None  # the reference, where one was asked for
     reference_overhead: float = 0.0
     scored: Interval | None = None
@@ -99,9 +102,9 @@ class Study:
         self.numbers = judged(len(prepared.eval))
         self.held = [prepared.eval[i] for i in self.numbers]
         self.documents = documents_of(self.held)
-        self.deciding, self.reporting = split(self.documents)
+        self.half, reporting = split(self.documents)  # by all of it quality is judged, at no cost
         limit = self.evaluated_rows()
-        self.deciding, self.reporting = self.deciding[:limit], self.reporting[:limit]
+        self.deciding, self.reporting = drawn(self.half, limit), drawn(reporting, limit)
 
     @property
     def plan(self) -> Plan:
@@ -127,17 +130,26 @@ class Study:
         affordable = int(0.2 * self.budget.share * self.budget.run_tokens / _ARMS / per_row)
         return max(_FORK_ROWS[0], min(_FORK_ROWS[1], affordable))
 
-    def evaluate_now(self) -> Evaluation:
-        """The held-out rows in the state that is judged, where no evaluation was due."""
+    def state_rows(self, numbers: Sequence[int]) -> Rows:
+        """Losses of some held-out rows in the state that is judged: as evaluated, or measured now."""
+        if self.evaluations and self.evaluations[-1].step == self.step:
+            return self.evaluations[-1].rows.of(numbers)
         load_trained(self.model, self.start.trained)
-        losses = losses_of(self.model, self.held, self.plan, pad_id=self.pad_id)
-        self.budget.spent_tokens += _EVAL_COST * sum(row.length for row in self.held)
-        learnt = self.evaluations[-1].learnt if self.evaluations else 0.0
-        return Evaluation(self.step, learnt, Rows(losses.sums, losses.counts, self.documents))
+        return self._losses(self.model, self.plan, numbers)
+
+    def _losses(self, model: Any, plan: Plan, numbers: Sequence[int]) -> Rows:
+        """Losses of some held-out rows, on the budget."""
+        rows = [self.held[i] for i in numbers]
+        losses = losses_of(model, rows, plan, pad_id=self.pad_id, prepared=not self.is_reloaded)
+        self.budget.spent_tokens += _EVAL_COST * sum(row.length for row in rows)
+        return Rows(losses.sums, losses.counts, tuple(self.documents[i] for i in numbers))
 
     def first_quality(self) -> Quality:
-        """The quality by the evaluations alone."""
-        every = [replace(one, rows=one.rows.of(self.deciding)) for one in self.evaluations]
+        """The quality by the evaluations, or by one that is made now where nobody saw the run."""
+        if not self.evaluations:
+            everything = self._losses(self.model, self.plan, range(len(self.held)))
+            self.evaluations = [Evaluation(self.step, 0.0, everything)]
+        every = [replace(one, rows=one.rows.of(self.half)) for one in self.evaluations]
         looks = len(self.plan.diagnose.look_steps) + 1
         target = self.plan.diagnose.target
         return judge(every, target=target, behind=self.behind, scored=self._scored(), looks=looks)
@@ -164,7 +176,7 @@ class Study:
             "phase", name="diagnosis", detail="the adapted weights themselves, trained for a while"
         )
         rows = [self.held[i] for i in self.deciding]
-        held = self.evaluations[-1].rows.of(self.deciding)
+        held = self.state_rows(self.deciding)
         self.behind, tokens = behind(self.stage, self.model, held, rows, pad_id=self.pad_id)
         self.reference_overhead = tokens / self.budget.run_tokens
 
@@ -189,18 +201,18 @@ class Study:
 
     def first_evidence(self) -> Evidence:
         """What costs nothing: evaluations, events, and what the data gate said."""
-        every = [replace(one, rows=one.rows.of(self.deciding)) for one in self.evaluations]
         quality = self.first_quality()
+        first = self.evaluations[0] if self.evaluations else None
         findings = self.stage.looked.report.findings
         masks = [f"{f.check}: {f.said}" for f in findings if f.status == "waived" and f.check in MASK_CHECKS]
         masks += masked_ends(self.held)
         return Evidence(
             quality,
-            every[-1].rows,
+            self.state_rows(self.deciding),
             masks=tuple(masks),
             num_departures=self.departures,
             train_loss=self.train_loss,
-            start_loss=every[0].rows.mean if every[0].step == 0 else None,
+            start_loss=first.rows.of(self.deciding).mean if first and first.step == 0 else None,
             asks=self.asks and bool(swapped(self.held[:50])[0]),
         )
 
@@ -244,7 +256,8 @@ class Study:
         spec = self.plan.method.peft
         rank = int(spec.arguments.get("r", 0)) if spec is not None and spec.class_name == "LoraConfig" else 0
         if rank:
-            adapted = tuple(dict.fromkeys(m.role for m in evidence.signals.modules if m.is_adapted))
+            roles = {module.role for module in self.stage.facts.model.shape.modules}
+            adapted = tuple(role for role in self.plan.method.trainable_by_role or {} if role in roles)
             self.rung = next_rung(
                 evidence.signals,
                 rank=rank,
@@ -266,9 +279,12 @@ class Study:
         numbers, others = swapped(rows)
         if not numbers:
             return replace(evidence, asks=False)
+        cost = _EVAL_COST * sum(row.length for row in others)
+        if cost > self.budget.left:
+            return _without(evidence, "dependence")
         load_trained(self.model, self.start.trained)
         found = losses_of(self.model, others, self.plan, pad_id=self.pad_id)
-        self.budget.spent_tokens += _EVAL_COST * sum(row.length for row in others)
+        self.budget.spent_tokens += cost
         own = evidence.rows.of(numbers)
         # the first token of an answer is predicted by the question's last one in both
         return replace(evidence, dependence=gain(Rows(found.sums, found.counts, own.documents), own))
@@ -294,13 +310,13 @@ class Study:
             start,
             batches,
             pad_id=self.pad_id,
-            loss=objective(plan).loss,
+            loss=supervised.loss if self.is_reloaded else objective(plan).loss,
         )
         self.budget.spent_tokens += forked.num_tokens
-        rows = self._judged(model, plan) if forked.is_finite else None
+        rows = self._losses(model, plan, self.deciding) if forked.is_finite else None
         self.ends[name] = {n: t.detach().cpu().clone() for n, t in trainable_tensors(model).items()}
         arm = Arm(name, rate, steps, forked.train_loss, rows)
-        self._tell(evidence, arm, forked)
+        self._tell(evidence, arm)
         return replace(evidence, arms={**evidence.arms, name: arm})
 
     @property
@@ -322,33 +338,28 @@ class Study:
         trained = steps * self.step_tokens * self.fork_batch / self.plan.train.batch_size
         return trained + _EVAL_COST * sum(self.held[i].length for i in self.deciding)
 
-    def _judged(self, model: Any, plan: Plan) -> Rows:
-        """Losses of the rows to decide by."""
-        losses = losses_of(model, [self.held[i] for i in self.deciding], plan, pad_id=self.pad_id)
-        self.budget.spent_tokens += _EVAL_COST * sum(self.held[i].length for i in self.deciding)
-        return Rows(losses.sums, losses.counts, tuple(self.documents[i] for i in self.deciding))
-
     def expected_gain(self, arm: str) -> Interval | None:
         """What an arm brought on the rows that decided nothing, which are looked at here alone."""
         if arm not in self.ends or not self.reporting or (self.is_rewrapped and arm != "candidate"):
             return None
+        before = self.state_rows(self.reporting) if not self.is_rewrapped else self._reported_before
+        if before is None:
+            return None
         load_trained(self.model, self.ends[arm])
-        rows = [self.held[i] for i in self.reporting]
-        losses = losses_of(self.model, rows, self.wrapped, pad_id=self.pad_id)
-        self.budget.spent_tokens += _EVAL_COST * sum(row.length for row in rows)
-        documents = tuple(self.documents[i] for i in self.reporting)
-        before = self.evaluations[-1].rows.of(self.reporting)
-        return gain(before, Rows(losses.sums, losses.counts, documents))
+        return gain(before, self._losses(self.model, self.wrapped, self.reporting))
 
     def _grow(self) -> tuple[Any, Start, Plan]:
         """The model with the candidate's adapter, which computes what the old one did."""
         assert self.candidate is not None and self.candidate.plan is not None
         from transformers import set_seed
 
+        if self.reporting and self.evaluations and self.evaluations[-1].step == self.step:
+            self._reported_before = self.evaluations[-1].rows.of(self.reporting)
         before = scales(self.model)
+        self.is_rewrapped, self.is_reloaded = True, needs_reload(self.plan)
         base = bare(self.stage, self.model)
         set_seed(self.plan.seed)  # the same new rows where a look that was killed is made again
-        model = attach(base, plain_start(self.candidate.plan), self.stage.tokenizer)
+        model = self.model = attach(base, plain_start(self.candidate.plan), self.stage.tokenizer)
         known = {adapted.weight for adapted in scales(model).values()}
         self.grown = grow(
             self.start.trained,
@@ -358,12 +369,10 @@ class Study:
             new=scales(model),
             rows={name: rows for name, rows in self.directions.items() if name in known},
         )
-        self.model, self.is_rewrapped = model, True
         kept = {} if self.at_end else self.grown.optimizer
-        tensors = {name: value for name, value in kept.items() if hasattr(value, "shape")}
-        return model, Start(self.grown.trained, tensors), self.candidate.plan
+        return model, Start(self.grown.trained, kept), self.candidate.plan
 
-    def _tell(self, evidence: Evidence, arm: Arm, forked: Forked) -> None:
+    def _tell(self, evidence: Evidence, arm: Arm) -> None:
         against = gain(evidence.rows, arm.rows) if arm.rows is not None else None
         self.stage.emit(
             "fork",
@@ -373,8 +382,14 @@ class Study:
             num_steps=arm.num_steps,
             train_loss=arm.train_loss,
             loss=arm.rows.mean if arm.rows is not None else None,
-            gain=[against.mean, against.low, against.high] if against is not None else None,
+            gain=against.plain if against is not None else None,
         )
+
+
+def needs_reload(plan: Plan) -> bool:
+    """Whether unwrapping a model does not give its base back."""
+    spec = plan.method.peft
+    return spec is not None and bool(spec.arguments.get("modules_to_save") or plan.method.target_parameters)
 
 
 def bare(stage: Stage, model: Any) -> Any:
@@ -383,9 +398,7 @@ def bare(stage: Stage, model: Any) -> Any:
     PEFT's `unload` leaves trained copies in place of `modules_to_save`, and parameters that it has wrapped in
     another order, which would nest the next wrappers the other way round.
     """
-    spec = stage.plan.method.peft
-    kept = spec is not None and (spec.arguments.get("modules_to_save") or stage.plan.method.target_parameters)
-    if kept:
+    if needs_reload(stage.plan):
         from peftkit.model.load import load_model
 
         return load_model(stage.source, stage.plan.base, device=stage.plan.device)

@@ -36,8 +36,10 @@ def objective(plan: Plan) -> ModuleType:
     return sft if known and not plan.data.weighted else supervised  # TRL's loss knows no weights
 
 
-def losses_of(model: Any, rows: Sequence[Tokenized], plan: Plan, *, pad_id: int) -> RowLosses:
-    """The losses of rows, for a model that the trainer has prepared."""
+def losses_of(
+    model: Any, rows: Sequence[Tokenized], plan: Plan, *, pad_id: int, prepared: bool = True
+) -> RowLosses:
+    """The losses of rows; without `prepared` for a model that no trainer has prepared."""
     return row_losses(
         model,
         rows,
@@ -45,7 +47,7 @@ def losses_of(model: Any, rows: Sequence[Tokenized], plan: Plan, *, pad_id: int)
         batch_size=evaluation_rows(plan),
         task=plan.base.task,
         autocast=plan.train.autocast,
-        summed=objective(plan).summed,
+        summed=objective(plan).summed if prepared else None,
     )
 
 

@@ -19,6 +19,7 @@ from peftkit import interrupt
 from peftkit.data.mask import IGNORED, Tokenized
 from peftkit.model.adapter import build_loraplus_optimizer, trainable_tensors
 from peftkit.plan import Plan
+from peftkit.rundir import read_json
 from peftkit.train.restore import load_trained
 from peftkit.train.rows import Drawn, batch_of, drawn_from
 from peftkit.train.snapshot import Tensors, load_tensors, random_states, restore_random_states
@@ -30,19 +31,19 @@ _WARM = 0.2  # of a fork's steps: moments of another rate, or none, are not trus
 
 @dataclass(frozen=True)
 class Start:
-    """Where a fork begins: trained tensors, and the optimizer's by name and field where they are kept."""
+    """Where a fork begins: trained tensors, and the optimizer's state by "name|field" where it is kept."""
 
     trained: Tensors
-    optimizer: Tensors
+    optimizer: Mapping[str, Any]
 
     @classmethod
     def of(cls, checkpoint: Path) -> Start:
         """A checkpoint's tensors, copied: its files may be rotated away."""
-        parts = [
+        trained, tensors = (
             {name: tensor.clone() for name, tensor in load_tensors(checkpoint, stem).items()}
             for stem in ("trained", "optimizer")
-        ]
-        return cls(*parts)
+        )
+        return cls(trained, {**read_json(checkpoint / "state.json")["optimizer"], **tensors})
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def fork(model: Any, plan: Plan, start: Start, steps: Sequence[Step], *, pad_id:
 
 
 class _Mean:
-    """A running mean of tensors by name, in the precision in which they are trained."""
+    """A running mean of tensors by name, in fp32."""
 
     def __init__(self) -> None:
         self.sums: Tensors = {}
@@ -116,7 +117,8 @@ class _Mean:
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
-            self.sums[name] = self.sums[name] + tensor.detach() if self.num else tensor.detach().clone()
+            piece = tensor.detach().float()
+            self.sums[name] = self.sums[name] + piece if self.num else piece.clone()
         self.num += 1
 
     def tensors(self) -> Tensors:
@@ -165,12 +167,18 @@ def _optimizer(model: Any, plan: Plan, start: Start) -> Any:
         made = kind([group for group in groups if group["params"]], **options)
     live = trainable_tensors(model)
     on_device = any(group.get("fused") or group.get("capturable") for group in made.param_groups)
-    for key, tensor in start.optimizer.items():
+    for key, value in start.optimizer.items():
         name, field = key.rsplit("|", 1)
         if name in live:
-            stays = tensor.ndim == 0 and not on_device
-            made.state[live[name]][field] = tensor.to("cpu" if stays else live[name].device, copy=True)
+            made.state[live[name]][field] = _beside(value, live[name], on_device=on_device)
     return made
+
+
+def _beside(value: Any, parameter: torch.Tensor, *, on_device: bool) -> Any:
+    """A copy of a field of an optimizer's state where the optimizer wants it; plain values as they are."""
+    if not torch.is_tensor(value):
+        return value
+    return value.to("cpu" if value.ndim == 0 and not on_device else parameter.device, copy=True)
 
 
 def at_rate(plan: Plan, rate: float) -> Plan:

@@ -20,6 +20,7 @@ from peftkit.diagnose.signals import ModuleSignal, Signals
 from peftkit.evaluate.losses import collate, inputs_of, summed_loss
 from peftkit.plan import Plan
 from peftkit.train.forks import num_learnt
+from peftkit.train.snapshot import random_states, restore_random_states
 
 WIDTH = 32  # k: the modules' order comes out with a rank correlation of 0.98 (measured)
 STREAMS = ("first", "second", "held out")
@@ -82,7 +83,8 @@ def _sketch_of(module: Any, generator: torch.Generator, d_in: int, d_out: int, d
 
 
 def _is_adapted(module: Any) -> bool:
-    return hasattr(module, "lora_A") and "default" in module.lora_A
+    # AdaLoRA holds bare parameters there, whose rank is not the rows' number
+    return hasattr(module, "lora_A") and hasattr(dict(module.lora_A.items()).get("default"), "weight")
 
 
 @dataclass
@@ -103,8 +105,12 @@ class Looker:
         own_hook = self.plan.train.gradient_checkpointing == "none"
         if own_hook:
             base.enable_input_require_grads()  # without, the first layers get no gradient and stay silent
-        handles, was_training = self._hook(base), self.model.training
-        self.model.eval()  # dropout would only add noise
+        handles, was_training, saved = self._hook(base), self.model.training, random_states()
+        # dropout would only add noise; but layers are recomputed in training mode only
+        self.model.train(not own_hook)
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.eval()
         try:
             for self.stream, rows in streams.items():
                 self._pass(rows)
@@ -115,6 +121,7 @@ class Looker:
                 base.disable_input_require_grads()
             self.model.zero_grad(set_to_none=True)
             self.model.train(was_training)
+            restore_random_states(*saved)
         return self._signals(sum(map(len, streams.values())))
 
     def _hook(self, base: Any) -> list[Any]:
@@ -172,6 +179,7 @@ class Looker:
                     residual=residual,
                     across=_energy((residuals[0] + residuals[1]) / 2, residuals[2]),
                     agreement=_cosine(*(sketch.out[name][:, :WIDTH] for name in STREAMS[:2])),
+                    size=_size(sketch),
                     narrowest=min(module.d_in, module.d_out),
                 )
             )
@@ -179,13 +187,18 @@ class Looker:
         heard = head is not None and set(head.out) == set(STREAMS)
         return Signals(
             tuple(found),
-            head=_energy(head.out[STREAMS[0]], head.out[STREAMS[1]]) if head and heard else 0.0,
+            head_size=_size(head) if head and heard else 0.0,
             num_rows=num_rows,
         )
 
 
 def _energy(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first * second).sum()) / first.shape[1]
+
+
+def _size(sketch: _Sketch) -> float:
+    first, second = (sketch.out[name][:, :WIDTH] for name in STREAMS[:2])
+    return float(first.norm() * second.norm()) / WIDTH
 
 
 def _cosine(first: torch.Tensor, second: torch.Tensor) -> float:

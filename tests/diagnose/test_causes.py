@@ -24,10 +24,10 @@ def quality(state="lagging", projected=STILL, worsened=None):
     return Quality(state, Interval(2.0, 1.9, 2.1, 100), 1.0, 0.02, projected, worsened, "as planted")
 
 
-def signals(*, across=1.0, agreement=0.3, unadapted=0.0, head=1.0):
-    adapted = ModuleSignal("a.q", "q", True, 64, 0.5, 1.0, across, agreement)
-    other = ModuleSignal("a.up", "up", False, 64, 0.0, unadapted, across * unadapted, agreement)
-    return Signals((adapted, other), head=head, num_rows=48)
+def signals(*, across=1.0, agreement=0.3, unadapted=0.0, size=1.0):
+    adapted = ModuleSignal("a.q", "q", True, 64, 0.5, 1.0, across, agreement, size)
+    other = ModuleSignal("a.up", "up", False, 64, 0.0, unadapted, across * unadapted, agreement, size)
+    return Signals((adapted, other), head_size=1.0, num_rows=48)
 
 
 def arm(name, loss):
@@ -71,7 +71,7 @@ def test_data_and_masks_come_before_everything():
 
 
 def test_a_collapse_is_a_rate_too_high_and_no_broken_label():
-    gone = signals(agreement=-0.1, across=0.0, head=1e7)
+    gone = signals(agreement=-0.1, across=0.0, size=1e-6)
     assert cause(signals=gone, dependence=STILL) == "learning rate too high"
 
 

@@ -8,7 +8,9 @@ from peftkit.diagnose.signals import ModuleSignal, Signals
 
 
 def module(role, residual, *, adapted=False, size=256, tangent=0.0):
-    return ModuleSignal(f"layers.0.{role}", role, adapted, size, tangent, residual, residual, 0.5, 512)
+    return ModuleSignal(
+        f"layers.0.{role}", role, adapted, size, tangent, residual, residual, 0.5, narrowest=512
+    )
 
 
 def rung(*modules, rank=8, max_rank=256, num_learnt=1000, **more):
@@ -44,7 +46,7 @@ def test_a_rank_below_the_usual_one_goes_there_and_never_beyond_half_of_a_layer(
     assert rung(adapted, rank=2).rank == 16
     assert rung(adapted, rank=32, num_learnt=10**9).rank == 64
     assert rung(adapted, rank=32, num_learnt=10**9, early=True).rank == 256
-    narrow = ModuleSignal("layers.0.q", "q", True, 64, 0.1, 2.0, 2.0, 0.5, 32)
+    narrow = ModuleSignal("layers.0.q", "q", True, 64, 0.1, 2.0, 2.0, 0.5, narrowest=32)
     assert rung(narrow, rank=8, num_learnt=10**9, early=True).rank == 16
     assert rung(narrow, rank=16) is None
 

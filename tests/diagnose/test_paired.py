@@ -27,6 +27,15 @@ def test_nineteen_of_twenty_intervals_hold_the_truth():
     assert 0.91 <= held / 300 <= 0.99
 
 
+@pytest.mark.parametrize("num", [3, 5, 8, 20])
+def test_few_documents_have_intervals_that_hold_too(num):
+    chance, held = np.random.default_rng(num), 0
+    for _ in range(300):
+        found = mean_interval(rows(chance.normal(2.0, 1.0, size=num)))
+        held += found.low <= 2.0 <= found.high
+    assert held / 300 >= 0.90
+
+
 def test_rows_of_one_document_are_not_independent():
     chance = np.random.default_rng(1)
     documents = np.repeat(np.arange(12), 20)

@@ -62,6 +62,9 @@ def test_keys_beside_off_are_told():
     source = {"base": "org/model", "method": "lora", "data": {"train": "x.jsonl"}}
     problems = check(load({**source, "diagnose": {"escalate": "off", "target": {"value": 1.0}}}))
     assert [p.got for p in problems] == ["target with escalate: off"]
+    bounded = {"bounds": {"max_escalations": 3}}
+    assert len(check(load({**source, "diagnose": bounded}))) == 1
+    assert check(load({**source, "diagnose": {**bounded, "escalate": "auto"}})) == []
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_every_layer_is_heard_also_the_first_and_with_b_at_zero():
     assert len(signals.modules) == len(modules)
     assert all(m.residual != 0 for m in signals.modules)
     assert signals.unadapted > 0
-    assert signals.head > 0
+    assert signals.head_size > 0
     assert all(tensor.grad is None for tensor in model.parameters())
     assert not model.get_input_embeddings().weight.requires_grad
 
