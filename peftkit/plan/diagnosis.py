@@ -10,9 +10,7 @@ from peftkit.plan.devices import device_of
 from peftkit.plan.facts import Facts
 from peftkit.plan.plan import DiagnosePlan, EvaluatePlan, TrainPlan
 
-FIRST_LOOK = (
-    0.04  # of the steps: one move within the first 6 % equals having begun with it (docs/diagnosis.md)
-)
+FIRST_LOOK = 0.04  # of the steps: early, so that few are spent in the small configuration
 FEW_STEPS = 100  # below, an early look sees too little of the run
 _PLAIN_ADAM = ("adamw_torch", "adamw_torch_fused")
 

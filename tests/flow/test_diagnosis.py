@@ -255,6 +255,42 @@ def test_a_look_that_runs_out_of_memory_costs_the_verdict_and_not_the_run(narrow
     assert weights(looked) == weights(blind)
 
 
+def test_a_look_that_fails_costs_the_verdict_and_is_told(narrow, tmp_path, monkeypatch):
+    from peftkit.run import study
+
+    def broken(*arguments, **named):
+        raise RuntimeError("the base was unwrapped, and then this")
+
+    narrow["train"]["max_steps"] = 40
+    blind = peftkit.finetune({**narrow, "diagnose": {"escalate": "off"}}, out=tmp_path / "blind")
+    monkeypatch.setattr(study, "grow", broken)
+    looked = peftkit.finetune(narrow, out=tmp_path / "looked")
+    assert looked.verdict.cause == "undecided"
+    assert "and then this" in looked.verdict.said
+    assert any("please report it" in event["text"] for event in of(tmp_path / "looked", "warning"))
+    assert weights(looked) == weights(blind)
+
+
+def test_a_run_never_ends_at_a_look_that_it_comes_to_again(grown, tmp_path):
+    """The checkpoints of after the look are gone: it is trained through, and looked at once."""
+    source, _, _ = grown
+    with pytest.raises(Interrupted):
+        peftkit.finetune(source, out=tmp_path / "cut", observer=stopping_at(30))
+    shutil.rmtree(tmp_path / "cut" / "checkpoints")
+    summary = peftkit.resume_run(tmp_path / "cut")
+    assert summary.num_steps >= 100
+
+
+def test_a_verdict_is_of_the_whole_file_in_whatever_order(narrow, tmp_path):
+    rows = [chat(f"Say {WORDS[i % 4]} number {i}", f"{WORDS[i % 4]} {WORDS[i % 4]}") for i in range(60)]
+    hard = [chat(f"Say {i}", f"zebra {i * 7919} quartz") for i in range(60)]
+    narrow["data"] |= {"eval": str(write_jsonl(tmp_path / "eval.jsonl", rows + hard))}
+    narrow["train"]["max_steps"] = 24
+    narrow["diagnose"] = {"target": {"value": 4.0}, "bounds": {"compute": "1%"}}
+    summary = peftkit.finetune(narrow, out=tmp_path / "run")
+    assert summary.verdict.loss.mean == pytest.approx(summary.eval_loss_after, rel=0.15)
+
+
 def test_bounds_that_forbid_every_rung_are_told(narrow, tmp_path):
     narrow["train"]["max_steps"] = 40
     narrow["diagnose"]["bounds"] |= {"max_trainable": 3600}
