@@ -11,7 +11,7 @@ from peftkit.methods.lora import CHANGES_BASE, LoraOptions
 from peftkit.methods.prefix import PrefixOptions
 from peftkit.recipe.load import LoadedRecipe
 from peftkit.recipe.paths import is_commit
-from peftkit.recipe.schema import Recipe
+from peftkit.recipe.schema import Bounds, Recipe
 from peftkit.units import divisors
 
 Rule = Callable[[Recipe, LoadedRecipe], Iterator[Problem]]
@@ -196,7 +196,8 @@ def _target_in_range(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
 def _diagnose_without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     """Keys beside `escalate: off`."""
     bound = ("diagnose", "bounds", "max_escalations")
-    if recipe.diagnose.escalate == "recommend" and bound in loaded.sources:
+    is_set = recipe.diagnose.bounds.max_escalations != Bounds().max_escalations
+    if recipe.diagnose.escalate == "recommend" and is_set:
         yield Problem(loaded.where(bound), "a bound on growths with escalate: recommend", "escalate: auto")
     if recipe.diagnose.escalate != "off":
         return

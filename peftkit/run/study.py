@@ -38,7 +38,7 @@ from peftkit.train.restore import load_trained
 from peftkit.train.signals import STREAMS, Looker
 from peftkit.train.snapshot import Tensors
 
-_SIGNALS = 0.025  # of the run's tokens: what all signals together may take
+_SIGNALS = 1 / 6  # of a look's budget: what all signals together may take
 _STREAM_ROWS = (8, 64)  # in each of three streams
 _ARMS = 3
 _EARLY = 0.5  # of the budget: what an early look may take
@@ -227,7 +227,7 @@ class Study:
     def _signals(self, evidence: Evidence) -> Evidence:
         train = self.stage.prepared.train
         mean = self.stage.prepared.num_tokens / len(train)
-        room = int(_SIGNALS * self.budget.run_tokens / 3 / mean)
+        room = int(_SIGNALS * self.budget.share * self.budget.run_tokens / 3 / mean)
         size = max(_STREAM_ROWS[0], min(_STREAM_ROWS[1], room, len(train) // 2))
         if 3 * size * mean > self.budget.left:
             return _without(evidence, "signals")

@@ -165,11 +165,14 @@ def _fill(rng: random.Random, annotation: Any, bounds: tuple[Any, ...], path: tu
     return found
 
 
+_NEEDED = {"rope_scaling": {"factor": 2.0}, "target": {"value": 1.0}}  # what a section cannot be without
+
+
 def put(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     """Set a value, with the sections above it."""
     for part in path[:-1]:
         if not isinstance(data.get(part), dict):
-            data[part] = {"factor": 2.0} if part == "rope_scaling" else {}
+            data[part] = dict(_NEEDED.get(part, {}))
         data = data[part]
     data[path[-1]] = value
 

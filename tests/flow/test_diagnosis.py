@@ -284,7 +284,8 @@ def test_a_run_never_ends_at_a_look_that_it_comes_to_again(grown, tmp_path):
 def test_a_verdict_is_of_the_whole_file_in_whatever_order(narrow, tmp_path):
     rows = [chat(f"Say {WORDS[i % 4]} number {i}", f"{WORDS[i % 4]} {WORDS[i % 4]}") for i in range(60)]
     hard = [chat(f"Say {i}", f"zebra {i * 7919} quartz") for i in range(60)]
-    narrow["data"] |= {"eval": str(write_jsonl(tmp_path / "eval.jsonl", rows + hard))}
+    narrow["data"]["eval"] = str(write_jsonl(tmp_path / "eval.jsonl", rows + hard))
+    narrow["data"]["waive"] += ["leakage"]
     narrow["train"]["max_steps"] = 24
     narrow["diagnose"] = {"target": {"value": 4.0}, "bounds": {"compute": "1%"}}
     summary = peftkit.finetune(narrow, out=tmp_path / "run")
