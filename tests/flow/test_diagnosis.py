@@ -126,6 +126,7 @@ def test_a_grown_run_resumes_to_the_same_bytes(grown, tmp_path):
     assert resumed.eval_loss_after == whole.eval_loss_after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before it counts", "after it counts"])
 def test_a_kill_in_the_middle_of_a_growth_loses_nothing(moment, grown, tmp_path, monkeypatch):
     from peftkit.run import escalate
@@ -173,6 +174,7 @@ def test_a_growth_that_does_not_pay_is_taken_back(narrow, tmp_path, monkeypatch)
     assert weights(summary) == weights(blind)
 
 
+@pytest.mark.slow
 def test_a_reference_says_whether_a_narrow_adapter_lags(narrow, tmp_path):
     """Training the weights of q and v themselves is no better than rank 2 here, or it is: by numbers."""
     narrow["train"]["max_steps"] = 24
@@ -217,6 +219,7 @@ def test_what_cannot_be_judged_is_said(recipe, tmp_path):
         peftkit.diagnose_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_whose_base_changed_is_refused(narrow, tmp_path):
     shutil.copytree(TINY_LLAMA, tmp_path / "base")
     narrow["train"]["max_steps"], narrow["base"] = 8, str(tmp_path / "base")
@@ -255,6 +258,7 @@ def test_a_look_that_runs_out_of_memory_costs_the_verdict_and_not_the_run(narrow
     assert weights(looked) == weights(blind)
 
 
+@pytest.mark.slow
 def test_a_look_that_fails_costs_the_verdict_and_is_told(narrow, tmp_path, monkeypatch):
     from peftkit.run import study
 
@@ -271,6 +275,7 @@ def test_a_look_that_fails_costs_the_verdict_and_is_told(narrow, tmp_path, monke
     assert weights(looked) == weights(blind)
 
 
+@pytest.mark.slow
 def test_a_run_never_ends_at_a_look_that_it_comes_to_again(grown, tmp_path):
     """The checkpoints of after the look are gone: it is trained through, and looked at once."""
     source, _, _ = grown
@@ -292,6 +297,7 @@ def test_a_verdict_is_of_the_whole_file_in_whatever_order(narrow, tmp_path):
     assert summary.verdict.loss.mean == pytest.approx(summary.eval_loss_after, rel=0.15)
 
 
+@pytest.mark.slow
 def test_bounds_that_forbid_every_rung_are_told(narrow, tmp_path):
     narrow["train"]["max_steps"] = 40
     narrow["diagnose"]["bounds"] |= {"max_trainable": 3600}
