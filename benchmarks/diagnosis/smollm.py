@@ -1,4 +1,4 @@
-"""Four planted causes on a real model: SmolLM2-135M on BANKING77, one seed, 60 steps (some 15 minutes).
+"""Four planted causes on a real model: SmolLM2-135M on BANKING77, one seed, 100 steps (some 15 minutes).
 
     python benchmarks/diagnosis/smollm.py [--only rate-low,labels]
 
@@ -23,17 +23,17 @@ from suite import read_results, words
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "diagnosis_smollm.jsonl"
 DATA = ROOT / "recipes" / "data"
-TARGET = 0.2  # the healthy run reaches 0.10
+TARGET = 0.2  # the quickstart, a healthy run of 60 steps, reaches 0.10
 HEALTHY: dict[str, Any] = {
     "base": "embedded:smollm2-135m-instruct",
     "method": {"name": "lora", "rank": 16, "targets": "all-linear"},
     "train": {
-        "max_steps": 60,
+        "max_steps": 100,
         "batch_size": 8,
         "micro_batch": 8,
         "learning_rate": 5e-4,
         "max_length": 256,
-        "eval_steps": 12,
+        "eval_steps": 20,
     },
     "evaluate": {"metric": None},
     "diagnose": {"target": {"metric": "eval_loss", "value": TARGET}},

@@ -44,7 +44,7 @@ _ARMS = 3
 _EARLY = 0.5  # of the budget: what an early look may take
 _MARGIN = 0.95  # of what is left: rows that are drawn may be longer than the mean
 _FEWEST_STEPS = 4  # of a fork: fewer say nothing
-_FORK_ROWS = (40, 200)  # held-out rows that decide, as many as a fifth of a fork's cost pays for
+_FORK_ROWS = (24, 200)  # held-out rows that decide, as many as a fifth of a fork's cost pays for
 _EVAL_COST = 1 / 3  # of a token that is trained on: no backward
 
 
