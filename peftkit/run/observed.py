@@ -1,9 +1,10 @@
-"""What a run shows without being asked: evaluations, where learning ends in rows, tokens without rows."""
+"""What a run shows without being asked, and what a look at it may spend."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,24 @@ _LOOKED_AT = 1000  # rows whose learnt tokens are counted
 _CLOSING = 4  # tokens with which a template may close a turn
 _LATE = 0.1  # of the steps: the training loss of the last ones is compared
 MASK_CHECKS = ("masked-rows", "end-token", "end-agreement", "template", "round-trip", "roles")
+
+
+@dataclass
+class Budget:
+    """Tokens that looking may take, in tokens that are trained on."""
+
+    run_tokens: float
+    share: float
+    spent_tokens: float = 0.0
+
+    @property
+    def left(self) -> float:
+        return self.share * self.run_tokens - self.spent_tokens
+
+    @property
+    def overhead(self) -> float:
+        """Of the run's tokens."""
+        return self.spent_tokens / self.run_tokens
 
 
 def documents_of(rows: Sequence[Tokenized]) -> tuple[int, ...]:

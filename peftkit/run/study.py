@@ -49,24 +49,6 @@ _EVAL_COST = 1 / 3  # of a token that is trained on: no backward
 
 
 @dataclass
-class Budget:
-    """Tokens that looking may take, in tokens that are trained on."""
-
-    run_tokens: float
-    share: float
-    spent_tokens: float = 0.0
-
-    @property
-    def left(self) -> float:
-        return self.share * self.run_tokens - self.spent_tokens
-
-    @property
-    def overhead(self) -> float:
-        """Of the run's tokens."""
-        return self.spent_tokens / self.run_tokens
-
-
-@dataclass
 class Study:
     """A look at the state of a training. `model` may be wrapped anew while a candidate is tried."""
 
@@ -217,12 +199,14 @@ class Study:
         )
 
     def _measured(self, evidence: Evidence, wanted: Wanted) -> Evidence:
-        self.stage.emit("phase", name="diagnosis", detail=_SAID[wanted])
         if wanted == "signals":
             return self._signals(evidence)
         if wanted == "dependence":
             return self._dependence(evidence)
         return self._arm(evidence, wanted)
+
+    def _say(self, wanted: Wanted) -> None:
+        self.stage.emit("phase", name="diagnosis", detail=_SAID[wanted])
 
     def _signals(self, evidence: Evidence) -> Evidence:
         train = self.stage.prepared.train
@@ -231,6 +215,7 @@ class Study:
         size = max(_STREAM_ROWS[0], min(_STREAM_ROWS[1], room, len(train) // 2))
         if 3 * size * mean > self.budget.left:
             return _without(evidence, "signals")
+        self._say("signals")
         load_trained(self.model, self.start.trained)
         import numpy as np
 
@@ -282,6 +267,7 @@ class Study:
         cost = _EVAL_COST * sum(row.length for row in others)
         if cost > self.budget.left:
             return _without(evidence, "dependence")
+        self._say("dependence")
         load_trained(self.model, self.start.trained)
         found = losses_of(self.model, others, self.plan, pad_id=self.pad_id)
         self.budget.spent_tokens += cost
@@ -293,6 +279,7 @@ class Study:
         steps = self.fork_steps() if self.plan.method.peft is not None else 0  # whole models are not copied
         if steps < _FEWEST_STEPS or self.budget.left < self.fork_tokens(steps):
             return _without(evidence, name)
+        self._say(name)
         batches = draw(
             self.plan, self.stage.prepared.train, steps, batch_size=self.fork_batch, seed=self.step
         )
