@@ -23,6 +23,7 @@ from peftkit.run.candidate import Candidate, candidate_of
 from peftkit.run.measure import measure
 from peftkit.run.observed import (
     MASK_CHECKS,
+    Budget,
     documents_of,
     drawn,
     linear_modules,
