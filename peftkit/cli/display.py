@@ -87,8 +87,10 @@ def _spike(event: dict[str, Any]) -> str:
 
 
 def _verdict(event: dict[str, Any]) -> str:
-    changes = f": {' '.join(event['action']['overrides'])}" if event["action"]["overrides"] else ""
-    return f"step {event['step']}: {event['text']}; {event['action']['said']}{changes}"
+    said, overrides = event["action"]["said"], event["action"]["overrides"]
+    changes = f": {' '.join(overrides)}" if overrides else ""
+    advice = f"; {said}{changes}" if said != "nothing" else ""
+    return f"step {event['step']}: {event['text']}{advice}"
 
 
 def _fork(event: dict[str, Any]) -> str:

@@ -103,8 +103,10 @@ class Summary:
         rows += [("grown", growth) for growth in self.growths]
         if self.verdict is not None:
             rows.append(("quality", self.verdict.line))
-            changes = " ".join(self.verdict.action.overrides)
-            rows.append(("advice", f"{self.verdict.action.said}{': ' if changes else ''}{changes}"))
+            action = self.verdict.action
+            if action.said != "nothing":
+                changes = f": {' '.join(action.overrides)}" if action.overrides else ""
+                rows.append(("advice", f"{action.said}{changes}"))
         rows.append(("result", str(self.result) if self.result else "none yet"))
         return rows
 
