@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from faults import HEALTHY, Draft, healthy
-from suite import read_results, words
+from suite import one_thread_each, read_results, words
 from tasks import TASKS, load_task
 from tiny_model import base_folder, data_folder
 
@@ -168,9 +167,7 @@ def print_tables(lines: Sequence[dict[str, Any]]) -> None:
 
 def main() -> int:
     """Make what is missing and print the tables."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    one_thread_each()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="folder of the data sets")
     parser.add_argument("--tasks", type=words, default=list(TASKS))

@@ -69,7 +69,7 @@ def main() -> int:
     asked = parser.parse_args()
     cells = cells_of(asked.tasks, [int(seed) for seed in asked.seeds])
     data = data_folder(asked.data)
-    run_cells(cells, results=asked.results, workers=asked.workers, data=data, tiny_steps=0)
+    run_cells(cells, results=asked.results, workers=asked.workers, data=data, diagnosed=False)
     lines = read_results(asked.results)
     for task in asked.tasks:
         print_table(task, lines)

@@ -21,13 +21,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from faults import ACTIONS, CAPACITY, CAUSES, FAULTS, HEALTHY, Draft, healthy
+from faults import ACTIONS, FAULTS, HEALTHY, Draft, healthy
 from tasks import TASKS, load_task
 from tiny_model import base_folder, data_folder
+
+from peftkit.diagnose.causes import CAPACITY, Cause
 
 RESULTS = Path(__file__).parent.parent / "results" / "diagnosis_cells.jsonl"
 TUNED_ON = (0, 1, 2, 3, 4)  # seeds that thresholds may have been tuned on; the others report
@@ -50,14 +52,9 @@ class Cell:
 
 def verdict_of(run_path: Path) -> dict[str, Any]:
     """What the diagnosis says of a run: state, cause, action, overhead, and all else that it tells."""
-    from peftkit import api
+    from peftkit.api import diagnose_run
 
-    diagnose = getattr(api, "diagnose_run", None)
-    if diagnose is None:
-        return {"state": "not there", "cause": None, "action": None, "overhead": None}
-    verdict = diagnose(run_path)
-    told = asdict(verdict) if is_dataclass(verdict) and not isinstance(verdict, type) else dict(vars(verdict))
-    return json.loads(json.dumps(told, default=str))
+    return json.loads(json.dumps(diagnose_run(run_path).to_json()))
 
 
 def draft_of(cell: Cell, data: Path, base: Path, *, tiny_steps: int = 0) -> Draft:
@@ -70,14 +67,13 @@ def draft_of(cell: Cell, data: Path, base: Path, *, tiny_steps: int = 0) -> Draf
     return draft
 
 
-def _knows_diagnosis() -> bool:
-    from peftkit.recipe import Recipe
+def run_cell(
+    cell: Cell, data: Path, base: Path, tiny_steps: int = 0, *, diagnosed: bool = True
+) -> dict[str, Any]:
+    """Train a cell in a folder that is gone afterwards. Returns its line of the results file.
 
-    return "diagnose" in Recipe.model_fields
-
-
-def run_cell(cell: Cell, data: Path, base: Path, tiny_steps: int = 0) -> dict[str, Any]:
-    """Train a cell in a folder that is gone afterwards. Returns its line of the results file."""
+    What follows from an action is not diagnosed again.
+    """
     import torch
 
     from peftkit.api import finetune
@@ -90,8 +86,9 @@ def run_cell(cell: Cell, data: Path, base: Path, tiny_steps: int = 0) -> dict[st
     try:
         draft = draft_of(cell, data, base, tiny_steps=tiny_steps)
         target = {"metric": "eval_loss", "value": target_of(cell)}
-        if _knows_diagnosis() and not cell.action:
-            draft = draft.having(diagnose={"escalate": "recommend", "target": target})
+        looks = diagnosed and not cell.action
+        diagnose = {"escalate": "recommend", "target": target} if looks else {"escalate": "off"}
+        draft = draft.having(diagnose=diagnose)
         summary = finetune(draft.write(folder), out=folder / "run")
         line |= {
             "loss_before": summary.eval_loss_before,
@@ -103,7 +100,7 @@ def run_cell(cell: Cell, data: Path, base: Path, tiny_steps: int = 0) -> dict[st
             "loss_of_answers": answer_loss(folder / "run", base, draft),
             "train_seconds": round(summary.train_seconds, 1),
         }
-        if not cell.action:
+        if looks:
             asked = time.perf_counter()
             line["verdict"] = verdict_of(folder / "run")
             line["verdict_seconds"] = round(time.perf_counter() - asked, 2)
@@ -149,7 +146,15 @@ def eval_losses(run: Path) -> list[float]:
     return [round(event["loss"], 4) for event in events]
 
 
-def run_cells(cells: Iterable[Cell], *, results: Path, workers: int, data: Path, tiny_steps: int) -> None:
+def run_cells(
+    cells: Iterable[Cell],
+    *,
+    results: Path,
+    workers: int,
+    data: Path,
+    tiny_steps: int = 0,
+    diagnosed: bool = True,
+) -> None:
     """Make the cells that are not in the results file yet, and add a line for each."""
     made = {line["key"] for line in read_results(results)}
     waiting = [cell for cell in cells if cell.key not in made]
@@ -157,7 +162,9 @@ def run_cells(cells: Iterable[Cell], *, results: Path, workers: int, data: Path,
     results.parent.mkdir(parents=True, exist_ok=True)
     print(f"{len(waiting)} cells to make, {len(made)} there", flush=True)
     with ProcessPoolExecutor(workers) as pool:
-        futures = [pool.submit(run_cell, cell, data, base, tiny_steps) for cell in waiting]
+        futures = [
+            pool.submit(run_cell, cell, data, base, tiny_steps, diagnosed=diagnosed) for cell in waiting
+        ]
         for number, future in enumerate(as_completed(futures), start=1):
             line = future.result()
             with results.open("a", encoding="utf-8") as file:
@@ -210,7 +217,7 @@ def print_tables(title: str, lines: Sequence[dict[str, Any]]) -> None:
     counts = confusion(lines)
     right = sum(number for (planted, found), number in counts.items() if planted == found)
     print(f"\n{title}: {right} of {len(lines)} causes right")
-    for planted in CAUSES:
+    for planted in get_args(Cause):
         found = {cause: number for (one, cause), number in counts.items() if one == planted}
         if found:
             told = ", ".join(f"{cause} {number}" for cause, number in sorted(found.items()))
@@ -258,6 +265,13 @@ def action_for(line: dict[str, Any]) -> str:
     return ADVICE.get(cause_of(line), "nothing")
 
 
+def one_thread_each() -> None:
+    """Workers with several threads would wait for each other."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def words(text: str) -> list[str]:
     """The words between commas."""
     return [word for word in text.split(",") if word]
@@ -265,9 +279,7 @@ def words(text: str) -> list[str]:
 
 def main() -> int:
     """Make the cells and print the tables."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    one_thread_each()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="folder of the data sets")
     parser.add_argument("--tasks", type=words, default=list(TASKS))

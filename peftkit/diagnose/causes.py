@@ -266,7 +266,7 @@ def _is_proven(e: Evidence) -> bool:
 def _layers_are_missing(e: Evidence) -> bool:
     """Whether nearly all that the gradients want lies in layers without an adapter, and no higher rate helps.
 
-    A short fork is noisier than this signal, which was right in every run that was planted.
+    A short fork is noisier than this signal.
     """
     untried = "rate up" not in e.arms and "rate up" not in e.unaffordable
     if e.candidate != "target modules" or e.signals is None or untried:

@@ -17,7 +17,7 @@ FEW_ROWS = 50  # below, intervals are told to be wide
 
 @dataclass(frozen=True)
 class Cost:
-    """What an action adds, by the plan: trainable parameters, bytes at the peak, times the run's time."""
+    """What an action adds, by the plan: parameters, bytes at the peak, and times the work of a step."""
 
     num_trainable: int
     peak_bytes: int
@@ -73,8 +73,12 @@ class Verdict:
         if self.action.cost is not None:
             cost = self.action.cost
             added = f"{show_count(cost.num_trainable)} trainable parameters"
+            work = f"{cost.times:.2f} x the work of a step"
             found.append(
-                ("cost", f"{added}, {show_bytes(cost.peak_bytes)} at the peak, {cost.times:.2f} x the time")
+                (
+                    "cost",
+                    f"{added}, {show_bytes(cost.peak_bytes)} at the peak, {work}",
+                )
             )
         spent = show_percent(self.overhead)
         billed = (

@@ -13,6 +13,8 @@ from peftkit.methods.lora import LoraOptions
 from peftkit.plan import Decision, Plan, make_plan
 from peftkit.plan.fit import judge
 from peftkit.plan.memory import closed_form
+from peftkit.plan.packing import mean_tokens
+from peftkit.plan.throughput import flops_per_token
 from peftkit.recipe import load
 from peftkit.run.stage import Stage
 from peftkit.units import show_bytes, show_count
@@ -28,15 +30,17 @@ class Candidate:
     plan: Plan | None
     refused: str = ""
 
-    def cost(self, before: Plan) -> Cost | None:
-        """What it adds to a plan."""
+    def cost(self, stage: Stage) -> Cost | None:
+        """What it adds to the run's plan."""
         if self.plan is None:
             return None
+        before, shape = stage.plan, stage.facts.model.shape
         assert self.plan.memory is not None and before.memory is not None
         added = (self.plan.method.num_trainable or 0) - (before.method.num_trainable or 0)
         more = self.plan.memory.needed_bytes - before.memory.needed_bytes
-        whole = before.method.num_parameters + (before.method.num_trainable or 0)
-        return Cost(added, more, 1 + added / whole)
+        length = mean_tokens(before, stage.facts)
+        work = [flops_per_token(shape, plan, length) for plan in (before, self.plan)]
+        return Cost(added, more, work[1] / work[0])
 
 
 def candidate_of(stage: Stage, rung: Rung) -> Candidate:
@@ -137,6 +141,6 @@ def next_method(stage: Stage) -> tuple[tuple[str, ...], Cost] | None:
         made = make_plan(load(stage.loaded.recipe, overrides), stage.facts)
     except UserError:
         return None  # LoRA does not go with this model
-    cost = Candidate(overrides, made).cost(stage.plan)
+    cost = Candidate(overrides, made).cost(stage)
     assert cost is not None
     return overrides, cost

@@ -161,7 +161,9 @@ def _action(study: Study, evidence: Evidence, finding: Finding) -> Action:
     brought = study.expected_gain(finding.arm) if finding.arm else None
     cause = finding.cause
     if cause in CAPACITY and study.candidate is not None:
-        return Action("grow the adapter", study.candidate.overrides, brought, study.candidate.cost(plan))
+        return Action(
+            "grow the adapter", study.candidate.overrides, brought, study.candidate.cost(study.stage)
+        )
     if cause in {"learning rate too low", "learning rate too high", "unstable"}:
         arm = arms.get(finding.arm)
         rate = arm.learning_rate if arm else plan.train.learning_rate / 3

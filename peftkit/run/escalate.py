@@ -69,11 +69,11 @@ def settle_growths(run: RunDir, plan: Plan) -> None:
         folder = folder_of(run, number)
         before, grown, left = folder / "checkpoints", folder / "grown", folder / "left"
         if growth.kept and grown.exists():
-            if not before.exists():
+            if not before.exists() and run.checkpoints.exists():
                 run.checkpoints.rename(before)
             grown.rename(run.checkpoints)
         if not growth.kept and before.exists():
-            if not left.exists():
+            if not left.exists() and run.checkpoints.exists():
                 run.checkpoints.rename(left)
             before.rename(run.checkpoints)
 

@@ -24,19 +24,22 @@ def next_recipe(loaded: LoadedRecipe, verdict: Verdict) -> str:
     after = changed.recipe.model_dump(mode="json", exclude_unset=True)
     if "max_steps" in after.get("train", {}) and "train.max_steps" in " ".join(overrides):
         after["train"].pop("epochs", None)  # the one overrules the other
-    lines = redact(dump_text(after)).splitlines()
-    for text in overrides:
-        section, _, name = text.split("=", 1)[0].partition(".")
-        was = (
-            before.get(section, {}).get(name, "the default") if isinstance(before.get(section), dict) else "?"
-        )
-        place = _line_of(lines, section, name)
+    lines = dump_text(after).splitlines()
+    for section, name in dict.fromkeys(_key(text) for text in overrides):
+        place, was = _line_of(lines, section, name), before.get(section)
         if place is not None:
-            lines[place] += f"  # was {was}: {verdict.cause}"
+            old = was.get(name, "the default") if isinstance(was, dict) else "the default"
+            lines[place] += f"  # was {old}: {verdict.cause}"
     head = [f"# {verdict.line}", f"# {verdict.action.said}"]
     if verdict.action.gain is not None:
         head.append(f"# expected gain: {verdict.action.gain} nats on rows that decided nothing")
-    return "\n".join([*(line.replace("\n", " ") for line in head), *lines]) + "\n"
+    return redact("\n".join([*(line.replace("\n", " ") for line in head), *lines]) + "\n")
+
+
+def _key(override: str) -> tuple[str, str]:
+    """The section and name that an override sets; `method=lora` is method.name."""
+    section, _, name = override.split("=", 1)[0].partition(".")
+    return section, name or "name"
 
 
 def _line_of(lines: list[str], section: str, name: str) -> int | None:

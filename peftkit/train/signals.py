@@ -22,7 +22,7 @@ from peftkit.plan import Plan
 from peftkit.train.forks import num_learnt
 from peftkit.train.snapshot import random_states, restore_random_states
 
-WIDTH = 32  # k: the modules' order comes out with a rank correlation of 0.98 (measured)
+WIDTH = 32  # k: wider is closer, and dearer
 STREAMS = ("first", "second", "held out")
 
 
