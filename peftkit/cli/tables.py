@@ -83,7 +83,7 @@ def print_account(found: Account) -> None:
     work = _table("", "")
     work.show_header = False
     for name, value in _work_rows(found):
-        work.add_row(name, value)
+        work.add_row(*_plain((name, value)))
     console.print()
     console.print(work)
     _print_notes(console, found)
@@ -158,7 +158,7 @@ def print_inspection(found: Inspection) -> None:
     table = _table("", "")
     table.show_header = False
     for name, value in found.rows():
-        table.add_row(name, value)
+        table.add_row(*_plain((name, value)))
     console.print(found.id, style="bold", highlight=False)
     console.print(table)
     methods = _table("method", "trained at its defaults", "")
@@ -178,14 +178,14 @@ def print_evaluation(found: Evaluation) -> None:
     table = _table("", "")
     table.show_header = False
     for name, value in found.rows():
-        table.add_row(name, value)
+        table.add_row(*_plain((name, value)))
     if found.rows():
         console.print(table)
     lines = found.context_rows()
     if lines:
         contexts = _table(*lines[0])
         for line in lines[1:]:
-            contexts.add_row(*line)
+            contexts.add_row(*_plain(line))
         console.print("loss by position, in nats per token", highlight=False)
         console.print(contexts)
 
@@ -216,7 +216,7 @@ def print_verdict(verdict: Verdict) -> None:
     table = _table("", "")
     table.show_header = False
     for name, value in verdict.rows():
-        table.add_row(name, value)
+        table.add_row(*_plain((name, value)))
     _console().print(table)
 
 
@@ -226,7 +226,7 @@ def print_summary(summary: Summary) -> None:
     table = _table("", "")
     table.show_header = False
     for name, value in summary.rows():
-        table.add_row(name, value)
+        table.add_row(*_plain((name, value)))
     console.print(_parameters(summary.trainable_by_role, summary.num_trainable, summary.num_total))
     console.print()
     console.print(table)

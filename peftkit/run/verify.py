@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peftkit.errors import UserError
@@ -55,7 +55,10 @@ def verify(path: Path) -> Verification:
     folders = [run.checkpoint(step) for step in run.checkpoint_steps()]
     folders += [path / "adapter_start", run.adapter, run.model]
     folders += sorted(path.glob("growths/*/checkpoints/step-*"))  # of before an escalation
-    checked += [_sealed(file) for file in sorted(path.glob("growths/*/plan.json"))]
+    checked += [
+        replace(_sealed(file), name=str(file.relative_to(path)))
+        for file in sorted(path.glob("growths/*/plan.json"))
+    ]
     found = [_folder(path, folder) for folder in folders]
     # a run that goes on may have rotated a checkpoint away meanwhile
     checked += [one for one, folder in zip(found, folders, strict=True) if folder.exists()]
