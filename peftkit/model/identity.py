@@ -39,7 +39,7 @@ def _config_sha256(folder: Path) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights, in order: those of the index, or the only one; none before they came.
 
     Others may lie beside them (consolidated.safetensors of a hub repository) or not.
@@ -54,7 +54,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _weights_sha256(folder: Path) -> str | None:
     """Of each weights file its size and pieces from end to end: an 8B model takes milliseconds."""
-    files, digest = _weight_files(folder), hashlib.sha256()
+    files, digest = weight_files(folder), hashlib.sha256()
     for path in files:
         size = path.stat().st_size
         digest.update(f"{size} bytes".encode())
