@@ -70,7 +70,7 @@ def _place(place: Place, name: str, pattern: str, converter: Any) -> Place:
 
 
 def ties(model: Any) -> dict[str, tuple[str, ...]]:
-    """Parameter -> all names of the tensor that it shares, its own among them; only where there are several."""
+    """Parameter -> all names of the tensor that it shares, its own among them, where there are several."""
     groups: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(name)

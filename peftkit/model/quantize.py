@@ -178,7 +178,7 @@ def through_4bit(weight: torch.Tensor, base: BasePlan, *, turned: bool, device: 
 
 
 def packed_4bit(weight: torch.Tensor, base: BasePlan, *, turned: bool) -> dict[str, torch.Tensor]:
-    """A weight in 4-bit, as transformers stores it: "" holds the codes, other keys are appended to the name."""
+    """A weight in 4-bit as transformers stores it: "" holds the codes, other keys continue the name."""
     from bitsandbytes.functional import quantize_4bit
 
     assert base.quant_type is not None

@@ -97,7 +97,7 @@ def _replaced(output: Output) -> bool:
 
 
 class _Stacks:
-    """Weights that went through 4-bit. Experts that lie apart on disk are quantized as one, as in training."""
+    """Weights that went through 4-bit. Experts that lie apart on disk are quantized as one, as in a model."""
 
     def __init__(self, plan: MergePlan, base: BasePlan) -> None:
         self._base = base

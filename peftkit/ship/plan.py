@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,15 +13,12 @@ from peftkit.errors import Problem, UserError
 from peftkit.model.edits import Edit, Edits
 from peftkit.model.layout import Place
 from peftkit.model.skeleton import Skeleton
-from peftkit.ship.tensors import INDEX, SINGLE, Entry, index_of
+from peftkit.ship.tensors import SINGLE, Entry, index_of
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor that is written. `source` is None where the adapter alone has it (a task's head).
-
-    `group` names all tensors that are put together before they go through 4-bit; None for most.
-    """
+    """One tensor that is written. `source` is None where the adapter alone has it (a task's head)."""
 
     name: str
     file: str
@@ -77,7 +74,7 @@ def plan_merge(
     """What comes of a base's tensors and the edits of adapters, each with the tensors of its file.
 
     `dtype` is that of all floating numbers; None keeps each tensor's own. `dequantized` sends what training
-    held in 4-bit through 4-bit first. Raises UserError for an edit that finds no weight, or one of another shape.
+    held in 4-bit through 4-bit first. Raises UserError for an edit that finds no weight.
     """
     edited = list(dict.fromkeys(parameter for edits, _ in adapters for parameter in edits))
     outputs = []
@@ -87,9 +84,9 @@ def plan_merge(
     there = {output.place.parameter for output in outputs if output.place is not None}
     twins = _untied(skeleton, adapters, there)
     for parameter, twin in twins.items():
-        entry = next(o.source for o in outputs if o.place is not None and o.place.parameter == twin)
+        source = next(o.source for o in outputs if o.place is not None and o.place.parameter == twin)
         place = Place(parameter)
-        outputs.append(_output(parameter, entry, place, skeleton, adapters, (dtype, dequantized)))
+        outputs.append(_output(parameter, source, place, skeleton, adapters, (dtype, dequantized)))
     held = {name for parameter in there for name in skeleton.ties.get(parameter, (parameter,))}
     alone = [p for p in edited if p not in held and p not in twins]
     last = outputs[-1]
@@ -149,9 +146,8 @@ def _untied(
         for name in names:
             if held is None or name in there:
                 continue
-            if any(
-                not _same(edits.get(held, ()), edits.get(name, ()), tensors) for edits, tensors in adapters
-            ):
+            same = (_same(edits.get(held, ()), edits.get(name, ()), files) for edits, files in adapters)
+            if not all(same):
                 found[name] = held
     return found
 
@@ -169,13 +165,9 @@ def _alike(one: Edit, other: Edit, tensors: Mapping[str, Entry]) -> bool:
         pairs = [("A", "B"), ("B", "A")]
         same = [_equal(tensors[lora.tensors[a]], tensors[table.tensors[b]], turned=True) for a, b in pairs]
         return one.scale == other.scale and all(same)
-    plain = (one.kind, one.scale, one.ids, one.of_inputs) == (
-        other.kind,
-        other.scale,
-        other.ids,
-        other.of_inputs,
-    )
-    return plain and all(
+    if replace(one, tensors={}) != replace(other, tensors={}):
+        return False
+    return one.tensors.keys() == other.tensors.keys() and all(
         one.tensors[part] == other.tensors[part]
         or _equal(tensors[one.tensors[part]], tensors[other.tensors[part]])
         for part in one.tensors
@@ -223,6 +215,3 @@ def _problems(outputs: Sequence[Output]) -> Iterator[Problem]:
         if output.source is not None and not output.dtype.is_floating_point:
             got = f"{output.name} of {output.dtype}"
             yield Problem("merge", got, "a base in 16 or 32 bits", "merge into the unquantized model")
-
-
-__all__ = ["INDEX", "MergePlan", "Output", "plan_merge"]

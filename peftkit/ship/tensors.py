@@ -55,7 +55,7 @@ class Entry:
     def read(self) -> torch.Tensor:
         """Its numbers, in memory of their own. Raises UserError where the file ends before they do."""
         raw = torch.empty(self.num_bytes, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
+        view = _bytes_of(raw)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             done = 0
@@ -69,6 +69,12 @@ class Entry:
 
 def _empty(entry: Entry) -> torch.Tensor:
     return torch.empty(entry.shape, dtype=entry.dtype)
+
+
+def _bytes_of(flat: torch.Tensor) -> memoryview:
+    """The memory of a flat uint8 tensor."""
+    array: Any = flat.numpy()
+    return memoryview(array)
 
 
 def _damaged(file: Path, got: str) -> UserError:
@@ -149,7 +155,7 @@ class Writer:
         offsets = [self._offset, end]
         about = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         self._header[name], self._offset = about, end
-        self._write(memoryview(flat.numpy()))
+        self._write(_bytes_of(flat))
 
     def _write(self, view: memoryview) -> None:
         assert self._file is not None
