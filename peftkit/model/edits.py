@@ -92,7 +92,9 @@ def edits_of(model: Any, folder: Path, shapes: Mapping[str, tuple[int, ...]]) ->
     parameters = set(model.state_dict())
     found: dict[str, list[Edit]] = {}
     used: set[str] = set()
-    for parameter, edit in _layer_edits(_wrapped(model, folder), shapes):
+    wrapped = _wrapped(model, folder)
+    _refuse_shapes(wrapped, folder, shapes)
+    for parameter, edit in _layer_edits(wrapped, shapes):
         found.setdefault(parameter, []).append(edit)
         used.update(edit.tensors.values())
     for name in sorted(shapes.keys() - used):
@@ -127,6 +129,25 @@ def _wrapped(model: Any, folder: Path) -> Any:
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         got = f"an adapter that does not go onto this base ({str(error).strip().splitlines()[0][:200]})"
         raise UserError(Problem(str(folder), got, "an adapter of this base")) from error
+
+
+def _refuse_shapes(wrapped: Any, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError where tensors are not of the sizes that configuration and base ask for."""
+    from peft import get_peft_model_state_dict
+
+    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    wrong = [
+        Problem(
+            f"{folder} {name}",
+            f"shape {shapes[name]}",
+            f"{tuple(tensor.shape)}",
+            "is this its base, and its configuration?",
+        )
+        for name, tensor in expected.items()
+        if name in shapes and tuple(tensor.shape) != shapes[name]
+    ]
+    if wrong:
+        raise UserError(wrong[:5])
 
 
 def _plain(name: str) -> str:

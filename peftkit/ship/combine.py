@@ -7,12 +7,14 @@ section 4.2. DARE: Yu et al. 2024, equation 2.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
+from peftkit.errors import Problem, UserError
 from peftkit.model.edits import Edit
 from peftkit.model.layout import Place
 from peftkit.ship.deltas import Read, added, changed
@@ -33,6 +35,25 @@ class Combination:
     def is_plain(self) -> bool:
         """Whether it is one adapter as it is."""
         return self.weights == (1.0,) and self.how == "sum"
+
+
+def combination(
+    weights: Sequence[float] | None, num: int, *, how: str, density: float, seed: int
+) -> Combination:
+    """What the user asks for. Raises UserError, all at once, for what is no combination."""
+    problems = []
+    given = tuple(float(weight) for weight in weights) if weights is not None else (1.0,) * num
+    if len(given) != num:
+        problems.append(Problem("weights", f"{len(given)} for {num} adapters", "one for each"))
+    if not all(math.isfinite(weight) and weight != 0 for weight in given):
+        problems.append(Problem("weights", ", ".join(f"{w:g}" for w in given), "finite numbers, none zero"))
+    if how not in get_args(Combining):
+        problems.append(Problem("--combine", how, ", ".join(get_args(Combining))))
+    if not 0 < density <= 1:
+        problems.append(Problem("--density", f"{density:g}", "above 0, at most 1"))
+    if problems:
+        raise UserError(problems)
+    return Combination(given, cast(Combining, how), density, seed)
 
 
 def combined(

@@ -6,7 +6,7 @@ At any moment there are in memory one weight, what is added to it, and the facto
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,26 +14,31 @@ import torch
 
 from peftkit import interrupt
 from peftkit.model.layout import Place
-from peftkit.model.quantize import through_4bit
+from peftkit.model.quantize import packed_4bit, quantization_config, through_4bit
 from peftkit.plan.plan import BasePlan
 from peftkit.rundir import write_json
 from peftkit.ship.combine import Combination, combined
 from peftkit.ship.deltas import Read, merged
 from peftkit.ship.plan import MergePlan, Output
-from peftkit.ship.tensors import INDEX, Entry, Writer
+from peftkit.ship.tensors import INDEX, SINGLE, Entry, Writer, index_of
 
 Progress = Callable[[int, int], None]  # bytes written, bytes to write
+_PIECES = 8  # tensors that a weight in 4-bit is stored as, at most
 _KEPT_FACTORS = 4  # of fused experts: two pairs, asked for again by every expert
 _KEPT_STACKS = 2  # parameters of a layer's experts that go through 4-bit as one
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where numbers come from: the base's plan, and the tensors of each adapter's file."""
+    """Where numbers come from: the base's plan, and the tensors of each adapter's file.
+
+    `requantize` writes what training held in 4-bit in 4-bit again.
+    """
 
     base: BasePlan
     adapters: Sequence[Mapping[str, Entry]]
     combination: Combination
+    requantize: bool = False
 
 
 def write_merged(plan: MergePlan, sources: Sources, folder: Path, *, progress: Progress) -> None:
@@ -43,17 +48,33 @@ def write_merged(plan: MergePlan, sources: Sources, folder: Path, *, progress: P
     """
     reads = [_reader(tensors) for tensors in sources.adapters]
     stacks = _Stacks(plan, sources.base)
-    done = 0
+    done, written = 0, {}
     for name, outputs in plan.files().items():
-        with Writer(folder / name, [output.name for output in outputs]) as writer:
+        names = [output.name for output in outputs for _ in range(_PIECES if sources.requantize else 1)]
+        with Writer(folder / name, names) as writer:
             for output in outputs:
                 interrupt.stop_if_requested("interrupted while merging; nothing is left of it")
-                writer.put(output.name, _value(output, sources, reads, stacks))
+                for key, tensor in _pieces(output, _value(output, sources, reads, stacks), sources):
+                    writer.put(key, tensor)
                 done += output.num_bytes
                 progress(done, plan.num_bytes)
-    if index := plan.index():
-        write_json(folder / INDEX, index)
-    write_json(folder / "config.json", dict(plan.config))
+        written[name] = writer.written
+    if list(written) != [SINGLE]:
+        write_json(folder / INDEX, index_of(written))
+    config = dict(plan.config)
+    if sources.requantize:
+        config["quantization_config"] = quantization_config(sources.base).to_dict()
+    write_json(folder / "config.json", config)
+
+
+def _pieces(output: Output, value: torch.Tensor, sources: Sources) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor as it is written: itself, or its codes in 4-bit with their scales."""
+    if sources.requantize and output.is_4bit:
+        held = value.to(getattr(torch, sources.base.dtype))
+        packed = packed_4bit(held, sources.base, turned=output.turned)
+        yield from ((f"{output.name}{key}", tensor) for key, tensor in packed.items())
+    else:
+        yield output.name, value
 
 
 def _reader(tensors: Mapping[str, Entry]) -> Read:

@@ -13,12 +13,16 @@ from peftkit.errors import Problem, UserError
 from peftkit.model.edits import Edit, Edits
 from peftkit.model.layout import Place
 from peftkit.model.skeleton import Skeleton
-from peftkit.ship.tensors import SINGLE, Entry, index_of
+from peftkit.ship.tensors import Entry
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor that is written. `source` is None where the adapter alone has it (a task's head)."""
+    """One tensor that is written. `source` is None where the adapter alone has it (a task's head).
+
+    `is_4bit` where training held it in 4-bit, `turned` where the other way round; `in_4bit` where it is to go
+    through 4-bit before the adapter is added.
+    """
 
     name: str
     file: str
@@ -27,6 +31,7 @@ class Output:
     place: Place | None
     source: Entry | None
     edits: tuple[tuple[Edit, ...], ...]  # of each adapter
+    is_4bit: bool = False
     in_4bit: bool = False
     turned: bool = False
 
@@ -53,14 +58,6 @@ class MergePlan:
         for output in self.outputs:
             found.setdefault(output.file, []).append(output)
         return found
-
-    def index(self) -> dict[str, Any] | None:
-        """The index of a sharded model; None where there is one file."""
-        files = {
-            name: {output.name: output.num_bytes for output in outputs}
-            for name, outputs in self.files().items()
-        }
-        return None if list(files) == [SINGLE] else index_of(files)
 
 
 def plan_merge(
@@ -128,6 +125,7 @@ def _output(
         place,
         entry,
         edits,
+        is_4bit=parameter in skeleton.in_4bit,
         in_4bit=dequantized and parameter in skeleton.in_4bit,
         turned=skeleton.in_4bit.get(parameter, False),
     )

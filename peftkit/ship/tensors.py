@@ -142,6 +142,7 @@ class Writer:
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._offset = 0
         self._file: IO[bytes] | None = None
+        self.written: dict[str, int] = {}  # name -> bytes
 
     def __enter__(self) -> Writer:
         self._file = self._path.open("wb", buffering=0)
@@ -154,7 +155,7 @@ class Writer:
         end = self._offset + flat.numel()
         offsets = [self._offset, end]
         about = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        self._header[name], self._offset = about, end
+        self._header[name], self._offset, self.written[name] = about, end, flat.numel()
         self._write(_bytes_of(flat))
 
     def _write(self, view: memoryview) -> None:
