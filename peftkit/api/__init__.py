@@ -158,8 +158,7 @@ def reproduce_run(
 
     `recipe` is the file that it was made of, with its `overrides`, needed where that held secrets.
     """
-    from peftkit.run.merge import MergeOptions
-from peftkit.run.reproduce import reproduce
+    from peftkit.run.reproduce import reproduce
 
     given = Path(recipe) if recipe else None
     folder = Path(out) if out else None
