@@ -16,7 +16,7 @@ from peftkit.errors import Problem, UserError
 from peftkit.methods.lora import CHANGES_BASE
 from peftkit.model.saved import CONFIG, read_adapter_config
 
-Kind = Literal["whole", "lora", "dora", "embedding", "experts", "shift", "scale", "rows"]
+Kind = Literal["whole", "lora", "dora", "vera", "embedding", "experts", "shift", "scale", "rows"]
 _OUTER = "base_model.model."
 _CHANGES_BASE = (*CHANGES_BASE, "corda", "loftq", "lora_ga")
 _UNKNOWN = (
@@ -30,14 +30,16 @@ _UNKNOWN = (
     "monteclora_config",
 )
 _NOT_WEIGHTS = {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT"}
-_MERGES = {"LORA", "IA3", "LN_TUNING"}
+_MERGES = ("LORA", "ADALORA", "VERA", "IA3", "LN_TUNING")
 
 
 @dataclass(frozen=True)
 class Edit:
     """One change of one parameter W. `tensors` gives the adapter's tensors by their part in it.
 
-    whole: W becomes "value". lora: W + s B A, "B" (d_out, rank) and "A" (rank, d_in). dora: m (W + s B A) /
+    whole: W becomes "value". lora: W + s B A, "B" (d_out, rank) and "A" (rank, d_in); AdaLoRA has singular
+    values "E" between them (Zhang et al. 2023, equation 3). vera: W + b (B A d) with vectors "b" and "d", of
+    shared "B" and "A" the first rows and columns (Kopiczko et al. 2024, equation 2). dora: m (W + s B A) /
     |W + s B A| by rows of d_out, with m "magnitude" (Liu et al. 2024, equation 5). embedding: W + s (B A)^T.
     experts: W[e] + s B[e] A[e]. shift: a bias plus s "value". scale: W times "value" along its outputs or
     inputs. rows: W[ids] becomes "value". `transposed` where W is (d_in, d_out).
@@ -53,7 +55,7 @@ class Edit:
     @property
     def adds(self) -> bool:
         """Whether it is a sum of W and something that does not depend on W."""
-        return self.kind in {"lora", "embedding", "experts", "shift"}
+        return self.kind in {"lora", "vera", "embedding", "experts", "shift"}
 
 
 Edits = Mapping[str, tuple[Edit, ...]]  # by the parameter's name in the base, in the order of application
@@ -66,10 +68,10 @@ def refuse_unmergeable(folder: Path, config: Mapping[str, Any]) -> None:
     if kind in _NOT_WEIGHTS:
         got = f"{kind}, whose learned tokens stand beside the weights: there is nothing to merge"
         fix = "use it with PEFT as it is, or train the same data with method lora"
-        problems.append(Problem(f"{where} peft_type", got, "LORA, IA3 or LN_TUNING", fix))
+        problems.append(Problem(f"{where} peft_type", got, ", ".join(_MERGES), fix))
     elif kind not in _MERGES:
         got, fix = f"{kind}, which peftkit does not merge", "PEFT's merge_and_unload may"
-        problems.append(Problem(f"{where} peft_type", got, "LORA, IA3 or LN_TUNING", fix))
+        problems.append(Problem(f"{where} peft_type", got, ", ".join(_MERGES), fix))
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         got = f"{start}, which changed the base that it was trained on"
@@ -135,6 +137,8 @@ def _refuse_shapes(wrapped: Any, folder: Path, shapes: Mapping[str, tuple[int, .
     """Raises UserError where tensors are not of the sizes that configuration and base ask for."""
     from peft import get_peft_model_state_dict
 
+    if wrapped.peft_config["default"].peft_type == "ADALORA":
+        return  # its file holds the ranks that are left
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     wrong = [
         Problem(
@@ -158,9 +162,11 @@ def _plain(name: str) -> str:
 
 def _layer_edits(wrapped: Any, names: Collection[str]) -> Iterator[tuple[str, Edit]]:
     """(parameter, edit) of all adapted layers, in the order of the model."""
+    from peft.tuners.adalora import AdaLoraLayer
     from peft.tuners.ia3 import IA3Layer
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.vera import VeraLayer
 
     for name, module in wrapped.named_modules():
         if isinstance(module, TrainableTokensLayer):
@@ -171,6 +177,12 @@ def _layer_edits(wrapped: Any, names: Collection[str]) -> Iterator[tuple[str, Ed
             yield f"{_plain(name).removesuffix('.token_adapter')}.weight", Edit("rows", value, ids=ids)
         elif isinstance(module, IA3Layer):
             yield from _ia3_edits(name, module)
+        elif isinstance(module, VeraLayer):
+            parts = {"b": f"{name}.vera_lambda_b", "d": f"{name}.vera_lambda_d"}
+            parts |= {"A": "base_model.vera_A", "B": "base_model.vera_B"}
+            yield f"{_plain(name)}.weight", Edit("vera", parts, transposed=bool(module.fan_in_fan_out))
+        elif isinstance(module, AdaLoraLayer):
+            yield f"{_plain(name)}.weight", _adalora_edit(name, module)
         elif isinstance(module, LoraLayer) and "default" in module.scaling:
             yield from _lora_edits(name, module, names)
 
@@ -183,6 +195,13 @@ def _ia3_edits(name: str, module: Any) -> Iterator[tuple[str, Edit]]:
     yield f"{plain}.weight", edit
     if not inputs and module.get_base_layer().bias is not None:
         yield f"{plain}.bias", Edit("scale", value)
+
+
+def _adalora_edit(name: str, module: Any) -> Edit:
+    """PEFT divides by the rank that training began with, plus 1e-5, whatever rank is left."""
+    scale = float(module.scaling["default"]) / (module.r["default"] + 1e-5)
+    parts = {part: f"{name}.lora_{part}" for part in ("A", "B", "E")}
+    return Edit("lora", parts, scale, transposed=bool(module.fan_in_fan_out))
 
 
 def _lora_edits(name: str, module: Any, names: Collection[str]) -> Iterator[tuple[str, Edit]]:

@@ -103,8 +103,18 @@ def refuse_other_data(result: Result, examples: Any) -> None:
         raise UserError(Problem("--data", got, f"some of {', '.join(known[:20])}"))
 
 
-def tokenized(result: Result, examples: Any, chosen: Sequence[Any], *, whole: bool) -> tuple[Any, int]:
-    """(rows, how many were too long), as in training; `whole` keeps every row, to be one text."""
+def tokenized(
+    result: Result,
+    examples: Any,
+    chosen: Sequence[Any],
+    *,
+    whole: bool = False,
+    stops: frozenset[int] = frozenset(),
+) -> tuple[Any, int]:
+    """(rows, how many were too long), as in training; `whole` keeps every row, to be one text.
+
+    `stops` are the ids that end an answer, where the result has no model to tell them.
+    """
     plan = result.plan
     length = plan.data.max_length if plan and not whole else 2**20
     policy = plan.data.truncation if plan and not whole and plan.data.truncation != "error" else "drop"
@@ -113,8 +123,8 @@ def tokenized(result: Result, examples: Any, chosen: Sequence[Any], *, whole: bo
     only = replace(examples, train=tuple(chosen), eval=())
     from peftkit.model.load import eos_ids
 
-    writes = result.task in {"causal-lm", "seq2seq"}
-    stops = frozenset(eos_ids(result.model, result.tokenizer)) if writes else frozenset()
+    if result.model is not None and result.task in {"causal-lm", "seq2seq"}:
+        stops = frozenset(eos_ids(result.model, result.tokenizer))
     found = prepare(only, result.tokenizer, data, task=cast(Task, result.task), labels=labels, stops=stops)
     return found.train, found.fitted.num_dropped
 

@@ -228,12 +228,15 @@ class _Rows:
 
 
 def _held_out(adapter: Adapter, tokenizer: Any, data: str | None, path: Path) -> tuple[Tokenized, ...]:
+    from peftkit.model.load import stops_of
     from peftkit.run.evaluate import examples_for, refuse_other_data, tokenized
 
     bare = Result(None, tokenizer, adapter.base.task, adapter.plan, adapter.run, 1, True)
     examples, chosen = examples_for(bare, data, path)
     refuse_other_data(bare, examples)
-    rows, _ = tokenized(bare, examples, chosen, whole=False)
+    writes = adapter.base.task in {"causal-lm", "seq2seq"}
+    stops = stops_of(adapter.source, tokenizer) if writes else frozenset()
+    rows, _ = tokenized(bare, examples, chosen, stops=stops)
     return tuple(rows)
 
 
@@ -306,7 +309,7 @@ def _verified(
 
     if not work.combination.is_plain:
         return made
-    first, num = work.adapters[0], len(rows.texts)
+    first = work.adapters[0]
 
     def told(what: str) -> None:
         observer({"event": "phase", "name": "verify", "detail": what})
@@ -315,11 +318,11 @@ def _verified(
     trained, without = _reference(first, rows)
     told("asking the merged model, read back from the disk")
     got = _asked(staging, first.base, rows)
-    fidelity, reference = compare(trained, got, num_prompts=num, without=without), "what was trained"
+    fidelity, reference = compare(trained, got, without=without), "what was trained"
     if work.base == ORIGINAL and first.base.quant_type is not None:
         told("asking the original base with the adapter")
         expected, alone = _reference(replace(first, base=replace(first.base, quant_type=None)), rows)
-        fidelity = compare(expected, got, num_prompts=num, without=alone)
+        fidelity = compare(expected, got, without=alone)
         reference = "the original base with the adapter"
     problem = fidelity.problem(_precision(work, first.base))
     made = replace(made, fidelity=fidelity, reference=reference, problem="" if made.requantized else problem)
@@ -333,8 +336,7 @@ def _verified(
                 _write(work, base, folder, lambda event: None)
                 said[base] = _asked(folder, first.base, rows)
     choices = tuple(
-        Choice(base, compare(trained, said[base], num_prompts=num, without=without))
-        for base in (DEQUANTIZED, ORIGINAL)
+        Choice(base, compare(trained, said[base], without=without)) for base in (DEQUANTIZED, ORIGINAL)
     )
     better = _gain(said[DEQUANTIZED], said[ORIGINAL])
     recommended = ORIGINAL if better.low > 0 else DEQUANTIZED

@@ -75,12 +75,24 @@ def added(edit: Edit, read: Read, *, place: Place, shape: Sequence[int]) -> torc
         return read(edit.tensors["value"]).float() * edit.scale
     if edit.kind == "experts":
         return _expert(edit, read, place, shape)
+    if edit.kind == "vera":
+        return _vera(edit, read, shape[::-1] if edit.transposed else shape)
     return low_rank(edit, read)
+
+
+def _vera(edit: Edit, read: Read, shape: Sequence[int]) -> torch.Tensor:
+    """b (B A d) of the first rows of the shared B and columns of the shared A; `shape` is (d_out, d_in)."""
+    b, d = (read(edit.tensors[part]).float().unsqueeze(-1) for part in ("b", "d"))
+    whole_a, whole_b = read(edit.tensors["A"]).float(), read(edit.tensors["B"]).float()
+    product = (b * whole_b[: shape[0]]) @ (d * whole_a[:, : shape[1]])
+    return product.T if edit.transposed else product
 
 
 def low_rank(edit: Edit, read: Read) -> torch.Tensor:
     """s B A in fp32, the way round that the weight has it."""
     a, b = read(edit.tensors["A"]).float(), read(edit.tensors["B"]).float()
+    if "E" in edit.tensors:
+        a = a * read(edit.tensors["E"]).float()
     turned = edit.transposed or edit.kind == "embedding"
     product = b @ a
     return (product.T if turned else product).mul_(edit.scale)

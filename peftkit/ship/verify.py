@@ -34,9 +34,10 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model says: logits (positions, vocabulary) in fp32, and its loss where rows have labels."""
+    """What a model says of `num_texts`: logits (positions, vocabulary) in fp32, and losses of rows."""
 
     logits: torch.Tensor
+    num_texts: int
     losses: RowLosses | None
 
 
@@ -85,8 +86,8 @@ def outputs(
 ) -> Outputs:
     """Logits on the first of `rows` and the first tokens of each, and the loss on `judged`, whole."""
     short = [_shortened(row, task) for row in rows[:_MOST_ROWS]]
-    kept, room = [], _NUMBERS
-    for _, batch, output in batches(
+    kept, room, num_texts = [], _NUMBERS, 0
+    for chosen, batch, output in batches(
         model, short, pad_id=pad_id, batch_size=_BATCH_ROWS, task=task, autocast=None
     ):
         found = output.logits.float().cpu()
@@ -96,13 +97,14 @@ def outputs(
             found = found[mask[:, :length].bool().cpu()]
         found = found[: max(1, room // found.shape[-1])]
         room -= found.numel()
+        num_texts += len(chosen)
         kept.append(found)
         if room <= 0:
             break
     losses = None
     if judged:
         losses = row_losses(model, judged, pad_id=pad_id, batch_size=_BATCH_ROWS, task=task)
-    return Outputs(torch.cat(kept), losses)
+    return Outputs(torch.cat(kept), num_texts, losses)
 
 
 def _shortened(row: Tokenized, task: str) -> Tokenized:
@@ -110,9 +112,7 @@ def _shortened(row: Tokenized, task: str) -> Tokenized:
     return Tokenized(row.input_ids[:_MOST_TOKENS], labels, row.where)
 
 
-def compare(
-    reference: Outputs, other: Outputs, *, num_prompts: int, without: Outputs | None = None
-) -> Fidelity:
+def compare(reference: Outputs, other: Outputs, *, without: Outputs | None = None) -> Fidelity:
     """How far `other` is from `reference`; `without` is the reference's base alone."""
     kl = divergences(reference.logits, other.logits)
     same = reference.logits.argmax(-1) == other.logits.argmax(-1)
@@ -124,7 +124,7 @@ def compare(
         effect=float(divergences(reference.logits, without.logits).mean()) if without else None,
         loss_reference=reference.losses.mean if reference.losses else None,
         loss=other.losses.mean if other.losses else None,
-        num_prompts=num_prompts,
+        num_prompts=reference.num_texts,
         num_positions=len(kl),
     )
 
