@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from peftkit.api import (
+        MergeOptions,
         check_data,
         convert_weights,
         diagnose_run,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         inspect_model,
         load_recipe,
         make_plan,
+        merge_adapter,
         plan_recipe,
         reproduce_run,
         resume_run,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 
 _API = (
+    "MergeOptions",
     "check_data",
     "convert_weights",
     "evaluate_run",
@@ -44,6 +47,7 @@ _API = (
     "inspect_model",
     "load_recipe",
     "make_plan",
+    "merge_adapter",
     "plan_recipe",
     "diagnose_run",
     "reproduce_run",
@@ -54,6 +58,7 @@ _API = (
 _ERRORS = ("Interrupted", "PeftkitError", "Problem", "UserError")
 __all__ = [
     "Interrupted",
+    "MergeOptions",
     "PeftkitError",
     "Problem",
     "UserError",
@@ -66,6 +71,7 @@ __all__ = [
     "inspect_model",
     "load_recipe",
     "make_plan",
+    "merge_adapter",
     "plan_recipe",
     "reproduce_run",
     "resume_run",

@@ -147,3 +147,10 @@ def test_a_resized_vocabulary_travels_with_the_adapter(tmp_path):
     assert merged.config.vocab_size == rows
     with torch.no_grad():
         assert torch.allclose(expected, merged(**asked).logits, atol=1e-5)
+
+
+def with_tokenizer(folder):
+    """Give a folder the tiny tokenizer."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(TINY_LLAMA).save_pretrained(folder)
