@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from peftkit.secrets import redact
 from peftkit.ship.card_use import Use, how_to_load
-from peftkit.units import printable, show_bytes, show_count, show_percent
+from peftkit.units import listed, printable, show_bytes, show_count, show_percent
 
 Layout = Literal["adapter", "model", "gguf"]
 _RELATIONS: Mapping[Layout, str] = {"adapter": "adapter", "model": "finetune", "gguf": "quantized"}
@@ -25,7 +25,9 @@ _PIPELINES = {
     "token-classification": "token-classification",
 }
 _DTYPES = ("float32", "bfloat16", "float16")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+_PART = r"\w(?:[\w.-]*\w)?"
+_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_PART}(?:/{_PART})?", re.ASCII)
+_REVISION = re.compile(rf"(?!.*\.\.){_PART}(?:/{_PART})*", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 # a slash, ~ or drive that begins a path; those of URLs and of owner/name stand behind other characters
 _ABSOLUTE = re.compile(r"(?<![\w:/\\.~-])(?:~|[A-Za-z]:|file://|\\)?(?:[/\\][^\s/\\\"'`<>|,;:()]+)+[/\\]?")
@@ -113,8 +115,13 @@ class CardFacts:
 
 
 def is_hub_id(text: str | None) -> bool:
-    """Whether a name reads like owner/name (or a name of the Hub's own), and not like a path."""
-    return text is not None and len(text) <= 96 and _HUB_ID.fullmatch(text) is not None and ".." not in text
+    """Whether a name reads like owner/name (or a name of the Hub's own), not like a path or a secret."""
+    return len(text or "") <= 96 and _is_plain(text, _HUB_ID)
+
+
+def _is_plain(text: str | None, shape: re.Pattern[str]) -> bool:
+    """Whether a text may stand in code as it is."""
+    return text is not None and shape.fullmatch(text) is not None and redact(text) == text
 
 
 def without_paths(text: str) -> str:
@@ -145,7 +152,7 @@ def card_of(facts: CardFacts) -> str:
         layout=facts.layout,
         name=_plain(facts.name) if is_hub_id(facts.name) else "path/to/this/folder",
         base=facts.base.id if is_hub_id(facts.base.id) else None,
-        revision=facts.base.revision if is_hub_id(facts.base.revision) else None,
+        revision=facts.base.revision if _is_plain(facts.base.revision, _REVISION) else None,
         task=facts.task,
         num_labels=len(facts.labels),
         chats=facts.chats,
@@ -180,11 +187,12 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
         "pipeline_tag": _PIPELINES.get(facts.task),
         "tags": list(dict.fromkeys(tags)),
     }
-    return {key: _plain_value(value) for key, value in found.items() if value}
+    plain = {key: _plain_value(value) for key, value in found.items() if value}
+    return {key: value for key, value in plain.items() if value}
 
 
 def _plain_value(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, list) else _plain(value)
+    return list(filter(None, map(_plain, value))) if isinstance(value, list) else _plain(value)
 
 
 def _plain(text: str) -> str:
@@ -252,13 +260,15 @@ def _base(base: BaseFacts) -> list[tuple[str, Any]]:
         ("revision", base.revision),
         ("configuration, sha256", base.config_sha256),
         ("weights, sha256 of samples", base.weights_sha256),
-        ("held in", base.dtype),
-        ("quantized to", f"4 bits, {base.quant_type}{double}" if base.quant_type else None),
+        ("held in, in training", base.dtype),
+        ("quantized to, in training", f"4 bits, {base.quant_type}{double}" if base.quant_type else None),
     ]
 
 
 def _method(facts: CardFacts) -> list[tuple[str, Any]]:
-    return [("method", facts.method), ("task", facts.task), *facts.settings.items()]
+    classes = listed(facts.labels, most=100) if facts.labels else None
+    head = [("method", facts.method), ("task", facts.task), ("classes, as the outputs are", classes)]
+    return [*head, *facts.settings.items()]
 
 
 def _data(data: DataFacts) -> list[tuple[str, Any]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 VLLM = "https://docs.vllm.ai/en/v0.8.5/features/lora.html"
 VLLM_SERVE = "https://docs.vllm.ai/en/v0.8.5/serving/openai_compatible_server.html"
 OLLAMA = "https://github.com/ollama/ollama/blob/v0.1.43/docs/import.md"
-_RAN = "Run by the tests of this project:"
+_RAN = "This code is run by the tests of peftkit:"
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256)  # what --max-lora-rank takes
 _AUTO = {
     "causal-lm": "AutoModelForCausalLM",
@@ -60,6 +60,7 @@ def _load_adapter(use: Use, auto: str) -> list[str]:
         given.append(f'    revision="{use.revision}",')
     if use.num_labels:
         given.append(f"    num_labels={use.num_labels},")
+        given.append("    ignore_mismatched_sizes=True,  # the head comes with the adapter")
     names = [auto, "AutoTokenizer"]
     if use.quant_type:
         names.append("BitsAndBytesConfig")
@@ -94,13 +95,13 @@ def _ask(use: Use) -> list[str]:
     """Code that asks `model` something and prints the answer."""
     if "classification" in use.task:
         return [
-            'inputs = tokenizer("A text to classify.", return_tensors="pt")',
+            'inputs = tokenizer("A text to classify", return_tensors="pt", return_token_type_ids=False)',
             "print(model(**inputs).logits.argmax(-1).tolist())",
         ]
     generate = "output = model.generate(**inputs, max_new_tokens=64)"
     if use.task == "seq2seq":
         return [
-            'inputs = tokenizer("Your text", return_tensors="pt")',
+            'inputs = tokenizer("Your text", return_tensors="pt", return_token_type_ids=False)',
             generate,
             "print(tokenizer.decode(output[0], skip_special_tokens=True))",
         ]
@@ -122,7 +123,7 @@ def _shell(*lines: str) -> str:
 
 def _vllm(use: Use) -> str:
     """Not run here: it needs a GPU."""
-    if use.task not in {"causal-lm", "seq2seq"}:
+    if use.task != "causal-lm":
         return ""
     if use.layout == "gguf":
         return "### vLLM\n\nIt serves the merged model: `peftkit export RUN --to safetensors`.\n"
@@ -130,10 +131,11 @@ def _vllm(use: Use) -> str:
         return f"### vLLM\n\nNot run here; after {VLLM_SERVE}:\n\n" + _shell(f"vllm serve {use.name}")
     rank = next((size for size in _VLLM_RANKS if size >= (use.rank or 0)), None)
     if not use.plain_lora or rank is None:
-        return (
-            "### vLLM\n\nIt serves plain LoRA, which this is not: merge it with `peftkit merge`, "
-            "or rewrite it with `peftkit export --to adapter --for vllm`, which says what is in the way.\n"
+        rewrite = (
+            "`peftkit export RUN --to adapter --for vllm` rewrites what can be, and says what is in the way"
         )
+        merge = "`peftkit merge` writes a whole model, where the method can be merged"
+        return f"### vLLM\n\nIt serves plain LoRA, which this is not. {rewrite}; {merge}.\n"
     command = f"vllm serve {use.base or 'path/to/the/base'} --enable-lora --max-lora-rank {rank}"
     serve = _shell(f"{command} \\", f"  --lora-modules mine={use.name}")
     return f"### vLLM\n\nNot run here; after {VLLM}:\n\n{serve}"

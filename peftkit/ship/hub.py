@@ -15,8 +15,10 @@ from typing import Any
 from peftkit.errors import Problem, UserError
 from peftkit.hub import hub_answers, hub_is_off
 from peftkit.model.contained import PICKLED, check_folder, how_to_convert
+from peftkit.model.saved import CONFIG, read_adapter_config
 from peftkit.rundir import MANIFEST, verify_folder
 from peftkit.secrets import redact
+from peftkit.ship.card import is_hub_id
 from peftkit.units import listed
 
 ALLOWED = (".safetensors", ".gguf", ".json", ".jinja", ".md", ".txt", ".model")
@@ -45,6 +47,8 @@ def push(
     _refuse_unreachable(repo)
     if left_out:
         tell(f"left out, of a kind that is not pushed: {listed(left_out)}")
+    if (base := _local_base(folder)) is not None:
+        tell(f"{CONFIG} names its base by a path, {base}: others cannot load it, and it shows your folders")
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its transport
 
     try:
@@ -100,6 +104,14 @@ def _files(folder: Path) -> tuple[list[str], list[str]]:
     return names[0], sorted(set(names[1]) - set(names[0]))
 
 
+def _local_base(folder: Path) -> str | None:
+    """The base that an adapter names, where that is a path of this machine."""
+    named = (
+        read_adapter_config(folder).get("base_model_name_or_path") if (folder / CONFIG).is_file() else None
+    )
+    return named if isinstance(named, str) and named and not is_hub_id(named) else None
+
+
 def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
@@ -107,7 +119,7 @@ def _is_hidden(path: Path, folder: Path) -> bool:
 def _problems(folder: Path, found: list[Path], kept: list[Path]) -> Iterator[Problem]:
     for path in found:
         if path.suffix in PICKLED:
-            expected, fix = "safetensors: a pickle runs code where it is read", how_to_convert(folder)
+            expected, fix = "safetensors: pickled files run code where they are read", how_to_convert(folder)
             yield Problem(str(path), "a pickled file", expected, fix)
         elif not path.resolve().is_relative_to(folder.resolve()):
             yield Problem(str(path), "a link to a file elsewhere", "files of the folder itself", "copy it")

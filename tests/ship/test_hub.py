@@ -32,7 +32,7 @@ def folder(tmp_path):
 
     with publish_folder(tmp_path / "adapter") as made:
         save_file({"w": numpy.ones(300, "float32")}, made / "adapter_model.safetensors")
-        (made / "adapter_config.json").write_text("{}")
+        (made / "adapter_config.json").write_text('{"base_model_name_or_path": "/srv/base"}')
         (made / "README.md").write_text(CARD)
     return tmp_path / "adapter"
 
@@ -60,8 +60,8 @@ class Client:
         }
         self.told = ""
 
-    def run(self, program, **more):
-        """What a program prints as JSON lines; all that it writes is kept in `told`."""
+    def start(self, program, **more):
+        """What a program prints; all that it writes is kept in `told`."""
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(program)],
             env={**self.environment, **more},
@@ -73,7 +73,12 @@ class Client:
         )
         self.told += done.stdout + done.stderr
         assert done.returncode == 0, done.stdout + done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("[", "{", '"'))]
+        return done.stdout
+
+    def run(self, program, **more):
+        """The JSON lines that a program prints."""
+        lines = self.start(program, **more).splitlines()
+        return [json.loads(line) for line in lines if line and line[0] in '["0123456789']
 
     def push(self, folder, *repos, **more):
         """For each repository, and its options: the URL, or the message; and what was told."""
@@ -112,7 +117,7 @@ def test_a_folder_is_pushed_in_one_commit_and_comes_back_as_it_was(client, hub, 
     (folder / "script.py").write_text("print(1)")
     first, again, branch = client.push(folder, "me/one", "me/one", ("me/one", {"revision": "v2"}))
     repo = hub.repos["me/one"]
-    assert first == [f"{hub.url}/me/one/commit/{repo.refs['main']}", [NOT_PUSHED]]
+    assert first == [f"{hub.url}/me/one/commit/{repo.refs['main']}", TOLD]
     assert again[0] == first[0], "the same files are no second commit"
     assert branch[0] == first[0], "nor are they on a new branch"
     assert repo.private
@@ -134,7 +139,11 @@ def test_a_folder_is_pushed_in_one_commit_and_comes_back_as_it_was(client, hub, 
     assert "HEAD" in client.told or "curl" in client.told, "the client's own log was looked at"
 
 
-NOT_PUSHED = "left out, of a kind that is not pushed: script.py"
+TOLD = [
+    "left out, of a kind that is not pushed: script.py",
+    "adapter_config.json names its base by a path, /srv/base: "
+    "others cannot load it, and it shows your folders",
+]
 
 
 def test_what_the_hub_refuses_is_told_with_what_to_do(client, hub, folder):
@@ -147,7 +156,7 @@ def test_what_the_hub_refuses_is_told_with_what_to_do(client, hub, folder):
     assert "choose a name under your own account" in owner
     assert "me/public, which is public, expected a private repository" in public
     assert "'me/no spaces/x', expected a repository's name as owner/name" in odd
-    assert told == ["me/hidden was there before, and stays private"]
+    assert told == [TOLD[1], "me/hidden was there before, and stays private"]
     assert opened.startswith(f"{hub.url}/me/hidden/commit/")
     assert list(hub.repos["me/public"].at("main")[1]) == ["a.md"], "nothing came to the public one"
     [[reader, _]] = client.push(folder, "reader/one", HF_TOKEN=READER)

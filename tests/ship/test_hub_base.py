@@ -85,17 +85,61 @@ def test_offline_is_served_from_the_cache_or_said(client, hub):
     assert "which is not in the cache while the hub cannot be reached" in missing
 
 
-@pytest.mark.slow
-def test_from_a_gated_base_to_a_pushed_adapter_and_its_card_run_as_it_stands(client, hub, tmp_path):
-    """The whole way: a base by id and commit, a run, a card, a push, and the card's own code in a new home."""
+FINETUNE = """
+    import json
+    from pathlib import Path
+    import peftkit
+    from peftkit.errors import UserError
+    try:
+        print(json.dumps(peftkit.finetune({recipe!r}, out={out!r}).num_steps))
+    except UserError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
     chats = write_jsonl(tmp_path / "chats.jsonl", [chat(f"Say a {i}", "a a") for i in range(24)])
-    commit = hub.repos["org/gated"].refs["main"]
-    recipe = {
-        "base": {"id": "org/gated", "revision": commit},
+    return {
+        "base": "org/gated",
         "method": {"name": "lora", "rank": 4},
         "data": {"train": str(chats), "eval": "25%"},
         "train": {"max_steps": 4, "batch_size": 4, "micro_batch": 2, "max_length": 64, "eval_steps": 2},
     }
+
+
+@pytest.mark.slow
+def test_a_base_of_which_only_the_configuration_is_in_the_cache(client, recipe):
+    assert inspect(client, ("org/gated", None), HF_TOKEN=TOKEN) == ["Llama"]
+    program = FINETUNE.format(recipe=recipe, out="run")
+    [gated] = client.run(program)
+    assert "You are trying to access a gated repo" in gated
+    assert "accept its licence on its hub page and log in (hf auth login)" in gated
+    [offline] = client.run(program, HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE is set, and the cache may lack some of its files" in offline
+    [unreachable] = client.run(program, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "the hub cannot be reached, and the cache may lack some of its files" in unreachable
+
+
+@pytest.mark.slow
+def test_a_cached_base_trains_without_a_hub_and_without_waiting_for_it(client, hub, recipe):
+    """transformers retries each file for half a minute where nobody answers: it took minutes here."""
+    assert client.run(FINETUNE.format(recipe=recipe, out="one"), HF_TOKEN=TOKEN) == [4]
+    assert [path for path in hub.paths("GET") if path.startswith("/cdn/")]
+    assert not [path for _, path, _, _ in hub.asked if "telemetry" in path]
+    num_asked = len(hub.asked)
+    assert client.run(FINETUNE.format(recipe=recipe, out="two"), HF_HUB_OFFLINE="1") == [4]
+    assert len(hub.asked) == num_asked
+    dead = "http://127.0.0.1:9"
+    assert client.run(FINETUNE.format(recipe=recipe, out="three"), HF_ENDPOINT=dead) == [4]
+    assert "Retrying in" not in client.told, "the client waits a second, two, four, eight, eight"
+
+
+@pytest.mark.slow
+def test_from_a_gated_base_to_a_pushed_adapter_and_its_card_run_as_it_stands(client, hub, recipe, tmp_path):
+    """The whole way: a base by id and commit, a run, a card, a push, and the card's code in a new home."""
+    commit = hub.repos["org/gated"].refs["main"]
+    recipe["base"] = {"id": "org/gated", "revision": commit}
     program = f"""
         import json
         from pathlib import Path
@@ -115,7 +159,7 @@ def test_from_a_gated_base_to_a_pushed_adapter_and_its_card_run_as_it_stands(cli
     assert f'revision="{commit}"' in card
     code = card.split("```python\n")[1].split("```")[0]
     other = Client(tmp_path / "other", hub.url, TOKEN)
-    other.run(code)
+    assert other.start(code).strip()
     other.refuse_secrets()
     assert [path for path in hub.paths("GET") if path.startswith("/me/tuned/resolve/main/adapter")]
     assert [path for path in hub.paths("GET") if path == f"/org/gated/resolve/{commit}/config.json"]
