@@ -193,6 +193,14 @@ def test_a_push_that_breaks_leaves_nothing_behind(client, hub, folder, part):
     assert client.push(folder, "me/one")[0][0].startswith(f"{hub.url}/me/one/commit/")
 
 
+def test_a_failure_of_the_xet_client_is_told_as_well(client, hub, folder):
+    """Large files go there by default; hf_xet raises errors of its own, and asks for a token of its own."""
+    [[said, _]] = client.push(folder, "me/one", HF_HUB_DISABLE_XET="")
+    assert "/api/models/me/one/xet-write-token/main" in hub.paths("GET")
+    assert "a push to me/one that failed (Network error" in said
+    assert list(hub.repos["me/one"].at("main")[1]) == [".gitattributes"]
+
+
 def test_a_card_that_the_hub_does_not_take(client, hub, folder):
     (folder / "MANIFEST.json").unlink()
     (folder / "README.md").write_text("---\ntags: one\n---\n")
