@@ -15,9 +15,11 @@ from peftkit.recipe import LoadedRecipe, Recipe, load
 from peftkit.report import Summary, read_summary
 from peftkit.run.account import Account
 from peftkit.run.evaluate import Evaluation
+from peftkit.run.merge import MergeOptions
 from peftkit.run.reproduce import Reproduction
 from peftkit.run.verify import Verification
 from peftkit.rundir import RunDir
+from peftkit.ship.report import MergeReport
 
 __all__ = [
     "Account",
@@ -25,6 +27,8 @@ __all__ = [
     "DataReport",
     "Evaluation",
     "Inspection",
+    "MergeOptions",
+    "MergeReport",
     "Observer",
     "RecipeLike",
     "Verdict",
@@ -37,6 +41,7 @@ __all__ = [
     "inspect_model",
     "load_recipe",
     "make_plan",
+    "merge_adapter",
     "plan_recipe",
     "reproduce_run",
     "resume_run",
@@ -236,3 +241,21 @@ def convert_weights(path: str | Path, *, out: str | Path) -> Converted:
     from peftkit.model.convert import convert_weights as convert
 
     return convert(Path(path), out=Path(out))
+
+
+def merge_adapter(
+    path: str | Path | Sequence[str | Path],
+    *,
+    out: str | Path,
+    options: MergeOptions | None = None,
+    observer: Observer = _ignore,
+) -> MergeReport:
+    """Dense weights of a run or adapter and its base in the new folder `out`, compared with the adapter.
+
+    Several paths are added up, with weights, as `options` say. Raises UserError for the user's to mend, and
+    PeftkitError where the result is not what was trained, unless they say `force`.
+    """
+    from peftkit.run.merge import merge
+
+    paths = [path] if isinstance(path, str | Path) else path
+    return merge([Path(one) for one in paths], Path(out), options or MergeOptions(), observer=observer)

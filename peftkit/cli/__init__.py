@@ -172,6 +172,29 @@ COMMANDS: tuple[Command, ...] = (
         ),
     ),
     Command(
+        "merge",
+        "dense weights from adapters and their base, compared with what was trained",
+        (
+            _arg("adapters", metavar="RUN|ADAPTER[*WEIGHT]", nargs="+"),
+            _arg("--out", metavar="DIR", required=True, help="a new folder"),
+            _arg(
+                "--base",
+                choices=("auto", "dequantized", "original"),
+                default="auto",
+                help="of QLoRA: the 4-bit weights that it was trained on (default), or those before",
+            ),
+            _arg("--base-model", metavar="PATH|ID", help="another place of the same base"),
+            _arg("--requantize", choices=("nf4",), help="of QLoRA: write the original base's sum in 4-bit"),
+            _arg("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the base's files"),
+            _arg("--data", metavar="FILE", help="rows to compare on (default: those held out in the run)"),
+            _arg("--combine", choices=("sum", "ties", "dare"), default="sum", help="of several adapters"),
+            _arg("--density", metavar="SHARE", type=float, default=0.5, help="kept by ties and dare"),
+            _arg("--seed", metavar="N", type=int, default=0, help="of dare"),
+            _arg("--force", action="store_true", help="keep a result that is not what was trained"),
+            _arg("--json", action="store_true"),
+        ),
+    ),
+    Command(
         "recipes",
         "list, show or start recipes",
         (

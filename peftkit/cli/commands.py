@@ -203,6 +203,36 @@ def generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def merge(arguments: argparse.Namespace) -> int:
+    """Merge adapters into their base; say how true the result is."""
+    from peftkit import api
+    from peftkit.cli.ship import open_bytes_display, print_merge
+
+    paths, weights = zip(*(_weighted(text) for text in arguments.adapters), strict=True)
+    same = ("base", "base_model", "dtype", "data", "combine", "density", "seed", "force")
+    options = api.MergeOptions(
+        weights=weights,
+        requantize=arguments.requantize is not None,
+        **{name: getattr(arguments, name) for name in same},
+    )
+    with open_bytes_display() as show:
+        report = api.merge_adapter(paths, out=arguments.out, options=options, observer=show)
+    if arguments.json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        print_merge(report)
+    return 0
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """A path with its weight: PATH*0.5, or PATH alone."""
+    path, star, weight = text.rpartition("*")
+    try:
+        return (path, float(weight)) if star and path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def inspect_model(arguments: argparse.Namespace) -> int:
     """Print what a model is, as tables or as JSON."""
     from peftkit import api

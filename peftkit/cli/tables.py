@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -34,6 +34,14 @@ def _table(*headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, overflow="fold")
     return table
+
+
+def print_rows(rows: Iterable[Sequence[str]], *, headed: bool = False) -> None:
+    """Rows of texts in columns; with `headed` the first is a heading."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for number, row in enumerate(rows):
+        table.add_row(*_plain(row), style="bold" if headed and number == 0 else None)
+    _console().print(table, highlight=False)
 
 
 def print_plan(plan: Plan) -> None:

@@ -31,11 +31,15 @@ def swapped(rows: Sequence[Tokenized]) -> tuple[list[int], list[Tokenized]]:
 
 
 def _parts(row: Tokenized) -> tuple[list[int], list[int]] | None:
-    """(question, answer) where all that is learnt stands together at the end, after something else."""
-    first = next((i for i, label in enumerate(row.labels) if label != IGNORED), 0)
-    if first == 0 or len(row.labels) != len(row.input_ids) or IGNORED in row.labels[first:]:
+    """(question, answer) where all that is learnt stands together, after something else.
+
+    What follows it is left out: most chat templates end in a newline that nobody learns.
+    """
+    learnt = [i for i, label in enumerate(row.labels) if label != IGNORED]
+    if not learnt or learnt[0] == 0 or len(row.labels) != len(row.input_ids):
         return None
-    return row.input_ids[:first], row.input_ids[first:]
+    first, end = learnt[0], learnt[-1] + 1
+    return None if end - first != len(learnt) else (row.input_ids[:first], row.input_ids[first:end])
 
 
 def _differs(other: tuple[list[int], list[int]] | None, question: list[int], answer: list[int]) -> bool:

@@ -15,6 +15,7 @@ from peftkit.rundir import MANIFEST, read_json, read_sealed
 IDENTITY = "peftkit.json"  # beside the adapter's weights
 _PIECE = 2**16
 _PIECES = 16  # of each file, from end to end
+_BLOCK_SIZE = 64  # bitsandbytes' own, which transformers leaves as it is
 # of no weight: where it was loaded from, by which version, in which type it is held
 _VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 
@@ -39,7 +40,7 @@ def _config_sha256(folder: Path) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights, in order: those of the index, or the only one; none before they came.
 
     Others may lie beside them (consolidated.safetensors of a hub repository) or not.
@@ -54,7 +55,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _weights_sha256(folder: Path) -> str | None:
     """Of each weights file its size and pieces from end to end: an 8B model takes milliseconds."""
-    files, digest = _weight_files(folder), hashlib.sha256()
+    files, digest = weight_files(folder), hashlib.sha256()
     for path in files:
         size = path.stat().st_size
         digest.update(f"{size} bytes".encode())
@@ -86,7 +87,38 @@ def base_identity(source: str, plan: BasePlan) -> dict[str, Any]:
         "revision": plan.revision if local or folder is None else folder.name,
         "config_sha256": _config_sha256(folder) if folder and not made_from else None,
         "weights_sha256": made_from or (_weights_sha256(folder) if folder else None),
-        "quantization": {"type": plan.quant_type, "double": plan.double_quant} if quantized else None,
+        "quantization": _quantization(plan) if quantized else None,
+    }
+
+
+def _quantization(plan: BasePlan) -> dict[str, Any]:
+    """How the base was held in 4-bit: PEFT's configuration does not say, and a merge must not guess."""
+    return {
+        "type": plan.quant_type,
+        "double": plan.double_quant,
+        "block_size": _BLOCK_SIZE,
+        "dtype": plan.dtype,
+        "compute_dtype": plan.compute_dtype,
+        "skip_modules": list(plan.skip_4bit),
+        "experts": list(plan.experts_4bit),
+    }
+
+
+def quantization_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter's identity says of 4-bit, as fields of a `BasePlan`; empty where it was none.
+
+    Adapters written before the whole of it was kept say their type alone, and count as not quantized.
+    """
+    found = identity.get("quantization")
+    if not isinstance(found, Mapping) or "skip_modules" not in found:
+        return {}
+    return {
+        "quant_type": str(found["type"]),
+        "double_quant": bool(found["double"]),
+        "dtype": str(found["dtype"]),
+        "compute_dtype": str(found["compute_dtype"]),
+        "skip_4bit": tuple(str(name) for name in found["skip_modules"]),
+        "experts_4bit": tuple(str(name) for name in found["experts"]),
     }
 
 

@@ -129,3 +129,59 @@ def coverage(model: Any) -> float:
                     total + num - sum(p.numel() for p in chain.parameters(recurse=False)),
                 )
     return held / total
+
+
+def layers_in_4bit(model: Any, base: BasePlan) -> dict[str, bool]:
+    """Parameters of a model on the meta device that loading would put into 4-bit (it is changed).
+
+    The value says whether the layer holds its weight the other way round while it quantizes it (Conv1D).
+    """
+    if base.quant_type is None:
+        return {}
+    import torch
+    from bitsandbytes.nn.modules import Linear4bit
+    from transformers.integrations import replace_with_bnb_linear
+    from transformers.pytorch_utils import Conv1D
+
+    experts = {
+        f"{name}.{key}": False
+        for name, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and any(matches(f"{name}.{key}", ending) for ending in base.experts_4bit)
+    }
+    with torch.device("meta"):
+        replace_with_bnb_linear(
+            model,
+            modules_to_not_convert=list(base.skip_4bit),
+            quantization_config=quantization_config(base),
+        )
+    layers = {
+        f"{name}.weight": module.source_cls is Conv1D
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit)
+    }
+    return layers | experts
+
+
+def through_4bit(weight: torch.Tensor, base: BasePlan, *, turned: bool, device: str = "cpu") -> torch.Tensor:
+    """What a 4-bit layer computes with: the weight quantized and dequantized, in its own type.
+
+    `turned` for layers that hold it the other way round.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    assert base.quant_type is not None
+    plain = (weight.T if turned else weight).contiguous().to(device)
+    packed, state = quantize_4bit(plain, compress_statistics=base.double_quant, quant_type=base.quant_type)
+    found = dequantize_4bit(packed, state).to("cpu")
+    return (found.T if turned else found).contiguous()
+
+
+def packed_4bit(weight: torch.Tensor, base: BasePlan, *, turned: bool) -> dict[str, torch.Tensor]:
+    """A weight in 4-bit as transformers stores it: "" holds the codes, other keys continue the name."""
+    from bitsandbytes.functional import quantize_4bit
+
+    assert base.quant_type is not None
+    plain = (weight.T if turned else weight).contiguous()
+    packed, state = quantize_4bit(plain, compress_statistics=base.double_quant, quant_type=base.quant_type)
+    return {"": packed, **{f".{key}": value for key, value in state.as_dict(packed=True).items()}}

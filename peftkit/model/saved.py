@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,6 +53,9 @@ def load_adapter(model: Any, folder: Path) -> Any:
     check_adapter_weights(folder)
     shapes = _shapes(folder)
     _refuse_sizes(folder, shapes)
+    rows = vocabulary_of(model, shapes)
+    if rows is not None:  # it was trained with more tokens, or fewer, and brings both tables
+        model.resize_token_embeddings(rows, mean_resizing=False)
     try:
         loaded = PeftModel.from_pretrained(model, folder)
     except torch.OutOfMemoryError:
@@ -88,6 +91,20 @@ def load_into(model: Any, folder: Path) -> None:
         fix = "give the recipe that it was trained by: method, rank and targets"
         raise UserError(Problem(str(folder), got, "the adapter that the recipe describes", fix))
     set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+
+
+def vocabulary_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """How many rows the tables have that an adapter brings, where that is not what the model has.
+
+    PEFT saves both tables whole beside an adapter that was trained after `resize_token_embeddings`.
+    """
+    table = model.get_input_embeddings()
+    stands = next(name for name, module in model.named_modules() if module is table)
+    for ending in ("weight", "base_layer.weight"):
+        shape = shapes.get(f"base_model.model.{stands}.{ending}")
+        if shape is not None and shape[0] != table.weight.shape[0]:
+            return shape[0]
+    return None
 
 
 def _said(error: Exception) -> str:

@@ -70,7 +70,7 @@ class Evaluation:
         return html_table([*self.rows(), *self.context_rows()])
 
 
-def _examples(result: Result, data: str | None, path: Path) -> Any:
+def examples_for(result: Result, data: str | None, path: Path) -> Any:
     """Held-out examples of the run, or all of a file's."""
     from peftkit.recipe import load
     from peftkit.run.facts import read
@@ -87,7 +87,7 @@ def _examples(result: Result, data: str | None, path: Path) -> Any:
     return found, found.eval or found.train
 
 
-def _refuse_other_data(result: Result, examples: Any) -> None:
+def refuse_other_data(result: Result, examples: Any) -> None:
     """Raises UserError for data of another task, or with classes that the result does not know."""
     task = FORMAT_TASKS.get(examples.format)
     classifies = result.task in FORMAT_TASKS.values()
@@ -103,8 +103,18 @@ def _refuse_other_data(result: Result, examples: Any) -> None:
         raise UserError(Problem("--data", got, f"some of {', '.join(known[:20])}"))
 
 
-def _tokenized(result: Result, examples: Any, chosen: Sequence[Any], *, whole: bool) -> tuple[Any, int]:
-    """(rows, how many were too long), as in training; `whole` keeps every row, to be one text."""
+def tokenized(
+    result: Result,
+    examples: Any,
+    chosen: Sequence[Any],
+    *,
+    whole: bool = False,
+    stops: frozenset[int] = frozenset(),
+) -> tuple[Any, int]:
+    """(rows, how many were too long), as in training; `whole` keeps every row, to be one text.
+
+    `stops` are the ids that end an answer, where the result has no model to tell them.
+    """
     plan = result.plan
     length = plan.data.max_length if plan and not whole else 2**20
     policy = plan.data.truncation if plan and not whole and plan.data.truncation != "error" else "drop"
@@ -113,8 +123,8 @@ def _tokenized(result: Result, examples: Any, chosen: Sequence[Any], *, whole: b
     only = replace(examples, train=tuple(chosen), eval=())
     from peftkit.model.load import eos_ids
 
-    writes = result.task in {"causal-lm", "seq2seq"}
-    stops = frozenset(eos_ids(result.model, result.tokenizer)) if writes else frozenset()
+    if result.model is not None and result.task in {"causal-lm", "seq2seq"}:
+        stops = frozenset(eos_ids(result.model, result.tokenizer))
     found = prepare(only, result.tokenizer, data, task=cast(Task, result.task), labels=labels, stops=stops)
     return found.train, found.fitted.num_dropped
 
@@ -172,9 +182,9 @@ def evaluate(path: Path, *, data: str | None = None, contexts: Sequence[int] = (
     from peftkit.run.measure import measure
 
     result = open_result(path)
-    examples, chosen = _examples(result, data, path)
-    _refuse_other_data(result, examples)
-    rows, num_dropped = _tokenized(result, examples, chosen, whole=bool(contexts))
+    examples, chosen = examples_for(result, data, path)
+    refuse_other_data(result, examples)
+    rows, num_dropped = tokenized(result, examples, chosen, whole=bool(contexts))
     if contexts:
         return Evaluation(None, len(rows), 0, {}, _contexts(result, rows, contexts, path))
     loss = row_losses(

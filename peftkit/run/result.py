@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from peftkit.archs import shape_from_config
+from peftkit.archs import Task, shape_from_config
 from peftkit.errors import Problem, UserError
-from peftkit.model.identity import refuse_other_base
 from peftkit.plan import Plan
-from peftkit.plan.resolve import how_to_generate, plain_base
-from peftkit.plan.task import FORMAT_TASKS
+from peftkit.plan.resolve import how_to_generate
 from peftkit.recipe.paths import stands
 from peftkit.report import read_plan
-from peftkit.rundir import MANIFEST, RunDir, verify_folder
+from peftkit.run.adapter import WHAT, Adapter, find_adapter, is_away, refuse_damaged, run_of
+from peftkit.rundir import RunDir
 
 
 @dataclass(frozen=True)
@@ -30,105 +29,58 @@ class Result:
     use_cache: bool
 
 
-def _run_of(path: Path) -> Path:
-    """The run directory that `path` is or lies in."""
-    return (
-        path.parent if path.name in {"adapter", "model"} and (path.parent / "plan.json").is_file() else path
-    )
-
-
 def open_result(path: Path) -> Result:
     """Load what a run trained, or an adapter folder on its base. Raises UserError where there is none."""
     if not stands(path):
-        raise UserError(Problem(str(path), "nothing there", "a run directory, or an adapter folder"))
-    place = _run_of(path)
-    if not (place / "plan.json").is_file() and (path / "adapter_config.json").is_file():
-        return _foreign(path)
-    run = RunDir.open(place)
-    plan = read_plan(run)
-    folder = run.adapter if plan.method.peft else run.model
-    if not folder.is_dir():
-        fix = f"go on with it: peftkit resume {path}"
-        raise UserError(Problem(str(path), "a run without a result", "a finished run", fix))
-    _refuse_damaged(folder)
+        raise UserError(Problem(str(path), "nothing there", WHAT))
     from peftkit.model.hardware import detect_device
-    from peftkit.model.load import load_model, load_tokenizer, loadable
-    from peftkit.model.locate import locate
-    from peftkit.model.saved import load_adapter
+    from peftkit.model.load import load_model, load_tokenizer
 
     device = detect_device().kind
-    tokenizer = load_tokenizer(str(folder), plan.base)
-    if plan.method.peft is None:
-        model = load_model(str(folder), plan.base, device=device)
-    else:
-        source = loadable(locate(plan.base.id, revision=plan.base.revision, where="base"), "base")
-        refuse_other_base(folder, source, plan.base)
-        model = load_adapter(load_model(source, plan.base, device=device), folder)
-    how = plan.evaluate
-    return Result(model, tokenizer, plan.base.task, plan, run, how.generation_batch, how.use_cache)
+    if is_whole(path):
+        run = RunDir.open(run_of(path))
+        plan = read_plan(run)
+        refuse_damaged(run.model)
+        tokenizer = load_tokenizer(str(run.model), plan.base)
+        model = load_model(str(run.model), plan.base, device=device)
+        how = plan.evaluate
+        return Result(model, tokenizer, plan.base.task, plan, run, how.generation_batch, how.use_cache)
+    return load_result(find_adapter(path), device=device)
 
 
-def _refuse_damaged(folder: Path) -> None:
-    """Raises UserError where a published folder is not as it was written."""
-    if faults := verify_folder(folder):
-        fix = "take it from a copy, or train anew"
-        raise UserError([Problem(str(folder), fault, "files as peftkit wrote them", fix) for fault in faults])
+def is_whole(path: Path) -> bool:
+    """Whether a path is a run of full fine-tuning with its result."""
+    place = run_of(path)
+    if is_away(path) or not (place / "plan.json").is_file():
+        return False
+    run = RunDir.open(place)
+    return read_plan(run).method.peft is None and run.model.is_dir()
 
 
-def _adapter_config(path: Path) -> dict[str, Any]:
-    """PEFT's configuration in an adapter folder, found whole."""
-    from peftkit.model.contained import check_adapter_weights, check_folder
-    from peftkit.model.saved import CONFIG, read_adapter_config
-
-    check_folder(path)
-    file, config = str(path / CONFIG), read_adapter_config(path)
-    base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not isinstance(base, str) or not base.strip() or "\0" in base:
-        raise UserError(Problem(file, "no base_model_name_or_path", "the base that it was trained on"))
-    if not isinstance(revision, str | None):
-        raise UserError(Problem(f"{file} revision", f"a {type(revision).__name__}", "text, or null"))
-    check_adapter_weights(path)
-    return config
-
-
-def _foreign(path: Path) -> Result:
-    """An adapter away from its run, on the base that its configuration names, unquantized."""
-    from peftkit.model.adapter import PEFT_TASKS
-    from peftkit.model.hardware import detect_device
-    from peftkit.model.load import load_model, load_tokenizer, loadable
-    from peftkit.model.locate import locate
+def load_result(adapter: Adapter, *, device: str) -> Result:
+    """An adapter with its base and tokenizer, loaded as it was trained, for inference."""
+    from peftkit.model.load import load_model, load_tokenizer
     from peftkit.model.saved import load_adapter
-    from peftkit.model.shapes import shape_of_base
 
-    config, where = _adapter_config(path), str(path / "adapter_config.json")
-    if (path / MANIFEST).is_file():  # made by peftkit, and away from its run
-        _refuse_damaged(path)
-    task = {theirs: ours for ours, theirs in PEFT_TASKS.items()}.get(
-        str(config.get("task_type")), "causal-lm"
+    plan = adapter.plan
+    own = (adapter.folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(
+        str(adapter.folder) if own else adapter.source,
+        replace(adapter.base, revision=None) if own else adapter.base,
     )
-    if task in FORMAT_TASKS.values():
-        got = f"an adapter for {task} away from its run"
-        raise UserError(Problem(str(path), got, "the run, which knows the names of the classes"))
-    base = locate(config["base_model_name_or_path"], revision=config.get("revision"), where=where)
-    shape = shape_of_base(
-        base, task=task, data_format=None, num_labels=0, trust_remote_code=False, where=where
-    )
-    device = detect_device()
-    plan = plain_base(
-        shape,
-        id=base.id,
-        kind=base.kind,
-        revision=config.get("revision"),
-        dtype="bfloat16" if device.kind == "cuda" else "float32",
-    )
-    source = loadable(base, where)
-    refuse_other_base(path, source, plan)
-    has_tokenizer = (path / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(str(path) if has_tokenizer else source, replace(plan, revision=None))
-    model = load_adapter(load_model(source, plan, device=device.kind), path)
-    virtual = "num_virtual_tokens" in config
-    batch, use_cache = how_to_generate(shape.family, virtual_tokens=virtual)
-    return Result(model, tokenizer, task, None, None, batch, use_cache)
+    model = load_adapter(load_model(adapter.source, adapter.base, device=device), adapter.folder)
+    if plan is not None:
+        how = plan.evaluate
+        batch, use_cache = how.generation_batch, how.use_cache
+    else:
+        shape = shape_from_config(model.config.to_dict(), task=cast(Task, adapter.base.task))
+        family = shape.family if shape is not None else None
+        batch, use_cache = (
+            how_to_generate(family, virtual_tokens="num_virtual_tokens" in adapter.config)
+            if family is not None
+            else (1, True)
+        )
+    return Result(model, tokenizer, adapter.base.task, plan, adapter.run, batch, use_cache)
 
 
 def positions_of(result: Result) -> int | None:

@@ -130,13 +130,16 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def publish_folder(final: Path, *, known: Mapping[str, str] | None = None, **facts: Any) -> Iterator[Path]:
+def publish_folder(
+    final: Path, *, known: Mapping[str, str] | None = None, sealed: bool = True, **facts: Any
+) -> Iterator[Path]:
     """Yield a temporary sibling to write into; on success it becomes `final`, with a manifest.
 
     `facts` are stored in the manifest beside the files' sizes and hashes. `known` has the sha256 of files
     that were hashed in memory, by name: what the disk then holds is compared with them. An exception, or a
     kill at any moment, leaves no `final`; an exception also removes the temporary folder. Raises OSError
-    where the disk gives back something else than was written.
+    where the disk gives back something else than was written. Without `sealed` there is no manifest, and
+    nothing is read again: for what is read and judged before it is published.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{TEMPORARY}{final.name}-"))
@@ -147,13 +150,15 @@ def publish_folder(final: Path, *, known: Mapping[str, str] | None = None, **fac
         for path in sorted(path for path in staging.rglob("*") if path.is_file()):
             _to_disk(path)
             name = path.relative_to(staging).as_posix()
-            digest = (known or {}).get(name) or sha256_of(path)
-            entries[name] = {"size_bytes": path.stat().st_size, "sha256": digest}
+            if sealed:
+                digest = (known or {}).get(name) or sha256_of(path)
+                entries[name] = {"size_bytes": path.stat().st_size, "sha256": digest}
         for folder in (path for path in staging.rglob("*") if path.is_dir()):
             _fsync_folder(folder)
-        write_sealed(staging / MANIFEST, {**facts, "files": entries})
-        if faults := verify_folder(staging):
-            raise OSError(errno.EIO, f"the disk does not give back what was written: {faults[0]}")
+        if sealed:
+            write_sealed(staging / MANIFEST, {**facts, "files": entries})
+            if faults := verify_folder(staging):
+                raise OSError(errno.EIO, f"the disk does not give back what was written: {faults[0]}")
         staging.rename(final)
         _fsync_folder(final.parent)
     except BaseException:

@@ -44,3 +44,9 @@ def test_the_answers_stay_as_they_are(made):
         assert learnt == [label for label in rows[number].labels if label != IGNORED]
         assert other.input_ids != rows[number].input_ids
         assert other.length <= 3 * rows[number].length
+
+
+def test_what_a_template_writes_after_the_answer_is_left_out():
+    numbers, made = swapped([row([1, 2], [9], after=[7]), row([3], [8], after=[7])])
+    assert numbers == [0, 1]
+    assert [m.input_ids for m in made] == [[3, 9], [1, 2, 8]]
