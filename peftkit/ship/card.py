@@ -87,7 +87,7 @@ class CardFacts:
     """All that a card may say; what is None or empty is unknown, and left out.
 
     `name` is the repository or folder that the card lies in. `merge` is the content of merge_report.json.
-    `relation` is given where the layout does not say it: "merge" of several adapters, for example.
+    `relation` is given where neither the layout nor the merge says it.
     """
 
     layout: Layout
@@ -178,7 +178,7 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
     found: dict[str, Any] = {
         "library_name": _LIBRARIES[facts.layout],
         "base_model": base.id if is_hub_id(base.id) else None,
-        "base_model_relation": (facts.relation or _RELATIONS[facts.layout]) if is_hub_id(base.id) else None,
+        "base_model_relation": _relation(facts) if is_hub_id(base.id) else None,
         "license": base.license if known else None,
         "license_name": base.license_name if base.license == "other" else None,
         "license_link": base.license_link if base.license == "other" else None,
@@ -189,6 +189,12 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
     }
     plain = {key: _plain_value(value) for key, value in found.items() if value}
     return {key: value for key, value in plain.items() if value}
+
+
+def _relation(facts: CardFacts) -> str:
+    """To the base, in the Hub's words: "merge" is of several models."""
+    made = "merge" if len(facts.merge.get("adapters", ())) > 1 else _RELATIONS[facts.layout]
+    return facts.relation or made
 
 
 def _plain_value(value: Any) -> Any:
@@ -318,7 +324,7 @@ def _fidelity(merge: Mapping[str, Any]) -> list[tuple[str, Any]]:
     over = f"{num_prompts} prompts" if num_prompts is not None else None
     if over and num_tokens is not None:
         over += f", {num_tokens} tokens"
-    passed = merge.get("passed")
+    passed = merge.get("passed") if merge.get("kl") is not None else None  # or nothing was compared
     return [
         ("merged into", merge.get("base")),
         ("compared with base and adapter on", over),

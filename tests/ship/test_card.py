@@ -93,6 +93,13 @@ def test_what_was_made_of_an_adapter_says_so(layout, relation, library, wanted):
     assert ("```python" in card) == (layout == "model")
 
 
+def test_several_adapters_in_one_are_a_merge_and_nothing_to_compare_with_is_no_pass():
+    card = card_of(changed(layout="model", merge={"adapters": [["a", 1.0], ["b", 0.5]], "passed": True}))
+    assert front_of(card)["base_model_relation"] == "merge"
+    assert "within tolerance" not in card
+    assert "| within tolerance | yes |" in card_of(KNOWN)
+
+
 def changed(**changes):
     return CardFacts(**{**{one.name: getattr(KNOWN, one.name) for one in fields(KNOWN)}, **changes})
 
