@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 VLLM = "https://docs.vllm.ai/en/v0.8.5/features/lora.html"
-VLLM_SERVE = "https://docs.vllm.ai/en/v0.8.5/serving/openai_compatible_server.html"
+VLLM_SERVE = "https://docs.vllm.ai/en/v0.8.4/serving/openai_compatible_server.html"
 OLLAMA = "https://github.com/ollama/ollama/blob/v0.1.43/docs/import.md"
 _RAN = "This code is run by the tests of peftkit:"
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256)  # what --max-lora-rank takes
