@@ -1,6 +1,6 @@
 import socket
 
-from peftkit.hub import hub_answers, hub_is_off
+from peftkit.hub import hub_answers, hub_is_off, hub_is_there
 
 
 def test_whether_the_hub_answers(monkeypatch):
@@ -15,6 +15,10 @@ def test_whether_the_hub_answers(monkeypatch):
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         assert not hub_is_off()
         assert hub_answers()
+        assert hub_is_there()
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert not hub_is_there()
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert not hub_answers()
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
     assert hub_answers()

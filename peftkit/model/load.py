@@ -11,10 +11,11 @@ from typing import Any, cast
 
 from peftkit.archs import Task
 from peftkit.errors import Problem, UserError
+from peftkit.hub import hub_is_off, hub_is_there
 from peftkit.model.contained import check_folder, check_size
 from peftkit.model.gguf import converted_folder
 from peftkit.model.inspect import AUTO_CLASSES
-from peftkit.model.locate import Base, check_pin
+from peftkit.model.locate import GATED_FIX, Base, check_pin
 from peftkit.model.quantize import after_loading, mended_loading, quantization_config
 from peftkit.model.trust import check_code, hub_file
 from peftkit.plan.plan import BasePlan
@@ -39,6 +40,26 @@ def _check_files(source: str, plan: BasePlan) -> None:
     check_code(source, plan)
 
 
+def _from_cache(source: str) -> bool:
+    """Whether the libraries must not ask the hub: where nobody answers they retry each file for long."""
+    return not Path(source).is_dir() and not hub_is_there()
+
+
+def _access(error: BaseException, source: str) -> str:
+    """What to do where a hub model's files could not be had."""
+    from huggingface_hub.errors import GatedRepoError
+
+    chain: list[BaseException] = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)
+    if any(isinstance(one, GatedRepoError) for one in chain):
+        return GATED_FIX
+    if not _from_cache(source):
+        return ""
+    state = "HF_HUB_OFFLINE is set" if hub_is_off() else "the hub cannot be reached"
+    return f"{state}, and the cache may lack some of its files: fetch it while there is a hub"
+
+
 def load_tokenizer(source: str, plan: BasePlan) -> Any:
     """The tokenizer. Raises UserError where the base brings none."""
     from transformers import AutoTokenizer
@@ -46,14 +67,14 @@ def load_tokenizer(source: str, plan: BasePlan) -> Any:
     _check_files(source, plan)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=plan.revision, trust_remote_code=plan.trust_remote_code
+            source,
+            revision=plan.revision,
+            trust_remote_code=plan.trust_remote_code,
+            local_files_only=_from_cache(source),
         )
     except (OSError, ValueError) as error:
-        raise UserError(
-            Problem(
-                f"base {plan.id}", f"no tokenizer ({_first_line(error)})", "a tokenizer beside the weights"
-            )
-        ) from error
+        got, expected = f"no tokenizer ({_first_line(error)})", "a tokenizer beside the weights"
+        raise UserError(Problem(f"base {plan.id}", got, expected, _access(error, source))) from error
     if tokenizer.eos_token is None and plan.task in {"causal-lm", "seq2seq"}:
         raise UserError(
             Problem(
@@ -124,6 +145,8 @@ def load_model(
                 output_loading_info=True,
                 revision=plan.revision,
                 trust_remote_code=plan.trust_remote_code,
+                local_files_only=_from_cache(source),
+                adapter_kwargs={"local_files_only": _from_cache(source)},  # it looks for an adapter there too
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # told and looked at below
                 dtype=getattr(torch, plan.dtype),
@@ -137,6 +160,7 @@ def load_model(
                 f"base {plan.id}",
                 f"a model that cannot be loaded ({_first_line(error)})",
                 f"a model for {plan.task} with safetensors weights",
+                _access(error, source),
             )
         ) from error
     _check_shapes(told["mismatched_keys"], plan, tell)
@@ -177,7 +201,10 @@ def _config(source: str, plan: BasePlan) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(
-        source, revision=plan.revision, trust_remote_code=plan.trust_remote_code
+        source,
+        revision=plan.revision,
+        trust_remote_code=plan.trust_remote_code,
+        local_files_only=_from_cache(source),
     )
     return configured(config, plan)
 

@@ -16,6 +16,7 @@ from peftkit.recipe.paths import stands
 from peftkit.rundir import sha256_of
 
 Kind = Literal["hub", "folder", "gguf", "embedded"]
+GATED_FIX = "accept its licence on its hub page and log in (hf auth login)"
 _TRY_HERE = "what runs here without a hub: peftkit finetune recipes/quickstart.yaml"
 
 
@@ -131,7 +132,7 @@ def _hub(model_id: str, revision: str | None, where: str) -> Base:
     except GatedRepoError:
         raise refuse(
             "which is gated and not open to you",
-            f"accept its licence on its hub page and log in (hf auth login); {_TRY_HERE}",
+            f"{GATED_FIX}; {_TRY_HERE}",
         ) from None
     except RevisionNotFoundError:
         raise refuse(f"which has no revision {revision!r}", "check base.revision") from None

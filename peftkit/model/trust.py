@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
-from peftkit.hub import hub_answers
+from peftkit.hub import hub_is_there
 from peftkit.plan.plan import BasePlan
 from peftkit.recipe.paths import is_commit
 
@@ -65,12 +64,6 @@ def check_code(source: str, plan: BasePlan) -> None:
             refuse_foreign_code(found, source, where)
 
 
-@lru_cache(maxsize=1)
-def _hub_is_there() -> bool:
-    """Asked once for all files: where nobody answers, that takes seconds."""
-    return hub_answers()
-
-
 def hub_file(source: str, name: str, revision: str | None) -> Path | None:
     """A file of a model, from its folder or through the hub's cache; None where it has none."""
     if Path(source).is_dir():
@@ -79,6 +72,6 @@ def hub_file(source: str, name: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(source, name, revision=revision, local_files_only=not _hub_is_there()))
+        return Path(hf_hub_download(source, name, revision=revision, local_files_only=not hub_is_there()))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         return None
