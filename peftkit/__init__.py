@@ -18,11 +18,13 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from peftkit.api import (
+        ExportOptions,
         MergeOptions,
         check_data,
         convert_weights,
         diagnose_run,
         evaluate_run,
+        export_adapter,
         finetune,
         generate,
         inspect_model,
@@ -38,10 +40,12 @@ if TYPE_CHECKING:
     from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 
 _API = (
+    "ExportOptions",
     "MergeOptions",
     "check_data",
     "convert_weights",
     "evaluate_run",
+    "export_adapter",
     "finetune",
     "generate",
     "inspect_model",
@@ -57,6 +61,7 @@ _API = (
 )
 _ERRORS = ("Interrupted", "PeftkitError", "Problem", "UserError")
 __all__ = [
+    "ExportOptions",
     "Interrupted",
     "MergeOptions",
     "PeftkitError",
@@ -66,6 +71,7 @@ __all__ = [
     "convert_weights",
     "diagnose_run",
     "evaluate_run",
+    "export_adapter",
     "finetune",
     "generate",
     "inspect_model",

@@ -15,6 +15,7 @@ from peftkit.recipe import LoadedRecipe, Recipe, load
 from peftkit.report import Summary, read_summary
 from peftkit.run.account import Account
 from peftkit.run.evaluate import Evaluation
+from peftkit.run.exports import Exported, ExportOptions
 from peftkit.run.merge import MergeOptions
 from peftkit.run.reproduce import Reproduction
 from peftkit.run.verify import Verification
@@ -26,6 +27,8 @@ __all__ = [
     "Converted",
     "DataReport",
     "Evaluation",
+    "ExportOptions",
+    "Exported",
     "Inspection",
     "MergeOptions",
     "MergeReport",
@@ -36,6 +39,7 @@ __all__ = [
     "convert_weights",
     "diagnose_run",
     "evaluate_run",
+    "export_adapter",
     "finetune",
     "generate",
     "inspect_model",
@@ -259,3 +263,14 @@ def merge_adapter(
 
     paths = [path] if isinstance(path, str | Path) else path
     return merge([Path(one) for one in paths], Path(out), options or MergeOptions(), observer=observer)
+
+
+def export_adapter(path: str | Path, options: ExportOptions, *, observer: Observer = _ignore) -> Exported:
+    """A run, an adapter or a whole model in the form that others read, as `options` say.
+
+    What is merged on the way is compared with what was trained, as by `merge_adapter`. Raises UserError for
+    the user's to mend: what a form cannot hold is refused by name, with the way out.
+    """
+    from peftkit.run.exports import export
+
+    return export(Path(path), options, observer)

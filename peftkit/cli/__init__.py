@@ -195,6 +195,26 @@ COMMANDS: tuple[Command, ...] = (
         ),
     ),
     Command(
+        "export",
+        "what was trained in the form that others read: PEFT, vLLM, GGUF, Ollama, the hub",
+        (
+            _arg("path", metavar="RUN|ADAPTER|MODEL"),
+            _arg("--to", required=True, metavar="FORMAT", help="adapter, safetensors, gguf, ollama or hub"),
+            _arg("--out", metavar="DIR", help="a new folder"),
+            _arg("--for", dest="engine", metavar="ENGINE", help="of adapter: vllm"),
+            _arg("--dtype", metavar="TYPE", help="of the weights; gguf: f32, f16, bf16, q8_0, q4_k_m, ..."),
+            _arg("--base", choices=("dequantized", "original"), help="of QLoRA, as in merge"),
+            _arg("--base-model", metavar="PATH|ID", help="another place of the same base"),
+            _arg("--data", metavar="FILE", help="rows to compare a merged model on"),
+            _arg("--lora", action="store_true", help="of gguf and ollama: the adapter alone"),
+            _arg("--pre", metavar="NAME", help="of gguf: the pre-tokenizer, where it is not recognised"),
+            _arg("--repo", metavar="OWNER/NAME", help="of hub: where to push"),
+            _arg("--public", action="store_true", help="of hub: for all to see (default: private)"),
+            _arg("--revision", metavar="BRANCH", help="of hub"),
+            _arg("--force", action="store_true", help="keep what is not what was trained, as in merge"),
+        ),
+    ),
+    Command(
         "recipes",
         "list, show or start recipes",
         (

@@ -224,6 +224,23 @@ def merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def export(arguments: argparse.Namespace) -> int:
+    """Export in a form that others read; say what was written."""
+    from peftkit import api
+    from peftkit.cli.ship import open_bytes_display, print_export
+
+    same = ("to", "out", "dtype", "base", "base_model", "data", "force", "lora", "pre", "repo", "public")
+    options = api.ExportOptions(
+        engine=arguments.engine,
+        revision=arguments.revision,
+        **{name: getattr(arguments, name) for name in same},
+    )
+    with open_bytes_display() as show:
+        found = api.export_adapter(arguments.path, options, observer=show)
+    print_export(found)
+    return 0
+
+
 def _weighted(text: str) -> tuple[str, float]:
     """A path with its weight: PATH*0.5, or PATH alone."""
     path, star, weight = text.rpartition("*")

@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from peftkit.api import Exported, MergeReport
 from peftkit.cli.display import quiet_loggers
 from peftkit.cli.tables import print_rows
 from peftkit.secrets import redact
-from peftkit.ship.report import MergeReport
 from peftkit.units import printable, show_bytes
 
 _PLAIN_SECONDS = 5.0
@@ -66,6 +66,14 @@ def _plain_display() -> Show:
             print(f"written {done} of {total}", file=sys.stderr, flush=True)
 
     return show
+
+
+def print_export(found: Exported) -> None:
+    """What was written, and what to know of it."""
+    print_rows(found.rows())
+    for text in found.said:
+        print(printable(text))
+    print(f"\n{found.where}")
 
 
 def print_merge(report: MergeReport) -> None:

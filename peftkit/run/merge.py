@@ -17,6 +17,7 @@ from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.plan.plan import BasePlan
 from peftkit.recipe.paths import shown
 from peftkit.run.adapter import Adapter, find_adapter
+from peftkit.run.card import write_card
 from peftkit.run.result import Result, load_result
 from peftkit.rundir import is_full, publish_folder, refuse_without_room, write_json
 from peftkit.rundir.files import TEMPORARY
@@ -88,7 +89,7 @@ def merge(
         needed = sum(work.plans[base].num_bytes for base in compared) + _SPARE_BYTES
         refuse_without_room(out, needed, what="the merged model", fix="make room, or choose another --out")
         with _room_told(out, needed):
-            return _published(work, out, compared, rows, observer)
+            return _published(work, paths[0], out, compared, rows, observer)
 
 
 def _refuse_out(out: Path, observer: Observer) -> None:
@@ -241,7 +242,7 @@ def _held_out(adapter: Adapter, tokenizer: Any, data: str | None, path: Path) ->
 
 
 def _published(
-    work: _Work, out: Path, compared: Sequence[str], rows: _Rows, observer: Observer
+    work: _Work, path: Path, out: Path, compared: Sequence[str], rows: _Rows, observer: Observer
 ) -> MergeReport:
     """Write, compare, and publish what holds."""
     with publish_folder(out, sealed=False) as staging:
@@ -255,6 +256,7 @@ def _published(
                 "--force keeps it all the same"
             )
         write_json(staging / REPORT, report.to_json())
+        write_card(staging, path, name=out.name, layout="model", merge_report=report.to_json())
     return report
 
 

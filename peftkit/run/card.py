@@ -1,0 +1,28 @@
+"""The card of what leaves: from the run that it came from, or from the adapter's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peftkit.run.adapter import is_away, run_of
+from peftkit.rundir import RunDir
+from peftkit.ship.card import Layout
+
+
+def write_card(
+    folder: Path, path: Path, *, name: str, layout: Layout, merge_report: Mapping[str, Any] | None = None
+) -> None:
+    """README.md in `folder`, of what was made of the run or adapter at `path`; others keep their own."""
+    from peftkit.ship.card import card_of
+    from peftkit.ship.card_facts import facts_of_adapter, facts_of_run
+
+    place = run_of(path)
+    if (place / "plan.json").is_file():
+        facts = facts_of_run(RunDir.open(place), name=name, layout=layout, merge_report=merge_report)
+    elif is_away(path):
+        facts = facts_of_adapter(path, name=name, layout=layout, merge_report=merge_report)
+    else:
+        return
+    (folder / "README.md").write_text(card_of(facts), encoding="utf-8")

@@ -1,0 +1,88 @@
+"""The adapter in PEFT's layout with its card; with --for vllm as vLLM serves it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from peftkit.errors import PeftkitError, Problem, UserError
+from peftkit.run.adapter import Adapter, find_adapter
+from peftkit.run.card import write_card
+from peftkit.run.exports.base import Exported, ExportOptions, Observer, files_in, new_folder
+from peftkit.rundir import MANIFEST, publish_folder
+
+ENGINES = ("vllm",)
+_KEPT = ("adapter_config.json", "adapter_model.safetensors", "peftkit.json")
+_CLOSE, _CLOSE_IN_16_BITS = 1e-5, 5e-3  # of a change's length: what one rounding of B can do
+
+
+def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
+    """Copy an adapter, or rewrite it. Raises UserError where there is none, or vLLM rejects it."""
+    if options.engine not in {None, *ENGINES}:
+        raise UserError(Problem("--for", str(options.engine), ", ".join(ENGINES)))
+    out = new_folder(options.out)
+    adapter = find_adapter(path, base=options.base_model)
+    with publish_folder(out) as staging:
+        said = _rewritten(adapter, staging) if options.engine else _copied(adapter, staging)
+        for file in _tokenizer(adapter.folder):
+            shutil.copyfile(file, staging / file.name)
+        write_card(staging, path, name=out.name, layout="adapter")
+    return Exported(str(out), files_in(out), said)
+
+
+def _copied(adapter: Adapter, staging: Path) -> tuple[str, ...]:
+    for name in _KEPT:
+        if (adapter.folder / name).is_file():
+            shutil.copyfile(adapter.folder / name, staging / name)
+    return ()
+
+
+def _tokenizer(folder: Path) -> Iterator[Path]:
+    from peftkit.ship.folder import TOKENIZER
+
+    for path in sorted({path for pattern in TOKENIZER for path in folder.glob(pattern)}):
+        if path.is_file() and path.name != MANIFEST:
+            yield path
+
+
+def _rewritten(adapter: Adapter, staging: Path) -> tuple[str, ...]:
+    from peftkit.model.edits import edits_of, refuse_unmergeable
+    from peftkit.model.saved import WEIGHTS
+    from peftkit.model.skeleton import blank
+    from peftkit.ship.tensors import read_all
+    from peftkit.ship.vllm import write_for_vllm
+
+    refuse_unmergeable(adapter.folder, adapter.config)
+    tensors = read_all([adapter.folder / WEIGHTS])
+    shapes = {name: entry.shape for name, entry in tensors.items()}
+    model = blank(adapter.source, adapter.base)
+    parameters = set(model.state_dict())
+    edits = edits_of(model, adapter.folder, shapes)
+    made = write_for_vllm(adapter.folder, adapter.config, edits, tensors, staging, parameters=parameters)
+    _refuse_unlike(adapter, staging)
+    return (*made.changes, made.said)
+
+
+def _refuse_unlike(adapter: Adapter, staging: Path) -> None:
+    """Raises PeftkitError unless what was written changes every weight as the adapter does."""
+    from peftkit.model.edits import edits_of
+    from peftkit.model.saved import WEIGHTS
+    from peftkit.model.skeleton import blank
+    from peftkit.ship.deltas import low_rank
+    from peftkit.ship.tensors import read_all
+
+    found = []
+    for folder in (adapter.folder, staging):
+        tensors = read_all([folder / WEIGHTS])
+        shapes = {name: entry.shape for name, entry in tensors.items()}
+        found.append((tensors, edits_of(blank(adapter.source, adapter.base), folder, shapes)))
+    (old, before), (new, after) = found
+    if before.keys() != after.keys():
+        raise PeftkitError("what was written for vLLM adapts other modules than the adapter does")
+    for name, edits in before.items():
+        one = low_rank(edits[0], lambda key: old[key].read())
+        two = low_rank(after[name][0], lambda key: new[key].read())
+        rounding = _CLOSE if old[edits[0].tensors["B"]].dtype.itemsize >= 4 else _CLOSE_IN_16_BITS
+        if float((one - two).norm()) > rounding * float(one.norm()):
+            raise PeftkitError(f"what was written for vLLM changes {name} otherwise than the adapter does")

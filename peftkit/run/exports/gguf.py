@@ -1,0 +1,79 @@
+"""GGUF for llama.cpp: the merged model, or the adapter alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peftkit.run.adapter import Adapter, find_adapter
+from peftkit.run.card import write_card
+from peftkit.run.exports.base import (
+    Exported,
+    ExportOptions,
+    Observer,
+    dense,
+    files_in,
+    new_folder,
+    whole_model,
+)
+from peftkit.rundir import publish_folder, write_json
+from peftkit.ship.report import REPORT
+
+DTYPE = "f16"
+Beside = Callable[[Path, Path], None]
+
+
+def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
+    """A folder with NAME-TYPE.gguf. Raises UserError, before it merges, for what GGUF cannot hold."""
+    out = new_folder(options.out)
+    with publish_folder(out) as staging:
+        report = write_gguf(path, staging, out, options, observer)
+        write_card(staging, path, name=out.name, layout="gguf", merge_report=report)
+    return Exported(str(out), files_in(out), merge=report)
+
+
+def write_gguf(
+    path: Path,
+    staging: Path,
+    out: Path,
+    options: ExportOptions,
+    observer: Observer,
+    *,
+    beside: Beside = lambda gguf, folder: None,
+) -> Mapping[str, Any] | None:
+    """Write the GGUF file into `staging`; the report of the merge that was made on the way, if one was.
+
+    `beside` is called with the file and the folder of the model that it was made from, while that is there.
+    """
+    from peftkit.model.skeleton import weights_folder
+    from peftkit.ship import gguf
+
+    def tell(text: str) -> None:
+        observer({"event": "notice", "text": text})
+
+    dtype = options.dtype or DTYPE
+    whole = whole_model(path)
+    adapter = find_adapter(path, base=options.base_model) if whole is None else None
+    if adapter is not None and options.lora:
+        base = weights_folder(adapter.source, adapter.base)
+        gguf.write_adapter(adapter.folder, base, staging / f"{out.name}-lora.gguf", tell=tell)
+        return None
+    known = whole or _told_by(adapter)
+    if known is not None:
+        gguf.check_exportable(known, dtype=dtype, pre=options.pre)
+    with dense(path, out, options.merging(None), observer) as (folder, report):
+        made = staging / f"{out.name}-{dtype}.gguf"
+        observer({"event": "phase", "name": "gguf", "detail": f"writing {made.name}"})
+        gguf.write_model(folder, made, dtype=dtype, pre=options.pre, name=out.name, tell=tell)
+        beside(made, folder)
+    if report:
+        write_json(staging / REPORT, dict(report))
+    return report
+
+
+def _told_by(adapter: Adapter | None) -> Path | None:
+    """The base's folder, whose configuration and tokenizer tell already whether GGUF can hold the model."""
+    from peftkit.model.identity import folder_of
+
+    return None if adapter is None else folder_of(adapter.source, adapter.base.revision)
