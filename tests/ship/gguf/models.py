@@ -1,0 +1,116 @@
+"""Tiny models with tokenizers, saved as Hugging Face folders, and how near llama.cpp comes to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.conftest import ROOT
+from tests.tiny import tiny_model
+
+VOCAB = 640
+SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+TEXTS = (
+    "Once upon a time there was a 1234 year-old king's cat, isn't it?  Two  spaces\n\n\nand\ttabs.",
+    "Hello <|user|> naïve café 北京 🦙🦙 3.14159 'RE you'LL",
+    "def f(x):\n    return x**2  # ok\r\n\r\n  done   ",
+    "<s><|user|>Say  it<|assistant|> こんにちは 12345678</s>",
+    " leading, trailing ",
+    "👩‍👩‍👧‍👦 é 한국어 العربية Ελληνικά ½²ⅷ",
+)
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def corpus() -> list[str]:
+    """Text that every checkout has."""
+    return [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")] + list(TEXTS)
+
+
+def byte_tokenizer(rules: str = "gpt-2") -> Any:
+    """A byte-level BPE tokenizer trained here, that cuts text by the rules llama.cpp calls so."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def split(pattern: str) -> Any:
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made = Tokenizer(models.BPE(ignore_merges=rules == "llama-bpe"))
+    made.pre_tokenizer = {
+        "gpt-2": plain,
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain]),
+        "qwen2": split(_WORDS.replace("{1,3}", "")),
+        "llama-bpe": split(_WORDS),
+    }[rules]
+    if rules == "qwen2":
+        made.normalizer = normalizers.NFC()
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - 8, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    made.train_from_iterator(corpus(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATE
+    )
+
+
+def save_model(folder: Path, model_type: str, tokenizer: Any = None, **changes: Any) -> Any:
+    """Save a random model of a family beside its tokenizer; returns the model."""
+    import torch
+
+    model = tiny_model(model_type, vocab_size=VOCAB, **changes)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms and biases that are not all one or zero
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+    model.save_pretrained(folder, max_shard_size="200KB")
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearness:
+    """How near two models are on the same tokens: mean KL in nats, share of equal top-1."""
+
+    kl: float
+    top1: float
+    largest: float
+
+    @property
+    def exact(self) -> bool:
+        """What an f32 export has to reach."""
+        return self.kl < 1e-4 and self.top1 == 1.0
+
+
+def nearness(reference: np.ndarray, found: np.ndarray) -> Nearness:
+    """Of logits (tokens, vocabulary), in float64."""
+    a, b = reference.astype(np.float64), found[:, : reference.shape[1]].astype(np.float64)
+    p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (a, b))
+    return Nearness(
+        float((np.exp(p) * (p - q)).sum(-1).mean()),
+        float((a.argmax(-1) == b.argmax(-1)).mean()),
+        float(np.abs(a - b).max()),
+    )
+
+
+def torch_logits(model: Any, tokens: list[int]) -> np.ndarray:
+    """(tokens, vocabulary) in fp32."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].float().numpy()
