@@ -17,6 +17,9 @@ SPACE = "\u2581"
 NEVER = -1e9  # the score of what no merge gives
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_DIFFERENCE = (
+    "llama.cpp puts a space in front of every text, even of one that starts with a space or follows a special token"
+)
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 
 
@@ -27,6 +30,7 @@ class PieceRules:
     scores: dict[str, float] = field(default_factory=dict)
     adds_space: bool = False
     problems: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def is_byte(text: str) -> bool:
@@ -41,10 +45,13 @@ def merge_pairs(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield left, right
 
 
-def piece_rules(spec: Mapping[str, Any]) -> PieceRules:
-    """What llama.cpp needs of a tokenizer.json with byte fallback."""
+def piece_rules(spec: Mapping[str, Any], *, forced: bool = False) -> PieceRules:
+    """What llama.cpp needs of a tokenizer.json with byte fallback.
+
+    `forced` takes it as it is where only spaces in front of a text are cut differently.
+    """
     model, found = spec["model"], PieceRules()
-    _spaces(spec, found)
+    _spaces(spec, found, forced=forced)
     if lacking := [i for i in range(256) if f"<0x{i:02X}>" not in model["vocab"]]:
         found.problems.append((f"byte fallback without {len(lacking)} of the 256 bytes", "all bytes"))
     order: list[str] = []
@@ -73,22 +80,20 @@ def _unmerged(
                 yield pair
 
 
-def _spaces(spec: Mapping[str, Any], found: PieceRules) -> None:
+def _spaces(spec: Mapping[str, Any], found: PieceRules, *, forced: bool) -> None:
     """How spaces become pieces: replaced everywhere, and put in front of each text between special tokens."""
-    normalizer = spec.get("normalizer")
+    normalizer, pre = spec.get("normalizer"), spec.get("pre_tokenizer")
     parts = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
-    pre = spec.get("pre_tokenizer")
-    if parts == [_PREPEND, _REPLACE] and pre is None:
-        found.adds_space = True
-    elif parts == [_REPLACE] and (pre is None or _changes_nothing(pre)):
-        found.adds_space = False
-    elif parts == [None] and _is_metaspace(pre, "always"):
-        found.adds_space = True
-    elif parts == [None] and _is_metaspace(pre, "never"):
-        found.adds_space = False
-    elif parts == [None] and _is_metaspace(pre, "first"):
-        got = "a space in front of the first piece of text only (Metaspace prepend_scheme first)"
-        found.problems.append((got, "a space in front of each piece between special tokens, or none"))
+    scheme = _metaspace(pre) if parts == [None] else None
+    replaced = parts == [_REPLACE] and (pre is None or _changes_nothing(pre))
+    found.adds_space = not replaced and scheme != "never"
+    if replaced or scheme == "never" or (parts == [_PREPEND, _REPLACE] and pre is None):
+        pass
+    elif scheme is not None and forced:
+        found.notes.append(f"{_DIFFERENCE}, as asked for by pre default")
+    elif scheme is not None:
+        got = f"a tokenizer that adds a space by Metaspace with prepend_scheme {scheme}"
+        found.problems.append((got, f"one without; {_DIFFERENCE}: pre default takes that"))
     else:
         got = f"normalizer {normalizer} and pre-tokenizer {pre}"
         found.problems.append((got, "SentencePiece's handling of spaces"))
@@ -101,9 +106,7 @@ def _changes_nothing(pre: Mapping[str, Any]) -> bool:
     return pre["type"] == "Split" and pre["pattern"] == {"String": " "}
 
 
-def _is_metaspace(pre: Mapping[str, Any] | None, scheme: str) -> bool:
-    return pre is not None and (pre["type"], pre.get("prepend_scheme"), pre.get("split")) == (
-        "Metaspace",
-        scheme,
-        False,
-    )
+def _metaspace(pre: Mapping[str, Any] | None) -> str | None:
+    """The prepend_scheme of a Metaspace that cuts nothing."""
+    plain = pre is not None and pre["type"] == "Metaspace" and not pre.get("split", True)
+    return str(pre["prepend_scheme"]) if plain and pre else None

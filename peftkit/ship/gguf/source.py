@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +142,12 @@ def stored_tensors(source: Source) -> list[Stored]:
         if name not in source.shapes and source.prefix + name in source.shapes:
             name = source.prefix + name
         if name in source.shapes or name in source.aliases:
-            found[name] = Stored(name, stored.shape, stored.load)
+            found[name] = replace(stored, name=name)
         elif not name.endswith(_BUFFERS):
             strange.append(name)
+    for alias, name in source.aliases.items():
+        if alias in found and name not in found:  # of tied tensors a file may keep either
+            found[name] = replace(found.pop(alias), name=name)
     problems = []
     where = str(source.folder)
     if strange:

@@ -22,6 +22,8 @@ _WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _BYTES = ("ByteLevel", False, False)
+_IN_TEXT = frozenset({9, 10, 13, *range(32, 127), *range(0x80, 0xC0), *range(0xC2, 0xF1), 0xF3, 0xF4})
+# UTF-8 of assigned characters; SmolLM2's vocabulary lacks six control characters and what is no text
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def vocabulary_of(folder: Path, num_rows: int, *, pre: str | None) -> Vocabulary
         return Vocabulary(problems=[(f"a {model['type']} tokenizer", "BPE")])
     found = Vocabulary(problems=[*_unlike(spec)])
     if model.get("byte_fallback"):
-        _as_pieces(spec, num_rows, found)
+        _as_pieces(spec, num_rows, pre, found)
     else:
         _as_bytes(spec, num_rows, pre, found)
     _special(tokenizer, folder, found)
@@ -144,8 +146,12 @@ def _as_bytes(spec: Mapping[str, Any], num_rows: int, pre: str | None, found: Vo
         found.notes.append("llama.cpp does not compose accents (NFC): decomposed text gives other tokens there")
     elif normalizer is not None:
         found.problems.append((f"a normalizer {normalizer}", "none, or NFC"))
-    if lacking := byte_letters() - model["vocab"].keys():
-        found.problems.append((f"a vocabulary without {len(lacking)} of the 256 bytes", "all bytes"))
+    lacking = {byte for byte, letter in byte_letters().items() if letter not in model["vocab"]}
+    if lacking & _IN_TEXT:
+        got = f"a vocabulary without {len(lacking & _IN_TEXT)} of the bytes of text"
+        found.problems.append((got, "a token for each: without one, tokenizers and llama.cpp go on differently"))
+    elif lacking:
+        found.notes.append(f"{len(lacking)} bytes, of control characters or of no text, have no token")
     if stripping := [token["content"] for token in spec["added_tokens"] if token["rstrip"]]:
         found.problems.append((f"the added token {stripping[0]!r} with rstrip", "tokens that leave spaces alone"))
     texts, kinds = _tokens(spec, num_rows, found)
@@ -160,17 +166,21 @@ def _as_bytes(spec: Mapping[str, Any], num_rows: int, pre: str | None, found: Vo
     )
 
 
-def byte_letters() -> set[str]:
-    """The 256 characters that stand for bytes (Radford et al. 2019): printable Latin-1, then from U+0100."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    return {chr(byte) for byte in printable} | {chr(256 + i) for i in range(256 - len(printable))}
+def byte_letters() -> dict[int, str]:
+    """Byte -> the character that stands for it (Radford et al. 2019): itself, or one from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def _as_pieces(spec: Mapping[str, Any], num_rows: int, found: Vocabulary) -> None:
+def _as_pieces(spec: Mapping[str, Any], num_rows: int, pre: str | None, found: Vocabulary) -> None:
     """SentencePiece's BPE with bytes for unknown characters, what llama.cpp calls llama."""
     texts, kinds = _tokens(spec, num_rows, found)
-    shape = pieces.piece_rules(spec)
+    shape = pieces.piece_rules(spec, forced=pre == "default")
     found.problems.extend(shape.problems)
+    found.notes.extend(shape.notes)
+    if pre not in {None, "default"}:
+        found.problems.append((f"pre {pre} for SentencePiece's BPE", "none, or default"))
     strips = strips_like_phi3(spec)
     if strips is None:
         found.problems.append(("added tokens with rstrip", "none, or those of Phi-3"))
