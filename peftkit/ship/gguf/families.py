@@ -61,7 +61,11 @@ FAMILIES = (
     GgufFamily(
         ("gemma",),
         "gemma",
-        only={"hidden_act": _GELU_TANH, "attention_bias": (False,), "use_bidirectional_attention": (None, False)},
+        only={
+            "hidden_act": _GELU_TANH,
+            "attention_bias": (False,),
+            "use_bidirectional_attention": (None, False),
+        },
         rope_types=("default",),
         norm_offset=1.0,
         own_head=False,

@@ -33,6 +33,12 @@ def is_transposed(source: Source, name: str) -> bool:
     return name.endswith(".weight") and _module(name) in source.family.transposed
 
 
+def out_in(source: Source, name: str) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer's weight, however it lies."""
+    rows, columns = source.shapes[name]
+    return (columns, rows) if is_transposed(source, name) else (rows, columns)
+
+
 def interleave(source: Source, name: str, rows: Any) -> Any:
     """Reorder the output rows of a query or key (weight, bias, or LoRA B) where llama.cpp rotates neighbours.
 
@@ -42,7 +48,11 @@ def interleave(source: Source, name: str, rows: Any) -> Any:
     if key is None:
         return rows
     heads = int(source.config[key])
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return (
+        rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(rows.shape)
+    )
 
 
 def laid_out(source: Source, name: str, tensor: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import PeftkitError, Problem, UserError, did_you_mean
+from peftkit.model.contained import read_json_file
 from peftkit.rundir import refuse_without_room
 from peftkit.ship.gguf.layout import is_transposed, laid_out, tensor_names
 from peftkit.ship.gguf.names import safe_name
@@ -50,17 +51,20 @@ def _look(folder: Path, *, dtype: str, pre: str | None) -> tuple[Source, Vocabul
     """What is to be written. Raises UserError with all reasons why not."""
     require_gguf(str(folder))
     problems = [*_dtype_problems(dtype)]
+    source: Source | None = None
     try:
         source = read_source(folder)
     except UserError as error:
         problems += error.problems
-        raise UserError(problems) from error
-    vocabulary = vocabulary_of(folder, int(source.config["vocab_size"]), pre=pre)
+    num_rows = (source.config if source else read_json_file(folder, "config.json")).get("vocab_size")
+    vocabulary = Vocabulary()
+    if isinstance(num_rows, int):
+        vocabulary = vocabulary_of(folder, num_rows, pre=pre)
     problems += [
         Problem(f"{folder} tokenizer", got, expected, convert_command(folder))
         for got, expected in vocabulary.problems
     ]
-    if problems:
+    if problems or source is None:
         raise UserError(problems)
     return source, vocabulary
 
@@ -87,12 +91,14 @@ def write_model(
     """Write a Hugging Face folder as GGUF, one tensor at a time, to `OUT.part` first.
 
     `dtype` is f32, f16, bf16, q8_0, or a quantization that `llama-quantize` makes. `pre` names llama.cpp's
-    pre-tokenizer where the tokenizer's is not recognised. Raises UserError, with nothing left behind, for what
-    llama.cpp would compute differently, an existing `out`, and a disk without room.
+    pre-tokenizer where the tokenizer's is not recognised. Raises UserError, with nothing left behind, for
+    what llama.cpp would compute differently, an existing `out`, and a disk without room.
     """
     source, vocabulary = _look(folder, dtype=dtype, pre=pre)
     stored = stored_tensors(source)
-    plain = dtype if dtype in DTYPES else "f16"
+    # what llama-quantize starts from: bf16 weights lose nothing as bf16
+    start = "bf16" if str(source.config.get("dtype")).endswith("bfloat16") else "f16"
+    plain = dtype if dtype in DTYPES else start
     entries = _entries(source, stored, plain)
     fields = _fields(source, vocabulary, plain, name or folder.resolve().name)
     notes = (*vocabulary.notes, *_notes(source, entries, plain))
@@ -112,10 +118,10 @@ def _quantized(
     dtype: str,
     tell: Callable[[str], None],
 ) -> int:
-    """f16 beside the output, then llama.cpp's own quantization of it."""
+    """16 bits beside the output, then llama.cpp's own quantization of it."""
     room = 2 * sum(num_bytes_of(entry) for entry in entries)  # both files are there for a while
     fix = "make room, or give an output on another disk"
-    refuse_without_room(part.parent, room, what="the f16 file and what is made of it", fix=fix)
+    refuse_without_room(part.parent, room, what="a file of 16 bits and what is made of it", fix=fix)
     plain = part_of(part)
     try:
         write_file(plain, architecture, fields, entries, tell)
@@ -164,7 +170,9 @@ def _entries(source: Source, stored: list[Stored], dtype: str) -> list[Entry]:
         def load(tensor: Stored = tensor) -> Any:
             return laid_out(source, tensor.name, tensor.load())
 
-        entries.append(Entry(names[tensor.name], shape, _tensor_dtype(names[tensor.name], shape, dtype), load))
+        entries.append(
+            Entry(names[tensor.name], shape, _tensor_dtype(names[tensor.name], shape, dtype), load)
+        )
     return entries
 
 
@@ -175,7 +183,7 @@ def _vector(numbers: list[float]) -> Any:
 
 
 def _tensor_dtype(name: str, shape: tuple[int, ...], dtype: str) -> str:
-    """Vectors and learnt positions stay exact: they are small, and llama.cpp adds or multiplies them in fp32."""
+    """Vectors and learnt positions stay exact: they are small, and llama.cpp adds them in fp32."""
     if len(shape) == 1 or name == "position_embd.weight":
         return "f32"
     return "f16" if dtype == "q8_0" and shape[-1] % _PER_BLOCK else dtype
@@ -185,7 +193,9 @@ def _notes(source: Source, entries: list[Entry], dtype: str) -> list[str]:
     notes = []
     if window := window_of(source):
         told = f"llama.cpp has no sliding window for {source.config['model_type']}"
-        notes.append(f"{told}: the context length is set to the window, {min(window, context_of(source))} tokens")
+        notes.append(
+            f"{told}: the context length is set to the window, {min(window, context_of(source))} tokens"
+        )
     whole = [entry.name for entry in entries if entry.dtype == "f16"] if dtype == "q8_0" else []
     if whole:
         notes.append(f"{len(whole)} tensors are f16: their rows are no multiple of {_PER_BLOCK} numbers")

@@ -1,8 +1,8 @@
 """`general.name`, which llama.cpp does more with than show it.
 
-A name with "phi3" or "phi-3" makes every special token swallow the spaces behind it, `</s>` too, and `<unk>`,
-`<s>` and `<|endoftext|>` not; where one of these is no token, loading aborts with `_Map_base::at`. That is what
-the real Phi-3 needs, and what nothing else may have (llama.cpp, src/llama-vocab.cpp).
+A name with "phi3" or "phi-3" makes every special token swallow the spaces behind it, `</s>` too, and
+`<unk>`, `<s>` and `<|endoftext|>` not; where one of these is no token, loading aborts with `_Map_base::at`.
+That is what the real Phi-3 needs, and what nothing else may have (llama.cpp, src/llama-vocab.cpp).
 """
 
 from __future__ import annotations

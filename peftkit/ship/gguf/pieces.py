@@ -2,8 +2,8 @@
 
 tokenizers joins by the rank of the pair. The two agree where every way to split a token is a merge, and all
 merges of one token stand together: then minus the place of a token in that order is its score. That is how
-transformers writes Llama 2, Mistral, Gemma and Phi-3. A vocabulary that `tokenizers` trained has one merge for
-each token, and is refused.
+transformers writes Llama 2, Mistral, Gemma and Phi-3. A vocabulary that `tokenizers` trained has one merge
+for each token, and is refused.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ NEVER = -1e9  # the score of what no merge gives
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _DIFFERENCE = (
-    "llama.cpp puts a space in front of every text, even of one that starts with a space or follows a special token"
+    "llama.cpp puts a space in front of every text, "
+    "even of one that starts with a space or follows a special token"
 )
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 
 
 @dataclass
 class PieceRules:
-    """Scores by token, whether a space is put in front, and what llama.cpp does otherwise as (got, expected)."""
+    """Scores by token, whether a space is put in front, and what is not possible as (got, expected)."""
 
     scores: dict[str, float] = field(default_factory=dict)
     adds_space: bool = False
@@ -98,12 +99,14 @@ def _spaces(spec: Mapping[str, Any], found: PieceRules, *, forced: bool) -> None
         got = f"normalizer {normalizer} and pre-tokenizer {pre}"
         found.problems.append((got, "SentencePiece's handling of spaces"))
     if found.adds_space and (odd := [t["content"] for t in spec["added_tokens"] if t["normalized"]]):
-        found.problems.append((f"the added token {odd[0]!r} with normalized", "tokens found in the plain text"))
+        found.problems.append(
+            (f"the added token {odd[0]!r} with normalized", "tokens found in the plain text")
+        )
 
 
 def _changes_nothing(pre: Mapping[str, Any]) -> bool:
     """Gemma splits at spaces that its normalizer has replaced."""
-    return pre["type"] == "Split" and pre["pattern"] == {"String": " "}
+    return bool(pre["type"] == "Split" and pre["pattern"] == {"String": " "})
 
 
 def _metaspace(pre: Mapping[str, Any] | None) -> str | None:

@@ -49,7 +49,9 @@ def rope_of(config: Mapping[str, Any], family: GgufFamily) -> Rope:
         plain = local.get("rope_type", "default") == "default" and local.get("rope_theta") == LOCAL_THETA
         rope = _one(found["full_attention"], config, family)
         if not plain:
-            rope.problems.append((f"sliding layers with rope {local}", f"rope_theta {LOCAL_THETA:g}, unscaled"))
+            rope.problems.append(
+                (f"sliding layers with rope {local}", f"rope_theta {LOCAL_THETA:g}, unscaled")
+            )
         return rope
     return _one(found, config, family)
 

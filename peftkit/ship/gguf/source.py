@@ -1,14 +1,15 @@
-"""A model folder as the exporter sees it: configuration with its defaults, needed tensors, and where they lie."""
+"""A model folder as the exporter sees it: the whole configuration, needed tensors, and where they lie."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
-from peftkit.model.contained import check_folder, read_json_file
+from peftkit.model.contained import check_folder, plain_names, read_json_file
 from peftkit.ship.gguf.families import FAMILIES, GgufFamily, gguf_family
 from peftkit.ship.gguf.rope import Rope, rope_of
 from peftkit.units import listed
@@ -42,6 +43,7 @@ def convert_command(folder: Path) -> str:
 def read_source(folder: Path) -> Source:
     """The model of a folder. Raises UserError with everything that llama.cpp would compute differently."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_folder(folder)
@@ -55,7 +57,7 @@ def read_source(folder: Path) -> Source:
         read = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(read)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
         got = f"a configuration that transformers refuses ({str(error).splitlines()[0][:200]})"
         raise UserError(Problem(where, got, f"the configuration of a {raw['model_type']}")) from error
     config = _filled(read.to_dict())
@@ -97,7 +99,8 @@ def _unlike(
     if family.full_every:
         kinds = config.get("layer_types") or []
         pattern = [
-            "sliding_attention" if (i + 1) % family.full_every else "full_attention" for i in range(len(kinds))
+            "sliding_attention" if (i + 1) % family.full_every else "full_attention"
+            for i in range(len(kinds))
         ]
         if kinds != pattern or config.get("sliding_window") is None:
             yield "other layer_types", f"every layer but each {family.full_every}th with a sliding window"
@@ -151,7 +154,9 @@ def stored_tensors(source: Source) -> list[Stored]:
     problems = []
     where = str(source.folder)
     if strange:
-        problems.append(Problem(where, f"other tensors: {listed(strange, 3)}", "those of config.json's model"))
+        problems.append(
+            Problem(where, f"other tensors: {listed(strange, 3)}", "those of config.json's model")
+        )
     if missing := [name for name in source.shapes if name not in found]:
         problems.append(Problem(where, f"no tensor {listed(missing, 3)}", "all of the model's weights"))
     problems += [
@@ -167,7 +172,9 @@ def stored_tensors(source: Source) -> list[Stored]:
             del found[alias]
         elif alias in found and not source.family.own_head:
             got = f"{alias} that differs from {name}"
-            raise UserError(Problem(where, got, "the embedding as output matrix", convert_command(source.folder)))
+            raise UserError(
+                Problem(where, got, "the embedding as output matrix", convert_command(source.folder))
+            )
     return list(found.values())
 
 
@@ -175,22 +182,26 @@ def _in_files(folder: Path) -> Iterator[Stored]:
     from safetensors import SafetensorError, safe_open
 
     if (folder / _INDEX).is_file():
-        names = sorted(set(read_json_file(folder, _INDEX)["weight_map"].values()))
+        names = plain_names(read_json_file(folder, _INDEX), folder / _INDEX, suffixes=(".safetensors",))
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
         raise UserError(Problem(str(folder), "no weights", "weights as *.safetensors"))
     for file in (folder / name for name in names):
-
-        def load(name: str, file: Path = file) -> Any:
-            with safe_open(file, framework="pt") as weights:  # opened anew: a mapping's pages are let go
-                return weights.get_tensor(name)
-
         try:
             with safe_open(file, framework="pt") as weights:
                 shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             got = f"a file that is not safetensors, or is damaged ({error})"
-            raise UserError(Problem(str(file), got, "the model's weights", "fetch or write it again")) from None
+            fix = "fetch or write it again"
+            raise UserError(Problem(str(file), got, "the model's weights", fix)) from None
         for name, shape in shapes.items():
-            yield Stored(name, shape, lambda name=name, load=load: load(name))
+            yield Stored(name, shape, partial(_load, file, name))
+
+
+def _load(file: Path, name: str) -> Any:
+    """Read one tensor. The file is opened anew for each: the pages of a mapping are let go with it."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as weights:
+        return weights.get_tensor(name)

@@ -1,8 +1,8 @@
 """The tokenizer as GGUF header keys, where llama.cpp is known to cut text as it does; else refused by name.
 
-Looked at is what transformers loads, not tokenizer.json: a class may rebuild its rules, and those were trained.
-llama.cpp names its rules; its own converter finds the name by a hash of token ids, which fails for every
-vocabulary that was resized or trained anew. Here the structure of the pre-tokenizer is recognised.
+Looked at is what transformers loads, not tokenizer.json: a class may rebuild its rules, and those were
+trained with. llama.cpp names its rules; its own converter finds the name by a hash of token ids, which fails
+for every vocabulary that was resized or trained anew. Here the structure of the pre-tokenizer is recognised.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def _tokens(spec: Mapping[str, Any], num_rows: int, found: Vocabulary) -> tuple[
     texts, kinds = [f"[PAD{i}]" for i in range(num_rows)], [UNUSED] * num_rows
     beyond = [text for text, i in spec["model"]["vocab"].items() if i >= num_rows]
     if beyond:
-        found.problems.append((f"{len(beyond)} tokens beyond the {num_rows} embeddings", "a row for each token"))
+        found.problems.append(
+            (f"{len(beyond)} tokens beyond the {num_rows} embeddings", "a row for each token")
+        )
     for text, i in spec["model"]["vocab"].items():
         if i < num_rows:
             texts[i], kinds[i] = text, NORMAL
@@ -133,7 +135,9 @@ def _as_bytes(spec: Mapping[str, Any], num_rows: int, pre: str | None, found: Vo
     rules = next((rules for rules in RULES if rules.structure == structure), None)
     if pre is not None:
         if rules is None or rules.name != pre:
-            found.notes.append(f"text is cut by the rules {pre!r} as asked: not verified against the tokenizer")
+            found.notes.append(
+                f"text is cut by the rules {pre!r} as asked: not verified against the tokenizer"
+            )
     elif rules is None:
         got = f"a pre-tokenizer of an unknown structure {structure}"
         known = ", ".join(rules.name for rules in RULES)
@@ -143,17 +147,23 @@ def _as_bytes(spec: Mapping[str, Any], num_rows: int, pre: str | None, found: Vo
         found.problems.append((got, f"ignore_merges {rules.ignore_merges}"))
     normalizer = (spec.get("normalizer") or {}).get("type")
     if normalizer == "NFC":
-        found.notes.append("llama.cpp does not compose accents (NFC): decomposed text gives other tokens there")
+        found.notes.append(
+            "llama.cpp does not compose accents (NFC): decomposed text gives other tokens there"
+        )
     elif normalizer is not None:
         found.problems.append((f"a normalizer {normalizer}", "none, or NFC"))
     lacking = {byte for byte, letter in byte_letters().items() if letter not in model["vocab"]}
     if lacking & _IN_TEXT:
         got = f"a vocabulary without {len(lacking & _IN_TEXT)} of the bytes of text"
-        found.problems.append((got, "a token for each: without one, tokenizers and llama.cpp go on differently"))
+        found.problems.append(
+            (got, "a token for each: without one, tokenizers and llama.cpp go on differently")
+        )
     elif lacking:
         found.notes.append(f"{len(lacking)} bytes, of control characters or of no text, have no token")
     if stripping := [token["content"] for token in spec["added_tokens"] if token["rstrip"]]:
-        found.problems.append((f"the added token {stripping[0]!r} with rstrip", "tokens that leave spaces alone"))
+        found.problems.append(
+            (f"the added token {stripping[0]!r} with rstrip", "tokens that leave spaces alone")
+        )
     texts, kinds = _tokens(spec, num_rows, found)
     found.fields.update(
         {

@@ -14,9 +14,11 @@ from peftkit.rundir import is_full, refuse_without_room
 from peftkit.units import show_bytes
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")  # what is written here
-QUANTS = tuple(
-    "q2_k q3_k_s q3_k_m q3_k_l q4_0 q4_1 q4_k_s q4_k_m q5_0 q5_1 q5_k_s q5_k_m q6_k iq4_nl iq4_xs".split()
-)  # what llama-quantize makes of an f16 or bf16 file, without an importance matrix
+# what llama-quantize makes of an f16 or bf16 file without an importance matrix
+QUANTS = (
+    *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"),
+    *("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs"),
+)
 FILE_TYPES: Mapping[str, str] = {
     "f32": "ALL_F32",
     "f16": "MOSTLY_F16",
@@ -40,7 +42,7 @@ class GgufWritten:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write: `shape` has rows first, `load` gives it in any dtype, laid out as llama.cpp reads it."""
+    """A tensor to write: `shape` has rows first, `load` gives it in any dtype and in llama.cpp's layout."""
 
     name: str
     shape: tuple[int, ...]
@@ -83,7 +85,9 @@ def published(out: Path) -> Iterator[Path]:
 
 def _refuse_existing(out: Path) -> None:
     if out.exists() or out.is_symlink():
-        raise UserError(Problem(str(out), "a file that is there already", "a new name", "remove it, or rename"))
+        raise UserError(
+            Problem(str(out), "a file that is there already", "a new name", "remove it, or rename")
+        )
 
 
 def write_file(
@@ -96,13 +100,15 @@ def write_file(
     """Write a GGUF file and return its bytes; `tell` hears of the progress in bytes.
 
     `fields` map header keys to bool, int (32 bits unsigned), float (32 bits), str, or lists of them.
-    Raises UserError where the disk has no room, which is looked at as soon as the header is written, and where
-    a number has no finite value in the target dtype.
+    Raises UserError where the disk has no room, which is looked at as soon as the header is written, and
+    where a number has no finite value in the target dtype.
     """
     try:
         num_header = _write_header(part, architecture, fields, entries)
         num_bytes = num_header + sum(_padded(num_bytes_of(entry)) for entry in entries)
-        refuse_without_room(part.parent, num_bytes - num_header, what=f"{num_bytes:,} bytes of GGUF", fix=_ROOM)
+        refuse_without_room(
+            part.parent, num_bytes - num_header, what=f"{num_bytes:,} bytes of GGUF", fix=_ROOM
+        )
         with part.open("ab") as file:
             for count, entry in enumerate(entries, 1):
                 interrupt.stop_if_requested("interrupted while writing GGUF; nothing is left of it")
@@ -138,9 +144,7 @@ def num_bytes_of(entry: Entry) -> int:
     return count // per_block * block_bytes
 
 
-def _write_header(
-    part: Path, architecture: str, fields: Mapping[str, Any], entries: Sequence[Entry]
-) -> int:
+def _write_header(part: Path, architecture: str, fields: Mapping[str, Any], entries: Sequence[Entry]) -> int:
     """Write everything before the data and return its bytes."""
     import gguf
     import numpy as np
@@ -170,7 +174,12 @@ def _write_header(
 
 def _add(writer: Any, key: str, value: Any) -> None:
     # bool first: Python's bool is an int
-    kinds = ((bool, writer.add_bool), (int, writer.add_uint32), (float, writer.add_float32), (str, writer.add_string))
+    kinds = (
+        (bool, writer.add_bool),
+        (int, writer.add_uint32),
+        (float, writer.add_float32),
+        (str, writer.add_string),
+    )
     for kind, add in (*kinds, (list, writer.add_array)):
         if isinstance(value, kind):
             add(key, value)

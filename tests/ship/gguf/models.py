@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ _WORDS = (
 
 def corpus() -> list[str]:
     """Text that every checkout has."""
-    return [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")] + list(TEXTS)
+    return [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")] + list(
+        TEXTS
+    )
 
 
 def byte_tokenizer(rules: str = "gpt-2") -> Any:
@@ -114,3 +117,65 @@ def torch_logits(model: Any, tokens: list[int]) -> np.ndarray:
 
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits[0].float().numpy()
+
+
+def piece_tokenizer(*, complete: bool = True, space: bool = True) -> Any:
+    """SentencePiece's kind of BPE with byte fallback, trained here.
+
+    `complete` has a merge for each way to split a token, as transformers writes Llama 2, Mistral and Gemma;
+    `space` puts one in front of each text (Llama), or not (Gemma).
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    special = ["<unk>", *SPECIAL[1:], SPECIAL[0]]
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - 8, special_tokens=[*special, *bytes_], limit_alphabet=100, max_token_length=8
+    )
+    # line by line: without a pre-tokenizer a text is one word
+    made.train_from_iterator(
+        [word for text in corpus() for word in text.replace(" ", " \n ").split("\n")], trainer
+    )
+    vocab = dict(sorted(made.get_vocab().items(), key=lambda item: item[1]))
+    if complete:
+        cuts = [
+            (text, cut) for text in vocab if text not in {*special, *bytes_} for cut in range(1, len(text))
+        ]
+        pairs = [(text[:cut], text[cut:]) for text, cut in cuts]
+        merges = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
+        made.model = models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    if space:
+        made.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    spec = json.loads(made.to_str())  # bytes are tokens that no text is searched for
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in special]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        chat_template=TEMPLATE,
+    )
+
+
+def save_adapter(model: Any, folder: Path, **options: Any) -> Any:
+    """A LoRA whose B is not zero, put on a model and saved; returns PEFT's model."""
+    import peft
+    import torch
+
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05, generator=generator)
+    wrapped.save_pretrained(folder)
+    return wrapped
