@@ -1,1 +1,1 @@
-"""What leaves the project: merged weights, export formats, model cards; each proven against what was trained."""
+"""What leaves the project: merged weights, export formats, model cards; proven to be what was trained."""

@@ -53,7 +53,9 @@ def piece_rules(spec: Mapping[str, Any], *, forced: bool = False) -> PieceRules:
     """
     model, found = spec["model"], PieceRules()
     _spaces(spec, found, forced=forced)
-    if lacking := [i for i in range(256) if f"<0x{i:02X}>" not in model["vocab"]]:
+    # Gemma has a tab in place of its byte: llama.cpp looks for that next
+    lacking = [i for i in range(256) if not {f"<0x{i:02X}>", chr(i)[: i < 128]} & model["vocab"].keys()]
+    if lacking:
         found.problems.append((f"byte fallback without {len(lacking)} of the 256 bytes", "all bytes"))
     order: list[str] = []
     pairs = set()
@@ -64,18 +66,20 @@ def piece_rules(spec: Mapping[str, Any], *, forced: bool = False) -> PieceRules:
     found.scores = {text: -float(place) for place, text in enumerate(order)}
     if len(found.scores) < len(order):
         found.problems.append(("merges of one token that do not stand together", "SentencePiece's order"))
-    if lacking_pair := next(_unmerged(found.scores, model["vocab"], pairs), None):
+    # added tokens are found in the plain text, before anything is joined; with a space in them they are not
+    apart = {token["content"] for token in spec["added_tokens"] if SPACE not in token["content"]}
+    if lacking_pair := next(_unmerged(model["vocab"], pairs, apart), None):
         got = f"no merge of {lacking_pair[0]!r} and {lacking_pair[1]!r}, whose union is a token"
         found.problems.append((got, "a merge for each way to split a token, as SentencePiece has it"))
     return found
 
 
 def _unmerged(
-    scores: Mapping[str, float], vocab: Mapping[str, int], pairs: set[tuple[str, str]]
+    vocab: Mapping[str, int], pairs: set[tuple[str, str]], apart: set[str]
 ) -> Iterator[tuple[str, str]]:
     """Pairs that llama.cpp would join and tokenizers would not."""
     for text in vocab:
-        for cut in range(1, len(text)):
+        for cut in range(1, 0 if text in apart else len(text)):
             pair = (text[:cut], text[cut:])
             if pair not in pairs and pair[0] in vocab and pair[1] in vocab and not is_byte(text):
                 yield pair

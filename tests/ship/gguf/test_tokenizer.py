@@ -165,6 +165,14 @@ def test_a_vocabulary_with_one_merge_a_token_is_refused() -> None:
     assert any("whose union is a token" in got for got, _ in piece_rules(spec).problems)
 
 
+def test_a_byte_without_a_token_is_refused_unless_its_letter_is_one() -> None:
+    spec = json.loads(piece_tokenizer(tab=True).backend_tokenizer.to_str())
+    assert "<0x09>" not in spec["model"]["vocab"]
+    assert not piece_rules(spec).problems
+    del spec["model"]["vocab"]["<0xE2>"]
+    assert any("without 1 of the 256 bytes" in got for got, _ in piece_rules(spec).problems)
+
+
 def test_merges_out_of_order_are_refused() -> None:
     spec = json.loads(piece_tokenizer().backend_tokenizer.to_str())
     merges = spec["model"]["merges"]
