@@ -49,4 +49,4 @@ chaos: $(READY)                ## runs killed, stopped, starved and damaged; eve
 	$(VENV)/bin/python benchmarks/chaos/soak.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

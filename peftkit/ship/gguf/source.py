@@ -54,7 +54,7 @@ def read_source(folder: Path) -> Source:
         known = ", ".join(name for row in FAMILIES for name in row.model_types)
         raise UserError(Problem(where, f"model_type {raw.get('model_type')}", f"one of {known}", fix))
     try:
-        read = AutoConfig.from_pretrained(folder, local_files_only=True)
+        read = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(read)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:

@@ -61,7 +61,7 @@ def vocabulary_of(folder: Path, num_rows: int, *, pre: str | None) -> Vocabulary
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         got = f"no tokenizer that transformers loads ({str(error).splitlines()[0][:200]})"
         return Vocabulary(problems=[(got, "tokenizer.json beside the weights")])

@@ -25,7 +25,7 @@ FILE_TYPES: Mapping[str, str] = {
     "bf16": "MOSTLY_BF16",
     "q8_0": "MOSTLY_Q8_0",
 }
-_BLOCK_BYTES = 64 * 2**20  # of fp32 numbers that are converted at a time
+_BLOCK_BYTES = 16 * 2**20  # of fp32 numbers that are converted at a time
 _ROOM = "make room, or give an output on another disk"
 
 

@@ -232,7 +232,7 @@ def test_room_is_looked_at_before_the_weights(tmp_path: Path) -> None:
 
 
 def test_large_tensors_are_converted_in_blocks(tmp_path: Path) -> None:
-    """17 million numbers in two blocks are those of one."""
+    """17 million numbers in five blocks are those of one."""
     tensor = torch.arange(17 * 2**20, dtype=torch.float32).reshape(-1, 64).remainder(251)
     write_file(tmp_path / "out", "llama", {}, [Entry("t", tuple(tensor.shape), "f32", lambda: tensor)])
     assert np.array_equal(read(tmp_path / "out")[1]["t"].data, tensor.numpy())
