@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 FAST := not slow and not gpu and not network
 
-.PHONY: demo test test-slow test-gpu lint format audit docs bench chaos clean
+.PHONY: demo test test-slow test-gpu llama-cpp lint format audit docs bench chaos clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,7 +19,10 @@ demo: $(READY)                 ## fine-tune a real model with QLoRA on this mach
 test: $(READY)                 ## the fast tests
 	$(VENV)/bin/python -m pytest -m "$(FAST)" -n 2 --dist loadfile
 
-test-slow: $(READY)            ## the rest: real models, notebooks, types
+llama-cpp: $(READY)            ## the judge of GGUF files: a prebuilt llama.cpp, fetched once, its hash checked
+	$(VENV)/bin/python -m tests.llama_cpp
+
+test-slow: $(READY) llama-cpp  ## the rest: real models, notebooks, types
 	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network"
 
 test-gpu: $(READY)             ## what needs a CUDA device
@@ -46,4 +49,4 @@ chaos: $(READY)                ## runs killed, stopped, starved and damaged; eve
 	$(VENV)/bin/python benchmarks/chaos/soak.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
