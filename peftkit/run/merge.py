@@ -54,7 +54,7 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """What is decided before anything is written."""
 
     adapters: tuple[Adapter, ...]
@@ -81,7 +81,7 @@ def merge(
     """
     _refuse_out(out, observer)
     with interrupt.listening():
-        work = _decided(paths, options)
+        work = decided(paths, options)
         compared = [work.base]
         rows = _Rows.of(work, paths[0], observer)
         if work.adapters[0].base.quant_type is not None and rows.judged and len(work.plans) > 1:
@@ -117,7 +117,7 @@ def _room_told(out: Path, needed: int) -> Iterator[None]:
         raise UserError(Problem(str(out), got, f"{show_bytes(needed)} free", fix)) from error
 
 
-def _decided(paths: Sequence[Path], options: MergeOptions) -> _Work:
+def decided(paths: Sequence[Path], options: MergeOptions) -> Work:
     """Everything that can be known without reading a weight."""
     import torch
 
@@ -152,7 +152,7 @@ def _decided(paths: Sequence[Path], options: MergeOptions) -> _Work:
         choice: plan_merge(weights, bones, pairs, dtype=dtype, dequantized=choice == DEQUANTIZED)
         for choice in dict.fromkeys([base, *choices])
     }
-    return _Work(adapters, options, how, base, folder, tensors, plans)
+    return Work(adapters, options, how, base, folder, tensors, plans)
 
 
 def _base_for(base: BasePlan, options: MergeOptions) -> str:
@@ -204,7 +204,7 @@ class _Rows:
     judged: tuple[Tokenized, ...]
 
     @classmethod
-    def of(cls, work: _Work, path: Path, observer: Observer) -> _Rows:
+    def of(cls, work: Work, path: Path, observer: Observer) -> _Rows:
         """Held-out rows of the run or of --data; short texts where there are none."""
         from peftkit.model.load import load_tokenizer
         from peftkit.ship.verify import prompts
@@ -242,12 +242,12 @@ def _held_out(adapter: Adapter, tokenizer: Any, data: str | None, path: Path) ->
 
 
 def _published(
-    work: _Work, path: Path, out: Path, compared: Sequence[str], rows: _Rows, observer: Observer
+    work: Work, path: Path, out: Path, compared: Sequence[str], rows: _Rows, observer: Observer
 ) -> MergeReport:
     """Write, compare, and publish what holds."""
     with publish_folder(out, sealed=False) as staging:
         begun = time.monotonic()
-        _write(work, work.base, staging, observer)
+        write(work, work.base, staging, observer)
         report = replace(_report(work, out), write_seconds=round(time.monotonic() - begun, 2))
         report = _verified(work, report, staging, compared, rows, observer)
         if not report.passed and not work.options.force:
@@ -260,7 +260,8 @@ def _published(
     return report
 
 
-def _write(work: _Work, base: str, folder: Path, observer: Observer) -> None:
+def write(work: Work, base: str, folder: Path, observer: Observer = lambda event: None) -> None:
+    """Weights, configuration and what stands beside them, into a folder that is there and empty."""
     from peftkit.ship.folder import copy_beside
     from peftkit.ship.merge import Sources, write_merged
 
@@ -277,7 +278,7 @@ def _write(work: _Work, base: str, folder: Path, observer: Observer) -> None:
     copy_beside(first.folder, work.base_folder, folder, with_code=first.base.trust_remote_code)
 
 
-def _report(work: _Work, out: Path) -> MergeReport:
+def _report(work: Work, out: Path) -> MergeReport:
     """What is known without comparing anything."""
     plan, first = work.plans[work.base], work.adapters[0]
     weights = work.combination.weights
@@ -299,7 +300,7 @@ def _report(work: _Work, out: Path) -> MergeReport:
 
 
 def _verified(
-    work: _Work,
+    work: Work,
     made: MergeReport,
     staging: Path,
     compared: Sequence[str],
@@ -335,7 +336,7 @@ def _verified(
         if base not in said:
             told(f"trying the {base} base as well")
             with _beside(staging) as folder:
-                _write(work, base, folder, lambda event: None)
+                write(work, base, folder, lambda event: None)
                 said[base] = _asked(folder, first.base, rows)
     choices = tuple(
         Choice(base, compare(trained, said[base], without=without)) for base in (DEQUANTIZED, ORIGINAL)
@@ -345,7 +346,7 @@ def _verified(
     return replace(made, choices=choices, recommended=recommended, gain=better)
 
 
-def _precision(work: _Work, base: BasePlan) -> str:
+def _precision(work: Work, base: BasePlan) -> str:
     """The narrowest type that numbers of the comparison went through."""
     names = {str(o.dtype).removeprefix("torch.") for o in work.plans[work.base].outputs}
     names |= {base.dtype, base.compute_dtype}

@@ -99,7 +99,7 @@ class Exported:
         found = [(name, show_bytes(size)) for name, size in self.files]
         if self.merge and self.merge.get("kl") is not None:
             text = f"KL {self.merge['kl']:.3g} nats, same top token {self.merge['top1_agreement']:.2%}"
-            found.append(("against what was trained", text))
+            found.append(("merged, against what was trained", text))
         return found
 
     def _repr_html_(self) -> str:
