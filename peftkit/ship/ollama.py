@@ -13,7 +13,7 @@ from typing import Any
 
 from peftkit.errors import Problem, UserError
 from peftkit.rundir import write_text
-from peftkit.ship.gguf.tokenizer import stop_ids
+from peftkit.ship.gguf.tokenizer import load_tokenizer, stop_ids
 from peftkit.ship.gguf.writing import require_gguf
 
 _SYSTEM, _USERS, _ANSWERS = (
@@ -56,13 +56,11 @@ def write_modelfile(
     `folder` has the tokenizer and generation_config.json that the file was made from; `adapter` is a LoRA in
     GGUF; `name` what the model shall be called. Raises UserError where `out` exists.
     """
-    from transformers import AutoTokenizer
-
     if out.exists():
         raise UserError(
             Problem(str(out), "a file that is there already", "a new name", "remove it, or rename")
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     context, adds_start = _header(gguf)
     lines = [f"# ollama create {name or gguf.stem} -f {out.name}", f"FROM {_beside(gguf, out)}"]
     if adapter is not None:

@@ -56,10 +56,11 @@ def _look(folder: Path, *, dtype: str, pre: str | None) -> tuple[Source, Vocabul
         source = read_source(folder)
     except UserError as error:
         problems += error.problems
-    num_rows = (source.config if source else read_json_file(folder, "config.json")).get("vocab_size")
     vocabulary = Vocabulary()
-    if isinstance(num_rows, int):
-        vocabulary = vocabulary_of(folder, num_rows, pre=pre)
+    try:
+        vocabulary = vocabulary_of(folder, _num_rows(folder, source), pre=pre)
+    except UserError as error:
+        problems += error.problems
     problems += [
         Problem(f"{folder} tokenizer", got, expected, convert_command(folder))
         for got, expected in vocabulary.problems
@@ -67,6 +68,14 @@ def _look(folder: Path, *, dtype: str, pre: str | None) -> tuple[Source, Vocabul
     if problems or source is None:
         raise UserError(problems)
     return source, vocabulary
+
+
+def _num_rows(folder: Path, source: Source | None) -> int | None:
+    """Rows of the embedding; None where even config.json does not tell."""
+    if source is None and not (folder / "config.json").is_file():
+        return None
+    found = (source.config if source else read_json_file(folder, "config.json")).get("vocab_size")
+    return found if isinstance(found, int) else None
 
 
 def _dtype_problems(dtype: str) -> list[Problem]:

@@ -46,8 +46,10 @@ def read_source(folder: Path) -> Source:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_folder(folder)
     where, fix = str(folder / "config.json"), convert_command(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(Problem(where, "no such file", "a model's folder with config.json"))
+    check_folder(folder)
     raw = read_json_file(folder, "config.json")
     family = gguf_family(str(raw.get("model_type")))
     if family is None:
@@ -58,7 +60,7 @@ def read_source(folder: Path) -> Source:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(read)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
-        got = f"a configuration that transformers refuses ({str(error).splitlines()[0][:200]})"
+        got = f"a configuration that transformers refuses ({first_line(error)})"
         raise UserError(Problem(where, got, f"the configuration of a {raw['model_type']}")) from error
     config = _filled(read.to_dict())
     if problems := [Problem(where, got, expected, fix) for got, expected in _unlike(config, raw, family)]:
@@ -73,6 +75,11 @@ def read_source(folder: Path) -> Source:
         {name: needed[id(parameter)] for name, parameter in every if needed[id(parameter)] != name},
         f"{model.base_model_prefix}.",
     )
+
+
+def first_line(error: Exception) -> str:
+    """What a library says, as a message of ours quotes it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _filled(config: dict[str, Any]) -> dict[str, Any]:

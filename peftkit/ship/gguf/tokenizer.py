@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftkit.errors import Problem, UserError
 from peftkit.ship.gguf import pieces
 from peftkit.ship.gguf.names import strips_like_phi3
+from peftkit.ship.gguf.source import first_line
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 _WORDS = (
@@ -22,8 +24,8 @@ _WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _BYTES = ("ByteLevel", False, False)
+# bytes of assigned characters in UTF-8; SmolLM2's vocabulary lacks others
 _IN_TEXT = frozenset({9, 10, 13, *range(32, 127), *range(0x80, 0xC0), *range(0xC2, 0xF1), 0xF3, 0xF4})
-# UTF-8 of assigned characters; SmolLM2's vocabulary lacks six control characters and what is no text
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,28 @@ class Vocabulary:
     phi3: bool = False  # whether special tokens swallow spaces, see names.py
 
 
-def vocabulary_of(folder: Path, num_rows: int, *, pre: str | None) -> Vocabulary:
-    """The tokenizer of a folder for a model with `num_rows` embeddings.
-
-    `pre` names llama.cpp's rules where the structure is not recognised; nobody checks that they are right.
-    """
+def load_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a folder. Raises UserError where there is none that it loads."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        got = f"no tokenizer that transformers loads ({str(error).splitlines()[0][:200]})"
-        return Vocabulary(problems=[(got, "tokenizer.json beside the weights")])
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # tokenizers raises plain Exceptions for a damaged file
+        got = f"no tokenizer that transformers loads ({first_line(error)})"
+        raise UserError(Problem(str(folder), got, "tokenizer.json beside the weights")) from error
+
+
+def vocabulary_of(folder: Path, num_rows: int | None, *, pre: str | None) -> Vocabulary:
+    """The tokenizer of a folder for a model with `num_rows` embeddings.
+
+    `pre` names llama.cpp's rules where the structure is not recognised; nobody checks that they are right.
+    Raises UserError where there is no tokenizer.
+    """
+    tokenizer = load_tokenizer(folder)
     if not tokenizer.is_fast:
         return Vocabulary(problems=[("a tokenizer in Python alone", "one with tokenizer.json")])
+    num_rows = len(tokenizer) if num_rows is None else num_rows
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model = spec["model"]
     if model["type"] != "BPE":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def published(out: Path) -> Iterator[Path]:
     part = part_of(out)
     try:
         yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         _refuse_existing(out)
         part.rename(out)
     except BaseException:

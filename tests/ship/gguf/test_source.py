@@ -124,6 +124,18 @@ def test_a_missing_tokenizer_is_told(tmp_path: Path) -> None:
     assert "tokenizer" in refusal(saved(tmp_path, "llama"))
 
 
+def test_a_damaged_tokenizer_is_told(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.save_pretrained(saved(tmp_path, "llama"))
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {}}')
+    assert "no tokenizer that transformers loads" in refusal(tmp_path)
+
+
+def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
+    said = refusal(tmp_path / "nowhere")
+    assert "config.json: got no such file" in said
+    assert "no tokenizer" in said
+
+
 def test_a_configuration_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "many"}))
     assert "refuses" in refusal(tmp_path)
