@@ -2,8 +2,9 @@
 
     python benchmarks/merge/big.py [--rounds 3]
 
-A random bf16 Llama of 24 layers in 5 shards with an fp32 LoRA of rank 16 on all linear layers. Each way runs in
-a process of its own, in turn. Memory is the peak resident one, less that of a process that imported torch.
+A random bf16 Llama of 24 layers in 5 shards with an fp32 LoRA of rank 16 on all linear layers. Each way runs
+in a process of its own, in turn, and in another order each time. Memory is the peak resident one, less that
+of a process that imported torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -73,10 +73,11 @@ def make_adapter(base: Path, folder: Path) -> None:
 def ours(base: Path, adapter: Path, out: Path) -> None:
     """peftkit's merge without the comparison of logits, which PEFT does not make either."""
     from peftkit.run.merge import MergeOptions, decided, write
+    from peftkit.rundir import publish_folder
 
-    out.mkdir()
     work = decided([adapter], MergeOptions())
-    write(work, work.base, out)
+    with publish_folder(out, sealed=False) as staging:
+        write(work, work.base, staging)
 
 
 def theirs(base: Path, adapter: Path, out: Path) -> None:
@@ -108,10 +109,15 @@ def measured(way: str, base: Path, adapter: Path, out: Path) -> dict[str, float]
 
 
 def copied(base: Path, out: Path) -> dict[str, float]:
-    """cp -r and a sync of what it wrote, as a merge syncs what it writes."""
+    """cp -r, until it is on the disk: a merge is over only then, too."""
     begun = time.monotonic()
     subprocess.run(["cp", "-r", str(base), str(out)], check=True)
-    return {"seconds": time.monotonic() - begun, "peak_bytes": 0.0}
+    cached = time.monotonic() - begun
+    for path in out.iterdir():
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    return {"seconds": time.monotonic() - begun, "cached_seconds": cached, "peak_bytes": 0.0}
 
 
 def unlike(one: Path, two: Path) -> tuple[int, int]:
@@ -134,7 +140,9 @@ def main() -> None:
     if arguments.run:
         way, *folders = arguments.run
         WAYS[way](*map(Path, folders))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        status = Path("/proc/self/status").read_text().splitlines()
+        [line] = [line for line in status if line.startswith("VmHWM")]
+        print(int(line.split()[1]) * 1024)
         return
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -144,12 +152,13 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {}
         counts: tuple[int, int] = (0, 0)
         for number in range(arguments.rounds):
-            for way in ("copy", *WAYS):
+            ways = ["copy", *WAYS]
+            for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
                 out = folder / f"{way}-{number}"
+                os.sync()
                 one = copied(base, out) if way == "copy" else measured(way, base, adapter, out)
                 found.setdefault(way, []).append(one)
                 print(way, f"{one['seconds']:.1f} s, {one['peak_bytes'] / 2**20:,.0f} MiB", flush=True)
-                os.sync()
             if number == 0:
                 counts = unlike(folder / "peftkit-0", folder / "peft-0")
             for way in ("copy", "peftkit", "peft"):

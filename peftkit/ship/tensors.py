@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -131,6 +132,7 @@ def read_all(files: list[Path]) -> dict[str, Entry]:
 class Writer:
     """Writes one file tensor by tensor, as they come; the header is filled in at the end.
 
+    While a tensor is written its successor is computed: tensors are not to be changed once they were put.
     `names` are those of all tensors to come: room for the header is kept for them. What a `with` that ends in
     an error leaves behind is no safetensors file.
     """
@@ -142,6 +144,8 @@ class Writer:
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._offset = 0
         self._file: IO[bytes] | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
         self.written: dict[str, int] = {}  # name -> bytes
 
     def __enter__(self) -> Writer:
@@ -156,7 +160,14 @@ class Writer:
         offsets = [self._offset, end]
         about = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         self._header[name], self._offset, self.written[name] = about, end, flat.numel()
-        self._write(_bytes_of(flat))
+        self._wait()
+        self._writing = self._thread.submit(self._write, _bytes_of(flat))
+
+    def _wait(self) -> None:
+        """Until what was put is written. Raises what that raised."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def _write(self, view: memoryview) -> None:
         assert self._file is not None
@@ -170,12 +181,14 @@ class Writer:
         assert self._file is not None
         try:
             if kind is None:
+                self._wait()
                 text = json.dumps(self._header).encode().ljust(self._room)
                 if len(text) > self._room:
                     raise PeftkitError(f"{self._path.name}: more tensors were written than it was made for")
                 self._file.seek(0)
                 self._write(memoryview(struct.pack("<Q", len(text)) + text))
         finally:
+            self._thread.shutdown()
             self._file.close()
 
 
