@@ -42,7 +42,8 @@ class Edit:
     shared "B" and "A" the first rows and columns (Kopiczko et al. 2024, equation 2). dora: m (W + s B A) /
     |W + s B A| by rows of d_out, with m "magnitude" (Liu et al. 2024, equation 5). embedding: W + s (B A)^T.
     experts: W[e] + s B[e] A[e]. shift: a bias plus s "value". scale: W times "value" along its outputs or
-    inputs. rows: W[ids] becomes "value". `transposed` where W is (d_in, d_out).
+    inputs. rows: W[ids] becomes "value". `transposed` where W is (d_in, d_out). `copied` marks the base's own
+    table, which PEFT saves beside an adapter of it.
     """
 
     kind: Kind
@@ -51,6 +52,7 @@ class Edit:
     transposed: bool = False
     of_inputs: bool = False  # scale
     ids: tuple[int, ...] = field(default=(), repr=False)
+    copied: bool = False
 
     @property
     def adds(self) -> bool:
@@ -102,7 +104,8 @@ def edits_of(model: Any, folder: Path, shapes: Mapping[str, tuple[int, ...]]) ->
     for name in sorted(shapes.keys() - used):
         parameter = _plain(name)
         if parameter in parameters:  # trained whole, or a copy of an embedding that PEFT saved beside it
-            found.setdefault(parameter, []).insert(0, Edit("whole", {"value": name}))
+            edit = Edit("whole", {"value": name}, copied=name.endswith(".base_layer.weight"))
+            found.setdefault(parameter, []).insert(0, edit)
             used.add(name)
     wrong = [("without a module in this base", n) for n in sorted(shapes.keys() - used)]
     wrong += [("which is not in the file", n) for n in sorted(used - shapes.keys())]

@@ -78,6 +78,8 @@ def write_for_vllm(
     Scales are folded into B, ranks padded with zeros to the largest, both exact but for one rounding of B.
     Raises UserError for what vLLM rejects.
     """
+    edits = {name: tuple(edit for edit in own if not edit.copied) for name, own in edits.items()}
+    edits = {name: own for name, own in edits.items() if own}
     refuse_unservable(adapter, edits)
     pairs = {name.removesuffix(".weight"): own[0] for name, own in edits.items()}
     rank = max(tensors[edit.tensors["A"]].shape[0] for edit in pairs.values())

@@ -78,11 +78,13 @@ def _refuse_unlike(adapter: Adapter, staging: Path) -> None:
         shapes = {name: entry.shape for name, entry in tensors.items()}
         found.append((tensors, edits_of(blank(adapter.source, adapter.base), folder, shapes)))
     (old, before), (new, after) = found
+    before = {name: own for name, own in before.items() if not all(edit.copied for edit in own)}
     if before.keys() != after.keys():
         raise PeftkitError("what was written for vLLM adapts other modules than the adapter does")
     for name, edits in before.items():
-        one = low_rank(edits[0], lambda key: old[key].read())
+        edit = next(edit for edit in edits if not edit.copied)
+        one = low_rank(edit, lambda key: old[key].read())
         two = low_rank(after[name][0], lambda key: new[key].read())
-        rounding = _CLOSE if old[edits[0].tensors["B"]].dtype.itemsize >= 4 else _CLOSE_IN_16_BITS
+        rounding = _CLOSE if old[edit.tensors["B"]].dtype.itemsize >= 4 else _CLOSE_IN_16_BITS
         if float((one - two).norm()) > rounding * float(one.norm()):
             raise PeftkitError(f"what was written for vLLM changes {name} otherwise than the adapter does")

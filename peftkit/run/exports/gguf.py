@@ -28,9 +28,9 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
     """A folder with NAME-TYPE.gguf. Raises UserError, before it merges, for what GGUF cannot hold."""
     out = new_folder(options.out)
     with publish_folder(out) as staging:
-        report = write_gguf(path, staging, out, options, observer)
+        report, notes = write_gguf(path, staging, out, options, observer)
         write_card(staging, path, name=out.name, layout="gguf", merge_report=report)
-    return Exported(str(out), files_in(out), merge=report)
+    return Exported(str(out), files_in(out), notes, report)
 
 
 def write_gguf(
@@ -41,35 +41,35 @@ def write_gguf(
     observer: Observer,
     *,
     beside: Beside = lambda gguf, folder: None,
-) -> Mapping[str, Any] | None:
-    """Write the GGUF file into `staging`; the report of the merge that was made on the way, if one was.
+) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
+    """Write the GGUF file into `staging`: (the report of a merge on the way, what to know of the file).
 
     `beside` is called with the file and the folder of the model that it was made from, while that is there.
     """
     from peftkit.model.skeleton import weights_folder
     from peftkit.ship import gguf
 
-    def tell(text: str) -> None:
-        observer({"event": "notice", "text": text})
+    def progress(done: int, total: int) -> None:
+        observer({"event": "progress", "done_bytes": done, "total_bytes": total})
 
     dtype = options.dtype or DTYPE
     whole = whole_model(path)
     adapter = find_adapter(path, base=options.base_model) if whole is None else None
     if adapter is not None and options.lora:
         base = weights_folder(adapter.source, adapter.base)
-        gguf.write_adapter(adapter.folder, base, staging / f"{out.name}-lora.gguf", tell=tell)
-        return None
+        made = gguf.write_adapter(adapter.folder, base, staging / f"{out.name}-lora.gguf", progress=progress)
+        return None, made.notes
     known = whole or _told_by(adapter)
     if known is not None:
         gguf.check_exportable(known, dtype=dtype, pre=options.pre)
     with dense(path, out, options.merging(None), observer) as (folder, report):
-        made = staging / f"{out.name}-{dtype}.gguf"
-        observer({"event": "phase", "name": "gguf", "detail": f"writing {made.name}"})
-        gguf.write_model(folder, made, dtype=dtype, pre=options.pre, name=out.name, tell=tell)
-        beside(made, folder)
+        file = staging / f"{out.name}-{dtype}.gguf"
+        observer({"event": "phase", "name": "gguf", "detail": f"writing {file.name}"})
+        made = gguf.write_model(folder, file, dtype=dtype, pre=options.pre, name=out.name, progress=progress)
+        beside(file, folder)
     if report:
         write_json(staging / REPORT, dict(report))
-    return report
+    return report, made.notes
 
 
 def _told_by(adapter: Adapter | None) -> Path | None:

@@ -24,7 +24,7 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
         def modelfile(gguf: Path, folder: Path) -> None:
             write_modelfile(gguf, staging / "Modelfile", folder=folder, name=out.name)
 
-        report = write_gguf(path, staging, out, options, observer, beside=modelfile)
+        report, notes = write_gguf(path, staging, out, options, observer, beside=modelfile)
         write_card(staging, path, name=out.name, layout="gguf", merge_report=report)
     said = f"cd {out} && ollama create {out.name} -f Modelfile && ollama run {out.name}"
-    return Exported(str(out), files_in(out), (said,), report)
+    return Exported(str(out), files_in(out), (*notes, said), report)

@@ -33,7 +33,7 @@ _STARTS = (*CHANGES_BASE, "pissa_niter", "corda", "loftq", "lora_ga")  # inits t
 
 
 def write_adapter(
-    adapter: Path, base: Path, out: Path, *, tell: Callable[[str], None] = lambda text: None
+    adapter: Path, base: Path, out: Path, *, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> GgufWritten:
     """Write a LoRA adapter as GGUF, in fp32. `base` is its base's folder: configuration only.
 
@@ -68,7 +68,7 @@ def write_adapter(
         "adapter.lora.alpha": alpha,
     }
     with published(out) as part:
-        num_bytes = write_file(part, source.family.architecture, fields, entries, tell)
+        num_bytes = write_file(part, source.family.architecture, fields, entries, progress)
     return GgufWritten(out, num_bytes, len(entries), "f32")
 
 

@@ -95,7 +95,7 @@ def write_model(
     dtype: str = "f16",
     pre: str | None = None,
     name: str | None = None,
-    tell: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> GgufWritten:
     """Write a Hugging Face folder as GGUF, one tensor at a time, to `OUT.part` first.
 
@@ -113,9 +113,9 @@ def write_model(
     notes = (*vocabulary.notes, *_notes(source, entries, plain))
     with published(out) as part:
         if dtype in DTYPES:
-            num_bytes = write_file(part, source.family.architecture, fields, entries, tell)
+            num_bytes = write_file(part, source.family.architecture, fields, entries, progress)
         else:
-            num_bytes = _quantized(part, source.family.architecture, fields, entries, dtype, tell)
+            num_bytes = _quantized(part, source.family.architecture, fields, entries, dtype, progress)
     return GgufWritten(out, num_bytes, len(entries), dtype, notes)
 
 
@@ -125,7 +125,7 @@ def _quantized(
     fields: dict[str, Any],
     entries: list[Entry],
     dtype: str,
-    tell: Callable[[str], None],
+    progress: Callable[[int, int], None],
 ) -> int:
     """16 bits beside the output, then llama.cpp's own quantization of it."""
     room = 2 * sum(num_bytes_of(entry) for entry in entries)  # both files are there for a while
@@ -133,9 +133,8 @@ def _quantized(
     refuse_without_room(part.parent, room, what="a file of 16 bits and what is made of it", fix=fix)
     plain = part_of(part)
     try:
-        write_file(plain, architecture, fields, entries, tell)
+        write_file(plain, architecture, fields, entries, progress)
         command = ["llama-quantize", str(plain), str(part), dtype.upper()]
-        tell(" ".join(command))
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:
         plain.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from typing import Any
 from peftkit import interrupt
 from peftkit.errors import Problem, UserError
 from peftkit.rundir import is_full, refuse_without_room
-from peftkit.units import show_bytes
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")  # what is written here
 # what llama-quantize makes of an f16 or bf16 file without an importance matrix
@@ -98,9 +97,9 @@ def write_file(
     architecture: str,
     fields: Mapping[str, Any],
     entries: Sequence[Entry],
-    tell: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write a GGUF file and return its bytes; `tell` hears of the progress in bytes.
+    """Write a GGUF file and return its bytes; `progress` hears of bytes written, and to write.
 
     `fields` map header keys to bool, int (32 bits unsigned), float (32 bits), str, or lists of them.
     Raises UserError where the disk has no room, which is looked at as soon as the header is written, and
@@ -117,7 +116,7 @@ def write_file(
                 interrupt.stop_if_requested("interrupted while writing GGUF; nothing is left of it")
                 _write_tensor(file, entry)
                 if count == len(entries) or count % 16 == 0:
-                    tell(f"{show_bytes(file.tell())} of {show_bytes(num_bytes)}")
+                    progress(file.tell(), num_bytes)
     except OSError as error:
         if not is_full(error):
             raise

@@ -239,9 +239,11 @@ def test_large_tensors_are_converted_in_blocks(tmp_path: Path) -> None:
 
 
 def test_bytes_are_told_while_it_writes(llama: Path) -> None:
-    told: list[str] = []
-    write_model(llama, llama.parent / "out.gguf", tell=told.append)
-    assert told[-1].split(" of ")[0] == told[-1].split(" of ")[1]
+    told: list[tuple[int, int]] = []
+    made = write_model(
+        llama, llama.parent / "out.gguf", progress=lambda done, total: told.append((done, total))
+    )
+    assert told[-1] == (made.num_bytes, made.num_bytes) and told == sorted(told)
 
 
 def test_quantizations_need_llama_cpps_tool(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
