@@ -72,7 +72,7 @@ def make_adapter(base: Path, folder: Path) -> None:
 
 def ours(base: Path, adapter: Path, out: Path) -> None:
     """peftkit's merge without the comparison of logits, which PEFT does not make either."""
-    from peftkit.run.merge import MergeOptions, decided, write
+    from peftkit.run.merge_work import MergeOptions, decided, write
     from peftkit.rundir import publish_folder
 
     work = decided([adapter], MergeOptions())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.data.gate.report import DataReport
 from peftkit.diagnose.verdict import Verdict
@@ -15,15 +15,19 @@ from peftkit.recipe import LoadedRecipe, Recipe, load
 from peftkit.report import Summary, read_summary
 from peftkit.run.account import Account
 from peftkit.run.evaluate import Evaluation
-from peftkit.run.exports import Exported, ExportOptions
-from peftkit.run.merge import MergeOptions
 from peftkit.run.reproduce import Reproduction
 from peftkit.run.verify import Verification
 from peftkit.rundir import RunDir
-from peftkit.ship.report import MergeReport
+
+if TYPE_CHECKING:
+    from peftkit.run.concat import Combined
+    from peftkit.run.exports import Exported, ExportOptions
+    from peftkit.run.merge import MergeOptions
+    from peftkit.ship.report import MergeReport
 
 __all__ = [
     "Account",
+    "Combined",
     "Converted",
     "DataReport",
     "Evaluation",
@@ -36,6 +40,7 @@ __all__ = [
     "RecipeLike",
     "Verdict",
     "check_data",
+    "combine_adapters",
     "convert_weights",
     "diagnose_run",
     "evaluate_run",
@@ -52,8 +57,23 @@ __all__ = [
     "summarize_run",
     "verify_run",
 ]
+_AT_FIRST_USE = {  # torch comes with them
+    "Combined": "peftkit.run.concat",
+    "ExportOptions": "peftkit.run.exports",
+    "Exported": "peftkit.run.exports",
+    "MergeOptions": "peftkit.run.merge",
+    "MergeReport": "peftkit.ship.report",
+}
 RecipeLike = str | Path | Mapping[str, Any] | Recipe | LoadedRecipe
 Observer = Callable[[dict[str, Any]], None]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _AT_FIRST_USE:
+        return getattr(import_module(_AT_FIRST_USE[name]), name)
+    raise AttributeError(f"module 'peftkit.api' has no attribute {name!r}")
 
 
 def _ignore(event: dict[str, Any]) -> None:
@@ -259,7 +279,7 @@ def merge_adapter(
     Several paths are added up, with weights, as `options` say. Raises UserError for the user's to mend, and
     PeftkitError where the result is not what was trained, unless they say `force`.
     """
-    from peftkit.run.merge import merge
+    from peftkit.run.merge import MergeOptions, merge
 
     paths = [path] if isinstance(path, str | Path) else path
     return merge([Path(one) for one in paths], Path(out), options or MergeOptions(), observer=observer)
@@ -274,3 +294,22 @@ def export_adapter(path: str | Path, options: ExportOptions, *, observer: Observ
     from peftkit.run.exports import export
 
     return export(Path(path), options, observer)
+
+
+def combine_adapters(
+    paths: Sequence[str | Path],
+    *,
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+) -> Combined:
+    """The weighted sum of LoRA adapters as one adapter in the new folder `out`.
+
+    Exact, with the ranks added up, or the nearest of a smaller `rank` with the energy that is left out.
+    Raises UserError for adapters of several bases, and for what is more than LoRA of weights.
+    """
+    from peftkit.run.concat import concat
+    from peftkit.run.merge import MergeOptions
+
+    options = MergeOptions(weights=tuple(weights) if weights is not None else None)
+    return concat([Path(path) for path in paths], Path(out), options, rank=rank)

@@ -190,6 +190,8 @@ COMMANDS: tuple[Command, ...] = (
             _arg("--combine", choices=("sum", "ties", "dare"), default="sum", help="of several adapters"),
             _arg("--density", metavar="SHARE", type=float, default=0.5, help="kept by ties and dare"),
             _arg("--seed", metavar="N", type=int, default=0, help="of dare"),
+            _arg("--as-adapter", action="store_true", help="write one LoRA adapter, not dense weights"),
+            _arg("--rank", metavar="N", type=_positive, help="of --as-adapter (default: all, exactly)"),
             _arg("--force", action="store_true", help="keep a result that is not what was trained"),
             _arg("--json", action="store_true"),
         ),

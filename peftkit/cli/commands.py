@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 
 from peftkit.errors import Problem, UserError
 from peftkit.secrets import redact
@@ -161,7 +163,6 @@ def _recipe_file(arguments: argparse.Namespace) -> str | None:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Print what is whole and what is not. Returns 2 where something is not."""
-    from dataclasses import asdict
 
     from peftkit import api
     from peftkit.cli.tables import print_verification
@@ -209,6 +210,10 @@ def merge(arguments: argparse.Namespace) -> int:
     from peftkit.cli.ship import open_bytes_display, print_merge
 
     paths, weights = zip(*(_weighted(text) for text in arguments.adapters), strict=True)
+    if arguments.rank and not arguments.as_adapter:
+        raise UserError(Problem("--rank", f"{arguments.rank}", "--as-adapter beside it"))
+    if arguments.as_adapter:
+        return _as_adapter(arguments, paths, weights)
     same = ("base", "base_model", "dtype", "data", "combine", "density", "seed", "force")
     options = api.MergeOptions(
         weights=weights,
@@ -221,6 +226,31 @@ def merge(arguments: argparse.Namespace) -> int:
         print(json.dumps(report.to_json(), indent=2))
     else:
         print_merge(report)
+    return 0
+
+
+def _as_adapter(arguments: argparse.Namespace, paths: Sequence[str], weights: Sequence[float]) -> int:
+    """Several adapters as one, with none of what only dense weights have."""
+    from peftkit import api
+    from peftkit.cli.tables import print_rows
+
+    given = {
+        "--base": arguments.base != "auto",
+        "--combine": arguments.combine != "sum",
+        "--dtype": arguments.dtype,
+        "--requantize": arguments.requantize,
+        "--data": arguments.data,
+        "--base-model": arguments.base_model,
+        "--force": arguments.force,
+    }
+    if wrong := [Problem(flag, "given with --as-adapter", "dense weights") for flag in given if given[flag]]:
+        raise UserError(wrong)
+    found = api.combine_adapters(paths, out=arguments.out, weights=weights, rank=arguments.rank)
+    if arguments.json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        print_rows(found.rows())
+        print(f"\n{found.out}")
     return 0
 
 
@@ -272,7 +302,6 @@ def inspect_model(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Print loss and metrics of a result, or its loss by position."""
-    from dataclasses import asdict
 
     from peftkit import api
     from peftkit.cli.display import quiet_loggers
@@ -323,7 +352,6 @@ def schema(arguments: argparse.Namespace) -> int:
 
 def env(arguments: argparse.Namespace) -> int:
     """Print versions and the device."""
-    from dataclasses import asdict
 
     from peftkit.model.hardware import detect_device_light
     from peftkit.run.environment import versions

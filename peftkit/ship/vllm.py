@@ -11,16 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from peftkit.errors import Problem, UserError
 from peftkit.model.edits import Edit, Edits
-from peftkit.model.saved import CONFIG, WEIGHTS
-from peftkit.rundir import write_json
-from peftkit.ship.tensors import Entry, Writer
+from peftkit.ship.plain import Pair, write_plain
+from peftkit.ship.tensors import Entry
 
 _SERVED_RANK = 16  # vLLM's own --max-lora-rank, unless it is told another
-_PREFIX = "base_model.model."
 _MERGE = "serve merged weights: peftkit merge {path} --out DIR"
 _KINDS = {
     "dora": "DoRA, which is no low-rank change",
@@ -83,51 +79,16 @@ def write_for_vllm(
     refuse_unservable(adapter, edits)
     pairs = {name.removesuffix(".weight"): own[0] for name, own in edits.items()}
     rank = max(tensors[edit.tensors["A"]].shape[0] for edit in pairs.values())
-    names = [f"{_PREFIX}{module}.lora_{side}.weight" for module in pairs for side in "AB"]
-    with Writer(out / WEIGHTS, names) as writer:
-        for module, edit in pairs.items():
-            for side, tensor in zip("AB", _pair(edit, tensors, rank), strict=True):
-                writer.put(f"{_PREFIX}{module}.lora_{side}.weight", tensor)
-    write_json(out / CONFIG, _plain(config, rank, _listed(pairs, parameters)))
+    write_plain(
+        out, config, list(pairs), lambda name: _pair(pairs[name], tensors), rank=rank, parameters=parameters
+    )
     return Rewritten(rank, tuple(_changes(config, pairs, tensors, rank)))
 
 
-def _pair(edit: Edit, tensors: Mapping[str, Entry], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (rank, d_in) and B (d_out, rank) with the scale in B."""
+def _pair(edit: Edit, tensors: Mapping[str, Entry]) -> Pair:
+    """A and B with the scale in B."""
     a, b = (tensors[edit.tensors[side]].read() for side in "AB")
-    if edit.scale != 1.0:
-        b = (b.float() * edit.scale).to(b.dtype)
-    missing = rank - a.shape[0]
-    return (
-        torch.nn.functional.pad(a, (0, 0, 0, missing)),
-        torch.nn.functional.pad(b, (0, missing)),
-    )
-
-
-def _listed(adapted: Collection[str], parameters: Collection[str]) -> list[str]:
-    """The modules by the last part of their names where all of that name are adapted, else by whole names."""
-    others = {name.removesuffix(".weight") for name in parameters} - set(adapted)
-    shared = {name.rsplit(".", 1)[-1] for name in others}
-    endings = {module: module.rsplit(".", 1)[-1] for module in adapted}
-    return sorted({module if ending in shared else ending for module, ending in endings.items()})
-
-
-def _plain(config: Mapping[str, Any], rank: int, modules: list[str]) -> dict[str, Any]:
-    """PEFT's configuration of plain LoRA, whose scale is 1."""
-    return {
-        **config,
-        "r": rank,
-        "lora_alpha": rank,
-        "use_rslora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": modules,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "exclude_modules": None,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
+    return a, b if edit.scale == 1.0 else (b.float() * edit.scale).to(b.dtype)
 
 
 def _changes(

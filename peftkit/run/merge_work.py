@@ -1,0 +1,173 @@
+"""What a merge will be, decided before a weight is read: adapters, base, every tensor; and its writing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftkit.errors import Problem, UserError
+from peftkit.plan.plan import BasePlan
+from peftkit.run.adapter import Adapter, find_adapter
+from peftkit.ship.combine import Combination, combination
+from peftkit.units import show_bytes
+
+Observer = Callable[[dict[str, Any]], None]
+DEQUANTIZED, ORIGINAL = "dequantized", "original"
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How to merge.
+
+    For a base that was held in 4-bit `base` is dequantized (what was evaluated, and what auto means) or
+    original, and `requantize` writes the sum in NF4 again. `base_model` is another place of the same base,
+    `dtype` the type of all weights, `data` what to compare on. Several adapters are combined with `weights`
+    (1 each) by sum, ties or dare: of these two the first keeps, and the second draws, a share `density`.
+    """
+
+    base: str = "auto"
+    requantize: bool = False
+    base_model: str | None = None
+    dtype: str | None = None
+    data: str | None = None
+    weights: tuple[float, ...] | None = None
+    combine: str = "sum"
+    density: float = 0.5
+    seed: int = 0
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is decided before anything is written."""
+
+    adapters: tuple[Adapter, ...]
+    options: MergeOptions
+    combination: Combination
+    base: str
+    base_folder: Path
+    tensors: tuple[Any, ...]  # name -> Entry, of each adapter's file
+    plans: dict[str, Any]  # choice of base -> MergePlan
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters of one base with their edits, how they become one, and the base's parameters.
+
+    `vocabulary` is the number of rows of the tables where training resized them.
+    """
+
+    found: tuple[Adapter, ...]
+    how: Combination
+    sources: tuple[tuple[Any, Any], ...]  # of each: its edits, and name -> Entry of its file
+    vocabulary: int | None
+    parameters: frozenset[str]
+
+
+def adapters_of(paths: Sequence[Path], options: MergeOptions) -> Adapters:
+    """The adapters at these paths. Raises UserError, before any weight of the base is looked at."""
+    from peftkit.model.edits import edits_of, refuse_unmergeable
+    from peftkit.model.saved import WEIGHTS, vocabulary_of
+    from peftkit.model.skeleton import blank
+    from peftkit.ship.tensors import read_all
+
+    o = options
+    how = combination(o.weights, len(paths), how=o.combine, density=o.density, seed=o.seed)
+    adapters = tuple(find_adapter(path, base=o.base_model) for path in paths)
+    for adapter in adapters:
+        refuse_unmergeable(adapter.folder, adapter.config)
+    _refuse_unlike(adapters)
+    first, tensors = adapters[0], [read_all([adapter.folder / WEIGHTS]) for adapter in adapters]
+    shapes = [{name: entry.shape for name, entry in found.items()} for found in tensors]
+    model = blank(first.source, first.base)
+    rows, parameters = vocabulary_of(model, shapes[0]), frozenset(model.state_dict())
+    edits = [
+        edits_of(blank(first.source, first.base, vocabulary=rows), adapter.folder, shape)
+        for adapter, shape in zip(adapters, shapes, strict=True)
+    ]
+    return Adapters(adapters, how, tuple(zip(edits, tensors, strict=True)), rows, parameters)
+
+
+def decided(paths: Sequence[Path], options: MergeOptions) -> Work:
+    """Everything that can be known without reading a weight."""
+    import torch
+
+    from peftkit.model.skeleton import skeleton, weights_folder
+    from peftkit.ship.plan import plan_merge
+    from peftkit.ship.tensors import read_all, weight_files
+
+    adapters = adapters_of(paths, options)
+    first = adapters.found[0]
+    base = _base_for(first.base, options)
+    folder = weights_folder(first.source, first.base)
+    weights = read_all(weight_files(folder))
+    bones = skeleton(first.source, first.base, folder, weights, vocabulary=adapters.vocabulary)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    choices = [DEQUANTIZED, ORIGINAL] if first.base.quant_type else [base]
+    plans = {
+        choice: plan_merge(weights, bones, adapters.sources, dtype=dtype, dequantized=choice == DEQUANTIZED)
+        for choice in dict.fromkeys([base, *choices])
+    }
+    tensors = tuple(files for _, files in adapters.sources)
+    return Work(adapters.found, options, adapters.how, base, folder, tensors, plans)
+
+
+def _base_for(base: BasePlan, options: MergeOptions) -> str:
+    """Which base is merged into: what was evaluated, unless the user says otherwise."""
+    if base.quant_type is None:
+        problems = []
+        if options.base == DEQUANTIZED:
+            fix = "leave out --base"
+            problems.append(Problem("--base", "dequantized, of a base that was not in 4-bit", ORIGINAL, fix))
+        if options.requantize:
+            got = "nf4, of a base that was not trained in 4-bit"
+            problems.append(Problem("--requantize", got, "a QLoRA adapter", "quantize the merged model"))
+        if problems:
+            raise UserError(problems)
+        return ORIGINAL
+    if options.requantize and options.base == DEQUANTIZED:
+        got = (
+            "nf4 of the dequantized weights: they stand on the grid's points, and a light adapter rounds away"
+        )
+        raise UserError(Problem("--requantize", got, "--base original", "leave out --base dequantized"))
+    if options.base != "auto":
+        return options.base
+    return ORIGINAL if options.requantize else DEQUANTIZED
+
+
+def _refuse_unlike(adapters: Sequence[Adapter]) -> None:
+    """Raises UserError where adapters are of different bases, or held them differently."""
+    from peftkit.model.identity import base_identity, differences
+
+    first = adapters[0]
+    one = base_identity(first.source, first.base)
+    for other in adapters[1:]:
+        two = base_identity(other.source, other.base)
+        if other.source != first.source and (
+            differences(one, two) or not (one["weights_sha256"] and two["weights_sha256"])
+        ):
+            got = f"an adapter of {other.base.id}"
+            raise UserError(Problem(str(other.folder), got, f"one of {first.base.id}, as the first"))
+        if one["quantization"] != two["quantization"]:
+            got = f"a base held as {two['quantization'] or 'it is'}"
+            raise UserError(Problem(str(other.folder), got, f"{one['quantization'] or 'as it is'}"))
+
+
+def write(work: Work, base: str, folder: Path, observer: Observer = lambda event: None) -> None:
+    """Weights, configuration and what stands beside them, into a folder that is there and empty."""
+    from peftkit.ship.folder import copy_beside
+    from peftkit.ship.merge import Sources, write_merged
+
+    first = work.adapters[0]
+    observer(
+        {"event": "phase", "name": "merge", "detail": f"writing {show_bytes(work.plans[base].num_bytes)}"}
+    )
+    sources = Sources(first.base, work.tensors, work.combination, requantize=work.options.requantize)
+
+    def progress(done: int, total: int) -> None:
+        observer({"event": "progress", "done_bytes": done, "total_bytes": total})
+
+    write_merged(work.plans[base], sources, folder, progress=progress)
+    copy_beside(first.folder, work.base_folder, folder, with_code=first.base.trust_remote_code)
