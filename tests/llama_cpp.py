@@ -16,8 +16,9 @@ import ctypes as c
 import hashlib
 import io
 import platform
+import subprocess
 import tarfile
-import urllib.request
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,21 @@ from typing import Any
 import numpy as np
 
 VERSION = "3.22.1"
-_PACKAGE = f"https://registry.npmjs.org/@node-llama-cpp/linux-x64/-/linux-x64-{VERSION}.tgz"
+_PACKAGE = f"@node-llama-cpp/linux-x64@{VERSION}"
 _SHA512 = "5uCCDNqWCNfaAm8aR/Uzxbo4HBpKgNF91kCHPepKhgMgV2OAmatoefbOlMihsqCiH2Od35E/eUHQCFbfRBJuOg=="
 FOLDER = Path(__file__).parent.parent / ".cache" / "llama-cpp" / VERSION
 RUNS_HERE = platform.system() == "Linux" and platform.machine() == "x86_64"
 
 
 def fetch(folder: Path = FOLDER) -> None:
-    """Download the library and unpack it, unless it is there. Raises OSError where its hash is another."""
+    """Fetch the library with npm, unless it is there. Raises OSError where its hash is another."""
     if (folder / "LICENSE").is_file():
         return
-    with urllib.request.urlopen(_PACKAGE, timeout=120) as answer:
-        data = answer.read()
+    with tempfile.TemporaryDirectory() as place:
+        command = ["npm", "pack", "--silent", "--pack-destination", place, _PACKAGE]
+        subprocess.run(command, check=True, timeout=300)
+        [archived] = Path(place).glob("*.tgz")
+        data = archived.read_bytes()
     if base64.b64encode(hashlib.sha512(data).digest()).decode() != _SHA512:
         raise OSError(f"{_PACKAGE} is not the pinned package")
     folder.mkdir(parents=True, exist_ok=True)

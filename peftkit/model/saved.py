@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,6 +69,27 @@ def load_adapter(model: Any, folder: Path) -> Any:
     if problems:
         raise UserError(problems)
     return loaded
+
+
+def load_weighted(model: Any, folders: Sequence[Path], weights: Sequence[float]) -> Any:
+    """The base with several LoRA adapters that act at once, each times its weight, for inference.
+
+    Raises UserError as `load_adapter` does.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    loaded = load_adapter(model, folders[0])
+    names = ["default"]
+    for number, folder in enumerate(folders[1:]):
+        names.append(f"adapter{number + 1}")
+        loaded.load_adapter(folder, adapter_name=names[-1])
+    for name, weight in zip(names, weights, strict=True):
+        loaded.set_adapter(name)
+        for module in loaded.modules():
+            if isinstance(module, LoraLayer):
+                module.scale_layer(weight)
+    loaded.base_model.set_adapter(names, inference_mode=True)
+    return loaded.eval()
 
 
 def load_into(model: Any, folder: Path) -> None:

@@ -79,7 +79,7 @@ def verified(
     from peftkit.ship.verify import compare
 
     if not work.combination.is_plain:
-        return made
+        return _sum_verified(work, made, staging, rows, observer)
     first = work.adapters[0]
 
     def told(what: str) -> None:
@@ -112,6 +112,37 @@ def verified(
     better = _gain(said[DEQUANTIZED], said[ORIGINAL])
     recommended = ORIGINAL if better.low > 0 else DEQUANTIZED
     return replace(made, choices=choices, recommended=recommended, gain=better)
+
+
+def _sum_verified(
+    work: Work, made: MergeReport, staging: Path, rows: Compared, observer: Observer
+) -> MergeReport:
+    """A sum of LoRA adapters is what PEFT computes with all active; other combinations nobody computes."""
+    from peftkit.model.hardware import detect_device
+    from peftkit.model.load import load_model, load_tokenizer
+    from peftkit.model.saved import load_weighted
+    from peftkit.ship.verify import compare, outputs
+
+    first = work.adapters[0]
+    if not work.is_sum_of_lora:
+        return made
+    observer({"event": "phase", "name": "verify", "detail": "asking the base with all adapters at once"})
+    held = replace(first.base, quant_type=None) if work.base == ORIGINAL else first.base
+    model = load_model(first.source, held, device=detect_device().kind)
+    model = load_weighted(model, [one.folder for one in work.adapters], work.combination.weights)
+    pad_id = load_tokenizer(str(staging), replace(first.base, revision=None)).pad_token_id
+    how = {"pad_id": pad_id, "task": first.base.task}
+    expected = outputs(model, rows.texts, judged=rows.judged, **how)
+    with model.disable_adapter():
+        without = outputs(model, rows.texts, **how)
+    del model
+    gc.collect()
+    observer(
+        {"event": "phase", "name": "verify", "detail": "asking the merged model, read back from the disk"}
+    )
+    fidelity = compare(expected, _asked(staging, first.base, rows), without=without)
+    problem = "" if made.requantized else fidelity.problem(_precision(work, first.base))
+    return replace(made, fidelity=fidelity, reference="the base with all adapters at once", problem=problem)
 
 
 def _precision(work: Work, base: BasePlan) -> str:

@@ -51,6 +51,12 @@ class Work:
     tensors: tuple[Any, ...]  # name -> Entry, of each adapter's file
     plans: dict[str, Any]  # choice of base -> MergePlan
 
+    @property
+    def is_sum_of_lora(self) -> bool:
+        """Whether PEFT computes the same with all adapters active: LoRA of weights, added up."""
+        edits = [edit for o in self.plans[self.base].outputs for own in o.edits for edit in own]
+        return self.combination.how == "sum" and all(edit.kind == "lora" for edit in edits)
+
 
 @dataclass(frozen=True)
 class Adapters:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from peftkit import interrupt
+from peftkit.errors import PeftkitError
 from peftkit.model.layout import Place
 from peftkit.model.quantize import packed_4bit, quantization_config, through_4bit
 from peftkit.plan.plan import BasePlan
@@ -47,6 +48,8 @@ def write_merged(plan: MergePlan, sources: Sources, folder: Path, *, progress: P
     Raises UserError for a file that is damaged, and what the disk raises.
     """
     reads = [_reader(tensors) for tensors in sources.adapters]
+    if not sources.combination.is_plain:
+        self_check(plan, reads, sources.combination)
     stacks = _Stacks(plan, sources.base)
     done, written = 0, {}
     for name, outputs in plan.files().items():
@@ -65,6 +68,24 @@ def write_merged(plan: MergePlan, sources: Sources, folder: Path, *, progress: P
     if sources.requantize:
         config["quantization_config"] = quantization_config(sources.base).to_dict()
     write_json(folder / "config.json", config)
+
+
+def self_check(plan: MergePlan, reads: Sequence[Read], how: Combination) -> None:
+    """Raises PeftkitError unless each adapter alone, of weight 1 and whole, is given back as it is.
+
+    On one weight of each: the arithmetic is the same for all.
+    """
+    alone = replace(how, weights=(1.0,), density=1.0)
+    for number, read in enumerate(reads):
+        output = next((o for o in plan.outputs if o.edits[number] and o.source is not None), None)
+        if output is None or output.source is None:
+            continue
+        place = output.place or Place(output.name)
+        own, weight = output.edits[number], output.source.read()
+        plain = merged(weight.float(), own, read, place=place, dtype=torch.float32)
+        through = combined(weight.float(), [own], [read], alone, place=place, dtype=torch.float32)
+        if not torch.allclose(plain, through, rtol=1e-5, atol=1e-6):
+            raise PeftkitError(f"{how.how} does not give {output.name} back for one adapter of weight 1")
 
 
 def _pieces(output: Output, value: torch.Tensor, sources: Sources) -> Iterator[tuple[str, torch.Tensor]]:
