@@ -13,7 +13,7 @@ from peftkit.model.edits import Edit
 from peftkit.model.layout import Place
 
 Read = Callable[[str], torch.Tensor]
-_SLICE_NUMBERS = 2**22  # added at a time: 16 MiB in fp32
+_SLICE_NUMBERS, _SLICE_ROWS = 2**20, 64  # added at a time: 4 MiB in fp32
 
 
 def merged(
@@ -24,9 +24,28 @@ def merged(
         return weight.to(dtype)
     if [edit.kind for edit in edits] == ["whole"]:
         return read(edits[0].tensors["value"]).to(dtype)
+    if len(edits) == 1 and edits[0].kind in {"lora", "embedding"} and weight.dtype == dtype:
+        return _plus_low_rank(weight, edits[0], read)
     if len(edits) == 1 and edits[0].adds and weight.dtype == dtype:
         return _plus(weight, added(edits[0], read, place=place, shape=weight.shape))
     return changed(weight, edits, read, place=place).to(dtype)
+
+
+def _plus_low_rank(weight: torch.Tensor, edit: Edit, read: Read) -> torch.Tensor:
+    """W + s B A, in place and slice by slice: the product never stands in memory as a whole.
+
+    A slice of a product has the bits of the whole: each number is a sum over the rank, in the same order.
+    """
+    a, b, turned = _factors(edit, read)
+    step = max(_SLICE_ROWS, _SLICE_NUMBERS // weight.shape[1] // _SLICE_ROWS * _SLICE_ROWS)
+    sums = torch.empty((step, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        target = weight[start : start + step]
+        product = (b @ a[:, start : start + step]).T if turned else b[start : start + step] @ a
+        found = sums[: len(target)]
+        found.copy_(target)
+        target.copy_(found.add_(product.mul_(edit.scale)))
+    return weight
 
 
 def _plus(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -90,12 +109,17 @@ def _vera(edit: Edit, read: Read, shape: Sequence[int]) -> torch.Tensor:
 
 def low_rank(edit: Edit, read: Read) -> torch.Tensor:
     """s B A in fp32, the way round that the weight has it."""
+    a, b, turned = _factors(edit, read)
+    product = b @ a
+    return (product.T if turned else product).mul_(edit.scale)
+
+
+def _factors(edit: Edit, read: Read) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """A and B in fp32, and whether the weight is their product the other way round."""
     a, b = read(edit.tensors["A"]).float(), read(edit.tensors["B"]).float()
     if "E" in edit.tensors:
         a = a * read(edit.tensors["E"]).float()
-    turned = edit.transposed or edit.kind == "embedding"
-    product = b @ a
-    return (product.T if turned else product).mul_(edit.scale)
+    return a, b, edit.transposed or edit.kind == "embedding"
 
 
 def _expert(edit: Edit, read: Read, place: Place, shape: Sequence[int]) -> torch.Tensor:

@@ -50,14 +50,14 @@ def write_merged(plan: MergePlan, sources: Sources, folder: Path, *, progress: P
     reads = [_reader(tensors) for tensors in sources.adapters]
     if not sources.combination.is_plain:
         self_check(plan, reads, sources.combination)
-    stacks = _Stacks(plan, sources.base)
+    weights = _Weights(plan, sources.base)
     done, written = 0, {}
     for name, outputs in plan.files().items():
         names = [output.name for output in outputs for _ in range(_PIECES if sources.requantize else 1)]
         with Writer(folder / name, names) as writer:
             for output in outputs:
                 interrupt.stop_if_requested("interrupted while merging; nothing is left of it")
-                for key, tensor in _pieces(output, _value(output, sources, reads, stacks), sources):
+                for key, tensor in _pieces(output, _value(output, sources, reads, weights), sources):
                     writer.put(key, tensor)
                 done += output.num_bytes
                 progress(done, plan.num_bytes)
@@ -113,16 +113,8 @@ def _reader(tensors: Mapping[str, Entry]) -> Read:
     return read
 
 
-def _value(output: Output, sources: Sources, reads: Sequence[Read], stacks: _Stacks) -> torch.Tensor:
-    place = output.place or Place(output.name)
-    if output.source is None:
-        weight = torch.zeros(output.shape, dtype=output.dtype)
-    elif output.in_4bit:
-        weight = stacks.weight(output)
-    elif _replaced(output):
-        weight = torch.empty(0)
-    else:
-        weight = output.source.read()
+def _value(output: Output, sources: Sources, reads: Sequence[Read], weights: _Weights) -> torch.Tensor:
+    place, weight = output.place or Place(output.name), weights.read(output)
     value = (
         combined(weight, output.edits, reads, sources.combination, place=place, dtype=output.dtype)
         if len(reads) > 1 or not sources.combination.is_plain
@@ -138,8 +130,11 @@ def _replaced(output: Output) -> bool:
     return len(output.edits) == 1 and bool(output.edits[0]) and output.edits[0][0].kind == "whole"
 
 
-class _Stacks:
-    """Weights that went through 4-bit. Experts that lie apart on disk are quantized as one, as in a model."""
+class _Weights:
+    """The base's weights as training saw them, read into two buffers in turn: one is written meanwhile.
+
+    Experts that lie apart on disk are put through 4-bit as the one parameter that they are in the model.
+    """
 
     def __init__(self, plan: MergePlan, base: BasePlan) -> None:
         self._base = base
@@ -148,9 +143,21 @@ class _Stacks:
             if output.in_4bit and output.place is not None and output.place.expert is not None:
                 self._parts.setdefault(output.place.parameter, []).append(output)
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+        largest = max((o.source.num_bytes for o in plan.outputs if o.source is not None), default=0)
+        self._buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(2)]
 
-    def weight(self, output: Output) -> torch.Tensor:
-        """A tensor of the files as training saw it."""
+    def read(self, output: Output) -> torch.Tensor:
+        """A tensor of the files. It may be written to, and lasts until the next but one is read."""
+        if output.source is None:
+            return torch.zeros(output.shape, dtype=output.dtype)
+        if _replaced(output):
+            return torch.empty(0)
+        if output.in_4bit:
+            return self._through_4bit(output)
+        self._buffers.reverse()
+        return output.source.read(into=self._buffers[0])
+
+    def _through_4bit(self, output: Output) -> torch.Tensor:
         assert output.source is not None and output.place is not None
         held = getattr(torch, self._base.dtype)
         place = output.place

@@ -14,12 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.model.contained import contained_file, plain_names, read_json_file
+from peftkit.ship.direct import BLOCK, DirectFile
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own bound
@@ -53,9 +54,12 @@ class Entry:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self) -> torch.Tensor:
-        """Its numbers, in memory of their own. Raises UserError where the file ends before they do."""
-        raw = torch.empty(self.num_bytes, dtype=torch.uint8)
+    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Its numbers, in memory of their own or in that of `into`, which is flat, of uint8 and large enough.
+
+        Raises UserError where the file ends before they do.
+        """
+        raw = torch.empty(self.num_bytes, dtype=torch.uint8) if into is None else into[: self.num_bytes]
         view = _bytes_of(raw)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
@@ -132,25 +136,24 @@ def read_all(files: list[Path]) -> dict[str, Entry]:
 class Writer:
     """Writes one file tensor by tensor, as they come; the header is filled in at the end.
 
-    While a tensor is written its successor is computed: tensors are not to be changed once they were put.
+    While a tensor is written its successor is computed: none is to be changed before the next but one is put.
     `names` are those of all tensors to come: room for the header is kept for them. What a `with` that ends in
     an error leaves behind is no safetensors file.
     """
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
         self._path = path
-        room = sum(_ABOUT_BYTES + 6 * len(name) for name in names)  # a character takes up to six in JSON
-        self._room = _ABOUT_BYTES + room + -room % 8
+        # a character takes up to six in JSON
+        room = 8 + _ABOUT_BYTES + sum(_ABOUT_BYTES + 6 * len(name) for name in names)
+        self._room = -(-room // BLOCK) * BLOCK
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._offset = 0
-        self._file: IO[bytes] | None = None
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self.written: dict[str, int] = {}  # name -> bytes
 
     def __enter__(self) -> Writer:
-        self._file = self._path.open("wb", buffering=0)
-        self._file.seek(8 + self._room)
+        self._file = DirectFile(self._path, room=self._room)
         return self
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
@@ -161,7 +164,7 @@ class Writer:
         about = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         self._header[name], self._offset, self.written[name] = about, end, flat.numel()
         self._wait()
-        self._writing = self._thread.submit(self._write, _bytes_of(flat))
+        self._writing = self._thread.submit(self._file.write, flat)
 
     def _wait(self) -> None:
         """Until what was put is written. Raises what that raised."""
@@ -169,24 +172,16 @@ class Writer:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def _write(self, view: memoryview) -> None:
-        assert self._file is not None
-        done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._file is not None
         try:
             if kind is None:
                 self._wait()
-                text = json.dumps(self._header).encode().ljust(self._room)
-                if len(text) > self._room:
+                text = json.dumps(self._header).encode().ljust(self._room - 8)
+                if len(text) > self._room - 8:
                     raise PeftkitError(f"{self._path.name}: more tensors were written than it was made for")
-                self._file.seek(0)
-                self._write(memoryview(struct.pack("<Q", len(text)) + text))
+                self._file.finish(struct.pack("<Q", len(text)) + text)
         finally:
             self._thread.shutdown()
             self._file.close()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftkit.model.edits import Edit
@@ -16,6 +16,7 @@ def tensor(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
+@settings(deadline=None)
 @given(SIZES, SIZES, st.integers(1, 4), st.booleans(), st.sampled_from([torch.bfloat16, torch.float32]))
 def test_lora(d_out, d_in, rank, transposed, dtype):
     a, b = tensor(rank, d_in), tensor(d_out, rank, seed=1)
@@ -28,6 +29,7 @@ def test_lora(d_out, d_in, rank, transposed, dtype):
     assert bool(((got.double() - exact).abs() <= one_rounding).all())
 
 
+@settings(deadline=None)
 @given(SIZES, SIZES, st.booleans())
 def test_dora_has_the_magnitudes_as_lengths(d_out, d_in, transposed):
     a, b, m = tensor(2, d_in), tensor(d_out, 2, seed=1), tensor(d_out, seed=3).abs() + 0.1
@@ -61,11 +63,15 @@ def test_many_rows_are_added_slice_by_slice():
     from peftkit.ship import deltas
 
     rows = deltas._SLICE_NUMBERS // 1024 * 2 + 3
-    a, b = tensor(2, 1024), tensor(rows, 2, seed=1)
-    weight = torch.zeros(rows, 1024, dtype=torch.bfloat16)
-    edit = Edit("lora", {"A": "a", "B": "b"}, 1.0)
-    got = merged(weight, (edit,), {"a": a, "b": b}.__getitem__, place=Place("w"), dtype=torch.bfloat16)
-    assert torch.equal(got, (b @ a).bfloat16())
+    a, b = tensor(5, 1024), tensor(rows, 5, seed=1)
+    read = {"a": a, "b": b, "v": tensor(rows, seed=2)}.__getitem__
+    weight = tensor(rows, 1024, seed=3).bfloat16()
+    for turned in (False, True):
+        edit = Edit("lora", {"A": "a", "B": "b"}, 0.3, transposed=turned)
+        whole = weight.T.contiguous() if turned else weight
+        exact = (whole.float() + ((b @ a).T if turned else b @ a) * 0.3).bfloat16()
+        got = merged(whole.clone(), (edit,), read, place=Place("w"), dtype=torch.bfloat16)
+        assert torch.equal(got, exact), "the bits of the whole product"
 
 
 def test_scales_rows_and_bias():
