@@ -36,7 +36,8 @@ INITS: dict[str, bool | str] = {
     "eva": "eva",
 }
 CHANGES_BASE = ("pissa", "olora")  # they subtract their start from the base weights
-_TIES_KNOWN = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+# tied tables that PEFT keeps tied when it is asked for the one end or the other
+_TIED_BY_TABLE, _TIED_BY_HEAD = ("embed_tokens",), ("wte", "word_embeddings")
 
 
 class LoraOptions(Options):
@@ -110,6 +111,9 @@ def peft(options: LoraOptions, shape: ModelShape, selection: Selection) -> PeftS
     if whole:
         family = shape.family
         names = {"embeddings": [family.embeddings], "head": [family.head], "norms": norm_names(shape)}
+        if shape.tied_embeddings:
+            end = "head" if family.embeddings in _TIED_BY_HEAD else "embeddings"
+            names |= {"embeddings": names[end], "head": names[end]}
         saved = [*arguments.get("modules_to_save", ()), *(name for item in whole for name in names[item])]
         arguments["modules_to_save"] = list(dict.fromkeys(saved))
         if shape.tied_embeddings and {"embeddings", "head"} & set(whole):
@@ -142,7 +146,7 @@ def conflicts(options: LoraOptions, shape: ModelShape, selection: Selection) -> 
     if "norms" in options.also_train and "ln" in shape.family.refuses:
         yield Conflict("also_train", "norms", "no norms here", shape.family.refuses["ln"])
     table = {"embeddings", "head"} & set(_whole(options))
-    if table and shape.tied_embeddings and shape.family.embeddings not in _TIES_KNOWN:
+    if table and shape.tied_embeddings and shape.family.embeddings not in (*_TIED_BY_TABLE, *_TIED_BY_HEAD):
         yield Conflict(
             "also_train",
             f"{sorted(table)[0]} of a model whose {shape.family.embeddings} is tied to its head",

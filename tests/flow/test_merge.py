@@ -359,3 +359,21 @@ def test_data_that_is_gone_is_told_and_short_texts_stand_in(recipe, tmp_path):
     report = peftkit.merge_adapter(run, out=tmp_path / "merged", observer=events.append)
     assert report.passed and report.fidelity.loss is None
     assert any("compared on short texts" in event.get("text", "") for event in events)
+
+
+@pytest.mark.parametrize("also", ["embeddings", "head"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom"])
+def test_a_tied_table_is_trained_and_merged_as_the_one_that_it_is(model_type, also, recipe, tmp_path):
+    """PEFT keeps a tie where it is asked for the end that it knows: which one differs by family."""
+    from transformers import AutoTokenizer
+
+    from tests.conftest import save_tiny
+
+    num_tokens = len(AutoTokenizer.from_pretrained(TINY_LLAMA))
+    base, _ = save_tiny(tmp_path, model_type, tie_word_embeddings=True, vocab_size=num_tokens)
+    with_tokenizer(base)
+    run = trained({**recipe, "base": str(base)}, tmp_path / "run", also_train=[also])
+    report = peftkit.merge_adapter(run, out=tmp_path / "merged")
+    assert report.passed and not report.untied
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config.get("tie_word_embeddings", True) is True
