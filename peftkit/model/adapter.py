@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def _peft_config(model: Any, plan: Plan, tokenizer: Any) -> Any:
 
     spec = plan.method.peft
     assert spec is not None
-    arguments = dict(spec.arguments)
+    arguments = deepcopy(dict(spec.arguments))  # PEFT writes into lists that it is given
     if plan.method.token_rows:
         rows = plan.method.token_rows
         # without a tokenizer (to see shapes) any rows stand for them
