@@ -241,6 +241,8 @@ def _as_adapter(arguments: argparse.Namespace, paths: Sequence[str], weights: Se
         "--requantize": arguments.requantize,
         "--data": arguments.data,
         "--base-model": arguments.base_model,
+        "--density": arguments.density is not None,
+        "--seed": arguments.seed is not None,
         "--force": arguments.force,
     }
     if wrong := [Problem(flag, "given with --as-adapter", "dense weights") for flag in given if given[flag]]:
@@ -274,10 +276,15 @@ def export(arguments: argparse.Namespace) -> int:
 def _weighted(text: str) -> tuple[str, float]:
     """A path with its weight: PATH*0.5, or PATH alone."""
     path, star, weight = text.rpartition("*")
-    try:
-        return (path, float(weight)) if star and path else (text, 1.0)
-    except ValueError:
+    if not star or not path:
         return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        fix = "PATH*0.5; a path with a star in it takes a weight: PATH*1"
+        raise UserError(
+            Problem("command line", f"the weight {weight!r} of {path}", "a number", fix)
+        ) from None
 
 
 def inspect_model(arguments: argparse.Namespace) -> int:

@@ -124,15 +124,19 @@ def _wrapped(model: Any, folder: Path) -> Any:
     import peft
     import torch
 
-    config = peft.PeftConfig.from_pretrained(str(folder))
-    if isinstance(config, peft.LoraConfig):
-        config.init_lora_weights = True  # how it started does not matter any more, and may look at weights
     try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        if isinstance(config, peft.LoraConfig):
+            config.init_lora_weights = (
+                True  # how it started does not matter any more, and may look at weights
+            )
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        got = f"an adapter that does not go onto this base ({str(error).strip().splitlines()[0][:200]})"
+    except Exception as error:
+        # a configuration that is damaged fails in any part of PEFT: with the type that the part raises
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        got = f"an adapter that does not go onto this base ({said})"
         raise UserError(Problem(str(folder), got, "an adapter of this base")) from error
 
 

@@ -50,7 +50,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()))
         files = [folder / str(name) for name in names]
         return files if all(file.is_file() for file in files) else []
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if single.is_file():
+        return [single]
+    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
 
 
 def _weights_sha256(folder: Path) -> str | None:
@@ -88,6 +90,7 @@ def base_identity(source: str, plan: BasePlan) -> dict[str, Any]:
         "config_sha256": _config_sha256(folder) if folder and not made_from else None,
         "weights_sha256": made_from or (_weights_sha256(folder) if folder else None),
         "quantization": _quantization(plan) if quantized else None,
+        "overrides": dict(plan.overrides),
     }
 
 
@@ -104,15 +107,17 @@ def _quantization(plan: BasePlan) -> dict[str, Any]:
     }
 
 
-def quantization_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapter's identity says of 4-bit, as fields of a `BasePlan`; empty where it was none.
+def held_as(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter's identity says of how its base was held, as fields of a `BasePlan`.
 
-    Adapters written before the whole of it was kept say their type alone, and count as not quantized.
+    Adapters written before the whole of it was kept say the type of 4-bit alone: `is_4bit_unknown`.
     """
+    changed = identity.get("overrides")
+    fields: dict[str, Any] = {"overrides": dict(changed)} if isinstance(changed, Mapping) else {}
     found = identity.get("quantization")
     if not isinstance(found, Mapping) or "skip_modules" not in found:
-        return {}
-    return {
+        return fields
+    return fields | {
         "quant_type": str(found["type"]),
         "double_quant": bool(found["double"]),
         "dtype": str(found["dtype"]),
@@ -127,6 +132,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     keys = ("config_sha256", "weights_sha256")
     names = {"config_sha256": "configuration", "weights_sha256": "weights"}
     return [names[key] for key in keys if before.get(key) and now.get(key) and before[key] != now[key]]
+
+
+def is_4bit_unknown(identity: Mapping[str, Any]) -> bool:
+    """Whether an adapter's base was held in 4-bit, and its identity does not tell which layers and how."""
+    found = identity.get("quantization")
+    return isinstance(found, Mapping) and "skip_modules" not in found
 
 
 def read_identity(folder: Path) -> dict[str, Any]:

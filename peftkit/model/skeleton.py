@@ -58,6 +58,7 @@ class Skeleton:
     shapes: Mapping[str, tuple[int, ...]]
     ties: Mapping[str, tuple[str, ...]]
     in_4bit: Mapping[str, bool]
+    tables: frozenset[str]  # the embeddings and all that is tied to them
     config: Mapping[str, Any]
 
 
@@ -81,12 +82,16 @@ def skeleton(
     source: str, plan: BasePlan, folder: Path, names: Iterable[str], *, vocabulary: int | None = None
 ) -> Skeleton:
     """What merging needs to know of a base; `names` are those of the tensors in its files."""
-    from peftkit.model.quantize import layers_in_4bit
+    from peftkit.model.quantize import layers_in_4bit, mended_loading
 
-    model = blank(source, plan, vocabulary=vocabulary)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied, found, config = ties(model), places(model, names), _config_of(model, source, plan, folder)
-    return Skeleton(found, shapes, tied, layers_in_4bit(model, plan), config)
+    with mended_loading(plan):
+        model = blank(source, plan, vocabulary=vocabulary)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tied, found, config = ties(model), places(model, names), _config_of(model, source, plan, folder)
+        table = model.get_input_embeddings().weight
+        tables = {name for name, tensor in model.state_dict(keep_vars=True).items() if tensor is table}
+        in_4bit = layers_in_4bit(model, plan)
+    return Skeleton(found, shapes, tied, in_4bit, frozenset(tables), config)
 
 
 def _config_of(model: Any, source: str, plan: BasePlan, folder: Path) -> dict[str, Any]:

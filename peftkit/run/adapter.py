@@ -32,6 +32,7 @@ class Adapter:
     config: dict[str, Any]
     plan: Plan | None = None
     run: RunDir | None = None
+    is_4bit_unknown: bool = False  # held in 4-bit, and its files do not say how
 
 
 def run_of(path: Path) -> Path:
@@ -43,6 +44,18 @@ def run_of(path: Path) -> Path:
 def is_away(path: Path) -> bool:
     """Whether a path is an adapter's folder without the run that made it."""
     return not (run_of(path) / "plan.json").is_file() and (path / "adapter_config.json").is_file()
+
+
+def adapter_folder(path: Path) -> Path:
+    """Where the files of a run's or of any adapter lie, whole; nobody looks whether its base is there."""
+    if not stands(path):
+        raise UserError(Problem(str(path), "nothing there", WHAT))
+    if not is_away(path):
+        return _of_run(path).folder
+    adapter_config(path)
+    if (path / MANIFEST).is_file():
+        refuse_damaged(path)
+    return path
 
 
 def find_adapter(path: Path, *, base: str | None = None) -> Adapter:
@@ -60,7 +73,11 @@ def find_adapter(path: Path, *, base: str | None = None) -> Adapter:
     found = _away(path, base) if is_away(path) else _of_run(path)
     if base is not None:
         found = replace(found, base=replace(found.base, id=base, revision=None))
-    where = locate(found.base.id, revision=found.base.revision, where="base")
+    try:
+        where = locate(found.base.id, revision=found.base.revision, where="base")
+    except UserError as error:
+        moved = "if it was moved: --base-model PLACE"
+        raise UserError([replace(p, fix=p.fix or moved) for p in error.problems]) from None
     found = replace(found, source=loadable(where, "base"))
     refuse_other_base(found.folder, found.source, found.base)
     return found
@@ -84,10 +101,13 @@ def _of_run(path: Path) -> Adapter:
 
 
 def _away(path: Path, base: str | None) -> Adapter:
+    from peftkit.model.identity import is_4bit_unknown, read_identity
+
     config = adapter_config(path)
     if (path / MANIFEST).is_file():  # made by peftkit, and away from its run
         refuse_damaged(path)
-    return Adapter(path, base_of(path, config, id=base), "", config)
+    unknown = is_4bit_unknown(read_identity(path))
+    return Adapter(path, base_of(path, config, id=base), "", config, is_4bit_unknown=unknown)
 
 
 def refuse_damaged(folder: Path) -> None:
@@ -117,7 +137,7 @@ def base_of(path: Path, config: dict[str, Any], *, id: str | None = None) -> Bas
     """How the base of an adapter away from its run is held: as peftkit wrote beside it, or as it is."""
     from peftkit.model.adapter import PEFT_TASKS
     from peftkit.model.hardware import detect_device
-    from peftkit.model.identity import quantization_of, read_identity
+    from peftkit.model.identity import held_as, read_identity
     from peftkit.model.locate import locate
     from peftkit.model.shapes import shape_of_base
 
@@ -135,4 +155,5 @@ def base_of(path: Path, config: dict[str, Any], *, id: str | None = None) -> Bas
     )
     dtype = "bfloat16" if detect_device().kind == "cuda" else "float32"
     plain = plain_base(shape, id=base.id, kind=base.kind, revision=revision, dtype=dtype)
-    return replace(plain, **quantization_of(read_identity(path)))
+    held = held_as(read_identity(path))
+    return replace(plain, **{**held, "overrides": {**plain.overrides, **held.get("overrides", {})}})

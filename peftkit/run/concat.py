@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftkit import interrupt
 from peftkit.errors import Problem, UserError
 from peftkit.run.merge_work import MergeOptions, adapters_of
+from peftkit.run.place import new_folder, problems_told
 from peftkit.rundir import publish_folder, write_sealed
 from peftkit.ship.concat import Concatenated
 from peftkit.units import html_table
@@ -43,12 +45,10 @@ def concat(paths: Sequence[Path], out: Path, options: MergeOptions, *, rank: int
     if options.combine != "sum":
         got, fix = f"{options.combine} with --as-adapter", "leave out --as-adapter, or --combine"
         raise UserError(Problem("--combine", got, "sum", fix))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        got = "a folder that is not empty" if out.is_dir() else "a file"
-        raise UserError(Problem(str(out), got, "a new or empty folder", "choose another --out"))
+    out = new_folder(out)
     adapters = adapters_of(paths, options)
     first, weights = adapters.found[0], adapters.how.weights
-    with publish_folder(out) as staging:
+    with interrupt.listening(), problems_told(out), publish_folder(out) as staging:
         made = concatenate(
             adapters.sources,
             weights,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from peftkit import interrupt
-from peftkit.errors import PeftkitError, Problem, UserError
+from peftkit.errors import PeftkitError
 from peftkit.recipe.paths import shown
+from peftkit.run.adapter import Adapter
 from peftkit.run.card import write_card
 from peftkit.run.merge_compare import Compared, verified
 from peftkit.run.merge_work import MergeOptions, Observer, Work, decided, write
-from peftkit.rundir import is_full, publish_folder, refuse_without_room, write_json
+from peftkit.run.place import new_folder, problems_told
+from peftkit.rundir import is_locked, publish_folder, refuse_without_room, write_json
 from peftkit.rundir.files import TEMPORARY
 from peftkit.ship.report import REPORT, MergeReport
 from peftkit.units import show_bytes
@@ -35,42 +36,28 @@ def merge(
     PeftkitError where the written model is not what was trained, unless `force` was wanted. Then, and after
     an interruption, nothing is left in `out`.
     """
-    _refuse_out(out, observer)
+    out = new_folder(out)
+    _tell_of_left(out, observer)
     with interrupt.listening():
         work = decided(paths, options)
         compared = [work.base]
         rows = Compared.of(work, paths[0], observer)
-        if work.adapters[0].base.quant_type is not None and rows.judged and len(work.plans) > 1:
+        both = work.adapters[0].base.quant_type is not None and not options.requantize
+        if both and rows.judged and len(work.plans) > 1:
             compared = list(work.plans)
         needed = sum(work.plans[base].num_bytes for base in compared) + _SPARE_BYTES
         refuse_without_room(out, needed, what="the merged model", fix="make room, or choose another --out")
-        with _room_told(out, needed):
+        with problems_told(out, needed):
             return _published(work, paths[0], out, compared, rows, observer)
 
 
-def _refuse_out(out: Path, observer: Observer) -> None:
-    """Raises UserError for a place that holds something; tells of what a killed merge left."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        got = "a folder that is not empty" if out.is_dir() else "a file"
-        raise UserError(Problem(str(out), got, "a new or empty folder", "choose another --out"))
+def _tell_of_left(out: Path, observer: Observer) -> None:
+    """What a killed merge left; a folder that a live one writes to is locked."""
     for left in sorted(out.parent.glob(f"{TEMPORARY}{out.name}-*")) if out.parent.is_dir() else ():
-        size = show_bytes(sum(path.stat().st_size for path in left.rglob("*") if path.is_file()))
-        observer(
-            {"event": "notice", "text": f"left by a merge that was killed, safe to remove: {left} ({size})"}
-        )
-
-
-@contextmanager
-def _room_told(out: Path, needed: int) -> Iterator[None]:
-    """A full disk as the user's to mend, with how much is needed."""
-    try:
-        yield
-    except OSError as error:
-        if not is_full(error):
-            raise
-        got = f"a disk that is full ({error.strerror or error})"
-        fix = "make room, or choose another --out; nothing half-written is left"
-        raise UserError(Problem(str(out), got, f"{show_bytes(needed)} free", fix)) from error
+        if left.is_dir() and not is_locked(left):
+            size = show_bytes(sum(path.stat().st_size for path in left.rglob("*") if path.is_file()))
+            text = f"left by a merge that was killed, safe to remove: {left} ({size})"
+            observer({"event": "notice", "text": text})
 
 
 def _published(
@@ -92,6 +79,11 @@ def _published(
     return report
 
 
+def _named(adapters: Sequence[Adapter]) -> list[str]:
+    """Names that say which is which and not where: a report travels with the model."""
+    return [(a.run.path if a.run is not None else a.folder).resolve().name for a in adapters]
+
+
 def _report(work: Work, out: Path) -> MergeReport:
     """What is known without comparing anything."""
     plan, first = work.plans[work.base], work.adapters[0]
@@ -99,8 +91,8 @@ def _report(work: Work, out: Path) -> MergeReport:
     return MergeReport(
         out=str(out),
         base=work.base if first.base.quant_type else "",
-        base_id=shown(first.base.id),
-        adapters=tuple((shown(str(a.folder)), w) for a, w in zip(work.adapters, weights, strict=True)),
+        base_id=Path(first.base.id).name if Path(first.base.id).exists() else shown(first.base.id),
+        adapters=tuple(zip(_named(work.adapters), weights, strict=True)),
         how=work.combination.how,
         dtype=", ".join(sorted({str(o.dtype).removeprefix("torch.") for o in plan.outputs})),
         num_tensors=len(plan.outputs),
@@ -109,7 +101,7 @@ def _report(work: Work, out: Path) -> MergeReport:
         fidelity=None,
         reference="",
         problem="",
-        requantized="nf4" if work.options.requantize else "",
+        requantized=str(first.base.quant_type) if work.options.requantize else "",
     )
 
 

@@ -17,8 +17,11 @@ from peftkit.plan.plan import BasePlan
 from peftkit.run.adapter import Adapter
 from peftkit.run.merge_work import DEQUANTIZED, ORIGINAL, Observer, Work, write
 from peftkit.run.result import Result, load_result
+from peftkit.rundir import read_json
 from peftkit.ship.report import Choice, MergeReport
+from peftkit.ship.verify import Fidelity
 
+_MOST_LOST = 0.5  # of what the adapter changes
 _MOST_ROWS = 200  # of held-out rows that a loss is measured on
 
 
@@ -96,7 +99,7 @@ def verified(
         fidelity = compare(expected, got, without=alone)
         reference = "the original base with the adapter"
     problem = fidelity.problem(_precision(work, first.base))
-    made = replace(made, fidelity=fidelity, reference=reference, problem="" if made.requantized else problem)
+    made = replace(made, fidelity=fidelity, reference=reference, problem=_or_lost(made, fidelity, problem))
     if len(compared) < 2:
         return made
     said = {work.base: got}
@@ -112,6 +115,16 @@ def verified(
     better = _gain(said[DEQUANTIZED], said[ORIGINAL])
     recommended = ORIGINAL if better.low > 0 else DEQUANTIZED
     return replace(made, choices=choices, recommended=recommended, gain=better)
+
+
+def _or_lost(made: MergeReport, fidelity: Fidelity, problem: str) -> str:
+    """What 4 bits cost is the user's choice, as long as more than half of the adapter is left."""
+    if not made.requantized:
+        return problem
+    if fidelity.effect is not None and not fidelity.kl <= _MOST_LOST * fidelity.effect:
+        share = fidelity.kl / max(fidelity.effect, 1e-12)
+        return f"in {made.requantized} again {share:.0%} of what the adapter changes is lost"
+    return ""
 
 
 def _sum_verified(
@@ -141,8 +154,9 @@ def _sum_verified(
         {"event": "phase", "name": "verify", "detail": "asking the merged model, read back from the disk"}
     )
     fidelity = compare(expected, _asked(staging, first.base, rows), without=without)
-    problem = "" if made.requantized else fidelity.problem(_precision(work, first.base))
-    return replace(made, fidelity=fidelity, reference="the base with all adapters at once", problem=problem)
+    problem = fidelity.problem(_precision(work, first.base))
+    reference = "the base with all adapters at once"
+    return replace(made, fidelity=fidelity, reference=reference, problem=_or_lost(made, fidelity, problem))
 
 
 def _precision(work: Work, base: BasePlan) -> str:
@@ -174,6 +188,9 @@ def _asked(folder: Path, base: BasePlan, rows: Compared) -> Any:
     from peftkit.ship.verify import outputs
 
     plain = replace(base, id=str(folder), revision=None, quant_type=None, overrides={}, labels=())
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:  # its other weights stay in the type that they are in
+        plain = replace(plain, dtype=str(config.get("dtype") or config.get("torch_dtype") or base.dtype))
     model = load_model(str(folder), plain, device=detect_device().kind)
     tokenizer = load_tokenizer(str(folder), plain)
     found = outputs(model, rows.texts, pad_id=tokenizer.pad_token_id, task=base.task, judged=rows.judged)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
-from peftkit.plan.plan import BasePlan
 from peftkit.run.adapter import Adapter, find_adapter
 from peftkit.ship.combine import Combination, combination
 from peftkit.units import show_bytes
 
 Observer = Callable[[dict[str, Any]], None]
 DEQUANTIZED, ORIGINAL = "dequantized", "original"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class MergeOptions:
     For a base that was held in 4-bit `base` is dequantized (what was evaluated, and what auto means) or
     original, and `requantize` writes the sum in NF4 again. `base_model` is another place of the same base,
     `dtype` the type of all weights, `data` what to compare on. Several adapters are combined with `weights`
-    (1 each) by sum, ties or dare: of these two the first keeps, and the second draws, a share `density`.
+    (1 each) by sum, ties or dare: of these two the first keeps, and the second draws with a `seed`, a share
+    `density` (0.5).
     """
 
     base: str = "auto"
@@ -34,9 +35,31 @@ class MergeOptions:
     data: str | None = None
     weights: tuple[float, ...] | None = None
     combine: str = "sum"
-    density: float = 0.5
-    seed: int = 0
+    density: float | None = None
+    seed: int | None = None
     force: bool = False
+
+    def problems(self) -> list[Problem]:
+        """Values that are none, and options without effect."""
+        found = []
+        if self.base not in {"auto", DEQUANTIZED, ORIGINAL}:
+            found.append(Problem("--base", self.base, f"{DEQUANTIZED} or {ORIGINAL}"))
+        if self.dtype not in {None, *DTYPES}:
+            found.append(Problem("--dtype", str(self.dtype), ", ".join(DTYPES)))
+        if self.density is not None and self.combine not in {"ties", "dare"}:
+            found.append(
+                Problem("--density", f"with --combine {self.combine}", "ties or dare", "leave it out")
+            )
+        if self.seed is not None and self.combine != "dare":
+            found.append(Problem("--seed", f"with --combine {self.combine}", "dare", "leave it out"))
+        return found
+
+    def combination(self, num: int) -> Combination:
+        """How so many adapters become one. Raises UserError, all at once."""
+        if problems := self.problems():
+            raise UserError(problems)
+        density = 0.5 if self.density is None else self.density
+        return combination(self.weights, num, how=self.combine, density=density, seed=self.seed or 0)
 
 
 @dataclass(frozen=True)
@@ -77,18 +100,25 @@ def adapters_of(paths: Sequence[Path], options: MergeOptions) -> Adapters:
     from peftkit.model.edits import edits_of, refuse_unmergeable
     from peftkit.model.saved import WEIGHTS, vocabulary_of
     from peftkit.model.skeleton import blank
-    from peftkit.ship.tensors import read_all
+    from peftkit.ship.tensors import read_all, refuse_non_finite
 
-    o = options
-    how = combination(o.weights, len(paths), how=o.combine, density=o.density, seed=o.seed)
-    adapters = tuple(find_adapter(path, base=o.base_model) for path in paths)
+    how = options.combination(len(paths))
+    adapters = tuple(find_adapter(path, base=options.base_model) for path in paths)
     for adapter in adapters:
         refuse_unmergeable(adapter.folder, adapter.config)
     _refuse_unlike(adapters)
     first, tensors = adapters[0], [read_all([adapter.folder / WEIGHTS]) for adapter in adapters]
+    for found in tensors:
+        refuse_non_finite(found)
     shapes = [{name: entry.shape for name, entry in found.items()} for found in tensors]
     model = blank(first.source, first.base)
-    rows, parameters = vocabulary_of(model, shapes[0]), frozenset(model.state_dict())
+    resized = [vocabulary_of(model, shape) for shape in shapes]
+    if not how.is_plain and any(resized):
+        number = next(i for i, rows in enumerate(resized) if rows)
+        got = f"a vocabulary of {resized[number]:,} tokens, resized in training"
+        fix = "merge it alone, with weight 1"
+        raise UserError(Problem(str(adapters[number].folder), got, "tables of the base's size", fix))
+    rows, parameters = resized[0], frozenset(model.state_dict())
     edits = [
         edits_of(blank(first.source, first.base, vocabulary=rows), adapter.folder, shape)
         for adapter, shape in zip(adapters, shapes, strict=True)
@@ -106,10 +136,13 @@ def decided(paths: Sequence[Path], options: MergeOptions) -> Work:
 
     adapters = adapters_of(paths, options)
     first = adapters.found[0]
-    base = _base_for(first.base, options)
+    base = _base_for(first, options)
     folder = weights_folder(first.source, first.base)
     weights = read_all(weight_files(folder))
     bones = skeleton(first.source, first.base, folder, weights, vocabulary=adapters.vocabulary)
+    if options.requantize and any(len(bones.shapes[name]) > 2 for name in bones.in_4bit):
+        got, fix = "nf4, of fused experts", "leave it out: transformers cannot load these in 4-bit"
+        raise UserError(Problem("--requantize", got, "layers alone in 4-bit", fix))
     dtype = getattr(torch, options.dtype) if options.dtype else None
     choices = [DEQUANTIZED, ORIGINAL] if first.base.quant_type else [base]
     plans = {
@@ -120,8 +153,16 @@ def decided(paths: Sequence[Path], options: MergeOptions) -> Work:
     return Work(adapters.found, options, adapters.how, base, folder, tensors, plans)
 
 
-def _base_for(base: BasePlan, options: MergeOptions) -> str:
+def _base_for(adapter: Adapter, options: MergeOptions) -> str:
     """Which base is merged into: what was evaluated, unless the user says otherwise."""
+    base = adapter.base
+    if adapter.is_4bit_unknown and options.base != ORIGINAL:
+        got = "a base that was held in 4-bit, and not how"
+        fix = "merge the run that it is from, or take --base original, another model than was evaluated"
+        raise UserError(Problem(str(adapter.folder / "peftkit.json"), got, "which layers, and how", fix))
+    if options.requantize and base.quant_type not in {None, "nf4"}:
+        got = f"nf4, of a base that was trained in {base.quant_type}"
+        raise UserError(Problem("--requantize", got, "a base in nf4", "leave it out"))
     if base.quant_type is None:
         problems = []
         if options.base == DEQUANTIZED:
@@ -156,9 +197,15 @@ def _refuse_unlike(adapters: Sequence[Adapter]) -> None:
         ):
             got = f"an adapter of {other.base.id}"
             raise UserError(Problem(str(other.folder), got, f"one of {first.base.id}, as the first"))
-        if one["quantization"] != two["quantization"]:
-            got = f"a base held as {two['quantization'] or 'it is'}"
-            raise UserError(Problem(str(other.folder), got, f"{one['quantization'] or 'as it is'}"))
+        for what, mine, its in (
+            ("4-bit", one["quantization"], two["quantization"]),
+            ("task", first.base.task, other.base.task),
+            ("classes", first.base.labels, other.base.labels),
+            ("changes of the configuration", dict(first.base.overrides), dict(other.base.overrides)),
+        ):
+            if mine != its:
+                got = f"{what}: {its or 'none'}"
+                raise UserError(Problem(str(other.folder), got, f"{mine or 'none'}, as the first's"))
 
 
 def write(work: Work, base: str, folder: Path, observer: Observer = lambda event: None) -> None:

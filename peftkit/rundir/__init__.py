@@ -4,6 +4,7 @@ from peftkit.rundir.disk import refuse_without_room
 from peftkit.rundir.files import (
     MANIFEST,
     is_full,
+    is_locked,
     publish_folder,
     read_json,
     read_sealed,
@@ -21,6 +22,7 @@ __all__ = [
     "MANIFEST",
     "RunDir",
     "is_full",
+    "is_locked",
     "owned",
     "publish_folder",
     "read_json",

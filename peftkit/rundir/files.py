@@ -8,6 +8,7 @@ is never trusted.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,10 @@ def publish_folder(
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{TEMPORARY}{final.name}-"))
+    handle = os.open(staging, os.O_RDONLY)
     try:
+        with suppress(OSError):  # not every network's file system has locks
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # it is being written: see is_locked
         yield staging
         staging.chmod(0o755)
         entries = {}
@@ -164,6 +168,20 @@ def publish_folder(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    finally:
+        os.close(handle)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is writing into a temporary folder of `publish_folder` right now."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def verify_folder(folder: Path, *, hashes: bool = True) -> list[str]:

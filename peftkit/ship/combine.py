@@ -19,6 +19,7 @@ from peftkit.model.edits import Edit
 from peftkit.model.layout import Place
 from peftkit.ship.deltas import Read, added, changed
 
+_SLICE_ROWS = 256
 Combining = Literal["sum", "ties", "dare"]
 
 
@@ -66,14 +67,21 @@ def combined(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The weight plus all adapters' changes of it, summed in fp32 and rounded once."""
-    changes = [
-        (change(weight, own, read, place=place), share, number)
-        for number, (own, read, share) in enumerate(zip(edits, reads, how.weights, strict=True))
-        if own
-    ]
-    if not changes:
+    held = [(own, read, w) for own, read, w in zip(edits, reads, how.weights, strict=True) if own]
+    if not held:
         return weight.to(dtype)
-    return (weight.float() + _one(changes, how, place)).to(dtype)
+    numbers = [number for number, own in enumerate(edits) if own]
+    if how.how == "ties":
+        trimmed = (_largest(change(weight, own, read, place=place), how.density) for own, read, _ in held)
+        total = ties([delta.mul_(w) for delta, (_, _, w) in zip(trimmed, held, strict=True)])
+    else:
+        total = torch.zeros(weight.shape)
+        for number, (own, read, share) in zip(numbers, held, strict=True):
+            delta = change(weight, own, read, place=place)
+            if how.how == "dare":
+                delta = dare(delta, how, _seed(how, place, number))
+            total.add_(delta, alpha=share)
+    return total.add_(weight).to(dtype)
 
 
 def change(weight: torch.Tensor, edits: Sequence[Edit], read: Read, *, place: Place) -> torch.Tensor:
@@ -83,43 +91,26 @@ def change(weight: torch.Tensor, edits: Sequence[Edit], read: Read, *, place: Pl
     return changed(weight, edits, read, place=place) - weight.float()
 
 
-def _one(changes: Sequence[tuple[torch.Tensor, float, int]], how: Combination, place: Place) -> torch.Tensor:
-    if how.how == "ties":
-        return ties([_largest(delta, how.density) * share for delta, share, _ in changes])
-    if how.how == "dare":
-        return sum_of(
-            [dare(delta, how, _seed(how, place, number)) * share for delta, share, number in changes]
-        )
-    return sum_of([delta * share for delta, share, _ in changes])
-
-
-def sum_of(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum, in the order given."""
-    total = deltas[0]
-    for delta in deltas[1:]:
-        total = total + delta
-    return total
-
-
 def _largest(delta: torch.Tensor, density: float) -> torch.Tensor:
-    """Only the largest numbers, the others zero."""
+    """Only the largest numbers, the others zero, in place. Of each weight by itself, not of all together."""
     kept = max(1, round(density * delta.numel()))
-    if kept >= delta.numel():
-        return delta
-    threshold = delta.abs().reshape(-1).kthvalue(delta.numel() - kept + 1).values
-    return torch.where(delta.abs() >= threshold, delta, 0.0)
+    if kept < delta.numel():
+        threshold = delta.abs().reshape(-1).kthvalue(delta.numel() - kept + 1).values
+        delta.masked_fill_(delta.abs() < threshold, 0.0)
+    return delta
 
 
 def ties(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     """At each place the sign with the larger total, and the sum of what has it over how many have it.
 
     Shares of adapters that are not one another's equal count as they are: with weights w the result is the
-    mean of w times the change, so that a single adapter comes back as it is.
+    mean of w times the change, so that a single adapter comes back as it is. The first is written over.
     """
-    stacked = torch.stack(list(deltas))
-    sign = torch.sign(stacked.sum(0))
-    agree = (torch.sign(stacked) == sign) & (stacked != 0)
-    return (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
+    for rows in zip(*(torch.split(delta, _SLICE_ROWS) for delta in deltas), strict=True):
+        stacked = torch.stack(list(rows))
+        agree = (torch.sign(stacked) == torch.sign(stacked.sum(0))) & (stacked != 0)
+        rows[0].copy_((stacked * agree).sum(0) / agree.sum(0).clamp(min=1))
+    return deltas[0]
 
 
 def dare(delta: torch.Tensor, how: Combination, seed: int) -> torch.Tensor:

@@ -58,7 +58,8 @@ def concatenate(
     by_module = _by_module(sources, weights)
     full = max(sum(entry[1]["A"].shape[0] for entry in own) for own in by_module.values())
     size = min(rank or full, full)
-    lost: dict[str, tuple[float, float]] = {}
+    lost: dict[str, tuple[float, float]] = {}  # by module: what is left out of the sum, and the sum
+    parts: dict[str, float] = {}  # what the adapters change, one by one: their sum may be nothing
 
     def pair(module: str) -> Pair:
         made, exact = _stacked(by_module[module]), _summed(by_module[module])
@@ -66,13 +67,15 @@ def concatenate(
             made = _truncated(made, size)
         left = (exact - made[1].double() @ made[0].double()).square().sum()
         lost[module] = float(left), float(exact.square().sum())
+        parts[module] = sum(float(_summed([part]).square().sum()) for part in by_module[module])
         return made
 
     write_plain(out, config, list(by_module), pair, rank=size, parameters=parameters)
     left, total = (sum(values) for values in zip(*lost.values(), strict=True))
     most = max(one / max(whole, 1e-30) for one, whole in lost.values())
-    if size == full and most > _EXACT**2:
-        raise PeftkitError(f"the concatenation misses the sum by {most**0.5:.1e} of its length")
+    wrong = max(lost[module][0] / max(parts[module], 1e-30) for module in lost)
+    if size == full and not wrong <= _EXACT**2:
+        raise PeftkitError(f"the concatenation misses the sum by {wrong**0.5:.1e} of its parts' length")
     return Concatenated(size, full, left / max(total, 1e-30) if size < full else 0.0, most)
 
 

@@ -23,7 +23,7 @@ def merged(
     if not edits:
         return weight.to(dtype)
     if [edit.kind for edit in edits] == ["whole"]:
-        return read(edits[0].tensors["value"]).to(dtype)
+        return _whole(edits[0], read, place).to(dtype)
     if len(edits) == 1 and edits[0].kind in {"lora", "embedding"} and weight.dtype == dtype:
         return _plus_low_rank(weight, edits[0], read)
     if len(edits) == 1 and edits[0].adds and weight.dtype == dtype:
@@ -66,7 +66,7 @@ def changed(weight: torch.Tensor, edits: Iterable[Edit], read: Read, *, place: P
 
 def _apply(value: torch.Tensor, edit: Edit, read: Read, place: Place) -> torch.Tensor:
     if edit.kind == "whole":
-        return read(edit.tensors["value"]).to(value.dtype)
+        return _whole(edit, read, place).to(value.dtype)
     if edit.kind == "scale":
         return _scaled(value, edit, read(edit.tensors["value"]).to(value.dtype))
     if edit.kind == "rows":
@@ -79,6 +79,15 @@ def _apply(value: torch.Tensor, edit: Edit, read: Read, place: Place) -> torch.T
         factor: torch.Tensor = magnitude / torch.linalg.norm(by_output, dim=1)
         return summed * (factor.view(1, -1) if edit.transposed else factor.view(-1, 1))
     return value + added(edit, read, place=place, shape=value.shape)
+
+
+def _whole(edit: Edit, read: Read, place: Place) -> torch.Tensor:
+    """What stands in for the weight; of fused experts the part that the weight is."""
+    value = read(edit.tensors["value"])
+    if place.expert is None:
+        return value
+    size = value.shape[1 + place.axis] // place.num_parts
+    return value[place.expert].narrow(place.axis, place.part * size, size)
 
 
 def _scaled(value: torch.Tensor, edit: Edit, vector: torch.Tensor) -> torch.Tensor:
@@ -136,7 +145,10 @@ def _expert(edit: Edit, read: Read, place: Place, shape: Sequence[int]) -> torch
         return found.T if edit.transposed else found
 
     if place.expert is None:
-        return torch.stack([of(expert) for expert in range(num)])
+        found = torch.empty(tuple(shape))
+        for expert in range(num):
+            found[expert] = of(expert)
+        return found
     whole = of(place.expert)
     size = whole.shape[place.axis] // place.num_parts
     return whole.narrow(place.axis, place.part * size, size)

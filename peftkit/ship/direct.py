@@ -6,6 +6,7 @@ Direct writes go in whole blocks from memory that is aligned to them; what is le
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 from pathlib import Path
@@ -71,6 +72,14 @@ def _opened(path: Path) -> int:
 
 
 def _write_all(handle: int, view: memoryview, offset: int) -> None:
+    """All of it. Direct writes end where a part was written (no room, a limit): then plain ones go on."""
     done = 0
     while done < len(view):
-        done += os.pwrite(handle, view[done:], offset + done)
+        try:
+            done += os.pwrite(handle, view[done:], offset + done)
+        except OSError as error:
+            flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+            direct = getattr(os, "O_DIRECT", 0)
+            if error.errno != errno.EINVAL or not flags & direct:
+                raise
+            fcntl.fcntl(handle, fcntl.F_SETFL, flags & ~direct)

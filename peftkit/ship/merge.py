@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from peftkit import interrupt
-from peftkit.errors import PeftkitError
+from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.model.layout import Place
 from peftkit.model.quantize import packed_4bit, quantization_config, through_4bit
 from peftkit.plan.plan import BasePlan
@@ -50,7 +50,7 @@ def write_merged(plan: MergePlan, sources: Sources, folder: Path, *, progress: P
     reads = [_reader(tensors) for tensors in sources.adapters]
     if not sources.combination.is_plain:
         self_check(plan, reads, sources.combination)
-    weights = _Weights(plan, sources.base)
+    weights = _Weights(plan, sources)
     done, written = 0, {}
     for name, outputs in plan.files().items():
         names = [output.name for output in outputs for _ in range(_PIECES if sources.requantize else 1)]
@@ -82,7 +82,7 @@ def self_check(plan: MergePlan, reads: Sequence[Read], how: Combination) -> None
             continue
         place = output.place or Place(output.name)
         own, weight = output.edits[number], output.source.read()
-        plain = merged(weight.float(), own, read, place=place, dtype=torch.float32)
+        plain = merged(weight.float().clone(), own, read, place=place, dtype=torch.float32)
         through = combined(weight.float(), [own], [read], alone, place=place, dtype=torch.float32)
         if not torch.allclose(plain, through, rtol=1e-5, atol=1e-6):
             raise PeftkitError(f"{how.how} does not give {output.name} back for one adapter of weight 1")
@@ -121,7 +121,10 @@ def _value(output: Output, sources: Sources, reads: Sequence[Read], weights: _We
         else merged(weight, output.edits[0], reads[0], place=place, dtype=output.dtype)
     )
     if tuple(value.shape) != output.shape:
-        raise ValueError(f"{output.name} came out as {tuple(value.shape)}, not {output.shape}")
+        raise PeftkitError(f"{output.name} came out as {tuple(value.shape)}, not {output.shape}")
+    if any(output.edits) and not bool(value.isfinite().all()):
+        got, fix = f"{output.name} with numbers that are not finite", "smaller weights, or --dtype float32"
+        raise UserError(Problem("merge", got, f"numbers that {output.dtype} holds", fix))
     return value
 
 
@@ -136,8 +139,8 @@ class _Weights:
     Experts that lie apart on disk are put through 4-bit as the one parameter that they are in the model.
     """
 
-    def __init__(self, plan: MergePlan, base: BasePlan) -> None:
-        self._base = base
+    def __init__(self, plan: MergePlan, sources: Sources) -> None:
+        self._base, self._is_plain = sources.base, sources.combination.is_plain
         self._parts: dict[str, list[Output]] = {}
         for output in plan.outputs:
             if output.in_4bit and output.place is not None and output.place.expert is not None:
@@ -150,7 +153,7 @@ class _Weights:
         """A tensor of the files. It may be written to, and lasts until the next but one is read."""
         if output.source is None:
             return torch.zeros(output.shape, dtype=output.dtype)
-        if _replaced(output):
+        if self._is_plain and _replaced(output):
             return torch.empty(0)
         if output.in_4bit:
             return self._through_4bit(output)

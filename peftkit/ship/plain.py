@@ -54,20 +54,25 @@ def listed(adapted: Collection[str], parameters: Collection[str]) -> list[str]:
     return sorted({module if ending in shared else ending for module, ending in endings.items()})
 
 
+_KEPT = ("base_model_name_or_path", "revision", "task_type", "peft_version", "auto_mapping")
+
+
 def plain_config(config: Mapping[str, Any], rank: int, modules: list[str]) -> dict[str, Any]:
-    """PEFT's configuration of plain LoRA, whose scale is 1."""
+    """PEFT's configuration of plain LoRA, whose scale is 1; of another one only what it says of the base."""
     return {
-        **config,
+        **{key: config[key] for key in _KEPT if key in config},
+        "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
+        "target_modules": modules,
+        "modules_to_save": None,
+        "bias": "none",
         "use_rslora": False,
+        "use_dora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "target_modules": modules,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "exclude_modules": None,
+        "fan_in_fan_out": bool(config.get("fan_in_fan_out", False)),
         "init_lora_weights": True,
         "inference_mode": True,
     }

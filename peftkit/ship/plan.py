@@ -114,7 +114,7 @@ def _output(
     edits = tuple(edits.get(parameter, ()) for edits, _ in adapters)
     shape = entry.shape
     for own, (_, tensors) in zip(edits, adapters, strict=True):
-        if own and own[0].kind == "whole":
+        if own and own[0].kind == "whole" and (place is None or place.expert is None):
             shape = tensors[own[0].tensors["value"]].shape  # a resized vocabulary
     floats = entry.dtype.is_floating_point
     return Output(
@@ -138,16 +138,31 @@ def _untied(
 
     PEFT changes one end of a tied pair and leaves the other as it was, unless it was told to keep the tie.
     """
-    found = {}
-    for names in dict.fromkeys(skeleton.ties.values()):
-        held = next((name for name in names if name in there), None)
-        for name in names:
-            if held is None or name in there:
-                continue
-            same = (_same(edits.get(held, ()), edits.get(name, ()), files) for edits, files in adapters)
-            if not all(same):
-                found[name] = held
-    return found
+    groups = {
+        names: next(name for name in names if name in there)
+        for names in dict.fromkeys(skeleton.ties.values())
+        if there & set(names)
+    }
+    apart = [
+        names
+        for names, held in groups.items()
+        if any(
+            not _same(edits.get(held, ()), edits.get(name, ()), files)
+            for name in set(names) - there
+            for edits, files in adapters
+        )
+    ]
+    if strange := [names for names in apart if not skeleton.tables & set(names)]:
+        got = f"an adapter of {strange[0][0]}, which the model uses at several places at once"
+        raise UserError(Problem("merge", got, "layers that are used once", "use it with PEFT as it is"))
+    # the configuration unties all tables or none: then each needs a tensor of its own
+    return {
+        name: held
+        for names, held in groups.items()
+        if apart and skeleton.tables & set(names)
+        for name in names
+        if name not in there
+    }
 
 
 def _same(one: tuple[Edit, ...], other: tuple[Edit, ...], tensors: Mapping[str, Entry]) -> bool:

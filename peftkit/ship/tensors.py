@@ -102,6 +102,12 @@ def entries(file: Path) -> list[Entry]:
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(file, f"a header that cannot be read ({error})") from None
+    strange = sorted(
+        {str(about["dtype"]) for name, about in header.items() if name != "__metadata__"} - {*DTYPES}
+    )
+    if strange:
+        got = f"weights of type {', '.join(strange)}"
+        raise UserError(Problem(str(file), got, ", ".join(DTYPES), "use the model in 16 or 32 bits"))
     if any(entry.start + entry.num_bytes > size for entry in found):
         raise _damaged(file, "fewer bytes than its header promises")
     return sorted(found, key=lambda entry: entry.start)
@@ -111,7 +117,7 @@ def _entry(file: Path, name: str, about: Mapping[str, Any], begin: int) -> Entry
     start, end = (int(offset) for offset in about["data_offsets"])
     shape = tuple(int(size) for size in about["shape"])
     if about["dtype"] not in DTYPES:
-        raise ValueError(f"{name} of type {about['dtype']}")
+        return Entry(name, torch.uint8, (end - start,), file, begin + start)  # told of by `entries`
     entry = Entry(name, DTYPES[about["dtype"]], shape, file, begin + start)
     if min(shape, default=0) < 0 or start < 0 or end - start != entry.num_bytes:
         raise ValueError(f"{name} with offsets that do not fit its shape")
@@ -125,12 +131,23 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in plain_names(index, folder / INDEX, suffixes=(".safetensors",))]
     if (folder / SINGLE).is_file():
         return [contained_file(folder, SINGLE)]
+    others = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    if len(others) == 1:
+        return [contained_file(folder, others[0])]
     raise UserError(Problem(str(folder), "no safetensors weights", f"{SINGLE}, or several with an index"))
 
 
 def read_all(files: list[Path]) -> dict[str, Entry]:
     """Name -> tensor over all files, file by file, each in the order of its bytes."""
     return {entry.name: entry for file in files for entry in entries(file)}
+
+
+def refuse_non_finite(tensors: Mapping[str, Entry]) -> None:
+    """Raises UserError where an adapter holds NaN or infinity."""
+    for entry in tensors.values():
+        if entry.dtype.is_floating_point and not bool(entry.read().isfinite().all()):
+            got = f"{entry.name} with NaN or infinity"
+            raise UserError(Problem(str(entry.file), got, "finite weights", "train it again"))
 
 
 class Writer:

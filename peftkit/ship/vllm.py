@@ -88,6 +88,8 @@ def write_for_vllm(
 def _pair(edit: Edit, tensors: Mapping[str, Entry]) -> Pair:
     """A and B with the scale in B."""
     a, b = (tensors[edit.tensors[side]].read() for side in "AB")
+    if "E" in edit.tensors:  # AdaLoRA's singular values
+        a = (a.float() * tensors[edit.tensors["E"]].read().float()).to(a.dtype)
     return a, b if edit.scale == 1.0 else (b.float() * edit.scale).to(b.dtype)
 
 

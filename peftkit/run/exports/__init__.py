@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from peftkit import interrupt
 from peftkit.errors import Problem, UserError, did_you_mean
 from peftkit.run.exports import adapter, gguf, hub, ollama, safetensors
 from peftkit.run.exports.base import Exported, ExportOptions, Observer
+from peftkit.run.place import problems_told
 
 TARGETS: dict[str, Callable[[Path, ExportOptions, Observer], Exported]] = {
     "adapter": adapter.export,
@@ -28,7 +30,8 @@ def export(path: Path, options: ExportOptions, observer: Observer = lambda event
         raise UserError(Problem("--to", options.to, expected, did_you_mean(options.to, list(TARGETS))))
     if problems := options.without_effect():
         raise UserError(problems)
-    return TARGETS[options.to](path, options, observer)
+    with interrupt.listening(), problems_told(Path(options.out or ".")):
+        return TARGETS[options.to](path, options, observer)
 
 
 __all__ = ["TARGETS", "ExportOptions", "Exported", "export"]

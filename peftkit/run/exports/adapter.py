@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peftkit.errors import PeftkitError, Problem, UserError
-from peftkit.run.adapter import Adapter, find_adapter
+from peftkit.run.adapter import Adapter, adapter_folder, find_adapter
 from peftkit.run.card import write_card
-from peftkit.run.exports.base import Exported, ExportOptions, Observer, files_in, new_folder
+from peftkit.run.exports.base import Exported, ExportOptions, Observer, files_in
+from peftkit.run.place import new_folder
 from peftkit.rundir import MANIFEST, publish_folder
 
 ENGINES = ("vllm",)
@@ -21,20 +22,28 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
     """Copy an adapter, or rewrite it. Raises UserError where there is none, or vLLM rejects it."""
     if options.engine not in {None, *ENGINES}:
         raise UserError(Problem("--for", str(options.engine), ", ".join(ENGINES)))
-    out = new_folder(options.out)
-    adapter = find_adapter(path, base=options.base_model)
+    out = new_folder(str(options.out))
+    if options.base_model and not options.engine:
+        got = f"{options.base_model} with a plain copy"
+        raise UserError(Problem("--base-model", got, "--for vllm", "leave it out"))
+    adapter = find_adapter(path, base=options.base_model) if options.engine else None
+    folder = adapter.folder if adapter is not None else adapter_folder(path)
     with publish_folder(out) as staging:
-        said = _rewritten(adapter, staging) if options.engine else _copied(adapter, staging)
-        for file in _tokenizer(adapter.folder):
+        said = _rewritten(adapter, staging) if adapter is not None else _copied(folder, staging)
+        for file in _tokenizer(folder):
             shutil.copyfile(file, staging / file.name)
         write_card(staging, path, name=out.name, layout="adapter")
     return Exported(str(out), files_in(out), said)
 
 
-def _copied(adapter: Adapter, staging: Path) -> tuple[str, ...]:
+def _copied(folder: Path, staging: Path) -> tuple[str, ...]:
+    from peftkit.model.saved import WEIGHTS
+    from peftkit.ship.tensors import read_all, refuse_non_finite
+
+    refuse_non_finite(read_all([folder / WEIGHTS]))
     for name in _KEPT:
-        if (adapter.folder / name).is_file():
-            shutil.copyfile(adapter.folder / name, staging / name)
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, staging / name)
     return ()
 
 
@@ -50,11 +59,12 @@ def _rewritten(adapter: Adapter, staging: Path) -> tuple[str, ...]:
     from peftkit.model.edits import edits_of, refuse_unmergeable
     from peftkit.model.saved import WEIGHTS
     from peftkit.model.skeleton import blank
-    from peftkit.ship.tensors import read_all
+    from peftkit.ship.tensors import read_all, refuse_non_finite
     from peftkit.ship.vllm import write_for_vllm
 
     refuse_unmergeable(adapter.folder, adapter.config)
     tensors = read_all([adapter.folder / WEIGHTS])
+    refuse_non_finite(tensors)
     shapes = {name: entry.shape for name, entry in tensors.items()}
     model = blank(adapter.source, adapter.base)
     parameters = set(model.state_dict())

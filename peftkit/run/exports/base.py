@@ -26,6 +26,8 @@ _FOR: dict[str, tuple[str, ...]] = {
     "pre": ("gguf", "ollama"),
     "lora": ("gguf", "ollama"),
     "base": ("safetensors", "gguf", "ollama"),
+    "data": ("safetensors", "gguf", "ollama"),
+    "force": ("safetensors", "gguf", "ollama"),
     "repo": ("hub",),
     "public": ("hub",),
     "revision": ("hub",),
@@ -66,6 +68,11 @@ class ExportOptions:
                 flag = _FLAGS.get(name, f"--{name}")
                 got = f"{value} with --to {self.to}" if value is not True else f"given with --to {self.to}"
                 found.append(Problem(flag, got, f"--to {' or '.join(targets)}", "leave it out"))
+        if self.lora:
+            for name in ("dtype", "pre", "base", "data", "force"):
+                if getattr(self, name):
+                    got = f"{getattr(self, name)} with --lora"
+                    found.append(Problem(f"--{name}", got, "a whole model", "leave it out"))
         if self.to == "hub" and not self.repo:
             found.append(Problem("--repo", "nothing", "OWNER/NAME on the hub"))
         if self.to == "hub" and self.out:
@@ -73,6 +80,22 @@ class ExportOptions:
         if self.to != "hub" and not self.out:
             found.append(Problem("--out", "nothing", "a new folder"))
         return found
+
+    def refuse_merging(self) -> None:
+        """Raises UserError for options of a merge, where the model is whole already."""
+        given = {
+            "--base": self.base,
+            "--data": self.data,
+            "--base-model": self.base_model,
+            "--force": self.force,
+        }
+        wrong = [
+            Problem(flag, f"{value} with a model that is whole", "a run with an adapter", "leave it out")
+            for flag, value in given.items()
+            if value
+        ]
+        if wrong:
+            raise UserError(wrong)
 
     def merging(self, dtype: str | None) -> MergeOptions:
         """How the model is merged on the way."""
@@ -112,18 +135,18 @@ def files_in(folder: Path) -> tuple[tuple[str, int], ...]:
     return tuple((path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths)
 
 
-def new_folder(out: str | None) -> Path:
-    """Where to write. Raises UserError where something stands there."""
-    assert out is not None
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        got = "a folder that is not empty" if folder.is_dir() else "a file"
-        raise UserError(Problem(str(folder), got, "a new or empty folder", "choose another --out"))
+def whole_model(path: Path, options: ExportOptions | None = None) -> Path | None:
+    """The folder of a model that is whole already: a full fine-tune's, a merged one; None for adapters.
+
+    With `options`, those that merging alone has are refused for a model that is whole.
+    """
+    folder = _whole(path)
+    if folder is not None and options is not None:
+        options.refuse_merging()
     return folder
 
 
-def whole_model(path: Path) -> Path | None:
-    """The folder of a model that is whole already: a full fine-tune's, a merged one; None for adapters."""
+def _whole(path: Path) -> Path | None:
     place = run_of(path)
     if is_away(path):
         return None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from peftkit.errors import Problem, UserError
 from peftkit.run.adapter import Adapter, find_adapter
 from peftkit.run.card import write_card
 from peftkit.run.exports.base import (
@@ -14,9 +15,9 @@ from peftkit.run.exports.base import (
     Observer,
     dense,
     files_in,
-    new_folder,
     whole_model,
 )
+from peftkit.run.place import new_folder
 from peftkit.rundir import publish_folder, write_json
 from peftkit.ship.report import REPORT
 
@@ -26,7 +27,7 @@ Beside = Callable[[Path, Path], None]
 
 def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
     """A folder with NAME-TYPE.gguf. Raises UserError, before it merges, for what GGUF cannot hold."""
-    out = new_folder(options.out)
+    out = new_folder(str(options.out))
     with publish_folder(out) as staging:
         report, notes = write_gguf(path, staging, out, options, observer)
         write_card(staging, path, name=out.name, layout="gguf", merge_report=report)
@@ -52,9 +53,11 @@ def write_gguf(
     def progress(done: int, total: int) -> None:
         observer({"event": "progress", "done_bytes": done, "total_bytes": total})
 
-    dtype = options.dtype or DTYPE
-    whole = whole_model(path)
+    dtype, whole = options.dtype or DTYPE, whole_model(path, options)
     adapter = find_adapter(path, base=options.base_model) if whole is None else None
+    if adapter is not None and adapter.base.task != "causal-lm":
+        got = f"a model for {adapter.base.task}"
+        raise UserError(Problem("--to", got, "one that writes text", "export it as safetensors"))
     if adapter is not None and options.lora:
         base = weights_folder(adapter.source, adapter.base)
         made = gguf.write_adapter(adapter.folder, base, staging / f"{out.name}-lora.gguf", progress=progress)

@@ -10,11 +10,14 @@ from peftkit.errors import Problem, UserError
 from peftkit.run.adapter import is_away, run_of
 from peftkit.run.exports import adapter
 from peftkit.run.exports.base import Exported, ExportOptions, Observer, files_in, whole_model
+from peftkit.ship.card import is_hub_id
 from peftkit.ship.hub import push
 
 
 def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
     """One commit with everything. Raises UserError where the hub refuses, or nothing is there to push."""
+    if not is_hub_id(options.repo) or str(options.repo).count("/") != 1:
+        raise UserError(Problem("--repo", str(options.repo), "OWNER/NAME on the hub"))
     whole = whole_model(path)
     if whole is not None:
         return _pushed(whole, options, observer)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from peftkit.errors import Problem, UserError
 from peftkit.run.card import write_card
-from peftkit.run.exports.base import Exported, ExportOptions, Observer, files_in, new_folder
+from peftkit.run.exports.base import Exported, ExportOptions, Observer, files_in
 from peftkit.run.exports.gguf import write_gguf
+from peftkit.run.place import new_folder
 from peftkit.rundir import publish_folder
 
 
@@ -18,7 +20,7 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
     if options.lora:
         got, fix = "an adapter alone", "leave out --lora: the merged model is what Ollama runs everywhere"
         raise UserError(Problem("--lora", got, "a whole model", fix))
-    out = new_folder(options.out)
+    out = new_folder(str(options.out))
     with publish_folder(out) as staging:
 
         def modelfile(gguf: Path, folder: Path) -> None:
@@ -26,5 +28,6 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
 
         report, notes = write_gguf(path, staging, out, options, observer, beside=modelfile)
         write_card(staging, path, name=out.name, layout="gguf", merge_report=report)
-    said = f"cd {out} && ollama create {out.name} -f Modelfile && ollama run {out.name}"
+    name = shlex.quote(out.name)
+    said = f"cd {shlex.quote(str(out))} && ollama create {name} -f Modelfile && ollama run {name}"
     return Exported(str(out), files_in(out), (*notes, said), report)

@@ -6,21 +6,22 @@ import shutil
 from pathlib import Path
 
 from peftkit.errors import Problem, UserError
-from peftkit.run.exports.base import Exported, ExportOptions, Observer, files_in, new_folder, whole_model
+from peftkit.run.exports.base import Exported, ExportOptions, Observer, files_in, whole_model
 from peftkit.run.merge import merge
+from peftkit.run.place import new_folder
 from peftkit.rundir import MANIFEST, publish_folder, refuse_without_room
 from peftkit.ship.report import read_report
 
 
 def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
     """Merge, or copy a model that is whole already."""
-    out, folder = new_folder(options.out), whole_model(path)
+    out, folder = new_folder(str(options.out)), whole_model(path, options)
     if folder is None:
         merge([path], out, options.merging(options.dtype), observer=observer)
         return Exported(str(out), files_in(out), merge=read_report(out))
-    if options.dtype or options.base:
-        got = f"{options.dtype or options.base} of a model that is whole"
-        raise UserError(Problem("--dtype, --base", got, "a run or an adapter", "leave it out"))
+    if options.dtype:
+        got = f"{options.dtype} of a model that is whole"
+        raise UserError(Problem("--dtype", got, "a run or an adapter", "leave it out"))
     size = sum(num_bytes for _, num_bytes in files_in(folder))
     refuse_without_room(out, size, what="the model", fix="make room, or choose another --out")
     with publish_folder(out) as staging:

@@ -50,7 +50,11 @@ def write_adapter(
     source = read_source(base)
     shapes = _shapes(adapter / WEIGHTS)
     modules = _modules(adapter, config, source, shapes)
-    alphas = {module: effective_scale(config, module)[1] * rank for module, rank in modules.items()}
+    try:
+        alphas = {module: effective_scale(config, module)[1] * rank for module, rank in modules.items()}
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        got = f"ranks and alphas that are no numbers ({error})"
+        raise UserError(Problem(str(adapter / CONFIG), got, "PEFT's configuration")) from None
     # an alpha of 0 means "no scale" to llama.cpp
     alpha = next((value for value, _ in Counter(alphas.values()).most_common() if value), 1.0)
     names = tensor_names(source)
