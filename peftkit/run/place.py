@@ -17,6 +17,9 @@ _OTHER = "choose another --out"
 
 def new_folder(out: str | Path) -> Path:
     """The place itself, links followed. Raises UserError where it cannot become a new folder."""
+    if any(len(part.encode()) > _LONGEST_NAME for part in Path(out).parts):
+        got = f"a name of {max(len(part.encode()) for part in Path(out).parts)} bytes"
+        raise UserError(Problem(str(out)[:80], got, f"at most {_LONGEST_NAME}", _OTHER))
     path = Path(out).resolve()
     parent = next(folder for folder in path.parents if folder.exists())
     problem = None
@@ -26,8 +29,6 @@ def new_folder(out: str | Path) -> Path:
         problem = "the folder that you are in"
     elif not parent.is_dir():
         problem = f"a place inside of a file ({parent})"
-    elif len(path.name.encode()) > _LONGEST_NAME:
-        problem = f"a name of {len(path.name.encode())} bytes"
     if problem:
         raise UserError(Problem(str(out), problem, "a new or empty folder", _OTHER))
     return path

@@ -57,7 +57,10 @@ class MergeReport:
         found = asdict(self)
         found.pop("out")
         found["gain"] = self.gain.plain if self.gain else None
-        return {**found, **self._flat(), "passed": self.passed}
+        verdict = (
+            {} if self.requantized and self.passed else {"passed": self.passed}
+        )  # another model, wanted so
+        return {**found, **self._flat(), **verdict}
 
     def _flat(self) -> dict[str, Any]:
         if self.fidelity is None:
@@ -78,7 +81,7 @@ class MergeReport:
         adapters = ", ".join(f"{name}" + (f" x {w:g}" if w != 1 else "") for name, w in self.adapters)
         found = [
             ("merged", f"{adapters} into {self.base_id}"),
-            ("base", _BASES.get(self.base, self.base)),
+            *([("base", _BASES[self.base])] if self.base else []),
             ("written", f"{self.num_tensors} tensors, {show_bytes(self.num_bytes)}, {self.dtype}"),
         ]
         if self.how not in {"", "sum"}:
@@ -90,6 +93,11 @@ class MergeReport:
         if self.fidelity is not None:
             found += _of_fidelity(self.fidelity, self.reference)
         found.append(("verdict", "the same model" if self.passed else self.problem))
+        if self.requantized and self.passed:
+            found[-1] = (
+                "verdict",
+                "in 4 bits again: not the model that was evaluated, and near enough to be kept",
+            )
         if self.fidelity is None and self.passed:
             found[-1] = ("verdict", "a new model: no adapter alone says what it should answer")
         return found

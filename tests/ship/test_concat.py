@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import peftkit
 from peftkit.errors import UserError
 from peftkit.ship.concat import _truncated
+from tests.conftest import TINY_LLAMA
 from tests.ship.adapters import FLAVOURS, Flavour, inputs, load, load_adapted, make, stir
 from tests.ship.test_merge import with_tokenizer
 
@@ -18,8 +19,11 @@ from tests.ship.test_merge import with_tokenizer
 def two(tmp_path):
     """Two adapters of one base with other ranks, scales and modules."""
     import peft
+    from transformers import AutoTokenizer
 
-    base, one = make(Flavour("llama", {"r": 4, "target_modules": ["q_proj", "down_proj"]}), tmp_path)
+    vocabulary = {"vocab_size": len(AutoTokenizer.from_pretrained(TINY_LLAMA))}
+    arguments = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
+    base, one = make(Flavour("llama", arguments, base=vocabulary), tmp_path)
     with_tokenizer(base)
     torch.manual_seed(3)
     wrapped = peft.get_peft_model(

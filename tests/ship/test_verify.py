@@ -33,7 +33,7 @@ def test_an_erased_adapter_is_a_problem_and_rounding_is_none():
     trained = alone + 0.3 * torch.randn(50, 40, generator=generator)
     close = trained + 1e-3 * torch.randn(50, 40, generator=generator)
     erased = compare(said(trained), said(alone), without=said(alone))
-    assert "more than the 0.01" in erased.problem("bfloat16") and erased.problem("float32")
+    assert "more than the 0.005" in erased.problem("bfloat16") and erased.problem("float32")
     rounded = compare(said(trained), said(close), without=said(alone))
     assert rounded.problem("bfloat16") == "" and rounded.effect > 100 * rounded.kl
     half = compare(said(trained), said(trained * 0.9 + alone * 0.1), without=said(alone))
@@ -45,7 +45,7 @@ def test_a_light_adapter_that_is_lost_is_a_problem_though_the_distance_is_small(
     alone = torch.randn(50, 40, generator=generator)
     trained = alone + 0.08 * torch.randn(50, 40, generator=generator)
     lost = compare(said(trained), said(alone), without=said(alone))
-    assert 1e-3 < lost.kl < 0.01, "below what rounding may cause"
+    assert 1e-3 < lost.kl < 5e-3, "below what rounding may cause"
     assert "of what the adapter changes" in lost.problem("bfloat16")
 
 

@@ -49,8 +49,8 @@ def write_adapter(
         raise UserError(problems)
     source = read_source(base)
     shapes = _shapes(adapter / WEIGHTS)
-    modules = _modules(adapter, config, source, shapes)
     try:
+        modules = _modules(adapter, config, source, shapes)
         alphas = {module: effective_scale(config, module)[1] * rank for module, rank in modules.items()}
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         got = f"ranks and alphas that are no numbers ({error})"
