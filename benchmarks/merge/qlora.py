@@ -83,12 +83,14 @@ def table(run: Path) -> list[dict[str, Any]]:
     gc.collect()
     for name, options in (
         ("dequantized + adapter (default)", MergeOptions()),
-        ("original + adapter (--base original)", MergeOptions(base="original")),
-        ("NF4(original + adapter) (--requantize nf4)", MergeOptions(requantize=True)),
+        ("original + adapter in bf16 (--base original)", MergeOptions(base="original", force=True)),
+        ("original + adapter in fp32 (--dtype float32)", MergeOptions(base="original", dtype="float32")),
+        ("NF4(original + adapter) (--requantize nf4)", MergeOptions(requantize=True, force=True)),
     ):
         with tempfile.TemporaryDirectory() as place:
             peftkit.merge_adapter(run, out=Path(place) / "m", options=options)
-            model = load_model(str(Path(place) / "m"), replace(plain, overrides={}), device="cpu")
+            held = replace(plain, overrides={}, dtype="bfloat16" if options.requantize else plain.dtype)
+            model = load_model(str(Path(place) / "m"), held, device="cpu")
             found.append(line(name, trained, asked(model, rows, other, pad_id)))
     found.append(line("PEFT: merge_and_unload in 4-bit", trained, theirs(adapter, rows, other, pad_id)))
     return found
