@@ -60,14 +60,13 @@ class Fidelity:
 
     def problem(self, dtype: str) -> str:
         """Why it is not the same model, in words; empty where it is, within what `dtype` can hold."""
+        hint = "" if dtype == "float32" else f"; {dtype} may be too coarse for this adapter: --dtype float32"
         if not self.kl <= _LIMIT[dtype]:
-            return (
-                f"a KL divergence of {self.kl:.2g}, more than the {_LIMIT[dtype]:g} that rounding can cause"
-            )
+            most = f"{_LIMIT[dtype]:g}"
+            return f"a KL divergence of {self.kl:.2g}, more than the {most} that rounding may cause{hint}"
         if self.effect is None or self.kl <= max(_FLOOR, _SHARE * self.effect):
             return ""
         share = self.kl / max(self.effect, 1e-12)
-        hint = "" if dtype == "float32" else f" ({dtype} may be too coarse for it: --dtype float32)"
         return f"a KL divergence of {self.kl:.2g}, {share:.0%} of what the adapter changes{hint}"
 
 
