@@ -54,6 +54,7 @@ def test_a_run_is_merged_and_shown_to_be_the_same(recipe, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".tmp")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["ia3", "ln", "adalora", "vera", "dora", "pissa", "tokens"])
 def test_every_method_that_merges(case, recipe, tmp_path):
     method = {
