@@ -123,6 +123,7 @@ def test_the_other_base_is_the_user_s_choice(qlora, tmp_path):
     assert report.reference == "the original base with the adapter" and report.fidelity.kl < 1e-4
 
 
+@pytest.mark.slow
 def test_an_adapter_away_from_its_run_knows_its_4_bit(qlora, tmp_path):
     shutil.copytree(qlora / "adapter", tmp_path / "away")
     report = peftkit.merge_adapter(tmp_path / "away", out=tmp_path / "merged")
@@ -133,6 +134,7 @@ def test_an_adapter_away_from_its_run_knows_its_4_bit(qlora, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_requantized_is_the_original_with_the_adapter_in_nf4(qlora, tmp_path):
     report = peftkit.merge_adapter(qlora, out=tmp_path / "nf4", options=MergeOptions(requantize=True))
     assert report.requantized == "nf4" and report.base == "original"
@@ -319,6 +321,7 @@ def test_an_interrupted_merge_leaves_nothing_and_goes_again(recipe, tmp_path, mo
     assert peftkit.merge_adapter(run, out=tmp_path / "merged").passed
 
 
+@pytest.mark.slow
 def test_what_a_killed_merge_left_is_told(recipe, tmp_path):
     run = trained(recipe, tmp_path / "run")
     program = f"""
@@ -362,6 +365,7 @@ def test_data_that_is_gone_is_told_and_short_texts_stand_in(recipe, tmp_path):
     assert any("compared on short texts" in event.get("text", "") for event in events)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("also", ["embeddings", "head"])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom"])
 def test_a_tied_table_is_trained_and_merged_as_the_one_that_it_is(model_type, also, recipe, tmp_path):

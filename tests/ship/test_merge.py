@@ -27,7 +27,7 @@ def test_the_merged_model_computes_what_the_adapter_does(name, tmp_path):
     assert float((expected - got).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FLAVOURS)
 def test_weights_are_peft_s_own_bit_for_bit(name, dtype, tmp_path):
     flavour = FLAVOURS[name]
