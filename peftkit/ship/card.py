@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peftkit.secrets import redact
-from peftkit.ship.card_use import Use, how_to_load
+from peftkit.ship.card_use import HERE, Use, how_to_load
 from peftkit.units import listed, printable, show_bytes, show_count, show_percent
 
 Layout = Literal["adapter", "model", "gguf"]
@@ -150,7 +150,7 @@ def card_of(facts: CardFacts) -> str:
             parts.append(f"## {heading}\n\n{table}")
     use = Use(
         layout=facts.layout,
-        name=_plain(facts.name) if is_hub_id(facts.name) else "path/to/this/folder",
+        name=_plain(facts.name) if is_hub_id(facts.name) and "/" in facts.name else HERE,
         base=facts.base.id if is_hub_id(facts.base.id) else None,
         revision=facts.base.revision if _is_plain(facts.base.revision, _REVISION) else None,
         task=facts.task,

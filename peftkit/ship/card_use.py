@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 VLLM = "https://docs.vllm.ai/en/v0.8.5/features/lora.html"
+HERE = "path/to/this/folder"  # what a card calls a folder that is not on the Hub
 VLLM_SERVE = "https://docs.vllm.ai/en/v0.8.4/serving/openai_compatible_server.html"
 OLLAMA = "https://github.com/ollama/ollama/blob/v0.1.43/docs/import.md"
 _RAN = "This code is run by the tests of peftkit:"
@@ -145,7 +146,7 @@ def _ollama(use: Use) -> str:
     """Not run here; the GGUF and its Modelfile are checked through llama.cpp when they are exported."""
     if use.task != "causal-lm":
         return ""
-    own = use.name.rpartition("/")[2].lower() if use.name != "path/to/this/folder" else "mine"
+    own = use.name.rpartition("/")[2].lower() if use.name != HERE else "mine"
     commands = _shell(f"ollama create {own} -f Modelfile", f"ollama run {own}")
     if use.layout == "gguf":
         return f"### Ollama\n\nNot run here; in the folder with the Modelfile, after {OLLAMA}:\n\n{commands}"

@@ -19,6 +19,7 @@ from peftkit.model.saved import CONFIG, read_adapter_config
 from peftkit.rundir import MANIFEST, verify_folder
 from peftkit.secrets import redact
 from peftkit.ship.card import is_hub_id
+from peftkit.ship.card_use import HERE
 from peftkit.units import listed
 
 ALLOWED = (".safetensors", ".gguf", ".json", ".jinja", ".md", ".txt", ".model")
@@ -83,11 +84,18 @@ def _commit(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     done = api.create_commit(
         repo_id,
-        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names],
+        [CommitOperationAdd(path_in_repo=n, path_or_fileobj=_content(folder, n, repo_id)) for n in names],
         commit_message="Pushed by peftkit",
         revision=revision,
     )
     return str(done.commit_url)
+
+
+def _content(folder: Path, name: str, repo_id: str) -> Path | bytes:
+    """A file as it is; but a card's code loads from where it is pushed to, unless a manifest has its hash."""
+    if name != "README.md" or (folder / MANIFEST).is_file():
+        return folder / name
+    return (folder / name).read_text(encoding="utf-8").replace(HERE, repo_id).encode()
 
 
 def _files(folder: Path) -> tuple[list[str], list[str]]:

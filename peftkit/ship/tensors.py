@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,9 +209,3 @@ def index_of(files: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     weight_map = {tensor: name for name, tensors in files.items() for tensor in tensors}
     total = sum(sum(tensors.values()) for tensors in files.values())
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def names_in(folder: Path) -> Iterator[str]:
-    """Names of all tensors in a model's folder."""
-    for file in weight_files(folder):
-        yield from (entry.name for entry in entries(file))

@@ -136,31 +136,32 @@ def test_a_cached_base_trains_without_a_hub_and_without_waiting_for_it(client, h
 
 
 @pytest.mark.slow
-def test_from_a_gated_base_to_a_pushed_adapter_and_its_card_run_as_it_stands(client, hub, recipe, tmp_path):
-    """The whole way: a base by id and commit, a run, a card, a push, and the card's code in a new home."""
+def test_from_a_gated_base_to_what_was_pushed_and_its_cards_run_as_they_stand(client, hub, recipe, tmp_path):
+    """The whole way: a base by id and commit, a run, a merge, both pushed; the cards' code in a new home."""
     commit = hub.repos["org/gated"].refs["main"]
     recipe["base"] = {"id": "org/gated", "revision": commit}
     program = f"""
         import json
-        from pathlib import Path
         import peftkit
-        from peftkit.rundir import RunDir
-        from peftkit.ship.card import card_of
-        from peftkit.ship.card_facts import facts_of_run
-        from peftkit.ship.hub import push
+        from peftkit import ExportOptions
         peftkit.finetune({recipe!r}, out="run")
-        run = RunDir(Path("run"))
-        (run.adapter / "README.md").write_text(card_of(facts_of_run(run, name="me/tuned")))
-        print(json.dumps([push(run.adapter, "me/tuned")]))
+        report = peftkit.merge_adapter("run", out="merged")
+        print(json.dumps([report.passed]))
+        for path, repo in (("run", "me/tuned"), ("merged", "me/whole")):
+            print(json.dumps(peftkit.export_adapter(path, ExportOptions("hub", repo=repo)).where))
     """
-    client.run(program, HF_TOKEN=TOKEN)
-    card = hub.repos["me/tuned"].at("main")[1]["README.md"].decode()
-    assert "base_model: org/gated\nbase_model_relation: adapter\n" in card
-    assert f'revision="{commit}"' in card
-    code = card.split("```python\n")[1].split("```")[0]
-    other = Client(tmp_path / "other", hub.url, TOKEN)
-    assert other.start(code).strip()
-    other.refuse_secrets()
+    passed, *urls = client.run(program, HF_TOKEN=TOKEN)
+    assert passed == [True], "merged from the symlinks of a hub's cache"
+    assert [url.split("/commit/")[0].removeprefix(hub.url + "/") for url in urls] == ["me/tuned", "me/whole"]
+    for repo, relation in (("me/tuned", "adapter"), ("me/whole", "finetune")):
+        card = hub.repos[repo].at("main")[1]["README.md"].decode()
+        assert f"base_model: org/gated\nbase_model_relation: {relation}\n" in card
+        code = card.split("```python\n")[1].split("```")[0]
+        assert f'from_pretrained("{repo}"' in code
+        assert (f'revision="{commit}"' in code) == (relation == "adapter")
+        other = Client(tmp_path / relation, hub.url, TOKEN)
+        assert other.start(code).strip()
+        other.refuse_secrets()
     assert [path for path in hub.paths("GET") if path.startswith("/me/tuned/resolve/main/adapter")]
     assert [path for path in hub.paths("GET") if path == f"/org/gated/resolve/{commit}/config.json"]
 

@@ -32,7 +32,7 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
         said = _rewritten(adapter, staging) if adapter is not None else _copied(folder, staging)
         for file in _tokenizer(folder):
             shutil.copyfile(file, staging / file.name)
-        write_card(staging, path, name=out.name, layout="adapter")
+        write_card(staging, path, name=options.repo or out.name, layout="adapter")
     return Exported(str(out), files_in(out), said)
 
 
