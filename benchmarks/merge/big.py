@@ -97,7 +97,14 @@ def idle(base: Path, adapter: Path, out: Path) -> None:
     assert torch.ones(1)
 
 
-WAYS = {"idle": idle, "peftkit": ours, "peft": theirs}
+def start(base: Path, adapter: Path, out: Path) -> None:
+    """What peftkit does before it reads the first weight: imports, and the plan of the merge."""
+    from peftkit.run.merge_work import MergeOptions, decided
+
+    assert decided([adapter], MergeOptions()).plans
+
+
+WAYS = {"idle": idle, "start": start, "peftkit": ours, "peft": theirs}
 
 
 def measured(way: str, base: Path, adapter: Path, out: Path) -> dict[str, float]:

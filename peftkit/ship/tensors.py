@@ -142,10 +142,15 @@ def read_all(files: list[Path]) -> dict[str, Entry]:
     return {entry.name: entry for file in files for entry in entries(file)}
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are, by the least and the largest: NaN is both, and no other tensor is made."""
+    return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in tensor.aminmax())
+
+
 def refuse_non_finite(tensors: Mapping[str, Entry]) -> None:
     """Raises UserError where an adapter holds NaN or infinity."""
     for entry in tensors.values():
-        if entry.dtype.is_floating_point and not bool(entry.read().isfinite().all()):
+        if entry.dtype.is_floating_point and not is_finite(entry.read()):
             got = f"{entry.name} with NaN or infinity"
             raise UserError(Problem(str(entry.file), got, "finite weights", "train it again"))
 

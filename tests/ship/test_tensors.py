@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from peftkit.errors import PeftkitError, UserError
-from peftkit.ship.tensors import DTYPES, Writer, entries, index_of, read_all, weight_files
+from peftkit.ship.tensors import DTYPES, Writer, entries, index_of, is_finite, read_all, weight_files
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3)
 NAMES = st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
@@ -125,3 +125,12 @@ def test_the_files_of_a_folder(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert [path.name for path in weight_files(tmp_path)] == ["model.safetensors", "two.safetensors"]
     assert sorted(read_all(weight_files(tmp_path))) == ["a", "b"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_found(dtype, value):
+    tensor = drawn((70, 33), dtype)
+    assert is_finite(tensor) and is_finite(tensor[:0])
+    tensor[41, 7] = value
+    assert not is_finite(tensor)
