@@ -20,7 +20,7 @@ test: $(READY)                 ## the fast tests
 	$(VENV)/bin/python -m pytest -m "$(FAST)" -n 2 --dist loadfile
 
 llama-cpp: $(READY)            ## the judge of GGUF files: a prebuilt llama.cpp, fetched once, its hash checked
-	$(VENV)/bin/python -m tests.llama_cpp
+	$(VENV)/bin/python -m tests.rigs.llama_cpp
 
 test-slow: $(READY) llama-cpp  ## the rest: real models, notebooks, types
 	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network"

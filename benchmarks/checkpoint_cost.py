@@ -22,8 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import median, write_result
+from peftkit.train.checkpoint.writer import Writer
 from peftkit.train.guard import Guard
-from peftkit.train.writer import Writer
 
 STEPS, EVERY = 24, 6  # a checkpoint each six steps: far more often than any recipe decides
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.model.hardware import detect_device_light
-from peftkit.run.environment import versions
+from peftkit.prepare.environment import versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -16,9 +16,9 @@ import torch
 from common import median, write_result
 
 from peftkit import make_plan
-from peftkit.model.adapter import attach
+from peftkit.model.adapter.attach import attach
+from peftkit.model.base.locate import locate
 from peftkit.model.load import load_model, loadable
-from peftkit.model.locate import locate
 
 STEPS, ROUNDS = 4, 2
 

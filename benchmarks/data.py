@@ -80,8 +80,8 @@ class Watch:
 
 
 def tokenizer_folder() -> str:
+    from peftkit.model.base.locate import locate
     from peftkit.model.load import loadable
-    from peftkit.model.locate import locate
 
     return str(loadable(locate("embedded:smollm2-135m-instruct", revision=None, where="base"), "base"))
 
@@ -92,11 +92,10 @@ def ours(file: Path, folder: str, *, once: bool = False) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     import peftkit
-    from peftkit.data.gate import judge  # noqa: F401
-    from peftkit.data.ingest import ingest
-    from peftkit.data.pack import efficiency, pack
-    from peftkit.data.prepare import prepare
-    from peftkit.data.store import Counts
+    from peftkit.data.rows.ingest import ingest
+    from peftkit.data.tokens.pack import efficiency, pack
+    from peftkit.data.tokens.prepare import prepare
+    from peftkit.data.tokens.store import Counts
     from peftkit.plan.plan import DataPlan
     from peftkit.recipe import load
 
@@ -141,8 +140,8 @@ def ours(file: Path, folder: str, *, once: bool = False) -> dict[str, Any]:
 @contextmanager
 def without_checks() -> Iterator[None]:
     """Reading and tokenizing with nothing looked at, to see what looking costs."""
-    from peftkit.data import ingest
-    from peftkit.data.gate.tokens import Watch as Looks
+    from peftkit.data.rows import ingest
+    from peftkit.data.tokens.scan_tokens import Watch as Looks
 
     kept = {name: getattr(Looks, name) for name in ("text", "row", "round_trip")}
     look = ingest.look

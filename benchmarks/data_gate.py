@@ -2,7 +2,7 @@
 
     python benchmarks/data_gate.py [--data FOLDER] [--rows 2000]
 
-Every fault of tests/planted.py is planted in real data (GSM8K, BANKING77, tiny Shakespeare) and has to be
+Every fault of tests/rigs/planted.py is planted in real data (GSM8K, BANKING77, tiny Shakespeare) and must be
 found by its check, with its status and its rows; no clean set may fail. FOLDER holds
 gsm8k/{train,test}.jsonl, banking77/{train,test}.csv and tinyshakespeare/input.txt; without it the samples in
 tests/assets/data serve. Ends with 1 where anything is wrong.
@@ -30,7 +30,7 @@ def _row(cells: list[str], widths: tuple[int, ...]) -> str:
 
 def faults(real: Any, folder: Path, bases: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Plant every fault, and print what became of it."""
-    from tests.planted import FAULTS, try_fault
+    from tests.rigs.planted import FAULTS, try_fault
 
     widths = (46, 20, 22, 7, 8, 1)
     print(_row(["fault", "format", "check", "status", "rows", "right?"], widths))
@@ -49,8 +49,8 @@ def faults(real: Any, folder: Path, bases: Mapping[str, Path]) -> list[dict[str,
 
 def clean_sets(real: Any, folder: Path, bases: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Look at every clean set, and print what is said of it."""
-    from tests.planted import try_clean
-    from tests.realdata import SETS
+    from tests.rigs.planted import try_clean
+    from tests.rigs.realdata import SETS
 
     widths = (24, 8, 8, 8, 1)
     print()
@@ -82,7 +82,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["PEFTKIT_CACHE"] = str(folder / "cache")  # nothing of an earlier run is taken
-        from tests.realdata import load_real, make_bases
+        from tests.rigs.realdata import load_real, make_bases
 
         started = time.perf_counter()
         real = load_real(arguments.data, num=arguments.rows)

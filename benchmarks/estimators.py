@@ -232,8 +232,8 @@ def peftkit(depth: str, precision: str = "bf16") -> Callable[[Cell], Found]:
     """peftkit's closed form, or its trace."""
 
     def estimate(cell: Cell) -> Found:
+        from peftkit.prepare.plan_report import account
         from peftkit.recipe import load
-        from peftkit.run.account import account
 
         loaded = load(recipe_of(cell, precision))
         told = account(loaded, gpu="h100-80gb", trace=depth == "trace")

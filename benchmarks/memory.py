@@ -34,16 +34,16 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from transformers import AutoConfig, PreTrainedTokenizerFast, TrainerCallback  # noqa: E402
 
 from peftkit.archs import shape_from_config  # noqa: E402
-from peftkit.data.mask import Tokenized  # noqa: E402
-from peftkit.model import adapter  # noqa: E402
-from peftkit.model.inspect import AUTO_CLASSES  # noqa: E402
+from peftkit.data.tokens.mask import Tokenized  # noqa: E402
+from peftkit.model.adapter import attach as adapter  # noqa: E402
+from peftkit.model.base.unknown_family import AUTO_CLASSES  # noqa: E402
 from peftkit.model.load import load_model  # noqa: E402
 from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Plan, make_plan  # noqa: E402
 from peftkit.plan.plan import Batch  # noqa: E402
+from peftkit.prepare.measured_memory import allocator_peak  # noqa: E402
 from peftkit.recipe import load  # noqa: E402
-from peftkit.run.trial import allocator_peak  # noqa: E402
+from peftkit.train.batches import training_set  # noqa: E402
 from peftkit.train.objectives import sft, supervised  # noqa: E402
-from peftkit.train.rows import training_set  # noqa: E402
 
 VOCAB, LENGTH, ROWS = 2048, 256, 2
 DEVICE = DeviceFacts("cpu", "a CPU", 24 * 2**30, True, True)
@@ -280,7 +280,7 @@ def measured(cell: Cell, plan: Plan, folder: str, output: Path) -> int:
 def run(cell: Cell) -> dict[str, Any]:
     import transformers
 
-    from peftkit.run.memory import traced
+    from peftkit.prepare.traced_memory import traced
 
     logging.disable(logging.WARNING)
     config = AutoConfig.for_model(cell.model, **MODELS[cell.model], bos_token_id=1, eos_token_id=2)

@@ -142,8 +142,8 @@ def planned(cell: Cell, device: Any) -> tuple[Any, Any, dict[str, Any]]:
     """(plan with its traced memory, shape, configuration)."""
     from peftkit.archs import KNOWN, shape_from_config
     from peftkit.plan import Facts, ModelFacts, make_plan
+    from peftkit.prepare.traced_memory import trace_memory
     from peftkit.recipe import load
-    from peftkit.run.memory import trace_memory
 
     config = dict(KNOWN[LLAMA]) if cell.model == "llama-8b" else SHAPES[cell.model]
     shape = shape_from_config(config)
@@ -178,7 +178,7 @@ def compare(cell: Cell, device: Any, *, dry: bool) -> dict[str, Any]:
     """Predicted and, on a device, measured."""
     from peftkit.model.hardware import is_out_of_memory, release
     from peftkit.plan.fit import judge
-    from peftkit.run.trial import run_trial
+    from peftkit.prepare.measured_memory import run_trial
 
     plan, shape, config = planned(cell, device)
     peak = plan.memory.peak

@@ -29,16 +29,16 @@ from memory import tokenizer  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, set_seed  # noqa: E402
 
 from peftkit.archs import shape_from_config  # noqa: E402
-from peftkit.data.lengths import counted  # noqa: E402
-from peftkit.data.mask import Tokenized  # noqa: E402
-from peftkit.data.pack import efficiency, pack  # noqa: E402
-from peftkit.model import adapter  # noqa: E402
+from peftkit.data.tokens.lengths import counted  # noqa: E402
+from peftkit.data.tokens.mask import Tokenized  # noqa: E402
+from peftkit.data.tokens.pack import efficiency, pack  # noqa: E402
+from peftkit.model.adapter import attach as adapter  # noqa: E402
 from peftkit.model.hardware import detect_device_light  # noqa: E402
 from peftkit.plan import DataFacts, Facts, ModelFacts, Plan, make_plan  # noqa: E402
 from peftkit.plan.packing import BY_LENGTH, RANDOM, padding  # noqa: E402
 from peftkit.recipe import load  # noqa: E402
+from peftkit.train.batches import training_set  # noqa: E402
 from peftkit.train.objectives import sft  # noqa: E402
-from peftkit.train.rows import training_set  # noqa: E402
 
 NUM, SHORTEST, LONGEST, ROOM, VOCAB = 240, 20, 200, 512, 2000
 STEP, MICRO, REPETITIONS = 8, 8, 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from functools import lru_cache
+from pathlib import Path
 
 
 def hub_is_off() -> bool:
@@ -37,3 +38,10 @@ def hub_is_there() -> bool:
 @lru_cache(maxsize=1)
 def _answers_in(minute: int) -> bool:
     return hub_answers()
+
+
+def cache_folder() -> Path:
+    """$PEFTKIT_CACHE, else the user's cache folder."""
+    given = os.environ.get("PEFTKIT_CACHE")
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(given) if given else Path(root) / "peftkit"

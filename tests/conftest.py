@@ -82,7 +82,7 @@ def cpu() -> Any:
 
 def save_tiny(folder: Path, model_type: str, task: str = "causal-lm", **changes: Any) -> tuple[Path, Any]:
     """(folder with the tiny model's weights, its configuration as a dict)."""
-    from tests.tiny import tiny_model
+    from tests.rigs.tiny import tiny_model
 
     model = tiny_model(model_type, task, **changes)
     model.save_pretrained(folder / "base", safe_serialization=True)

@@ -1,6 +1,7 @@
 import socket
+from pathlib import Path
 
-from peftkit.hub import hub_answers, hub_is_off, hub_is_there
+from peftkit.hub import cache_folder, hub_answers, hub_is_off, hub_is_there
 
 
 def test_whether_the_hub_answers(monkeypatch):
@@ -22,3 +23,13 @@ def test_whether_the_hub_answers(monkeypatch):
     assert not hub_answers()
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
     assert hub_answers()
+
+
+def test_where_the_cache_is(monkeypatch):
+    monkeypatch.setenv("PEFTKIT_CACHE", "/elsewhere")
+    assert cache_folder() == Path("/elsewhere")
+    monkeypatch.delenv("PEFTKIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert cache_folder() == Path("/cache/peftkit")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "peftkit"

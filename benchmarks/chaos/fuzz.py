@@ -28,7 +28,7 @@ def _row(cells: Any) -> str:
 
 def fuzz(kind: Any, indices: range, seed: int, work: Path) -> dict[str, Any]:
     """Run the cases of a kind, telling of those that fail. Returns their counts."""
-    from tests.chaos.watch import VERDICTS, watched
+    from tests.rigs.chaos.watch import VERDICTS, watched
 
     counts: collections.Counter[str] = collections.Counter()
     slowest = 0.0
@@ -47,8 +47,8 @@ def fuzz(kind: Any, indices: range, seed: int, work: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Run what is asked for, print the table, write the results of a full run."""
-    from tests.chaos.kinds import KINDS
-    from tests.chaos.watch import one
+    from tests.rigs.chaos.kinds import KINDS
+    from tests.rigs.chaos.watch import one
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -23,9 +23,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.common import RESULTS, write_result
-from tests.chaos.nursery import Nursery
-from tests.chaos.scenes import DAMAGES, Scenes, files_of, mutated, recipe_at
 from tests.conftest import TINY_LLAMA
+from tests.rigs.chaos.nursery import Nursery
+from tests.rigs.chaos.scenes import DAMAGES, Scenes, files_of, mutated, recipe_at
 
 Case = tuple[str, Callable[[Scenes], str | None]]
 PHASES = ("phase base", "phase data", "data", "phase model", "parameters", "preflight")
@@ -37,7 +37,7 @@ def gguf_recipe(place: Path) -> dict:
     """The tiny model as a GGUF file, which a run converts first."""
     from transformers import AutoModelForCausalLM
 
-    from tests.tiny_gguf import write_gguf
+    from tests.rigs.tiny_gguf import write_gguf
 
     model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA)
     path = write_gguf(place / "tiny.gguf", model, "llama", TINY_LLAMA / "tokenizer.json")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import psutil
 
 from benchmarks.common import write_result
-from tests.chaos.scenes import recipe_at
+from tests.rigs.chaos.scenes import recipe_at
 
 EVERY = 20
 

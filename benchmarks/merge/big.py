@@ -72,8 +72,8 @@ def make_adapter(base: Path, folder: Path) -> None:
 
 def ours(base: Path, adapter: Path, out: Path) -> None:
     """peftkit's merge without the comparison of logits, which PEFT does not make either."""
-    from peftkit.run.merge_work import MergeOptions, decided, write
     from peftkit.rundir import publish_folder
+    from peftkit.ship.merge.decide import MergeOptions, decided, write
 
     work = decided([adapter], MergeOptions())
     with publish_folder(out, sealed=False) as staging:
@@ -99,7 +99,7 @@ def idle(base: Path, adapter: Path, out: Path) -> None:
 
 def start(base: Path, adapter: Path, out: Path) -> None:
     """What peftkit does before it reads the first weight: imports, and the plan of the merge."""
-    from peftkit.run.merge_work import MergeOptions, decided
+    from peftkit.ship.merge.decide import MergeOptions, decided
 
     assert decided([adapter], MergeOptions()).plans
 
@@ -131,7 +131,7 @@ def unlike(one: Path, two: Path) -> tuple[int, int]:
     """(tensors that differ in a bit, tensors)."""
     import torch
 
-    from peftkit.ship.tensors import read_all, weight_files
+    from peftkit.ship.files.tensors import read_all, weight_files
 
     first, second = (read_all(weight_files(folder)) for folder in (one, two))
     assert first.keys() == second.keys()

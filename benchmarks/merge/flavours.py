@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import write_result
 
-from tests.ship.adapters import FLAVOURS, base_plan, inputs, load, load_adapted, make, merge
+from tests.rigs.adapters import FLAVOURS, base_plan, inputs, load, load_adapted, make, merge
 
 
 def measured(name: str, dtype: str, folder: Path) -> dict[str, Any]:

@@ -23,13 +23,13 @@ from common import write_result
 
 import peftkit
 from peftkit import MergeOptions
-from peftkit.data.mask import Tokenized
+from peftkit.data.tokens.mask import Tokenized
 from peftkit.model.load import load_model
-from peftkit.run.adapter import Adapter, find_adapter
-from peftkit.run.merge_compare import Compared
-from peftkit.run.merge_work import decided
-from peftkit.run.result import load_result
-from peftkit.ship.verify import PROMPTS, Outputs, compare, outputs
+from peftkit.results.find import Adapter, find_adapter
+from peftkit.results.load import load_result
+from peftkit.ship.merge.compare import Compared
+from peftkit.ship.merge.decide import decided
+from peftkit.ship.merge.fidelity import PROMPTS, Outputs, compare, outputs
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "recipes" / "quickstart.yaml"

@@ -1,9 +1,19 @@
 """Model families as data: how one is recognised, which modules play which role, what shapes they have."""
 
 from peftkit.archs.families import ATTENTION_ROLES, EXPERT_ROLES, FAMILIES, ROLES
-from peftkit.archs.family import TASKS, Dims, Family, Linear, ModelShape, Module, Task, Tensor
+from peftkit.archs.family import (
+    TASKS,
+    Dims,
+    Family,
+    Linear,
+    ModelShape,
+    Module,
+    Task,
+    Tensor,
+    place_of,
+    shortest_names,
+)
 from peftkit.archs.known import EMBEDDED, KNOWN, Embedded
-from peftkit.archs.names import place_of, shortest_names
 from peftkit.archs.shape import family_of, shape_from_config, shape_of, task_of
 
 __all__ = [

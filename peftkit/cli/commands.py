@@ -361,7 +361,7 @@ def env(arguments: argparse.Namespace) -> int:
     """Print versions and the device."""
 
     from peftkit.model.hardware import detect_device_light
-    from peftkit.run.environment import versions
+    from peftkit.prepare.environment import versions
 
     found = {"versions": versions(), "device": asdict(detect_device_light())}
     if arguments.json:

@@ -11,9 +11,9 @@ from rich.table import Table
 from peftkit.api import Account, Evaluation, Inspection
 from peftkit.diagnose.verdict import Verdict
 from peftkit.plan import Plan
+from peftkit.prepare.measured_memory import Trial
 from peftkit.report import Summary
 from peftkit.run.reproduce import Reproduction
-from peftkit.run.trial import Trial
 from peftkit.run.verify import Verification
 from peftkit.units import show_bytes, show_count, show_percent, show_seconds
 

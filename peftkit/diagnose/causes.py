@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peftkit.diagnose.paired import Interval, Rows, gain
 from peftkit.diagnose.quality import Quality
 from peftkit.diagnose.signals import Signals
+from peftkit.diagnose.statistics import Interval, Rows, gain
 
 Cause = Literal[
     "none",

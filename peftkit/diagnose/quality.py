@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from peftkit.diagnose.paired import Interval, Rows, gain, mean_interval
+from peftkit.diagnose.statistics import Interval, Rows, gain, mean_interval
 
 State = Literal["not lagging", "lagging", "plateaued", "still improving"]
 MARGIN = 0.01  # of the loss: what a gain has to be to matter

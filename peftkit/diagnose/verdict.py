@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from peftkit.diagnose.causes import Cause
-from peftkit.diagnose.paired import Interval
 from peftkit.diagnose.quality import State
+from peftkit.diagnose.statistics import Interval
 from peftkit.units import html_table, show_bytes, show_count, show_percent
 
 FEW_ROWS = 50  # below, intervals are told to be wide

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peftkit.data.mask import IGNORED, Tokenized
+from peftkit.data.tokens.mask import IGNORED, Tokenized
 
 MOST_LONGER = 2.0  # a question that makes a row more than so many times as long is not given to it
 

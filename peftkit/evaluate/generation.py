@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peftkit import interrupt
-from peftkit.data.template import adds_bos
+from peftkit.data.chat.template import adds_bos
 
 
 def _encode(prompts: Sequence[str], tokenizer: Any, *, encoder: bool) -> Any:

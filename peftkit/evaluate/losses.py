@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftkit import interrupt
-from peftkit.data.mask import IGNORED, Tokenized
+from peftkit.data.tokens.mask import IGNORED, Tokenized
 
 
 def collate(rows: Sequence[Tokenized], pad_id: int, *, task: str = "causal-lm") -> dict[str, Any]:

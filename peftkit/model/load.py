@@ -12,12 +12,12 @@ from typing import Any, cast
 from peftkit.archs import Task
 from peftkit.errors import Problem, UserError
 from peftkit.hub import hub_is_off, hub_is_there
-from peftkit.model.contained import check_folder, check_size
-from peftkit.model.gguf import converted_folder
-from peftkit.model.inspect import AUTO_CLASSES
-from peftkit.model.locate import GATED_FIX, Base, check_pin
+from peftkit.model.base.file_checks import check_folder, check_size
+from peftkit.model.base.gguf import converted_folder
+from peftkit.model.base.locate import GATED_FIX, Base, check_pin
+from peftkit.model.base.remote_code import check_code, hub_file
+from peftkit.model.base.unknown_family import AUTO_CLASSES
 from peftkit.model.quantize import after_loading, mended_loading, quantization_config
-from peftkit.model.trust import check_code, hub_file
 from peftkit.plan.plan import BasePlan
 
 

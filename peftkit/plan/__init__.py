@@ -1,7 +1,7 @@
 """Everything decided, by a pure function of recipe and facts."""
 
 from peftkit.plan.facts import DataFacts, DeviceFacts, Facts, Lengths, ModelFacts, Packs, Row, TextFacts
-from peftkit.plan.plan import Batch, Decision, Memory, Peak, Plan
+from peftkit.plan.plan import Batch, Decision, Memory, Peak, Plan, read_plan
 from peftkit.plan.resolve import make_plan
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "Row",
     "TextFacts",
     "make_plan",
+    "read_plan",
 ]

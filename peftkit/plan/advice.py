@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from peftkit.methods import METHODS
-from peftkit.plan.applies import refusal
 from peftkit.plan.facts import Facts
 from peftkit.plan.fit import judge
 from peftkit.plan.memory import closed_form
+from peftkit.plan.method import refusal
 from peftkit.plan.packing import num_rows
 from peftkit.plan.plan import Decision, Plan
 from peftkit.units import show_bytes, show_count

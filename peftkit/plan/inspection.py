@@ -9,9 +9,8 @@ from typing import Any
 
 from peftkit.archs import ModelShape
 from peftkit.methods import METHODS
-from peftkit.plan.applies import nearest_method, refusal
-from peftkit.plan.kernels import kernels_text, missing_kernels
-from peftkit.plan.method import coverage, default_selection
+from peftkit.plan.method import coverage, default_selection, nearest_method, refusal
+from peftkit.plan.throughput import kernels_text, missing_kernels
 from peftkit.units import html_table, show_bytes, show_count, show_percent
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal pretraining

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from peftkit.archs import ModelShape, Module, place_of
+from peftkit.archs import ModelShape, Module, Tensor, place_of
 from peftkit.methods import METHODS, Method, PeftSpec, Selection, TokenRows
 from peftkit.methods.lora import LoraOptions
-from peftkit.plan.applies import nearest_method, refusal
 from peftkit.plan.decisions import Decisions
-from peftkit.plan.layers import by_layers
 from peftkit.plan.plan import MethodPlan
 from peftkit.plan.targets import resolve_parameters, resolve_targets, select
 
@@ -153,3 +153,81 @@ def method_plan(d: Decisions, shape: ModelShape, num_steps: int | None) -> Metho
         num_parameters=shape.num_parameters,
         roles={place_of(module.name): module.role for module in shape.modules},
     )
+
+
+def refusal(method: Method, shape: ModelShape) -> str:
+    """Why a method cannot work on a model; empty where it can."""
+    known = shape.family.refuses.get(method.name) or method.refuses(shape)
+    if known:
+        return known
+    if method.default_roles is not None and not method.default_roles(shape)[0]:
+        return f"none of its layers plays a role that {method.name} adapts"
+    return ""
+
+
+def nearest_method(method: Method, shape: ModelShape) -> str:
+    """The method to use instead of one that is refused."""
+    seen = {method.name}
+    name = method.nearest
+    while refusal(METHODS[name], shape) and name not in seen:
+        seen.add(name)
+        name = METHODS[name].nearest
+    return name
+
+
+Layer = tuple[str, int]  # ("model.layers", 3)
+OUTSIDE, SHARED = "outside the layers", "shared by the layers"
+
+
+def layer_of(name: str) -> Layer | None:
+    """The stack and number of the layer that a module's path stands in: its first number."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[:place]), int(part)
+    return None
+
+
+def by_layers(method: Method, options: Any, shape: ModelShape, selection: Selection) -> dict[str, int]:
+    """Trained parameters by range of alike layers, for example {"model.layers 0-31": 41943040}.
+
+    What stands in no layer, and what all layers share, is named so. The sum is what `method.count` gives.
+    """
+    whole = sum(method.count(options, shape, selection).values())
+    if method.virtual_tokens:  # counted from the model's sizes, not from its modules
+        return {SHARED: whole} if whole else {}
+    modules_in: dict[Layer | None, list[Module]] = {}
+    tensors_in: dict[Layer | None, list[Tensor]] = {}
+    for module in shape.modules:
+        modules_in.setdefault(layer_of(module.name), []).append(module)
+    for tensor in shape.tensors:
+        tensors_in.setdefault(layer_of(tensor.name), []).append(tensor)
+    adapted = {module.name for module in selection.modules}
+    counts: dict[Layer | None, int] = {}
+    for layer in {**modules_in, **tensors_in}:
+        modules = modules_in.get(layer, [])
+        here = replace(shape, modules=tuple(modules), tensors=tuple(tensors_in.get(layer, ())))
+        chosen = replace(selection, modules=tuple(m for m in modules if m.name in adapted))
+        counts[layer] = sum(method.count(options, here, chosen).values())
+    nothing = replace(shape, modules=(), tensors=())
+    constant = sum(method.count(options, nothing, Selection()).values())  # single token rows
+    found = _ranges({layer: num - constant for layer, num in counts.items() if layer is not None})
+    rest = {OUTSIDE: counts.get(None, constant)}
+    rest[SHARED] = whole - sum(found.values()) - rest[OUTSIDE]
+    return {**found, **{name: num for name, num in rest.items() if num}}
+
+
+def _ranges(counts: Mapping[Layer, int]) -> dict[str, int]:
+    """Neighbours with the same count together."""
+    ranges: list[tuple[str, int, int, int]] = []  # stack, first, last, count of each
+    for (stack, number), num in sorted(counts.items()):
+        if not num:
+            continue
+        if ranges and ranges[-1][0] == stack and ranges[-1][2] == number - 1 and ranges[-1][3] == num:
+            ranges[-1] = (stack, ranges[-1][1], number, num)
+        else:
+            ranges.append((stack, number, number, num))
+    return {
+        f"{stack} {first}-{last}" if last > first else f"{stack} {first}": num * (last - first + 1)
+        for stack, first, last, num in ranges
+    }

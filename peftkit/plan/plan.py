@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from peftkit.errors import Problem, UserError
 from peftkit.methods import PeftSpec
+from peftkit.rundir import RunDir, read_sealed
 
 Dtype = str  # "float32" | "bfloat16" | "float16", as torch names them
 
@@ -271,3 +273,16 @@ class Plan:
             batch=None if batch is None else Batch(**batch),
             memory=None if memory is None else Memory.from_json(memory),
         )
+
+
+def read_plan(run: RunDir) -> Plan:
+    """The plan of a run. Raises UserError where plan.json cannot be read."""
+    try:
+        return Plan.from_json(read_sealed(run.path / "plan.json"))
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        where = str(run.path / "plan.json")
+        raise UserError(
+            Problem(where, f"a plan that cannot be read ({error})", "the plan of a run")
+        ) from None

@@ -10,19 +10,18 @@ from peftkit.errors import UserError
 from peftkit.methods import METHODS, Method
 from peftkit.methods.qlora import QloraOptions
 from peftkit.plan.advice import advice
-from peftkit.plan.context import rope_overrides
-from peftkit.plan.data import data_plan
+from peftkit.plan.data import data_plan, rope_overrides
 from peftkit.plan.decisions import Decisions
 from peftkit.plan.diagnosis import diagnose_plan
 from peftkit.plan.facts import Facts
 from peftkit.plan.fit import Free, choose, longest_batch
-from peftkit.plan.kernels import kernels_text, missing_kernels
 from peftkit.plan.memory import closed_form
 from peftkit.plan.method import LOW_COVERAGE, coverage, largest_rest, method_plan
 from peftkit.plan.packing import Rows, choose_rows, choose_sampling
 from peftkit.plan.plan import BasePlan, EvaluatePlan, Plan, TrainPlan
 from peftkit.plan.targets import select
 from peftkit.plan.task import FORMAT_TASKS, METRICS, metric_of
+from peftkit.plan.throughput import kernels_text, missing_kernels
 from peftkit.recipe import LoadedRecipe, check
 
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

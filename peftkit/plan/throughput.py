@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,4 +90,17 @@ def work_of(
         download_bytes=2 * shape.num_parameters if plan.base.kind == "hub" else 0,
         tokens_per_trainable=all_tokens / trainable if all_tokens and trainable else None,
         share_of_optimal=all_tokens / (_TOKENS_PER_PARAMETER * shape.num_parameters) if all_tokens else None,
+    )
+
+
+def missing_kernels(shape: ModelShape) -> tuple[str, ...]:
+    """Packages that a family is slow without on a GPU, and that are not installed."""
+    return tuple(name for name in shape.family.kernels if importlib.util.find_spec(name) is None)
+
+
+def kernels_text(missing: tuple[str, ...]) -> str:
+    """What is lost without them, and how to get them."""
+    return (
+        f"not installed: {', '.join(missing)}. Its state layers then run in plain torch, slower and with "
+        f"more memory (docs/families.md tells how much): pip install {' '.join(missing)}"
     )

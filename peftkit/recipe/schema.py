@@ -21,7 +21,6 @@ from peftkit.methods.prefix import PrefixOptions
 from peftkit.methods.prompt import PromptOptions
 from peftkit.methods.qlora import QloraOptions
 from peftkit.methods.vera import VeraOptions
-from peftkit.recipe.checks import CheckName
 from peftkit.units import parse_share
 
 Auto = Literal["auto"]
@@ -272,3 +271,42 @@ class Recipe(Options):
                 if isinstance(values.get(key), str):
                     values[key] = {inner: values[key]}
         return values
+
+
+CheckName = Literal[
+    "malformed-rows",
+    "encoding",
+    "missing-fields",
+    "empty-answers",
+    "roles",
+    "chosen-equals-rejected",
+    "preference-length",
+    "secrets",
+    "emails",
+    "control-characters",
+    "mojibake",
+    "special-tokens",
+    "foreign-markers",
+    "duplicates",
+    "near-duplicates",
+    "leakage",
+    "near-leakage",
+    "held-out",
+    "labels",
+    "unseen-labels",
+    "languages",
+    "lengths",
+    "template",
+    "reasoning",
+    "round-trip",
+    "unknown-tokens",
+    "double-bos",
+    "masked-rows",
+    "end-token",
+    "end-agreement",
+    "pad-token",
+    "rows-dropped",
+    "cut-answers",
+    "vocabulary",
+    "enough-data",
+]

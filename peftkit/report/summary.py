@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.diagnose.verdict import Verdict
-from peftkit.errors import Problem, UserError
-from peftkit.plan import Plan
-from peftkit.plan.plan import Growth
+from peftkit.plan.plan import Growth, read_plan
 from peftkit.rundir import RunDir, read_sealed
 from peftkit.units import html_table, show_bytes, show_count, show_percent, show_seconds
 
@@ -143,19 +141,6 @@ def _others(
         return {}
     first, last = before.get("scores", {}), after.get("scores", {})
     return {name: (first[name], last[name]) for name in last if name != after["name"] and name in first}
-
-
-def read_plan(run: RunDir) -> Plan:
-    """The plan of a run. Raises UserError where plan.json cannot be read."""
-    try:
-        return Plan.from_json(read_sealed(run.path / "plan.json"))
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        where = str(run.path / "plan.json")
-        raise UserError(
-            Problem(where, f"a plan that cannot be read ({error})", "the plan of a run")
-        ) from None
 
 
 def _verdict(events: list[dict[str, Any]]) -> Verdict | None:

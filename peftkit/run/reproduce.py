@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
+from peftkit.prepare.context import Observer
 from peftkit.report import Summary, read_summary
-from peftkit.run.flow import finetune
+from peftkit.run.finetune import finetune
 from peftkit.run.resume import changes, recipe_of
-from peftkit.run.stage import Observer
 from peftkit.rundir import MANIFEST, RunDir, read_json, read_sealed, verify_folder
 from peftkit.units import html_table
 

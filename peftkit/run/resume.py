@@ -11,16 +11,10 @@ from typing import Any
 
 from peftkit import interrupt
 from peftkit.errors import Problem, UserError, did_you_mean
-from peftkit.model.identity import differences
-from peftkit.plan import make_plan
-from peftkit.recipe import LoadedRecipe, load
-from peftkit.report import Summary, read_plan, read_summary
-from peftkit.run.environment import resolved_text
-from peftkit.run.escalate import settle_growths
-from peftkit.run.facts import light_facts, refuse_where_it_cannot_run
-from peftkit.run.flow import told, train_and_publish
-from peftkit.run.memory import settle
-from peftkit.run.stage import (
+from peftkit.experiments.growth import settle_growths
+from peftkit.model.base.identity import differences
+from peftkit.plan import make_plan, read_plan
+from peftkit.prepare.context import (
     Observer,
     Stage,
     open_stage,
@@ -28,6 +22,12 @@ from peftkit.run.stage import (
     write_environment,
     write_recipe,
 )
+from peftkit.prepare.environment import resolved_text
+from peftkit.prepare.facts import light_facts, refuse_where_it_cannot_run
+from peftkit.prepare.traced_memory import settle
+from peftkit.recipe import LoadedRecipe, load
+from peftkit.report import Summary, read_summary
+from peftkit.run.finetune import told, train_and_publish
 from peftkit.rundir import MANIFEST, RunDir, owned, read_json, read_sealed, verify_folder, write_sealed
 from peftkit.secrets import MARK
 
@@ -89,7 +89,7 @@ def _checkpoint_of(run: RunDir, is_planned: bool, observer: Observer) -> Path | 
         got, fix = "checkpoints without plan.json", "put plan.json back, or train anew"
         raise UserError(Problem(str(run.path), got, "the plan that they were made by", fix))
     if is_planned:
-        from peftkit.run.recover import set_left_aside  # it knows the trainer, which a plan does not need
+        from peftkit.run.recovery import set_left_aside  # it knows the trainer, which a plan does not need
 
         plan = read_plan(run)
         settle_growths(run, plan)

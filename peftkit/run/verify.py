@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peftkit.errors import UserError
+from peftkit.plan import read_plan
+from peftkit.prepare.environment import recipe_sha256, resolved_text
 from peftkit.recipe import load
-from peftkit.report import read_plan
-from peftkit.run.environment import recipe_sha256, resolved_text
 from peftkit.rundir import MANIFEST, RunDir, read_json, sha256_of, step_of, verify_folder, verify_sealed
 from peftkit.units import html_table, show_bytes
 

@@ -1,5 +1,5 @@
 """Training on TRL's trainer through its public API, with our own checkpoints and records."""
 
-from peftkit.train.assemble import Training, assemble
+from peftkit.train.training import Training, assemble
 
 __all__ = ["Training", "assemble"]

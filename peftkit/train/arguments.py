@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peftkit.model.adapter import checkpointing
+from peftkit.model.adapter.attach import checkpointing
 from peftkit.plan import Plan
 from peftkit.plan.packing import BY_LENGTH
 

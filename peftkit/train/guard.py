@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from peftkit.errors import Problem, UserError
-from peftkit.model.adapter import trainable_tensors
+from peftkit.errors import PeftkitError, Problem, UserError
+from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.plan import Plan
-from peftkit.train.divergence import ADVICE, Diverged, divergence
 
 WINDOW = 64  # losses that a median is taken of
 ENOUGH = 16  # of them, before there is one
@@ -215,3 +214,21 @@ def heard_by(callbacks: Sequence[Any]) -> Callable[[Any, torch.Tensor], None]:
 
 def _sum(tensor: torch.Tensor) -> float:
     return float(tensor.detach().sum(dtype=torch.float64))
+
+
+ADVICE = "lower the learning rate, warm up for 5-10 % of the steps, clip at 1.0, or look at these rows"
+
+
+class Diverged(PeftkitError):
+    """Training left the road at `first_step`, and the recipe says to go back and try more gently."""
+
+    def __init__(self, message: str, *, first_step: int) -> None:
+        self.first_step = first_step
+        super().__init__(message)
+
+
+def divergence(plan: Plan, said: str, rows: Sequence[str]) -> Problem:
+    """What the user is told of a training that left the road."""
+    where = f"train.learning_rate {plan.train.learning_rate:g}"
+    names = f" (rows {', '.join(rows)})" if rows else ""
+    return Problem(where, f"{said}{names}", "finite numbers and a loss that falls", ADVICE)

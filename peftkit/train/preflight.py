@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from peftkit.errors import Problem, UserError
-from peftkit.model.adapter import trainable_tensors, wrapped_storages
+from peftkit.model.adapter.attach import trainable_tensors, wrapped_storages
 from peftkit.plan import Plan
-from peftkit.train.rows import Drawn, batch_of
-from peftkit.train.snapshot import random_states, restore_random_states
+from peftkit.train.batches import Drawn, batch_of
+from peftkit.train.checkpoint.snapshot import random_states, restore_random_states
 
 Loss = Callable[[Any, Mapping[str, Any], str], Any]
 _SHOWN = 3

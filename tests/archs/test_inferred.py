@@ -2,7 +2,7 @@ import pytest
 
 from peftkit.archs import FAMILIES, shape_from_config
 from peftkit.archs.inferred import Layer, infer_shape, role_of
-from tests.tiny import tiny_config
+from tests.rigs.tiny import tiny_config
 
 # Families whose every role can be told by names and shapes.
 TOLD = ("llama", "mistral", "qwen3", "gpt2", "gpt_neox", "phi", "phi3", "bloom", "starcoder2", "gemma2")
@@ -13,7 +13,7 @@ def test_roles_of_known_families_are_found_by_names_and_shapes(model_type):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from peftkit.model.inspect import layers_of
+    from peftkit.model.base.unknown_family import layers_of
 
     config = tiny_config(model_type)
     with torch.device("meta"):
@@ -30,7 +30,7 @@ def test_an_inferred_shape_counts_every_parameter_once(model_type):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from peftkit.model.inspect import layers_of
+    from peftkit.model.base.unknown_family import layers_of
 
     config = tiny_config(model_type)
     with torch.device("meta"):

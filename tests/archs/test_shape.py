@@ -4,7 +4,7 @@ import pytest
 
 from peftkit.archs import EMBEDDED, FAMILIES, KNOWN, family_of, shape_from_config
 from peftkit.archs.known import TOTALS
-from tests.tiny import LABELS, tiny_config
+from tests.rigs.tiny import LABELS, tiny_config
 
 CASES = [(t, task) for family in FAMILIES for t in family.model_types for task in family.heads]
 
@@ -36,7 +36,7 @@ def test_shapes_equal_those_of_the_real_model(model_type, task):
     import torch
     import transformers
 
-    from peftkit.model.inspect import AUTO_CLASSES
+    from peftkit.model.base.unknown_family import AUTO_CLASSES
 
     config = tiny_config(model_type)
     with torch.device("meta"):
@@ -106,7 +106,7 @@ def test_every_layer_has_a_known_role_and_a_unique_type():
 @pytest.mark.parametrize("model_type", [t for family in FAMILIES for t in family.model_types])
 def test_keys_that_a_config_leaves_out_have_the_defaults_of_transformers(model_type):
     """Older hub files lack keys; transformers fills them in, and so must the family's entry."""
-    from tests.tiny import TINY
+    from tests.rigs.tiny import TINY
 
     sparse = shape_from_config({**TINY[model_type], "model_type": model_type})
     whole = shape_from_config(tiny_config(model_type, num_labels=2).to_dict())
@@ -130,7 +130,7 @@ ABSURD = {
 
 @pytest.mark.parametrize("model_type", ABSURD)
 def test_absurd_values_are_told_not_read_as_something(model_type):
-    from tests.tiny import TINY
+    from tests.rigs.tiny import TINY
 
     config = {**TINY[model_type], "model_type": model_type}
     assert shape_from_config(config)

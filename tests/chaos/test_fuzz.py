@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftkit.recipe.document import dump_text, parse_text
-from tests.chaos import rows as data_files
-from tests.chaos.kinds import KINDS
-from tests.chaos.recipes import make
-from tests.chaos.schema_values import plain
-from tests.chaos.watch import Kind, WrongSuccess, one, watched
-from tests.chaos.yaml_text import document
+from tests.rigs.chaos import rows as data_files
+from tests.rigs.chaos.kinds import KINDS
+from tests.rigs.chaos.recipes import make
+from tests.rigs.chaos.schema_values import plain
+from tests.rigs.chaos.watch import Kind, WrongSuccess, one, watched
+from tests.rigs.chaos.yaml_text import document
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from tests.chaos.nursery import Nursery
-from tests.chaos.scenes import DAMAGES, Scenes, files_of, flipped
+from tests.rigs.chaos.nursery import Nursery
+from tests.rigs.chaos.scenes import DAMAGES, Scenes, files_of, flipped
 
 SLOW = pytest.mark.slow
 

@@ -1,7 +1,7 @@
 """Tables show what they are given: rich would take square brackets for markup, and drop them."""
 
 from peftkit.cli.tables import print_verdict
-from peftkit.diagnose.paired import Interval
+from peftkit.diagnose.statistics import Interval
 from peftkit.diagnose.verdict import Action, Verdict
 
 

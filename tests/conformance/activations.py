@@ -22,8 +22,8 @@ from peftkit.archs import family_of, shape_from_config
 from peftkit.plan import DeviceFacts, Plan
 from peftkit.plan.activations import FEATURES, features, kept_bytes, layers_of, mode_of
 from peftkit.plan.plan import Batch
-from tests.plans import plan_for
-from tests.tiny import TINY, tiny_config
+from tests.rigs.plans import plan_for
+from tests.rigs.tiny import TINY, tiny_config
 
 CPU = DeviceFacts("cpu", "a CPU", 24 * 2**30, True, True)
 TARGET = Path(__file__).parents[2] / "peftkit" / "archs" / "data" / "activations.json"
@@ -100,7 +100,7 @@ def rest_of(
     model_type: str, size: tuple[int, ...], method: str, precision: str
 ) -> tuple[list[float], float, Plan]:
     """([rest per token of one period of layers, rest of what is above them], all that is kept, plan)."""
-    from peftkit.run.memory import traced
+    from peftkit.prepare.traced_memory import traced
 
     rows, tokens = size[4], size[5]
     batch = Batch(rows, tokens, 0, rows * (tokens - 1), is_padded=False)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.archs import FAMILIES, Family, family_of, shape_from_config
-from peftkit.data.mask import IGNORED, Tokenized
+from peftkit.data.tokens.mask import IGNORED, Tokenized
 from peftkit.errors import UserError
 from peftkit.methods import METHODS
 from peftkit.plan import Plan
 from tests.conftest import save_tiny
-from tests.plans import plan_for
-from tests.tiny import LABELS, VOCAB
+from tests.rigs.plans import plan_for
+from tests.rigs.tiny import LABELS, VOCAB
 
 STEPS = 20
 CLASSES = tuple("abcdefgh"[:LABELS])
@@ -120,7 +120,7 @@ class Bench:
     def attach(self) -> Any:
         from transformers import set_seed
 
-        from peftkit.model.adapter import attach
+        from peftkit.model.adapter.attach import attach
 
         set_seed(0)
         return attach(self.load(), self.plan, tokenizer=None)
@@ -138,8 +138,8 @@ class Bench:
         """(first, last) loss of a short training on one batch."""
         import torch
 
-        from peftkit.model.adapter import trainable_tensors
-        from peftkit.train.budget import scores
+        from peftkit.model.adapter.attach import trainable_tensors
+        from peftkit.train.adalora import scores
 
         optimizer = torch.optim.AdamW(trainable_tensors(model).values(), lr=self.rate, weight_decay=0.0)
         has_budget = bool(scores(model)) or self.plan.method.name == "adalora"
@@ -162,7 +162,7 @@ def _close(a: Any, b: Any, tolerance: float) -> str:
 
 
 def _check_counts(bench: Bench, model: Any) -> str:
-    from peftkit.model.adapter import count_parameters, trainable_by_role
+    from peftkit.model.adapter.attach import count_parameters, trainable_by_role
 
     counted, planned = count_parameters(model)[0], bench.plan.method.num_trainable
     by_role = trainable_by_role(model, bench.plan)
@@ -233,8 +233,8 @@ def mergeable_text(family: Family) -> list[str]:
 
 
 def _check_saved(bench: Bench, model: Any, folder: Path) -> dict[str, str]:
-    from peftkit.model.adapter import save_result
-    from peftkit.model.saved import load_adapter
+    from peftkit.model.adapter.attach import save_result
+    from peftkit.model.adapter.load import load_adapter
     from tests.conformance.tokenizer import NoTokenizer
 
     trained = bench.logits(model)
@@ -256,7 +256,7 @@ def _check_saved(bench: Bench, model: Any, folder: Path) -> dict[str, str]:
 
 def _check_checkpointing(bench: Bench) -> str:
     """Gradients with recomputation equal those without."""
-    from peftkit.model.adapter import trainable_tensors
+    from peftkit.model.adapter.attach import trainable_tensors
     from peftkit.train.preflight import wake
 
     grads = []
@@ -344,7 +344,7 @@ def _refused(error: UserError) -> str:
 
 def run_cell(model_type: str, task: str, variant: str) -> Cell:
     """Everything that is claimed of a cell, checked on a tiny model."""
-    from peftkit.model.adapter import save_start
+    from peftkit.model.adapter.attach import save_start
 
     family = family_of(model_type)
     assert family is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peftkit.archs import FAMILIES, ROLES, Family, shape_from_config
 from tests.conformance.cells import CELLS, STEPS, VARIANTS, Cell, key, mergeable_text, read_results
-from tests.tiny import TINY
+from tests.rigs.tiny import TINY
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "families.md"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peftkit.archs import FAMILIES, family_of
-from tests.tiny import VOCAB, tiny_model
+from tests.rigs.tiny import VOCAB, tiny_model
 
 FIRST = 9
 

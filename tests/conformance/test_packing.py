@@ -7,12 +7,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from peftkit.archs import FAMILIES, family_of
-from peftkit.data.mask import IGNORED, Tokenized
+from peftkit.data.tokens.mask import IGNORED, Tokenized
 from peftkit.evaluate.losses import collate, collate_packed
-from peftkit.model.adapter import attach, checkpointing, trainable_tensors
+from peftkit.model.adapter.attach import attach, checkpointing, trainable_tensors
 from peftkit.train.preflight import wake
-from tests.plans import plan_for
-from tests.tiny import VOCAB, tiny_config, tiny_model
+from tests.rigs.plans import plan_for
+from tests.rigs.tiny import VOCAB, tiny_config, tiny_model
 
 DECODERS = [t for family in FAMILIES for t in family.model_types if "causal-lm" in family.heads]
 SIZES = ((9, 14, 5), (11, 3, 7))  # two packs, of which one is filled up

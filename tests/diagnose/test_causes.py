@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from peftkit.diagnose.causes import Arm, Evidence, Finding, look_early, look_further
-from peftkit.diagnose.paired import Interval, Rows
 from peftkit.diagnose.quality import Quality
 from peftkit.diagnose.signals import ModuleSignal, Signals
+from peftkit.diagnose.statistics import Interval, Rows
 
 HARD = np.random.default_rng(0).gamma(4.0, 0.25, size=100)
 LEARNS, STILL = Interval(0.3, 0.25, 0.35, 100), Interval(0.001, -0.01, 0.01, 100)

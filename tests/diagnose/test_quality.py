@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from peftkit.diagnose.paired import Interval, Rows, proportion
 from peftkit.diagnose.quality import Evaluation, judge
+from peftkit.diagnose.statistics import Interval, Rows, proportion
 
 HARD = np.random.default_rng(0).gamma(4.0, 0.25, size=200)
 

@@ -3,7 +3,7 @@
 import json
 import math
 
-from peftkit.diagnose.paired import Interval
+from peftkit.diagnose.statistics import Interval
 from peftkit.diagnose.verdict import Action, Cost, Verdict
 
 

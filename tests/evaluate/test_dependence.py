@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftkit.data.mask import IGNORED, Tokenized
+from peftkit.data.tokens.mask import IGNORED, Tokenized
 from peftkit.evaluate.dependence import swapped
 
 

@@ -5,7 +5,7 @@ import pytest
 from peftkit.evaluate.generation import generate_answers
 from peftkit.model.load import load_model, load_tokenizer
 from tests.conftest import TINY_LLAMA
-from tests.plans import cpu_plan
+from tests.rigs.plans import cpu_plan
 
 PROMPTS = [
     "<|user|>What does json.loads do?<|end|><|assistant|>",

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from peftkit.data.mask import IGNORED, Tokenized
+from peftkit.data.tokens.mask import IGNORED, Tokenized
 from peftkit.evaluate.losses import row_losses
 from tests.conformance.cells import rows_for
-from tests.tiny import tiny_model
+from tests.rigs.tiny import tiny_model
 
 
 def losses(model, rows, **more):

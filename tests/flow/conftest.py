@@ -7,6 +7,6 @@ import pytest
 def _looks_fail_aloud(request, monkeypatch):
     """A run outlives a look that fails; a test does not, unless it is about that."""
     if request.node.get_closest_marker("failing_look") is None:
-        from peftkit.run import diagnose
+        from peftkit.experiments import look as diagnose
 
         monkeypatch.setattr(diagnose, "looked_at", diagnose.look)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from peftkit.archs import FAMILIES, KNOWN
 from peftkit.errors import UserError
 from peftkit.methods import METHODS
-from peftkit.model.adapter import attach, count_parameters, trainable_by_role, trainable_tensors
-from tests.plans import plan_for
-from tests.tiny import LABELS, tiny_config, tiny_model
+from peftkit.model.adapter.attach import attach, count_parameters, trainable_by_role, trainable_tensors
+from tests.rigs.plans import plan_for
+from tests.rigs.tiny import LABELS, tiny_config, tiny_model
 
 METHOD_CASES = {
     "full": {"name": "full"},

@@ -4,11 +4,11 @@ import shutil
 import pytest
 
 from peftkit.errors import UserError
+from peftkit.model.base.locate import locate
+from peftkit.model.base.shape import shape_of_base
 from peftkit.model.load import eos_ids, load_model, load_tokenizer, loadable
-from peftkit.model.locate import locate
-from peftkit.model.shapes import shape_of_base
 from tests.conftest import TINY_LLAMA
-from tests.plans import cpu_plan
+from tests.rigs.plans import cpu_plan
 
 
 def find(name, **options):
@@ -68,7 +68,7 @@ def test_config_without_sizes_is_told(tmp_path):
 
 
 def test_a_hub_that_does_not_answer_is_told(monkeypatch):
-    from peftkit.model import locate as module
+    from peftkit.model.base import locate as module
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -213,9 +213,9 @@ def test_an_untied_t5_is_counted_as_it_loads(tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
 
-    from peftkit.model.adapter import attach, count_parameters
+    from peftkit.model.adapter.attach import attach, count_parameters
     from tests.conftest import save_tiny
-    from tests.plans import plan_for
+    from tests.rigs.plans import plan_for
 
     folder, config = save_tiny(tmp_path, "t5", "seq2seq")
     weights = load_file(folder / "model.safetensors")

@@ -7,7 +7,7 @@ from peftkit.plan import Plan
 from peftkit.plan.diagnosis import FIRST_LOOK
 from peftkit.plan.plan import Growth
 from peftkit.recipe import check, load
-from tests.plans import cpu_plan
+from tests.rigs.plans import cpu_plan
 
 
 def decided(plan, key):

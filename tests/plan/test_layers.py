@@ -2,8 +2,8 @@
 
 import pytest
 
-from peftkit.plan.layers import OUTSIDE, SHARED
-from tests.plans import plan_for
+from peftkit.plan.method import OUTSIDE, SHARED
+from tests.rigs.plans import plan_for
 
 LLAMA = {
     "model_type": "llama",

@@ -15,8 +15,8 @@ from peftkit.plan.activations import is_fitted, kept_bytes
 from peftkit.plan.memory import closed_form, nf4_bytes
 from tests.conformance import activations as fitted
 from tests.conformance.cells import CLASSES, VARIANTS
-from tests.plans import CPU, plan_for
-from tests.tiny import tiny_config
+from tests.rigs.plans import CPU, plan_for
+from tests.rigs.tiny import tiny_config
 
 GPU = DeviceFacts("cuda", "NVIDIA H100 80GB HBM3", 85_000_000_000, True, True)
 LLAMA8B = KNOWN["meta-llama/Llama-3.1-8B"]
@@ -58,7 +58,7 @@ def test_more_work_never_takes_less_memory(method, checkpointing, batch, length,
 
 
 def _traced_pair(model_type, task, method):
-    from peftkit.run.memory import traced
+    from peftkit.prepare.traced_memory import traced
 
     config = json.loads(tiny_config(model_type, vocab_size=fitted.VOCAB).to_json_string())
     labels = CLASSES if "class" in task else ()
@@ -96,7 +96,7 @@ QUICK = {"llama", "gemma2", "phi3", "gpt2", "falcon"}
 
 
 def _within(model_type, method, precision):
-    from peftkit.run.memory import traced
+    from peftkit.prepare.traced_memory import traced
 
     for size in fitted.UNFITTED:
         config = fitted.config_of(model_type, size, 2 * fitted.period(model_type))
@@ -116,7 +116,7 @@ def test_dense_decoders_keep_what_the_closed_form_says(model_type, method, preci
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_packs_keep_their_mask_and_positions(model_type, checkpointing):
     """With and without packing the closed form is as near: what the mask adds is right."""
-    from peftkit.run.memory import traced
+    from peftkit.prepare.traced_memory import traced
 
     size = (8, 4, 32, 320, 2, 256)
     config = fitted.config_of(model_type, size, 4)

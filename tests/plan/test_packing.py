@@ -7,14 +7,14 @@ from random import Random
 import pytest
 
 from peftkit.archs import KNOWN, shape_from_config
-from peftkit.data.lengths import counted
-from peftkit.data.mask import Tokenized
+from peftkit.data.tokens.lengths import counted
+from peftkit.data.tokens.mask import Tokenized
 from peftkit.errors import UserError
 from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Row, make_plan
 from peftkit.plan.packing import BY_LENGTH, RANDOM, padding
 from peftkit.recipe import load
-from tests.plans import plan_for
-from tests.tiny import tiny_config
+from tests.rigs.plans import plan_for
+from tests.rigs.tiny import tiny_config
 
 LLAMA = shape_from_config(KNOWN["meta-llama/Llama-3.1-8B"])
 GPU = DeviceFacts("cuda", "NVIDIA H100 80GB HBM3", 85_000_000_000, True, True)
@@ -40,7 +40,7 @@ def planned(device=GPU, method="lora", data=None, shape=LLAMA, **train):
 
 def real_padding(found, micro, step, *, by_length):
     """What the trainer's order, or a random one, really pads over an epoch."""
-    from peftkit.train.rows import order_by_length
+    from peftkit.train.batches import order_by_length
 
     lengths = [len(row.input_ids) for row in found]
     order = list(range(len(lengths)))

@@ -7,13 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkit.archs import KNOWN, shape_from_config
+from peftkit.data.rows.ingest import read
 from peftkit.errors import UserError
 from peftkit.methods import METHODS
 from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Plan, make_plan
+from peftkit.prepare.facts import data_facts, memory_problems, model_facts
 from peftkit.recipe import load
 from peftkit.recipe.shipped import list_shipped
-from peftkit.run.facts import data_facts, memory_problems, model_facts, read
-from tests.plans import cpu_plan
+from tests.rigs.plans import cpu_plan
 
 LLAMA = ModelFacts("m", "hub", shape_from_config(KNOWN["meta-llama/Llama-3.1-8B"]))
 GPU = DeviceFacts("cuda", "NVIDIA H100", 85_000_000_000, True, True)
@@ -34,7 +35,7 @@ def refuse(*args, **kwargs):
 
 @pytest.mark.parametrize("shipped", list_shipped(), ids=lambda s: s.name)
 def test_every_shipped_recipe_resolves_without_weights_or_network(shipped):
-    from peftkit.model.locate import locate
+    from peftkit.model.base.locate import locate
 
     loaded = load(shipped.path)
     base = locate(loaded.recipe.base.id, revision=None, where="base", need_weights=False)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from peftkit.archs import FAMILIES, KNOWN, shape_from_config, shortest_names
 from peftkit.methods import METHODS
 from peftkit.plan.targets import matches, resolve_targets, select, unmatched
-from tests.tiny import TINY
+from tests.rigs.tiny import TINY
 
 LLAMA = shape_from_config(KNOWN["meta-llama/Llama-3.2-1B"])
 GPT2 = shape_from_config(KNOWN["openai-community/gpt2"])

@@ -1,6 +1,6 @@
 from peftkit.report import read_summary
 from peftkit.rundir import RunDir, write_sealed
-from tests.plans import cpu_plan
+from tests.rigs.plans import cpu_plan
 
 
 def made(tmp_path, *events):

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import peftkit
 from peftkit.errors import UserError
-from peftkit.model.contained import check_folder, contained_file
+from peftkit.model.base.file_checks import check_folder, contained_file
+from peftkit.model.base.locate import locate
 from peftkit.model.load import load_tokenizer
-from peftkit.model.locate import locate
 from tests.conftest import ROOT, TINY_LLAMA
-from tests.plans import cpu_plan
+from tests.rigs.plans import cpu_plan
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_a_name_stays_inside(base):
 def test_runs_are_named_inside_their_folder(name, recipe, tmp_path, monkeypatch):
     """The name comes from the recipe's file alone."""
     from peftkit.recipe import load
-    from peftkit.run.flow import default_out
+    from peftkit.run.finetune import default_out
 
     here = tmp_path / "one" / "two"
     here.mkdir(parents=True)

@@ -18,6 +18,8 @@ import peftkit
 from peftkit.errors import UserError
 from tests.conftest import ROOT, TINY_LLAMA
 
+READER = ROOT / "peftkit" / "model" / "base" / "unpickle.py"
+
 
 class Payload:
     """Runs a function when it is unpickled."""
@@ -82,7 +84,7 @@ def test_the_payloads_are_real(mark, tmp_path):
 
 def reader():
     """The program that reads, as a module: no package imports it."""
-    spec = importlib.util.spec_from_file_location("reader", ROOT / "peftkit" / "model" / "unpickle.py")
+    spec = importlib.util.spec_from_file_location("reader", READER)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -122,7 +124,7 @@ def test_the_reader_itself_can_do_no_harm(mark, tmp_path):
     program = f"""
 import sys; sys.argv = ["x"]
 import importlib.util, os, socket, subprocess, shutil
-spec = importlib.util.spec_from_file_location("unpickle", {str(ROOT / "peftkit" / "model" / "unpickle.py")!r})
+spec = importlib.util.spec_from_file_location("unpickle", {str(READER)!r})
 unpickle = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(unpickle)
 sys.addaudithook(unpickle._guard)

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import peftkit
-from peftkit.data import rendering
-from peftkit.data.bounded import why_not_plain
-from peftkit.data.rendering import is_safe, render_chat
-from peftkit.data.template import DEFAULT_TEMPLATE
+from peftkit.data.chat import render as rendering
+from peftkit.data.chat.bounded import why_not_plain
+from peftkit.data.chat.render import is_safe, render_chat
+from peftkit.data.chat.template import DEFAULT_TEMPLATE
 from peftkit.errors import UserError
 from tests.conftest import ROOT, TINY_LLAMA, write_jsonl
 
@@ -43,6 +43,8 @@ ESCAPES = [
     "{{ dict.__init__.__globals__ }}",
     "{{ ''['for'+'mat_map'] }}{{ messages.append(messages) }}",
 ]
+
+SANDBOX = ROOT / "peftkit" / "data" / "chat" / "sandbox.py"
 
 
 @pytest.mark.parametrize("attack", ESCAPES)
@@ -286,7 +288,7 @@ def test_even_outside_the_sandbox_there_is_nothing_to_do(tmp_path):
     mark = tmp_path / "executed"
     program = f"""
 import importlib.util, os, socket, subprocess, sys
-spec = importlib.util.spec_from_file_location("renderer", {str(ROOT / "peftkit" / "data" / "renderer.py")!r})
+spec = importlib.util.spec_from_file_location("renderer", {str(SANDBOX)!r})
 renderer = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(renderer)
 sys.addaudithook(renderer._guard)

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftkit.errors import UserError
-from peftkit.train.divergence import Diverged
-from peftkit.train.guard import ENOUGH, MOST_SKIPPED, WINDOW, Guard, Vitals
-from tests.plans import cpu_plan
+from peftkit.train.guard import ENOUGH, MOST_SKIPPED, WINDOW, Diverged, Guard, Vitals
+from tests.rigs.plans import cpu_plan
 
 
 def told(losses):

@@ -7,12 +7,12 @@ import torch
 
 from peftkit.errors import UserError
 from peftkit.methods import PeftSpec
-from peftkit.model.adapter import attach, trainable_tensors
+from peftkit.model.adapter.attach import attach, trainable_tensors
 from peftkit.train.objectives import supervised
 from peftkit.train.preflight import preflight
 from tests.conformance.cells import rows_for
-from tests.plans import plan_for
-from tests.tiny import tiny_config, tiny_model
+from tests.rigs.plans import plan_for
+from tests.rigs.tiny import tiny_config, tiny_model
 
 
 def made(model_type, method, **arguments):

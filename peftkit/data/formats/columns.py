@@ -18,7 +18,7 @@ def _line(text: str, where: str) -> Any:
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    from peftkit.data.bounded import why_not_plain  # here: most recipes have no such line
+    from peftkit.data.chat.bounded import why_not_plain
 
     try:
         reason = why_not_plain(text)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from peftkit.data.examples import column
 from peftkit.data.formats import CLASSES, Example
 from peftkit.data.gate.finding import Data, Finding, of_pairs, share
 from peftkit.data.gate.languages import language_of
-from peftkit.data.gate.text import text_of
+from peftkit.data.rows.examples import column
+from peftkit.data.rows.scan_text import text_of
 
 _SAMPLE = 2_000
 _SKEW = 20  # the commonest class against the rarest

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from peftkit.data.examples import Examples
-from peftkit.data.gate.tally import Noticed, Tally
-from peftkit.data.prepare import Prepared
+from peftkit.data.rows.examples import Examples
+from peftkit.data.rows.tally import Noticed, Tally
+from peftkit.data.tokens.prepare import Prepared
 from peftkit.plan.facts import Facts
 from peftkit.plan.plan import Plan
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from peftkit.data.mask import IGNORED, Tokenized
+from peftkit.data.tokens.mask import IGNORED, Tokenized
 
 Kind = Literal["masked", "learnt", "special", "learnt special"]
 

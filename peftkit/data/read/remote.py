@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from peftkit.cache import cache_folder
 from peftkit.data.read.locate import KNOWN, READERS, chosen, local_files
 from peftkit.data.read.rows import File
 from peftkit.data.read.streams import suffixes
 from peftkit.errors import Problem, UserError, did_you_mean
-from peftkit.hub import hub_answers
+from peftkit.hub import cache_folder, hub_answers
 from peftkit.recipe.paths import shown
 
 TIMEOUT_SECONDS = 30.0

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftkit.model.adapter import in_fp32
+from peftkit.model.adapter.attach import in_fp32
 from peftkit.plan import Plan
 from peftkit.train.arguments import arguments
+from peftkit.train.batches import DrawnSet
 from peftkit.train.guard import heard_by
-from peftkit.train.rows import DrawnSet
 from peftkit.train.schedule import restarted
 
 

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peftkit.data.mask import IGNORED
+from peftkit.data.tokens.mask import IGNORED
 from peftkit.evaluate.losses import inputs_of, summed_loss
 from peftkit.plan import Plan
 from peftkit.train.arguments import arguments
+from peftkit.train.batches import DrawnSet
 from peftkit.train.guard import heard_by
-from peftkit.train.rows import DrawnSet
 from peftkit.train.schedule import restarted
 
 

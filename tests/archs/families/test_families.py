@@ -7,7 +7,7 @@ from peftkit.archs import FAMILIES, Family, shape_of
 from peftkit.archs.families.pieces import LM, PRE_NORMS, attention, decoder, gated
 from peftkit.plan import DataFacts, Facts, ModelFacts, make_plan
 from peftkit.recipe import load
-from tests.plans import CPU
+from tests.rigs.plans import CPU
 
 HELIUM = decoder(
     "Helium",
@@ -32,7 +32,7 @@ def test_an_entry_alone_suffices():
     """Helium is in no table: its entry above is the one of CONTRIBUTING, and everything follows from it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from peftkit.model.adapter import attach, count_parameters, trainable_by_role
+    from peftkit.model.adapter.attach import attach, count_parameters, trainable_by_role
 
     assert "helium" not in {t for known in FAMILIES for t in known.model_types}
     config = AutoConfig.for_model("helium", **{**TINY, "head_dim": 16, "pad_token_id": 0})

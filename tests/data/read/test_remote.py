@@ -7,11 +7,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import fsspec
 import pytest
 
-from peftkit.cache import cache_folder
 from peftkit.data.read import content_key, read
 from peftkit.data.read.locate import rows_of_file
 from peftkit.data.read.remote import remote_files
 from peftkit.errors import UserError
+from peftkit.hub import cache_folder
 from peftkit.recipe.schema import Source
 
 ROWS = b'{"n": 1}\n{"n": 2}\n'

@@ -6,7 +6,7 @@ import torch
 from peftkit.model.load import load_model
 from peftkit.model.mends import bnb_cpu_repack
 from tests.conftest import TINY_LLAMA
-from tests.plans import cpu_plan
+from tests.rigs.plans import cpu_plan
 
 
 def gradients_after_evaluation(model, *, evaluate):

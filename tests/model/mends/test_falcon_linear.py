@@ -1,7 +1,7 @@
 from peftkit.model.mends import falcon_linear
 from peftkit.model.quantize import coverage
 from tests.conftest import save_tiny
-from tests.plans import plan_for
+from tests.rigs.plans import plan_for
 
 
 def load(folder, plan):

@@ -1,0 +1,315 @@
+"""The Python functions: each takes a path, a dict or a `Recipe`; the command line only calls these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftkit.data.gate.report import DataReport
+from peftkit.diagnose.verdict import Verdict
+from peftkit.model.base.convert import Converted
+from peftkit.plan import Plan
+from peftkit.plan.inspection import Inspection
+from peftkit.prepare.plan_report import Account
+from peftkit.recipe import LoadedRecipe, Recipe, load
+from peftkit.report import Summary, read_summary
+from peftkit.results.evaluate import Evaluation
+from peftkit.run.reproduce import Reproduction
+from peftkit.run.verify import Verification
+from peftkit.rundir import RunDir
+
+if TYPE_CHECKING:
+    from peftkit.ship.export import Exported, ExportOptions
+    from peftkit.ship.merge.concat import Combined
+    from peftkit.ship.merge.merge import MergeOptions
+    from peftkit.ship.merge.report import MergeReport
+
+__all__ = [
+    "Account",
+    "Combined",
+    "Converted",
+    "DataReport",
+    "Evaluation",
+    "ExportOptions",
+    "Exported",
+    "Inspection",
+    "MergeOptions",
+    "MergeReport",
+    "Observer",
+    "RecipeLike",
+    "Verdict",
+    "check_data",
+    "combine_adapters",
+    "convert_weights",
+    "diagnose_run",
+    "evaluate_run",
+    "export_adapter",
+    "finetune",
+    "generate",
+    "inspect_model",
+    "load_recipe",
+    "make_plan",
+    "merge_adapter",
+    "plan_recipe",
+    "reproduce_run",
+    "resume_run",
+    "summarize_run",
+    "verify_run",
+]
+_AT_FIRST_USE = {  # torch comes with them
+    "Combined": "peftkit.ship.merge.concat",
+    "ExportOptions": "peftkit.ship.export",
+    "Exported": "peftkit.ship.export",
+    "MergeOptions": "peftkit.ship.merge.merge",
+    "MergeReport": "peftkit.ship.merge.report",
+}
+RecipeLike = str | Path | Mapping[str, Any] | Recipe | LoadedRecipe
+Observer = Callable[[dict[str, Any]], None]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _AT_FIRST_USE:
+        return getattr(import_module(_AT_FIRST_USE[name]), name)
+    raise AttributeError(f"module 'peftkit.api' has no attribute {name!r}")
+
+
+def _ignore(event: dict[str, Any]) -> None:
+    """The observer of those who want none."""
+
+
+def load_recipe(source: RecipeLike, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read and validate a recipe: a file, a shipped recipe's name, a dict, or a `Recipe`.
+
+    `overrides` are dotted key=value texts, typed as in YAML. Raises UserError with every problem found.
+    """
+    if not isinstance(source, LoadedRecipe):
+        return load(source, overrides)
+    return load(source.recipe, overrides) if overrides else source
+
+
+def make_plan(source: RecipeLike, overrides: Sequence[str] = ()) -> Plan:
+    """Everything that would be decided, with reasons, without torch, weights or network where possible."""
+    from peftkit.run import dry_run
+
+    return dry_run(load_recipe(source, overrides))
+
+
+def plan_recipe(
+    source: RecipeLike,
+    overrides: Sequence[str] = (),
+    *,
+    gpu: str = "this",
+    trace: bool = False,
+    measure: bool = False,
+) -> Account:
+    """What a recipe trains and takes on a device: parameters, memory at the peak, fit, changes, time.
+
+    `gpu` is a name such as rtx4090, a size such as 24GiB, or `this`. In closed form within a second, without
+    torch; with `trace` the real code runs on shapes alone; with `measure` three steps are also made on this
+    device, with random weights. Raises UserError for the user's to mend.
+    """
+    from peftkit.prepare.plan_report import account
+
+    return account(load_recipe(source, overrides), gpu=gpu, trace=trace, measure=measure)
+
+
+def check_data(source: RecipeLike, overrides: Sequence[str] = (), *, full: bool = False) -> DataReport:
+    """The data gate: samples token by token, lengths, totals, and what every check says.
+
+    No weights are loaded. Near duplicates are sought in a sample of 10,000 rows, with `full` in all. Raises
+    UserError for what cannot be read at all; what is wrong with rows the report says.
+    """
+    from peftkit.prepare.data_check import check_data as check
+
+    return check(load_recipe(source, overrides), full=full)
+
+
+def finetune(
+    source: RecipeLike,
+    overrides: Sequence[str] = (),
+    *,
+    out: str | Path | None = None,
+    observer: Observer = _ignore,
+) -> Summary:
+    """Train what a recipe describes into a fresh run directory. Returns the run's summary.
+
+    `observer` is called with every event as it is written. Raises UserError for the user's to mend.
+    """
+    from peftkit import run
+
+    return run.finetune(load_recipe(source, overrides), out=Path(out) if out else None, observer=observer)
+
+
+def resume_run(
+    path: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    allow_changed: Sequence[str] = (),
+    take_over: bool = False,
+    observer: Observer = _ignore,
+) -> Summary:
+    """Go on with an interrupted run from its newest checkpoint that verifies.
+
+    `allow_changed` names what may differ from when the run began: data, recipe, base, tokenizer, versions.
+    `take_over` is for a run that another machine, now gone, did not release. `recipe` is the file that it was
+    made of, with its `overrides`, needed where that held secrets.
+    """
+    from peftkit import run
+
+    return run.resume(
+        Path(path),
+        recipe=Path(recipe) if recipe else None,
+        overrides=overrides,
+        allow_changed=allow_changed,
+        take_over=take_over,
+        observer=observer,
+    )
+
+
+def reproduce_run(
+    path: str | Path,
+    *,
+    out: str | Path | None = None,
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    observer: Observer = _ignore,
+) -> Reproduction:
+    """Train what a finished run trained once more, into `out` (RUN-again), and compare every number.
+
+    `recipe` is the file that it was made of, with its `overrides`, needed where that held secrets.
+    """
+    from peftkit.run.reproduce import reproduce
+
+    given = Path(recipe) if recipe else None
+    folder = Path(out) if out else None
+    return reproduce(Path(path), out=folder, recipe=given, overrides=overrides, observer=observer)
+
+
+def diagnose_run(
+    path: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    anew: bool = False,
+    observer: Observer = _ignore,
+) -> Verdict:
+    """Is quality lagging, why, and what to do: the run's own verdict, or one that is measured now.
+
+    `path` is a run, or an adapter folder made elsewhere with the `recipe` that describes it; then `out` is a
+    new folder for what is found. `anew` measures again. Raises UserError where there is nothing to judge by.
+    """
+    from peftkit.run.diagnose import diagnose
+
+    given, folder = Path(recipe) if recipe else None, Path(out) if out else None
+    return diagnose(Path(path), recipe=given, overrides=overrides, out=folder, anew=anew, observer=observer)
+
+
+def verify_run(path: str | Path) -> Verification:
+    """Every file of a run against its manifest or seal. Raises UserError where `path` holds no run."""
+    from peftkit.run.verify import verify
+
+    return verify(Path(path))
+
+
+def summarize_run(path: str | Path) -> Summary:
+    """The outcome of a run, finished or not, in numbers. Imports no torch."""
+    return read_summary(RunDir.open(Path(path)))
+
+
+def generate(path: str | Path, prompts: Sequence[str], *, max_new_tokens: int = 128) -> list[str]:
+    """Greedy answers of a finished run's model, one per prompt, asked as user turns of a chat."""
+    from peftkit.results.generate import answer
+
+    return answer(Path(path), prompts, max_new_tokens=max_new_tokens)
+
+
+def inspect_model(
+    model: str | Path,
+    *,
+    data: str | Path | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Inspection:
+    """What a model is, what it takes, and which methods can train it: no weights, and no torch where known.
+
+    `model` is a hub id, a folder, a config.json, a .gguf file or embedded:NAME. `data` is a file whose tokens
+    are compared with the compute-optimal number. Trusted code of a hub model needs a commit as `revision`.
+    """
+    from peftkit.prepare.inspect import inspect
+
+    return inspect(
+        str(model), data=Path(data) if data else None, trust_remote_code=trust_remote_code, revision=revision
+    )
+
+
+def evaluate_run(
+    path: str | Path, *, data: str | Path | None = None, contexts: Sequence[int] = ()
+) -> Evaluation:
+    """Loss and metrics of a run or adapter on held-out rows or a file; with `contexts`, loss by position."""
+    from peftkit.results.evaluate import evaluate
+
+    return evaluate(Path(path), data=str(data) if data else None, contexts=contexts)
+
+
+def convert_weights(path: str | Path, *, out: str | Path) -> Converted:
+    """Pickled weights (pytorch_model*.bin, adapter_model.bin, one .pt file) as safetensors in a new folder.
+
+    They are read in a process of its own that takes tensors and nothing else; code in them is never run.
+    Raises UserError where there is more in them, or `out` exists.
+    """
+    from peftkit.model.base.convert import convert_weights as convert
+
+    return convert(Path(path), out=Path(out))
+
+
+def merge_adapter(
+    path: str | Path | Sequence[str | Path],
+    *,
+    out: str | Path,
+    options: MergeOptions | None = None,
+    observer: Observer = _ignore,
+) -> MergeReport:
+    """Dense weights of a run or adapter and its base in the new folder `out`, compared with the adapter.
+
+    Several paths are added up, with weights, as `options` say. Raises UserError for the user's to mend, and
+    PeftkitError where the result is not what was trained, unless they say `force`.
+    """
+    from peftkit.ship.merge.merge import MergeOptions, merge
+
+    paths = [path] if isinstance(path, str | Path) else path
+    return merge([Path(one) for one in paths], Path(out), options or MergeOptions(), observer=observer)
+
+
+def export_adapter(path: str | Path, options: ExportOptions, *, observer: Observer = _ignore) -> Exported:
+    """A run, an adapter or a whole model in the form that others read, as `options` say.
+
+    What is merged on the way is compared with what was trained, as by `merge_adapter`. Raises UserError for
+    the user's to mend: what a form cannot hold is refused by name, with the way out.
+    """
+    from peftkit.ship.export import export
+
+    return export(Path(path), options, observer)
+
+
+def combine_adapters(
+    paths: Sequence[str | Path],
+    *,
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+) -> Combined:
+    """The weighted sum of LoRA adapters as one adapter in the new folder `out`.
+
+    Exact, with the ranks added up, or the nearest of a smaller `rank` with the energy that is left out.
+    Raises UserError for adapters of several bases, and for what is more than LoRA of weights.
+    """
+    from peftkit.ship.merge.concat import concat
+    from peftkit.ship.merge.merge import MergeOptions
+
+    options = MergeOptions(weights=tuple(weights) if weights is not None else None)
+    return concat([Path(path) for path in paths], Path(out), options, rank=rank)

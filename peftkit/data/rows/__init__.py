@@ -1,0 +1,1 @@
+"""Rows: read once, checked while they pass, split and mixed; on disk, never all in memory."""

@@ -1,0 +1,1 @@
+"""The base model: where it is, whether its files are safe to read, and what it is."""

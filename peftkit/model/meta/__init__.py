@@ -1,0 +1,1 @@
+"""The model on the meta device: its tensors without memory, and a training step traced on it."""

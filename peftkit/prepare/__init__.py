@@ -1,0 +1,1 @@
+"""Before the first step: facts, the data gate, predicted and measured memory, the run's context."""

@@ -1,0 +1,1 @@
+"""What a finished run left: found, loaded, evaluated, asked."""

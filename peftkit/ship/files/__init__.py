@@ -1,0 +1,1 @@
+"""Files of weights: read by shard, written past the page cache."""

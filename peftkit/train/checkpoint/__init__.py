@@ -1,0 +1,1 @@
+"""Checkpoints: a snapshot in memory, written by a thread, restored by name."""

@@ -1,0 +1,188 @@
+"""The state of a training at one step, held in memory, and the checkpoint that it becomes.
+
+A checkpoint holds the trained tensors, the optimizer's tensors named by parameter, the random states, the
+schedule, the Trainer's state, and our own progress, as safetensors and JSON alone. The way back is
+`peftkit.train.checkpoint.restore`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+
+from peftkit.model.adapter.attach import trainable_tensors
+from peftkit.rundir import RunDir, publish_folder, verify_folder, write_json
+from peftkit.train.adalora import scores
+
+_KEPT = 2  # besides the best one
+_PLAIN = (bool, int, float, str, type(None), list)
+SHARD_BYTES = 2**29  # what is serialized at once: a second copy of so many bytes, not of everything
+
+Tensors = dict[str, torch.Tensor]
+RandomStates = tuple[Tensors, dict[str, Any]]
+
+
+def inner(optimizer: Any) -> Any:
+    """torch's optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def optimizer_state(model: Any, optimizer: Any) -> tuple[Tensors, dict[str, Any]]:
+    """State per parameter name: tensors, and plain values."""
+    names = {id(parameter): name for name, parameter in trainable_tensors(model).items()}
+    tensors, values = {}, {}
+    for parameter, state in inner(optimizer).state.items():
+        for key, value in state.items():
+            name = f"{names[id(parameter)]}|{key}"
+            if torch.is_tensor(value):
+                tensors[name] = value
+            else:
+                values[name] = value
+    return tensors, values
+
+
+def random_states() -> RandomStates:
+    """The random states of torch, Python and numpy, as tensors and JSON values."""
+    python, numpy_state = random.getstate(), np.random.get_state(legacy=True)
+    assert isinstance(numpy_state, tuple)
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64)),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    values = {
+        "python": [python[0], list(python[1]), python[2]],
+        "numpy": [str(numpy_state[0]), int(numpy_state[2]), int(numpy_state[3]), float(numpy_state[4])],
+    }
+    return tensors, values
+
+
+def restore_random_states(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+    """Put back what `random_states` took."""
+    torch.set_rng_state(tensors["torch"].to(torch.uint8))
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"].to(torch.uint8))
+    version, words, gauss = values["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, position, has_gauss, cached = values["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold. `tensors` maps a file's stem to tensors by name."""
+
+    step: int
+    tensors: Mapping[str, Tensors]
+    state: Mapping[str, Any]
+    trainer_state: Mapping[str, Any]
+    facts: Mapping[str, Any]  # for the manifest
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(_size(tensors) for tensors in self.tensors.values())
+
+    def owned(self) -> Snapshot:
+        """The same in tensors of its own, which later steps do not change."""
+        copied = {
+            stem: {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+            for stem, tensors in self.tensors.items()
+        }
+        return Snapshot(self.step, copied, self.state, self.trainer_state, self.facts)
+
+    def commit(self, run: RunDir) -> Path:
+        """Publish the checkpoint, read back from the disk. Returns its folder. Raises OSError."""
+        folder, known = run.checkpoint(self.step), dict[str, str]()
+        with publish_folder(folder, known=known, step=self.step, **self.facts) as staging:
+            for stem, tensors in self.tensors.items():
+                for number, shard in enumerate(_shards(tensors), start=1):
+                    name = f"{stem}.safetensors" if number == 1 else f"{stem}-{number}.safetensors"
+                    data = save({key: tensor.cpu().contiguous() for key, tensor in shard.items()})
+                    known[name] = hashlib.sha256(data).hexdigest()
+                    (staging / name).write_bytes(data)
+            write_json(staging / "state.json", self.state)
+            write_json(staging / "trainer_state.json", self.trainer_state)
+        return folder
+
+
+def _size(tensors: Tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _shards(tensors: Tensors) -> Iterator[Tensors]:
+    """Pieces of at most `SHARD_BYTES`, or of one tensor; one piece at least."""
+    piece: Tensors = {}
+    for name, tensor in tensors.items():
+        if piece and _size(piece) + _size({name: tensor}) > SHARD_BYTES:
+            yield piece
+            piece = {}
+        piece[name] = tensor
+    yield piece
+
+
+def load_tensors(folder: Path, stem: str) -> Tensors:
+    """All tensors of a checkpoint's file, however many pieces it has."""
+    found = load_file(folder / f"{stem}.safetensors")
+    number = 2
+    while (piece := folder / f"{stem}-{number}.safetensors").exists():
+        found |= load_file(piece)
+        number += 1
+    return found
+
+
+def take_snapshot(
+    *,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    state: Any,
+    own: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> Snapshot:
+    """The training's state now. Its tensors are those that are trained: commit it, or make it own them.
+
+    `own` is our own state, kept as JSON beside the optimizer's and the schedule's.
+    """
+    tensors, values = optimizer_state(model, optimizer)
+    random_tensors, random_values = random_states()
+    parts = {"trained": trainable_tensors(model), "optimizer": tensors, "random": random_tensors}
+    budget = scores(model)
+    if budget:
+        parts["budget"] = budget
+    plain = {key: value for key, value in scheduler.state_dict().items() if isinstance(value, _PLAIN)}
+    return Snapshot(
+        step=int(state.global_step),
+        tensors={
+            stem: {name: tensor.detach() for name, tensor in part.items()} for stem, part in parts.items()
+        },
+        state={"optimizer": values, "random": random_values, "schedule": plain, **own},
+        trainer_state=asdict(state),
+        facts={"epoch": state.epoch, **facts},
+    )
+
+
+def rotate(run: RunDir, best_step: int | None) -> None:
+    """Remove older checkpoints, by step, keeping the newest two that are whole and the best.
+
+    Where fewer than two are whole, nothing is removed.
+    """
+    steps = run.checkpoint_steps()
+    whole = [step for step in steps if not verify_folder(run.checkpoint(step), hashes=False)]
+    if len(whole) < _KEPT:
+        return
+    for step in steps:
+        if step < whole[-_KEPT] and step != best_step:
+            aside = run.checkpoints / f".tmp-old-{run.checkpoint(step).name}"
+            run.checkpoint(step).rename(aside)  # a kill while files go must not leave half of a checkpoint
+            shutil.rmtree(aside)

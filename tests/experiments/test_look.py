@@ -1,0 +1,336 @@
+"""Verdicts on real runs, growth in them, and what a kill, a rollback and plain PEFT make of it."""
+
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import peftkit
+from peftkit.errors import Interrupted, UserError
+from peftkit.plan import read_plan
+from peftkit.recipe import load
+from peftkit.rundir import RunDir, verify_folder
+from tests.conftest import TINY_LLAMA, chat, write_jsonl
+
+WORDS = ("alpha", "beta", "gamma", "delta")
+
+
+@pytest.fixture
+def narrow(tmp_path):
+    """q and v at rank 2 on a task that wants more, with a target that is out of reach and room to look."""
+    rows = [
+        chat(f"Say {WORDS[i * 7 % 4]} number {i}", f"{WORDS[i * 7 % 4]} {WORDS[i * 7 % 4]}")
+        for i in range(200)
+    ]
+    return {
+        "base": str(TINY_LLAMA),
+        "method": {"name": "lora", "rank": 2, "targets": ["q", "v"], "dropout": 0.1},
+        "data": {
+            "train": str(write_jsonl(tmp_path / "rows.jsonl", rows)),
+            "eval": "30%",
+            "waive": ["near-leakage", "near-duplicates"],
+        },
+        "train": {
+            "max_steps": 100,
+            "batch_size": 4,
+            "micro_batch": 4,
+            "max_length": 64,
+            "learning_rate": 3e-3,
+        },
+        "diagnose": {"target": {"value": 0.001}, "bounds": {"compute": "90%"}},
+    }
+
+
+def weights(summary):
+    [file] = summary.result.glob("*model.safetensors")
+    return file.read_bytes()
+
+
+def of(path, name):
+    return [event for event in RunDir(path).events() if event["event"] == name]
+
+
+def test_a_verdict_changes_nothing_of_what_is_trained(narrow, tmp_path):
+    narrow["train"]["max_steps"] = 40
+    looked = peftkit.finetune(narrow, out=tmp_path / "looked")
+    blind = peftkit.finetune({**narrow, "diagnose": {"escalate": "off"}}, out=tmp_path / "blind")
+    assert weights(looked) == weights(blind)
+    [verdict] = of(tmp_path / "looked", "verdict")
+    assert verdict["state"] == "lagging"
+    assert {fork["name"] for fork in of(tmp_path / "looked", "fork")} >= {"continue", "candidate"}
+    assert of(tmp_path / "blind", "verdict") == []
+    assert not (tmp_path / "blind" / "next-recipe.yaml").exists()
+    again = peftkit.diagnose_run(tmp_path / "looked")
+    assert (again.cause, again.overhead) == (verdict["cause"], verdict["overhead"])
+    assert again.overhead <= 0.9
+
+
+def test_the_next_recipe_is_ready_and_says_what_changed(narrow, tmp_path):
+    peftkit.finetune(narrow, ["train.max_steps=24"], out=tmp_path / "run")
+    [verdict] = of(tmp_path / "run", "verdict")
+    text = (tmp_path / "run" / "next-recipe.yaml").read_text()
+    assert verdict["cause"] in text
+    assert "# was " in text
+    before, after = load(tmp_path / "run" / "resolved.yaml"), load(tmp_path / "run" / "next-recipe.yaml")
+    changed = load(before.recipe, verdict["action"]["overrides"])
+    assert after.recipe.model_dump(exclude={"train": {"epochs"}}) == changed.recipe.model_dump(
+        exclude={"train": {"epochs"}}
+    )
+    assert peftkit.make_plan(tmp_path / "run" / "next-recipe.yaml").train.num_steps
+
+
+@pytest.fixture
+def grown(narrow, tmp_path):
+    """A run in `auto`, its recipe, and its folder."""
+    narrow["diagnose"]["escalate"] = "auto"
+    return narrow, tmp_path / "grown", peftkit.finetune(narrow, out=tmp_path / "grown")
+
+
+def test_a_run_grows_early_and_what_it_made_is_plain_peft(grown):
+    _, path, summary = grown
+    [growth] = [event for event in of(path, "growth") if event["step"] < 50]
+    assert growth["cause"] == "target modules"
+    plan = read_plan(RunDir(path))
+    assert next(one.step for one in plan.growths if one.kept) == growth["step"]
+    assert summary.num_trainable == plan.method.num_trainable > 3584
+    assert verify_folder(path / "adapter") == []
+    base = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, path / "adapter")
+    assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
+    assert sum(event["overhead"] for event in of(path, "verdict")) <= 0.9, "looks share the budget"
+    losses = {event["step"]: event["loss"] for event in of(path, "step")}
+    step = growth["step"]
+    assert abs(losses[step + 1] - losses[step]) < 1.0, "the function did not jump"
+
+
+def stopping_at(step):
+    def observe(event):
+        if event["event"] == "step" and event["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return observe
+
+
+def test_a_grown_run_resumes_to_the_same_bytes(grown, tmp_path):
+    source, _, whole = grown
+    with pytest.raises(Interrupted):
+        peftkit.finetune(source, out=tmp_path / "cut", observer=stopping_at(40))
+    assert read_plan(RunDir(tmp_path / "cut")).growths
+    resumed = peftkit.resume_run(tmp_path / "cut")
+    assert weights(resumed) == weights(whole)
+    assert resumed.eval_loss_after == whole.eval_loss_after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before it counts", "after it counts"])
+def test_a_kill_in_the_middle_of_a_growth_loses_nothing(moment, grown, tmp_path, monkeypatch):
+    from peftkit.experiments import growth as escalate
+
+    source, _, whole = grown
+    name = {"before it counts": "write_sealed", "after it counts": "settle_growths"}[moment]
+    real, calls = getattr(escalate, name), []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if name == "settle_growths" or str(arguments[0]).endswith("killed/plan.json"):
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(escalate, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            peftkit.finetune(source, out=tmp_path / "killed")
+    assert calls
+    assert weights(peftkit.resume_run(tmp_path / "killed")) == weights(whole)
+
+
+def test_a_growth_that_does_not_pay_is_taken_back(narrow, tmp_path, monkeypatch):
+    """At the end of the run, with what it brought judged as noise."""
+    from peftkit.experiments import look as diagnose
+
+    narrow["train"].update(max_steps=60, learning_rate=1e-2)
+    narrow["diagnose"]["escalate"] = "auto"
+    real = diagnose.gain
+
+    def worthless(before, after, **more):
+        found = real(before, after, **more)
+        return type(found)(found.mean, -1.0, 1.0, found.num_documents)
+
+    monkeypatch.setattr(diagnose, "gain", worthless)
+    summary = peftkit.finetune(narrow, out=tmp_path / "run")
+    plan = read_plan(RunDir(tmp_path / "run"))
+    assert [growth.kept for growth in plan.growths] == [False]
+    assert of(tmp_path / "run", "growth_taken_back")
+    assert max(event["step"] for event in of(tmp_path / "run", "step")) == 60 + 30, "it was tried"
+    assert summary.num_steps == 60
+    assert not (tmp_path / "run" / "next-recipe.yaml").exists()
+    assert of(tmp_path / "run", "done")[0]["published_step"] <= 60
+    blind = peftkit.finetune({**narrow, "diagnose": {"escalate": "off"}}, out=tmp_path / "blind")
+    assert weights(summary) == weights(blind)
+
+
+@pytest.mark.slow
+def test_a_reference_says_whether_a_narrow_adapter_lags(narrow, tmp_path):
+    """Training the weights of q and v themselves is no better than rank 2 here, or it is: by numbers."""
+    narrow["train"]["max_steps"] = 24
+    narrow["diagnose"] = {"reference": "full", "bounds": {"compute": "1%"}}
+    looked = peftkit.finetune(narrow, out=tmp_path / "looked")
+    blind = peftkit.finetune({**narrow, "diagnose": {"escalate": "off"}}, out=tmp_path / "blind")
+    assert weights(looked) == weights(blind), "the base was put back"
+    verdict = peftkit.diagnose_run(tmp_path / "looked")
+    behind = verdict.numbers["behind"]
+    assert verdict.state == (
+        "lagging" if behind["low"] > 0 and behind["mean"] > 0.01 * verdict.loss.mean else "not lagging"
+    )
+    assert verdict.reference_overhead > verdict.overhead
+    assert "for the reference" in dict(verdict.rows())["looking took"]
+
+
+def test_an_adapter_from_elsewhere_with_its_recipe(narrow, tmp_path):
+    narrow["train"]["max_steps"] = 24
+    summary = peftkit.finetune({**narrow, "diagnose": {"escalate": "off"}}, out=tmp_path / "run")
+    shutil.copytree(summary.result, tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "manifest.json").unlink(missing_ok=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(narrow))
+    with pytest.raises(UserError, match="the recipe that describes it"):
+        peftkit.diagnose_run(tmp_path / "elsewhere")
+    verdict = peftkit.diagnose_run(tmp_path / "elsewhere", recipe=recipe)
+    assert verdict.state == "lagging"
+    assert verdict.loss.mean == pytest.approx(summary.eval_loss_after, abs=0.5)
+    with pytest.raises(UserError, match="other tensors than the recipe's"):
+        peftkit.diagnose_run(
+            tmp_path / "elsewhere", recipe=recipe, overrides=["method.rank=4"], out=tmp_path / "other"
+        )
+
+
+def test_what_cannot_be_judged_is_said(recipe, tmp_path):
+    recipe["data"]["eval"] = None
+    recipe["train"].pop("eval_steps")
+    peftkit.finetune(recipe, out=tmp_path / "run")
+    with pytest.raises(UserError, match="no held-out rows"):
+        peftkit.diagnose_run(tmp_path / "run")
+    with pytest.raises(UserError, match="no run and no adapter"):
+        peftkit.diagnose_run(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_whose_base_changed_is_refused(narrow, tmp_path):
+    shutil.copytree(TINY_LLAMA, tmp_path / "base")
+    narrow["train"]["max_steps"], narrow["base"] = 8, str(tmp_path / "base")
+    peftkit.finetune(narrow, out=tmp_path / "run")
+    file = tmp_path / "base" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="base that changed"):
+        peftkit.diagnose_run(tmp_path / "run", anew=True)
+
+
+@pytest.mark.parametrize("method", ["prefix", "ia3"])
+def test_methods_without_a_rank_are_shown_the_next_one(method, recipe, tmp_path):
+    recipe["method"] = method
+    recipe["diagnose"] = {"target": {"value": 0.001}}
+    peftkit.finetune(recipe, out=tmp_path / "run")
+    action = peftkit.diagnose_run(tmp_path / "run").action
+    assert "try lora" in action.said
+    assert action.cost.num_trainable > 0
+    assert load(tmp_path / "run" / "next-recipe.yaml").recipe.method.name == "lora"
+
+
+def test_a_look_that_runs_out_of_memory_costs_the_verdict_and_not_the_run(narrow, tmp_path, monkeypatch):
+    from peftkit.experiments import experiment as study
+
+    def full(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    narrow["train"]["max_steps"] = 40
+    blind = peftkit.finetune({**narrow, "diagnose": {"escalate": "off"}}, out=tmp_path / "blind")
+    monkeypatch.setattr(study, "fork", full)
+    looked = peftkit.finetune(narrow, out=tmp_path / "looked")
+    assert looked.verdict.cause == "undecided"
+    assert "memory" in looked.verdict.said
+    assert weights(looked) == weights(blind)
+
+
+@pytest.mark.slow
+@pytest.mark.failing_look
+def test_a_look_that_fails_costs_the_verdict_and_is_told(narrow, tmp_path, monkeypatch):
+    from peftkit.experiments import experiment as study
+
+    def broken(*arguments, **named):
+        raise RuntimeError("the base was unwrapped, and then this")
+
+    narrow["train"]["max_steps"] = 40
+    blind = peftkit.finetune({**narrow, "diagnose": {"escalate": "off"}}, out=tmp_path / "blind")
+    monkeypatch.setattr(study, "grow", broken)
+    looked = peftkit.finetune(narrow, out=tmp_path / "looked")
+    assert looked.verdict.cause == "undecided"
+    assert "and then this" in looked.verdict.said
+    assert any("please report it" in event["text"] for event in of(tmp_path / "looked", "warning"))
+    assert weights(looked) == weights(blind)
+
+
+@pytest.mark.slow
+def test_a_run_never_ends_at_a_look_that_it_comes_to_again(grown, tmp_path):
+    """The checkpoints of after the look are gone: it is trained through, and looked at once."""
+    source, _, _ = grown
+    with pytest.raises(Interrupted):
+        peftkit.finetune(source, out=tmp_path / "cut", observer=stopping_at(30))
+    shutil.rmtree(tmp_path / "cut" / "checkpoints")
+    summary = peftkit.resume_run(tmp_path / "cut")
+    assert summary.num_steps >= 100
+
+
+def test_a_verdict_is_of_the_whole_file_in_whatever_order(narrow, tmp_path):
+    rows = [chat(f"Say {WORDS[i % 4]} number {i}", f"{WORDS[i % 4]} {WORDS[i % 4]}") for i in range(60)]
+    hard = [chat(f"Say {i}", f"zebra {i * 7919} quartz") for i in range(60)]
+    narrow["data"]["eval"] = str(write_jsonl(tmp_path / "eval.jsonl", rows + hard))
+    narrow["data"]["waive"] += ["leakage"]
+    narrow["train"]["max_steps"] = 24
+    narrow["diagnose"] = {"target": {"value": 4.0}, "bounds": {"compute": "1%"}}
+    summary = peftkit.finetune(narrow, out=tmp_path / "run")
+    assert summary.verdict.loss.mean == pytest.approx(summary.eval_loss_after, rel=0.15)
+
+
+@pytest.mark.slow
+def test_a_rollback_to_before_a_growth_takes_it_back(grown, tmp_path, monkeypatch):
+    """Nothing that was grown is left to go back to: the run goes on as it was before."""
+    from peftkit.train.guard import Diverged, Guard
+
+    source, _, _ = grown
+    real, left = Guard.judge, [1]
+
+    def judge(self, step, *arguments, **named):
+        grown_now = self.plan.growths and self.plan.growths[-1].kept
+        if left and grown_now and step > self.plan.growths[-1].step:
+            left.pop()
+            shutil.rmtree(tmp_path / "run" / "checkpoints")
+            raise Diverged("planted", first_step=step)
+        return real(self, step, *arguments, **named)
+
+    monkeypatch.setattr(Guard, "judge", judge)
+    summary = peftkit.finetune(source, out=tmp_path / "run")
+    plan = read_plan(RunDir(tmp_path / "run"))
+    assert not left
+    assert not plan.growths[0].kept
+    assert of(tmp_path / "run", "growth_taken_back")[0]["text"] == "planted"
+    assert summary.num_steps >= 100
+    rates = [event["learning_rate"] for event in of(tmp_path / "run", "step") if event["step"] == 40]
+    assert all(rate > 0 for rate in rates)
+
+
+@pytest.mark.slow
+def test_bounds_that_forbid_every_rung_are_told(narrow, tmp_path):
+    narrow["train"]["max_steps"] = 40
+    narrow["diagnose"]["bounds"] |= {"max_trainable": 3600}
+    peftkit.finetune(narrow, out=tmp_path / "run")
+    verdict = peftkit.diagnose_run(tmp_path / "run")
+    assert verdict.cause not in {"target modules", "rank"}
+    assert "candidate" not in verdict.numbers["arms"]
+    assert verdict.numbers["refused"].endswith("more than 3,600")
