@@ -17,13 +17,13 @@ demo: $(READY)                 ## fine-tune a real model with QLoRA on this mach
 	$(VENV)/bin/peftkit finetune recipes/quickstart.yaml
 
 test: $(READY)                 ## the fast tests
-	$(VENV)/bin/python -m pytest -m "$(FAST)" -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "$(FAST)" -n 2 --dist worksteal
 
 llama-cpp: $(READY)            ## the judge of GGUF files: a prebuilt llama.cpp, fetched once, its hash checked
 	$(VENV)/bin/python -m tests.rigs.llama_cpp
 
 test-slow: $(READY) llama-cpp  ## the rest: real models, notebooks, types
-	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network"
+	$(VENV)/bin/python -m pytest -m "slow and not gpu and not network" -n 2 --dist worksteal
 
 test-gpu: $(READY)             ## what needs a CUDA device
 	$(VENV)/bin/python -m pytest -m gpu

@@ -22,8 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import median, write_result
-from peftkit.train.checkpoint.writer import Writer
-from peftkit.train.guard import Guard
+from peftkit.train.checkpoint.writer import CheckpointWriter
+from peftkit.train.guard import StepGuard
 
 STEPS, EVERY = 24, 6  # a checkpoint each six steps: far more often than any recipe decides
 
@@ -47,7 +47,12 @@ def recipe_of(kind: str, *, saves: bool) -> dict[str, Any]:
     }
 
 
-HELD = ((Guard, "on_pre_optimizer_step"), (Guard, "judge"), (Writer, "submit"), (Writer, "poll"))
+HELD = (
+    (StepGuard, "on_pre_optimizer_step"),
+    (StepGuard, "judge"),
+    (CheckpointWriter, "submit"),
+    (CheckpointWriter, "poll"),
+)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from peftkit.model.hardware import detect_device_light
+from peftkit.model.hardware import detect_device_without_torch
 from peftkit.prepare.environment import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,7 +22,7 @@ def median(values: list[float]) -> float:
 def write_result(name: str, result: dict[str, Any]) -> Path:
     """Write results/NAME.json with date, machine and versions beside the numbers."""
     RESULTS.mkdir(exist_ok=True)
-    device = detect_device_light()
+    device = detect_device_without_torch()
     machine = {"device": device.name, "cores": os.cpu_count(), "memory_bytes": device.memory_bytes}
     when = datetime.now(UTC).isoformat(timespec="seconds")
     path = RESULTS / f"{name}.json"

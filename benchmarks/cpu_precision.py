@@ -16,9 +16,9 @@ import torch
 from common import median, write_result
 
 from peftkit import make_plan
-from peftkit.model.adapter.attach import attach
-from peftkit.model.base.locate import locate
-from peftkit.model.load import load_model, loadable
+from peftkit.model.adapter.attach import attach_adapter
+from peftkit.model.base.locate import locate_base
+from peftkit.model.load import load_model, resolve_source
 
 STEPS, ROUNDS = 4, 2
 
@@ -35,8 +35,8 @@ def measure(precision: str) -> float:
     """Median seconds of a step; the first step warms up and is not counted."""
     logging.disable(logging.WARNING)
     plan = make_plan("quickstart", [f"train.precision={precision}"])
-    base = locate(plan.base.id, revision=None, where="base")
-    model = attach(load_model(loadable(base, "base"), plan.base, device="cpu"), plan, None).train()
+    base = locate_base(plan.base.id, revision=None, where="base")
+    model = attach_adapter(load_model(resolve_source(base, "base"), plan.base, device="cpu"), plan, None).train()
     return median([step_seconds(model) for _ in range(STEPS + 1)][1:])
 
 

@@ -80,10 +80,10 @@ class Watch:
 
 
 def tokenizer_folder() -> str:
-    from peftkit.model.base.locate import locate
-    from peftkit.model.load import loadable
+    from peftkit.model.base.locate import locate_base
+    from peftkit.model.load import resolve_source
 
-    return str(loadable(locate("embedded:smollm2-135m-instruct", revision=None, where="base"), "base"))
+    return str(resolve_source(locate_base("embedded:smollm2-135m-instruct", revision=None, where="base"), "base"))
 
 
 def ours(file: Path, folder: str, *, once: bool = False) -> dict[str, Any]:
@@ -93,8 +93,8 @@ def ours(file: Path, folder: str, *, once: bool = False) -> dict[str, Any]:
 
     import peftkit
     from peftkit.data.rows.ingest import ingest
-    from peftkit.data.tokens.pack import efficiency, pack
-    from peftkit.data.tokens.prepare import prepare
+    from peftkit.data.tokens.pack import pack_rows, packing_efficiency
+    from peftkit.data.tokens.prepare import tokenize_examples
     from peftkit.data.tokens.store import Counts
     from peftkit.plan.plan import DataPlan
     from peftkit.recipe import load
@@ -111,10 +111,10 @@ def ours(file: Path, folder: str, *, once: bool = False) -> dict[str, Any]:
     made: dict[str, Any] = {}
 
     def prepared() -> None:
-        found = prepare(ingest(loaded.recipe.data, seed=0, where=loaded.where), tokenizer, plan)
+        found = tokenize_examples(ingest(loaded.recipe.data, seed=0, where=loaded.where), tokenizer, plan)
         lengths = Counts.of(found.train).tokens.tolist()
-        packs = pack(lengths, MAX_LENGTH)
-        made["packs"], made["full"] = len(packs), efficiency(lengths, packs, MAX_LENGTH)
+        packs = pack_rows(lengths, MAX_LENGTH)
+        made["packs"], made["full"] = len(packs), packing_efficiency(lengths, packs, MAX_LENGTH)
 
     with Watch() as first:
         prepared()
@@ -141,7 +141,7 @@ def ours(file: Path, folder: str, *, once: bool = False) -> dict[str, Any]:
 def without_checks() -> Iterator[None]:
     """Reading and tokenizing with nothing looked at, to see what looking costs."""
     from peftkit.data.rows import ingest
-    from peftkit.data.tokens.scan_tokens import Watch as Looks
+    from peftkit.data.tokens.scan_tokens import TokenScanner as Looks
 
     kept = {name: getattr(Looks, name) for name in ("text", "row", "round_trip")}
     look = ingest.look

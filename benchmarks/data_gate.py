@@ -67,9 +67,7 @@ def clean_sets(real: Any, folder: Path, bases: Mapping[str, Path]) -> list[dict[
         rows = report.totals.num_train + report.totals.num_eval
         told = "; ".join(f"{check}: {said}" for check, said in (failed | warned).items())
         print(_row([name, f"{rows:,}", f"{seconds:.1f}", str(len(failed)), told], widths), flush=True)
-        found.append(
-            {"set": name, "rows": rows, "seconds": round(seconds, 2), "fails": failed, "warnings": warned}
-        )
+        found.append({"set": name, "rows": rows, "seconds": round(seconds, 2), "fails": failed, "warnings": warned})
     return found
 
 

@@ -232,20 +232,16 @@ def peftkit(depth: str, precision: str = "bf16") -> Callable[[Cell], Found]:
     """peftkit's closed form, or its trace."""
 
     def estimate(cell: Cell) -> Found:
-        from peftkit.prepare.plan_report import account
+        from peftkit.prepare.plan_report import plan_report
         from peftkit.recipe import load
 
         loaded = load(recipe_of(cell, precision))
-        told = account(loaded, gpu="h100-80gb", trace=depth == "trace")
+        told = plan_report(loaded, gpu="h100-80gb", trace=depth == "trace")
         plan, memory, peak = told.plan, told.memory, told.memory.peak
         asked = {"trace": "traced"}.get(depth, "closed form")
         if memory.depth != asked:
-            return {"none": f"No {depth}: {told.assumed[-1]}"}
-        held = {
-            "weights": plan.base.dtype,
-            "autocast": plan.train.autocast,
-            "parameters": told.num_parameters,
-        }
+            return {"none": f"No {depth}: {told.assumptions[-1]}"}
+        held = {"weights": plan.base.dtype, "autocast": plan.train.autocast, "parameters": told.num_parameters}
         parts, total = peak.components, memory.needed_bytes
         phase, tensors = peak.phase, peak.allocated_bytes
         sizes = {name: size / GIB for name, size in parts.items()}
@@ -431,9 +427,7 @@ def compare() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--estimate", choices=list(ALL), help="one estimate, as JSON (used by the script)")
     parser.add_argument("--cell", choices=[c.name for c in CELLS], default="A")
     parser.add_argument("--packages", help="a folder with packages, searched last")

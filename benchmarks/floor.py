@@ -21,11 +21,7 @@ from common import median, write_result
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "recipes" / "data" / "banking77-10.train.jsonl"
-TARGETS = {
-    "first_step_seconds": "at most 1.1",
-    "tokens_per_second": "at least 0.98",
-    "peak_bytes": "at most 1.05",
-}
+TARGETS = {"first_step_seconds": "at most 1.1", "tokens_per_second": "at least 0.98", "peak_bytes": "at most 1.05"}
 RECIPE = """\
 base: {model}
 method: {{name: lora, rank: 16, targets: all-linear}}
@@ -63,9 +59,7 @@ def watch(command: list[str]) -> tuple[float, int]:
     """(seconds to the first step, peak resident bytes) of a command that prints 'step 1/' when it is done."""
     started = time.perf_counter()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     assert process.stdout is not None
     first, said = None, []
     for line in process.stdout:
@@ -133,9 +127,7 @@ def main() -> None:
         ratios[key] = {"median": median(pairs), "pairs": pairs, "target": target}
         ours, theirs = (median([row[key] for row in found[who]]) for who in ("peftkit", "floor"))
         print(f"{key:<20} peftkit {ours:,.2f}  floor {theirs:,.2f}  ratio {median(pairs):.3f}  ({target})")
-    print(
-        write_result("floor", {"steps": options.steps, "measured": found, "ratios": ratios}).relative_to(ROOT)
-    )
+    print(write_result("floor", {"steps": options.steps, "measured": found, "ratios": ratios}).relative_to(ROOT))
 
 
 if __name__ == "__main__":

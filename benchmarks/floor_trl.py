@@ -22,9 +22,7 @@ records: list[dict[str, float]] = []
 class Times(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            records.append(
-                {"step": state.global_step, "at": time.monotonic(), "tokens": float(logs["num_tokens"])}
-            )
+            records.append({"step": state.global_step, "at": time.monotonic(), "tokens": float(logs["num_tokens"])})
             if state.global_step == 1:
                 print("step 1/", flush=True)
 

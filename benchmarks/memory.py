@@ -42,8 +42,8 @@ from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Plan, make_p
 from peftkit.plan.plan import Batch  # noqa: E402
 from peftkit.prepare.measured_memory import allocator_peak  # noqa: E402
 from peftkit.recipe import load  # noqa: E402
-from peftkit.train.batches import training_set  # noqa: E402
-from peftkit.train.objectives import sft, supervised  # noqa: E402
+from peftkit.train.batches import build_train_dataset  # noqa: E402
+from peftkit.train.trainer import build_trainer  # noqa: E402
 
 VOCAB, LENGTH, ROWS = 2048, 256, 2
 DEVICE = DeviceFacts("cpu", "a CPU", 24 * 2**30, True, True)
@@ -141,13 +141,9 @@ def cells() -> list[Cell]:
         for a in ("sdpa", "eager")
     ]
     methods = [Cell(method=m) for m in METHODS if m not in {"lora", "full", "qlora"}]
-    methods += [
-        Cell(method=m, checkpointing="full") for m in ("ia3", "dora", "lora, dropout", "vera", "oft", "ln")
-    ]
+    methods += [Cell(method=m, checkpointing="full") for m in ("ia3", "dora", "lora, dropout", "vera", "oft", "ln")]
     types = [
-        Cell(method=m, precision="bf16", checkpointing=c)
-        for m in ("lora", "full", "qlora")
-        for c in ("none", "full")
+        Cell(method=m, precision="bf16", checkpointing=c) for m in ("lora", "full", "qlora") for c in ("none", "full")
     ]
     autocast = [
         Cell(method=m, precision=p, checkpointing=c)
@@ -201,7 +197,7 @@ def rows_for(cell: Cell) -> list[Tokenized]:
         length = LENGTH - 56 if cell.padded and number % 2 else LENGTH
         ids = torch.randint(4, VOCAB, (length,), generator=generator).tolist()
         labels = {"classification": [number % 2], "seq2seq": ids[: LENGTH // 4]}.get(cell.task, list(ids))
-        if cell.packed:  # two documents to a pack, the shorter one first
+        if cell.collate_packs:  # two documents to a pack, the shorter one first
             found.append(Tokenized(ids[: LENGTH // 4], labels[: LENGTH // 4], f"{number} a"))
             ids, labels = ids[LENGTH // 4 :], labels[LENGTH // 4 :]
         found.append(Tokenized(ids, labels, str(number)))
@@ -221,11 +217,9 @@ def plan_of(cell: Cell, config: dict[str, Any], folder: str) -> Plan:
                 "micro_batch": ROWS,
                 "batch_size": ROWS * cell.accumulation,
                 "optimizer": cell.optimizer,
-                "packing": cell.packed,
+                "packing": cell.collate_packs,
                 "precision": "bf16" if cell.precision == "autocast" else cell.precision,
-                "gradient_checkpointing": {"none": False, "full": True}.get(
-                    cell.checkpointing, cell.checkpointing
-                ),
+                "gradient_checkpointing": {"none": False, "full": True}.get(cell.checkpointing, cell.checkpointing),
             },
         }
     )
@@ -260,19 +254,10 @@ class Measure(TrainerCallback):
 
 def measured(cell: Cell, plan: Plan, folder: str, output: Path) -> int:
     """Bytes by which the real second step rises above what lay there before it."""
-    model = adapter.attach(load_model(folder, plan.base, device="cpu"), plan, tokenizer())
+    model = adapter.attach_adapter(load_model(folder, plan.base, device="cpu"), plan, tokenizer())
     watch = Measure()
-    build = sft.trainer if cell.task == "causal-lm" else supervised.trainer
-    drawn = training_set(plan, rows_for(cell), 0)
-    trainer = build(
-        model,
-        plan,
-        tokenizer(),
-        train=drawn,
-        output_dir=output,
-        callbacks=[watch],
-        optimizer=None,
-    )
+    drawn = build_train_dataset(plan, rows_for(cell), 0)
+    trainer = build_trainer(model, plan, tokenizer(), train=drawn, output_dir=output, callbacks=[watch], optimizer=None)
     trainer.train()
     return watch.peak_bytes
 
@@ -280,7 +265,7 @@ def measured(cell: Cell, plan: Plan, folder: str, output: Path) -> int:
 def run(cell: Cell) -> dict[str, Any]:
     import transformers
 
-    from peftkit.prepare.traced_memory import traced
+    from peftkit.prepare.traced_memory import trace_plan
 
     logging.disable(logging.WARNING)
     config = AutoConfig.for_model(cell.model, **MODELS[cell.model], bos_token_id=1, eos_token_id=2)
@@ -291,11 +276,11 @@ def run(cell: Cell) -> dict[str, Any]:
         made.save_pretrained(folder)
         saved = json.loads((folder / "config.json").read_text())
         plan = plan_of(cell, {**saved, "num_labels": 2}, str(folder))
-        learnt = ROWS * (LENGTH - 1 - cell.packed) - (56 if cell.padded else 0)
+        learnt = ROWS * (LENGTH - 1 - cell.collate_packs) - (56 if cell.padded else 0)
         batch = Batch(ROWS, LENGTH, LENGTH // 4 if cell.task == "seq2seq" else 0, learnt, cell.padded)
-        batch = replace(batch, is_packed=cell.packed)
+        batch = replace(batch, is_packed=cell.collate_packs)
         started = time.perf_counter()
-        found = traced(plan, saved, batch)
+        found = trace_plan(plan, saved, batch)
         seconds = time.perf_counter() - started
         real = measured(cell, plan, str(folder), Path(name))
     steps = [found.peaks[phase] for phase in ("forward", "backward", "optimizer step")]

@@ -158,9 +158,7 @@ def planned(cell: Cell, device: Any) -> tuple[Any, Any, dict[str, Any]]:
                 "micro_batch": cell.rows,
                 "batch_size": cell.rows,
                 "optimizer": "adamw_torch_fused",
-                "gradient_checkpointing": {"none": False, "full": True}.get(
-                    cell.checkpointing, cell.checkpointing
-                ),
+                "gradient_checkpointing": {"none": False, "full": True}.get(cell.checkpointing, cell.checkpointing),
             },
         }
     )
@@ -176,26 +174,23 @@ def planned(cell: Cell, device: Any) -> tuple[Any, Any, dict[str, Any]]:
 
 def compare(cell: Cell, device: Any, *, dry: bool) -> dict[str, Any]:
     """Predicted and, on a device, measured."""
-    from peftkit.model.hardware import is_out_of_memory, release
-    from peftkit.plan.fit import judge
-    from peftkit.prepare.measured_memory import run_trial
+    from peftkit.model.hardware import is_out_of_memory, release_memory
+    from peftkit.plan.fit import check_fit
+    from peftkit.prepare.measured_memory import measure_memory
 
     plan, shape, config = planned(cell, device)
     peak = plan.memory.peak
     told = {"cell": str(cell), **asdict(cell), "phase": peak.phase, "components": dict(peak.components)}
-    told["predicted_bytes"], told["predicted_reserved_bytes"] = (
-        peak.allocated_bytes,
-        plan.memory.reserved_bytes,
-    )
-    if dry or judge(plan.memory, device).verdict == "does not fit":
+    told["predicted_bytes"], told["predicted_reserved_bytes"] = (peak.allocated_bytes, plan.memory.reserved_bytes)
+    if dry or check_fit(plan.memory, device).verdict == "does not fit":
         return told if dry else {**told, "skipped": "does not fit this device"}
     try:
-        trial = run_trial(plan, config, plan.batch, vocab=shape.dims.vocab)
+        trial = measure_memory(plan, config, plan.batch, vocab=shape.dims.vocab)
     except Exception as error:  # noqa: BLE001  one bad cell must not hide the others
         failed = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"[:200]
         return {**told, "failed": failed}
     finally:
-        release()
+        release_memory()
     return {
         **told,
         **asdict(trial),
@@ -241,10 +236,10 @@ def main() -> None:
     from common import write_result
 
     from peftkit.model.hardware import detect_device
-    from peftkit.plan.devices import device_of
+    from peftkit.plan.devices import parse_device
 
     here = detect_device()
-    device = device_of("h100-80gb", here)[0] if arguments.dry else here
+    device = parse_device("h100-80gb", here)[0] if arguments.dry else here
     if device.kind != "cuda":
         sys.exit("no CUDA device here: --dry prints the predictions")
     results, started = [], time.monotonic()

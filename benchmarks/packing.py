@@ -29,16 +29,16 @@ from memory import tokenizer  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, set_seed  # noqa: E402
 
 from peftkit.archs import shape_from_config  # noqa: E402
-from peftkit.data.tokens.lengths import counted  # noqa: E402
+from peftkit.data.tokens.lengths import count_lengths  # noqa: E402
 from peftkit.data.tokens.mask import Tokenized  # noqa: E402
-from peftkit.data.tokens.pack import efficiency, pack  # noqa: E402
+from peftkit.data.tokens.pack import pack_rows, packing_efficiency  # noqa: E402
 from peftkit.model.adapter import attach as adapter  # noqa: E402
-from peftkit.model.hardware import detect_device_light  # noqa: E402
+from peftkit.model.hardware import detect_device_without_torch  # noqa: E402
 from peftkit.plan import DataFacts, Facts, ModelFacts, Plan, make_plan  # noqa: E402
-from peftkit.plan.packing import BY_LENGTH, RANDOM, padding  # noqa: E402
+from peftkit.plan.packing import BY_LENGTH, RANDOM, padding_share  # noqa: E402
 from peftkit.recipe import load  # noqa: E402
-from peftkit.train.batches import training_set  # noqa: E402
-from peftkit.train.objectives import sft  # noqa: E402
+from peftkit.train.batches import build_train_dataset  # noqa: E402
+from peftkit.train.trainer import build_trainer  # noqa: E402
 
 NUM, SHORTEST, LONGEST, ROOM, VOCAB = 240, 20, 200, 512, 2000
 STEP, MICRO, REPETITIONS = 8, 8, 5
@@ -70,13 +70,11 @@ def rows() -> list[Tokenized]:
 def plan_of(way: str, found: list[Tokenized], config: dict[str, Any]) -> Plan:
     """The plan that a recipe gives; at random is the plan by length with another order."""
     train = {"max_length": ROOM, "batch_size": STEP, "epochs": 1, "gradient_checkpointing": False} | WAYS[way]
-    recipe = load(
-        {"base": "o/m", "method": {"name": "lora", "rank": 8}, "data": {"train": "x.jsonl"}, "train": train}
-    )
+    recipe = load({"base": "o/m", "method": {"name": "lora", "rank": 8}, "data": {"train": "x.jsonl"}, "train": train})
     shape = shape_from_config(config)
     assert shape is not None
-    data = DataFacts(len(found), 0, "chat", lengths=counted(found, "causal-lm", ROOM))
-    plan = make_plan(recipe, Facts(detect_device_light(), ModelFacts("o/m", "folder", shape), data))
+    data = DataFacts(len(found), 0, "chat", lengths=count_lengths(found, "causal-lm", ROOM))
+    plan = make_plan(recipe, Facts(detect_device_without_torch(), ModelFacts("o/m", "folder", shape), data))
     expected = {"at random": BY_LENGTH, "by length": BY_LENGTH, "packed": RANDOM}[way]
     assert plan.train.sampling == expected
     if way == "at random":
@@ -87,17 +85,11 @@ def plan_of(way: str, found: list[Tokenized], config: dict[str, Any]) -> Plan:
 def epoch(plan: Plan, found: list[Tokenized], config: LlamaConfig) -> float:
     """Seconds of one epoch, without building the model."""
     set_seed(0)
-    model = adapter.attach(LlamaForCausalLM(config), plan, tokenizer())
-    drawn = training_set(plan, found, 0)
+    model = adapter.attach_adapter(LlamaForCausalLM(config), plan, tokenizer())
+    drawn = build_train_dataset(plan, found, 0)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = sft.trainer(
-            model,
-            plan,
-            tokenizer(),
-            train=drawn,
-            output_dir=Path(folder),
-            callbacks=[],
-            optimizer=None,
+        trainer = build_trainer(
+            model, plan, tokenizer(), train=drawn, output_dir=Path(folder), callbacks=[], optimizer=None
         )
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
@@ -118,13 +110,13 @@ def main() -> None:
             print(f"{repetition} {way:10s} {took:6.2f} s", flush=True)
             if repetition:
                 seconds[way].append(took)
-    packs, told = pack(lengths, ROOM), counted(found, "causal-lm")
+    packs, told = pack_rows(lengths, ROOM), count_lengths(found, "causal-lm")
     assert told is not None
     share = {
-        one: padding(told, ROOM, micro=MICRO, step=STEP, sampling=name)
+        one: padding_share(told, ROOM, micro=MICRO, step=STEP, sampling=name)
         for one, name in (("at random", RANDOM), ("by length", BY_LENGTH))
     }
-    share["packed"] = 1 - efficiency(lengths, packs, ROOM)
+    share["packed"] = 1 - packing_efficiency(lengths, packs, ROOM)
     middle = {way: median(values) for way, values in seconds.items()}
     result = {
         "num_rows": NUM,

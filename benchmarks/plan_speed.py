@@ -72,12 +72,7 @@ def main() -> None:
             "traced, 8B, from the cache": plan(RECIPE, "--gpu", "h100-80gb", "--trace"),
             "traced, 405B": plan(RECIPE, f"base.id={big}", "--gpu", "b200", "--trace"),
             "traced, 256 experts (DeepSeek-V3)": plan(
-                RECIPE,
-                "base.id=deepseek-ai/DeepSeek-V3",
-                "method.targets=attention",
-                "--gpu",
-                "b200",
-                "--trace",
+                RECIPE, "base.id=deepseek-ai/DeepSeek-V3", "method.targets=attention", "--gpu", "b200", "--trace"
             ),
         }
         for label, command in rows.items():

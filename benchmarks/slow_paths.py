@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftkit.archs import shape_from_config
 from peftkit.methods import METHODS
-from peftkit.model.hardware import detect_device_light
+from peftkit.model.hardware import detect_device_without_torch
 from peftkit.plan.method import default_selection
 
 ROWS, TOKENS, STEPS, ROUNDS = 1, 128, 1, 3
@@ -91,7 +91,7 @@ def main() -> None:
     ]
     for row in rows:
         print(f"{row['name']:<10} {row['tokens_per_second']:>8,.0f} tokens/s  x{row['ratio']:.2f}")
-    print(write_result("slow_paths", {"cpu": detect_device_light().name, "tokens": TOKENS, "rows": rows}))
+    print(write_result("slow_paths", {"cpu": detect_device_without_torch().name, "tokens": TOKENS, "rows": rows}))
 
 
 if __name__ == "__main__":

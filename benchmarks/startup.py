@@ -51,11 +51,7 @@ def main() -> None:
         print(f"{name:<22} {median(values):.3f} s  x{median(values) / floor:.1f} of the interpreter{target}")
     path = write_result(
         "startup",
-        {
-            "seconds": seconds,
-            "median_seconds": {n: median(v) for n, v in seconds.items()},
-            "target_seconds": TARGETS,
-        },
+        {"seconds": seconds, "median_seconds": {n: median(v) for n, v in seconds.items()}, "target_seconds": TARGETS},
     )
     print(path.relative_to(ROOT))
 

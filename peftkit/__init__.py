@@ -17,87 +17,27 @@ __version__ = "0.1.0"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from peftkit.api import (
-        ExportOptions,
-        MergeOptions,
-        check_data,
-        combine_adapters,
-        convert_weights,
-        diagnose_run,
-        evaluate_run,
-        export_adapter,
-        finetune,
-        generate,
-        inspect_model,
-        load_recipe,
-        make_plan,
-        merge_adapter,
-        plan_recipe,
-        reproduce_run,
-        resume_run,
-        summarize_run,
-        verify_run,
-    )
-    from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
+    from peftkit.api import *  # noqa: F403
+    from peftkit.errors import Interrupted, PeftkitError, Problem, UserError  # noqa: F401
 
-_API = (
-    "ExportOptions",
-    "MergeOptions",
-    "check_data",
-    "combine_adapters",
-    "convert_weights",
-    "evaluate_run",
-    "export_adapter",
-    "finetune",
-    "generate",
-    "inspect_model",
-    "load_recipe",
-    "make_plan",
-    "merge_adapter",
-    "plan_recipe",
-    "diagnose_run",
-    "reproduce_run",
-    "resume_run",
-    "summarize_run",
-    "verify_run",
+_HOMES = dict.fromkeys(("Interrupted", "PeftkitError", "Problem", "UserError"), "peftkit.errors") | dict.fromkeys(
+    (
+        *("load_recipe", "make_plan", "plan_recipe", "check_data", "inspect_model", "finetune", "resume_run"),
+        *("diagnose_run", "verify_run", "reproduce_run", "summarize_run", "generate", "evaluate_run"),
+        *("merge_adapter", "combine_adapters", "export_adapter", "convert_weights", "MergeOptions", "ExportOptions"),
+    ),
+    "peftkit.api",
 )
-_ERRORS = ("Interrupted", "PeftkitError", "Problem", "UserError")
-__all__ = [
-    "ExportOptions",
-    "Interrupted",
-    "MergeOptions",
-    "PeftkitError",
-    "Problem",
-    "UserError",
-    "check_data",
-    "combine_adapters",
-    "convert_weights",
-    "diagnose_run",
-    "evaluate_run",
-    "export_adapter",
-    "finetune",
-    "generate",
-    "inspect_model",
-    "load_recipe",
-    "make_plan",
-    "merge_adapter",
-    "plan_recipe",
-    "reproduce_run",
-    "resume_run",
-    "summarize_run",
-    "verify_run",
-]
+__all__ = sorted(_HOMES)  # noqa: PLE0605  frozen by tests/test_api.py
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name in _API:
-        return getattr(import_module("peftkit.api"), name)
-    if name in _ERRORS:
-        return getattr(import_module("peftkit.errors"), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'peftkit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_API, *_ERRORS])
+    return sorted([*globals(), *_HOMES])

@@ -1,8 +1,8 @@
-"""The Python functions: each takes a path, a dict or a `Recipe`; the command line only calls these."""
+"""Public Python functions: each takes a path, a dict or a `Recipe`; the command line only calls these."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from peftkit.results.evaluate import Evaluation
 from peftkit.run.reproduce import Reproduction
 from peftkit.run.verify import Verification
 from peftkit.rundir import RunDir
+from peftkit.rundir.events import Observer, ignore_event
 
 if TYPE_CHECKING:
     from peftkit.ship.export import Exported, ExportOptions
@@ -57,7 +58,7 @@ __all__ = [
     "summarize_run",
     "verify_run",
 ]
-_AT_FIRST_USE = {  # torch comes with them
+_LAZY_MODULES = {  # torch comes with them
     "Combined": "peftkit.ship.merge.concat",
     "ExportOptions": "peftkit.ship.export",
     "Exported": "peftkit.ship.export",
@@ -65,19 +66,14 @@ _AT_FIRST_USE = {  # torch comes with them
     "MergeReport": "peftkit.ship.merge.report",
 }
 RecipeLike = str | Path | Mapping[str, Any] | Recipe | LoadedRecipe
-Observer = Callable[[dict[str, Any]], None]
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name in _AT_FIRST_USE:
-        return getattr(import_module(_AT_FIRST_USE[name]), name)
+    if name in _LAZY_MODULES:
+        return getattr(import_module(_LAZY_MODULES[name]), name)
     raise AttributeError(f"module 'peftkit.api' has no attribute {name!r}")
-
-
-def _ignore(event: dict[str, Any]) -> None:
-    """The observer of those who want none."""
 
 
 def load_recipe(source: RecipeLike, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -91,36 +87,31 @@ def load_recipe(source: RecipeLike, overrides: Sequence[str] = ()) -> LoadedReci
 
 
 def make_plan(source: RecipeLike, overrides: Sequence[str] = ()) -> Plan:
-    """Everything that would be decided, with reasons, without torch, weights or network where possible."""
+    """Return every decision with its reason, without torch, weights or network where possible."""
     from peftkit.run import dry_run
 
     return dry_run(load_recipe(source, overrides))
 
 
 def plan_recipe(
-    source: RecipeLike,
-    overrides: Sequence[str] = (),
-    *,
-    gpu: str = "this",
-    trace: bool = False,
-    measure: bool = False,
+    source: RecipeLike, overrides: Sequence[str] = (), *, gpu: str = "this", trace: bool = False, measure: bool = False
 ) -> Account:
-    """What a recipe trains and takes on a device: parameters, memory at the peak, fit, changes, time.
+    """Return what a recipe trains and needs on a device: parameters, peak memory, fit, changes, time.
 
-    `gpu` is a name such as rtx4090, a size such as 24GiB, or `this`. In closed form within a second, without
-    torch; with `trace` the real code runs on shapes alone; with `measure` three steps are also made on this
-    device, with random weights. Raises UserError for the user's to mend.
+    `gpu` is a name such as rtx4090, a size such as 24GiB, or `this`. The plan is in closed form, within a
+    second and without torch; `trace` runs the real code on shapes alone; `measure` also makes three steps on
+    this device, with random weights. Raises UserError for problems that the user can fix.
     """
-    from peftkit.prepare.plan_report import account
+    from peftkit.prepare.plan_report import plan_report
 
-    return account(load_recipe(source, overrides), gpu=gpu, trace=trace, measure=measure)
+    return plan_report(load_recipe(source, overrides), gpu=gpu, trace=trace, measure=measure)
 
 
 def check_data(source: RecipeLike, overrides: Sequence[str] = (), *, full: bool = False) -> DataReport:
-    """The data gate: samples token by token, lengths, totals, and what every check says.
+    """Check a recipe's data: samples token by token, lengths, totals, and the result of every check.
 
-    No weights are loaded. Near duplicates are sought in a sample of 10,000 rows, with `full` in all. Raises
-    UserError for what cannot be read at all; what is wrong with rows the report says.
+    No weights are loaded. Near duplicates are searched for in a sample of 10,000 rows, with `full` in all.
+    Raises UserError for data that cannot be read at all; problems of single rows are in the report.
     """
     from peftkit.prepare.data_check import check_data as check
 
@@ -132,11 +123,12 @@ def finetune(
     overrides: Sequence[str] = (),
     *,
     out: str | Path | None = None,
-    observer: Observer = _ignore,
+    observer: Observer = ignore_event,
 ) -> Summary:
     """Train what a recipe describes into a fresh run directory. Returns the run's summary.
 
-    `observer` is called with every event as it is written. Raises UserError for the user's to mend.
+    `observer` is called with every event as it is written. Raises UserError for problems that the user can
+    fix.
     """
     from peftkit import run
 
@@ -150,13 +142,13 @@ def resume_run(
     overrides: Sequence[str] = (),
     allow_changed: Sequence[str] = (),
     take_over: bool = False,
-    observer: Observer = _ignore,
+    observer: Observer = ignore_event,
 ) -> Summary:
-    """Go on with an interrupted run from its newest checkpoint that verifies.
+    """Resume an interrupted run from its newest checkpoint that verifies.
 
     `allow_changed` names what may differ from when the run began: data, recipe, base, tokenizer, versions.
-    `take_over` is for a run that another machine, now gone, did not release. `recipe` is the file that it was
-    made of, with its `overrides`, needed where that held secrets.
+    `take_over` takes the lock of a run that another machine, now gone, did not release. `recipe` is the file
+    the run was started from, with its `overrides`; it is needed where that file held secrets.
     """
     from peftkit import run
 
@@ -176,17 +168,18 @@ def reproduce_run(
     out: str | Path | None = None,
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
-    observer: Observer = _ignore,
+    observer: Observer = ignore_event,
 ) -> Reproduction:
-    """Train what a finished run trained once more, into `out` (RUN-again), and compare every number.
+    """Train a finished run once more, into `out` (default RUN-again), and compare every number.
 
-    `recipe` is the file that it was made of, with its `overrides`, needed where that held secrets.
+    `recipe` is the file the run was started from, with its `overrides`; it is needed where that file held
+    secrets.
     """
     from peftkit.run.reproduce import reproduce
 
-    given = Path(recipe) if recipe else None
+    recipe_path = Path(recipe) if recipe else None
     folder = Path(out) if out else None
-    return reproduce(Path(path), out=folder, recipe=given, overrides=overrides, observer=observer)
+    return reproduce(Path(path), out=folder, recipe=recipe_path, overrides=overrides, observer=observer)
 
 
 def diagnose_run(
@@ -196,49 +189,46 @@ def diagnose_run(
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
     anew: bool = False,
-    observer: Observer = _ignore,
+    observer: Observer = ignore_event,
 ) -> Verdict:
-    """Is quality lagging, why, and what to do: the run's own verdict, or one that is measured now.
+    """Return a verdict on quality, cause and action: the run's own, or one measured now.
 
     `path` is a run, or an adapter folder made elsewhere with the `recipe` that describes it; then `out` is a
-    new folder for what is found. `anew` measures again. Raises UserError where there is nothing to judge by.
+    new folder for the evidence. `anew` measures again. Raises UserError where there is nothing to judge by.
     """
     from peftkit.run.diagnose import diagnose
 
-    given, folder = Path(recipe) if recipe else None, Path(out) if out else None
-    return diagnose(Path(path), recipe=given, overrides=overrides, out=folder, anew=anew, observer=observer)
+    recipe_path, folder = Path(recipe) if recipe else None, Path(out) if out else None
+    return diagnose(Path(path), recipe=recipe_path, overrides=overrides, out=folder, anew=anew, observer=observer)
 
 
 def verify_run(path: str | Path) -> Verification:
-    """Every file of a run against its manifest or seal. Raises UserError where `path` holds no run."""
+    """Verify every file of a run against its manifest or seal. Raises UserError where `path` holds no run."""
     from peftkit.run.verify import verify
 
     return verify(Path(path))
 
 
 def summarize_run(path: str | Path) -> Summary:
-    """The outcome of a run, finished or not, in numbers. Imports no torch."""
+    """Return the outcome of a run, finished or not, in numbers. Imports no torch."""
     return read_summary(RunDir.open(Path(path)))
 
 
 def generate(path: str | Path, prompts: Sequence[str], *, max_new_tokens: int = 128) -> list[str]:
-    """Greedy answers of a finished run's model, one per prompt, asked as user turns of a chat."""
+    """Generate a greedy answer of a finished run's model to each prompt, asked as a user turn of a chat."""
     from peftkit.results.generate import answer
 
     return answer(Path(path), prompts, max_new_tokens=max_new_tokens)
 
 
 def inspect_model(
-    model: str | Path,
-    *,
-    data: str | Path | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
+    model: str | Path, *, data: str | Path | None = None, trust_remote_code: bool = False, revision: str | None = None
 ) -> Inspection:
-    """What a model is, what it takes, and which methods can train it: no weights, and no torch where known.
+    """Return a model's size and memory, and the methods that can train it.
 
-    `model` is a hub id, a folder, a config.json, a .gguf file or embedded:NAME. `data` is a file whose tokens
-    are compared with the compute-optimal number. Trusted code of a hub model needs a commit as `revision`.
+    No weights are loaded, and no torch where the family is known. `model` is a hub id, a folder, a
+    config.json, a .gguf file or embedded:NAME. `data` is a file whose tokens are compared with the
+    compute-optimal number. Trusted code of a hub model needs a commit as `revision`.
     """
     from peftkit.prepare.inspect import inspect
 
@@ -247,20 +237,19 @@ def inspect_model(
     )
 
 
-def evaluate_run(
-    path: str | Path, *, data: str | Path | None = None, contexts: Sequence[int] = ()
-) -> Evaluation:
-    """Loss and metrics of a run or adapter on held-out rows or a file; with `contexts`, loss by position."""
+def evaluate_run(path: str | Path, *, data: str | Path | None = None, contexts: Sequence[int] = ()) -> Evaluation:
+    """Evaluate a run or adapter on held-out rows or a file: loss and metrics; by position with `contexts`."""
     from peftkit.results.evaluate import evaluate
 
     return evaluate(Path(path), data=str(data) if data else None, contexts=contexts)
 
 
 def convert_weights(path: str | Path, *, out: str | Path) -> Converted:
-    """Pickled weights (pytorch_model*.bin, adapter_model.bin, one .pt file) as safetensors in a new folder.
+    """Convert pickled weights to safetensors in a new folder.
 
-    They are read in a process of its own that takes tensors and nothing else; code in them is never run.
-    Raises UserError where there is more in them, or `out` exists.
+    `path` is a folder with pytorch_model*.bin or adapter_model.bin, or one .pt file. They are read in a
+    separate process that accepts tensors and nothing else; code in them is never run. Raises UserError where
+    they hold anything else, or `out` exists.
     """
     from peftkit.model.base.convert import convert_weights as convert
 
@@ -272,24 +261,26 @@ def merge_adapter(
     *,
     out: str | Path,
     options: MergeOptions | None = None,
-    observer: Observer = _ignore,
+    observer: Observer = ignore_event,
 ) -> MergeReport:
-    """Dense weights of a run or adapter and its base in the new folder `out`, compared with the adapter.
+    """Merge a run or adapter into its base in the new folder `out`, and compare the result with the adapter.
 
-    Several paths are added up, with weights, as `options` say. Raises UserError for the user's to mend, and
-    PeftkitError where the result is not what was trained, unless they say `force`.
+    Several paths are added up, with weights, as `options` say. Raises UserError for problems that the user
+    can fix, and PeftkitError where the result differs from the adapted model, unless `options` say `force`.
     """
     from peftkit.ship.merge.merge import MergeOptions, merge
 
     paths = [path] if isinstance(path, str | Path) else path
-    return merge([Path(one) for one in paths], Path(out), options or MergeOptions(), observer=observer)
+    return merge(
+        [Path(adapter_path) for adapter_path in paths], Path(out), options or MergeOptions(), observer=observer
+    )
 
 
-def export_adapter(path: str | Path, options: ExportOptions, *, observer: Observer = _ignore) -> Exported:
-    """A run, an adapter or a whole model in the form that others read, as `options` say.
+def export_adapter(path: str | Path, options: ExportOptions, *, observer: Observer = ignore_event) -> Exported:
+    """Export a run, an adapter or a whole model to another format, as `options` say.
 
-    What is merged on the way is compared with what was trained, as by `merge_adapter`. Raises UserError for
-    the user's to mend: what a form cannot hold is refused by name, with the way out.
+    A merge on the way is compared with the adapted model, as by `merge_adapter`. Raises UserError for
+    problems that the user can fix: what a format cannot hold is refused by name, with the fix.
     """
     from peftkit.ship.export import export
 
@@ -297,19 +288,15 @@ def export_adapter(path: str | Path, options: ExportOptions, *, observer: Observ
 
 
 def combine_adapters(
-    paths: Sequence[str | Path],
-    *,
-    out: str | Path,
-    weights: Sequence[float] | None = None,
-    rank: int | None = None,
+    paths: Sequence[str | Path], *, out: str | Path, weights: Sequence[float] | None = None, rank: int | None = None
 ) -> Combined:
-    """The weighted sum of LoRA adapters as one adapter in the new folder `out`.
+    """Write the weighted sum of LoRA adapters as one adapter into the new folder `out`.
 
-    Exact, with the ranks added up, or the nearest of a smaller `rank` with the energy that is left out.
-    Raises UserError for adapters of several bases, and for what is more than LoRA of weights.
+    Exact, with the ranks added up, or the nearest of a smaller `rank`, with the energy left out. Raises
+    UserError for adapters of several bases, and for adapters that are not LoRA of weights alone.
     """
-    from peftkit.ship.merge.concat import concat
+    from peftkit.ship.merge.concat import concat_adapters
     from peftkit.ship.merge.merge import MergeOptions
 
     options = MergeOptions(weights=tuple(weights) if weights is not None else None)
-    return concat([Path(path) for path in paths], Path(out), options, rank=rank)
+    return concat_adapters([Path(path) for path in paths], Path(out), options, rank=rank)

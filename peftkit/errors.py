@@ -1,4 +1,4 @@
-"""What went wrong, told so that it can be mended: where, got, expected, fix."""
+"""Errors that say how to fix them: where, got, expected, fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftkit.secrets import redact
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to mend. `where` names file, line and key as far as they are known."""
+    """One problem to fix. `where` names file, line and key as far as they are known."""
 
     where: str
     got: str
@@ -24,13 +24,13 @@ class Problem:
 
 
 class PeftkitError(Exception):
-    """Base of all errors that peftkit raises on purpose; `exit_code` is what the CLI ends with."""
+    """Base class of all errors that peftkit raises on purpose; `exit_code` is the CLI's exit status."""
 
     exit_code = 1
 
 
 class UserError(PeftkitError):
-    """The user's to mend. Carries every problem that was found, not only the first."""
+    """Problems that the user can fix. Carries every problem that was detected, not only the first."""
 
     exit_code = 2
 
@@ -40,7 +40,7 @@ class UserError(PeftkitError):
 
 
 class Interrupted(PeftkitError):
-    """Stopped by a signal at a safe point. `exit_code` is 130 (SIGINT) or 143 (SIGTERM)."""
+    """A stop by a signal at a safe point. `exit_code` is 130 (SIGINT) or 143 (SIGTERM)."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -48,13 +48,13 @@ class Interrupted(PeftkitError):
 
 
 def nearest(word: str, candidates: Sequence[str], *, count: int = 1) -> list[str]:
-    """The candidates most like `word`, best first; empty where nothing is alike."""
+    """Return the candidates most similar to `word`, best first; an empty list if none is similar."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
-    found = get_close_matches(word.lower(), by_lower, n=count, cutoff=0.6)
-    return [by_lower[name] for name in found]
+    matches = get_close_matches(word.lower(), by_lower, n=count, cutoff=0.6)
+    return [by_lower[name] for name in matches]
 
 
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
-    """A sentence that suggests the nearest candidate, or lists all of them."""
-    close = nearest(word, candidates)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(candidates))}"
+    """Return a sentence that suggests the nearest candidate, or lists all of them."""
+    suggestions = nearest(word, candidates)
+    return f"did you mean {suggestions[0]}?" if suggestions else f"known: {', '.join(sorted(candidates))}"

@@ -1,4 +1,4 @@
-"""Whether the model hub can be reached, asked once and briefly: its clients would retry for half a minute."""
+"""Reachability of the model hub, probed once and briefly: its own clients retry for half a minute."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from functools import lru_cache
 from pathlib import Path
 
 
-def hub_is_off() -> bool:
-    """Whether HF_HUB_OFFLINE forbids to ask the hub."""
+def hub_is_offline() -> bool:
+    """Return True if HF_HUB_OFFLINE forbids requests to the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "") not in {"", "0"}
 
 
-def hub_answers() -> bool:
-    """Whether the hub may be asked and takes a connection."""
+def probe_hub() -> bool:
+    """Return True if requests are allowed and the hub accepts a connection within 3 s."""
     import socket
     from urllib.parse import urlsplit
 
-    if hub_is_off():
+    if hub_is_offline():
         return False
-    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    has_proxy = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
     address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     port = address.port or (80 if address.scheme == "http" else 443)
     try:
         with socket.create_connection((address.hostname or "", port), timeout=3):
             return True
     except OSError:
-        return proxied  # through a proxy, only the client can tell
+        return has_proxy  # through a proxy, only the client can tell
 
 
-def hub_is_there() -> bool:
-    """`hub_answers`, asked once a minute for all files: where nobody answers, that takes seconds."""
-    return not hub_is_off() and _answers_in(int(time.monotonic() // 60))
+def hub_is_reachable() -> bool:
+    """Return `probe_hub()`, cached for a minute: an unreachable hub costs seconds per probe."""
+    return not hub_is_offline() and _probe_in_minute(int(time.monotonic() // 60))
 
 
 @lru_cache(maxsize=1)
-def _answers_in(minute: int) -> bool:
-    return hub_answers()
+def _probe_in_minute(minute: int) -> bool:
+    return probe_hub()
 
 
 def cache_folder() -> Path:
-    """$PEFTKIT_CACHE, else the user's cache folder."""
-    given = os.environ.get("PEFTKIT_CACHE")
+    """Return $PEFTKIT_CACHE, or peftkit's folder in the user's cache directory."""
+    override = os.environ.get("PEFTKIT_CACHE")
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(given) if given else Path(root) / "peftkit"
+    return Path(override) if override else Path(root) / "peftkit"

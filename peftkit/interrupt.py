@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM as a flag that long work polls at its safe points.
 
-The first signal asks; the work finishes its step, commits, and raises `Interrupted`.
-A second signal exits at once, unless it comes within half a second of the first.
+The first signal requests a stop: the work finishes its step, commits, and raises `Interrupted`. A second
+signal exits at once, unless it comes within half a second of the first.
 """
 
 from __future__ import annotations
@@ -16,45 +16,45 @@ from types import FrameType
 from peftkit.errors import Interrupted
 
 _received: int | None = None
-_at_seconds = 0.0  # when, on the monotonic clock
-_SAME_SECONDS = 0.5
+_received_at_seconds = 0.0  # when, on the monotonic clock
+_REPEAT_SECONDS = 0.5
 
 
-def requested() -> bool:
-    """Whether a signal has asked this process to stop."""
+def stop_requested() -> bool:
+    """Return True if a signal has requested this process to stop."""
     return _received is not None
 
 
 def stop_if_requested(message: str = "interrupted") -> None:
-    """Raise `Interrupted` if a signal has come. Call it where stopping loses nothing."""
+    """Raise `Interrupted` if a signal has arrived. Call it where stopping loses nothing."""
     if _received is not None:
         raise Interrupted(message, exit_code=128 + _received)
 
 
-def _note(signum: int, frame: FrameType | None) -> None:
-    global _received, _at_seconds
+def _on_signal(signum: int, frame: FrameType | None) -> None:
+    global _received, _received_at_seconds
     now = time.monotonic()
     if _received is None:
-        _received, _at_seconds = signum, now
-    elif now - _at_seconds > _SAME_SECONDS:  # a launcher may pass on what the terminal sent already
+        _received, _received_at_seconds = signum, now
+    elif now - _received_at_seconds > _REPEAT_SECONDS:  # a launcher may pass on what the terminal sent already
         os._exit(128 + signum)
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into the flag while the block runs, then restore what was there.
+def catch_signals() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into the flag while the block runs, then restore the previous handlers.
 
-    Raises nothing outside the main thread, where Python allows no handlers: there it does nothing.
+    Does nothing outside the main thread, where Python allows no handlers; raises nothing there.
     """
     global _received  # noqa: PLW0603
     try:
-        before = {number: signal.signal(number, _note) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous_handlers = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread (a notebook's worker): the caller's own handling stays
         yield
         return
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
         _received = None

@@ -1,7 +1,7 @@
-"""Secrets out of texts: tokens, keys, passwords in URLs, and what the environment holds of them.
+"""Redaction of secrets in texts: tokens, keys, passwords in URLs, and secret environment variables.
 
-Every sink (errors, events, files, cards, tracebacks) passes its text through `redact`. A secret is known by
-its shape, by the name that it stands behind, or because it is the value of a variable such as HF_TOKEN.
+Every sink (errors, events, files, cards, tracebacks) passes its text through `redact`. A secret is recognised
+by its shape, by the name before it, or as the value of a variable such as HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-MARK = "REDACTED"  # plain: brackets would steer Markdown, YAML, rich or HTML
+REDACTED = "REDACTED"  # plain: brackets would steer Markdown, YAML, rich or HTML
 
 # (what it holds in any case, what it is, its shape): known wherever they stand; the data gate looks too.
 SHAPES: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
@@ -35,11 +35,7 @@ SHAPES: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
         ("xox", "a Slack token", r"\bxox[abprs]-[A-Za-z0-9-]{10,}"),
         ("AIza", "a Google API key", r"\bAIza[A-Za-z0-9_-]{35}\b"),
         ("ya29.", "a Google access token", r"\bya29\.[A-Za-z0-9_-]{20,}"),
-        (
-            "eyJ",
-            "a signed web token",
-            r"(?<![\w-])eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
-        ),
+        ("eyJ", "a signed web token", r"(?<![\w-])eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"),
     )
 )
 
@@ -61,7 +57,7 @@ _QUERY_NAMES = (
 
 
 class _Rule(NamedTuple):
-    """`pattern` is tried where the lower-case text holds one of `marks`; its group 1 stays."""
+    """A pattern tried only if the lower-case text contains one of `marks`; its group 1 is kept."""
 
     marks: tuple[str, ...]
     pattern: re.Pattern[str]
@@ -73,131 +69,118 @@ def _rule(marks: str, pattern: str) -> _Rule:
 
 _RULES: tuple[_Rule, ...] = (
     # whole, or cut off before its end
-    _rule(
-        "-----begin",
-        r"()-----BEGIN (?:[A-Z]+ ){0,2}PRIVATE KEY[^-]*-----.*?(?:-----END [A-Z ]*KEY[^-]*-----|\Z)",
-    ),
+    _rule("-----begin", r"()-----BEGIN (?:[A-Z]+ ){0,2}PRIVATE KEY[^-]*-----.*?(?:-----END [A-Z ]*KEY[^-]*-----|\Z)"),
     # the password may hold a slash, unless that would make a port and a path of it
     _rule("://", r"(://)(?:[^\s/?#\"'<>]*|[^\s/@\"'<>:]*:(?!\d+/)(?:(?!://)[^\s\"'@<>])*)(?=@)"),
     _rule("=", rf"([?&;]{_QUERY_NAMES}=)[^&\s#\"'<>]+"),
     _rule("sig=", r"(\bsig=)[A-Za-z0-9%+/=_-]{20,}"),
     _rule(
-        "authorization",
-        r"(authorization[\"']?\s{0,8}[:=]\s{0,8}[\"']?(?:bearer|basic|token|digest)\s{1,8})[^\s\"',]+",
+        "authorization", r"(authorization[\"']?\s{0,8}[:=]\s{0,8}[\"']?(?:bearer|basic|token|digest)\s{1,8})[^\s\"',]+"
     ),
     _rule("authorization", r"(authorization[\"']?\s{0,8}[:=]\s{0,8}[\"']?)(?=\S{0,400}\d)[^\s\"',]{16,}"),
     _rule("bearer", r"(\bbearer\s{1,8})(?=\S{0,400}\d)[\w.~+/=-]{16,}"),
     _rule("wandb", r"(wandb(?:(?!commit|revision|sha)[^\n]){0,48}?(?<![0-9a-f]))[0-9a-f]{40}(?![0-9a-f])"),
-    _rule(
-        _NAME_MARKS,
-        rf"({_NAMES}(?:[\"']\s{{0,8}}[:=]\s{{0,8}}[\"']|=[\"']?))(?!REDACTED)[^\s\"',;&<>]{{8,}}",
-    ),
+    _rule(_NAME_MARKS, rf"({_NAMES}(?:[\"']\s{{0,8}}[:=]\s{{0,8}}[\"']|=[\"']?))(?!REDACTED)[^\s\"',;&<>]{{8,}}"),
     _rule(  # as YAML and headers have it; a sentence may go on after `password: `
         "key: session_token:",
         r"((?:secret_?access_?key|session_token|api[_-]?key|account_?key):\s{1,8})[^\s\"',;&]{16,}",
     ),
 )
 _SECRET_KEY = re.compile(rf"(?:^|[_-]){_NAMES}$", re.IGNORECASE)
-_VARIABLE = re.compile(
+_SECRET_VARIABLE = re.compile(
     r"(?:^|_)(?:TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|SECRET_KEY|ACCESS_KEY|ACCOUNT_KEY|STORAGE_KEY"
     r"|PRIVATE_KEY|CONNECTION_STRING|SAS)$|^AWS_ACCESS_KEY_ID$",
     re.IGNORECASE,
 )
-_SHORTEST = 8  # characters of a value: what is shorter would stand in ordinary texts
-_LONGEST_FILE_BYTES = 2**16
+_MIN_CHARACTERS = 8  # characters of a value: what is shorter would stand in ordinary texts
+_MAX_TOKEN_FILE_BYTES = 2**16
 _STALE_SECONDS = 1.0
 
 
-def _token_files() -> list[Path]:
-    """Where huggingface_hub keeps the tokens of a login."""
+def _stored_tokens() -> list[str]:
+    """Return the tokens in huggingface_hub's files, which hold one token or `name = token` lines."""
+    tokens = []
+    # where huggingface_hub keeps the tokens of a login
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111  Path's may raise
     home = Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface")
-    return [Path(os.environ.get("HF_TOKEN_PATH") or home / "token"), home / "stored_tokens"]
-
-
-def _stored() -> list[str]:
-    """The values in huggingface_hub's token files, which hold one token or `name = token` lines."""
-    found = []
-    for path in _token_files():
+    token_files = [Path(os.environ.get("HF_TOKEN_PATH") or home / "token"), home / "stored_tokens"]
+    for path in token_files:
         try:
             with path.open(encoding="utf-8", errors="replace") as file:
-                lines = file.read(_LONGEST_FILE_BYTES).splitlines()
+                lines = file.read(_MAX_TOKEN_FILE_BYTES).splitlines()
         except OSError:
             continue  # no login, which is the usual case
-        found += [line.rpartition("=")[2].strip() for line in lines if not line.startswith("[")]
-    return found
+        tokens += [line.rpartition("=")[2].strip() for line in lines if not line.startswith("[")]
+    return tokens
 
 
-def _forms(value: str) -> set[str]:
-    """A value as it stands in texts, in JSON, in Python's way of writing it, and in URLs."""
+def _encodings(value: str) -> set[str]:
+    """Return a value as it appears in texts, in JSON, in a Python repr, and in URLs."""
     return {value, json.dumps(value)[1:-1], repr(value)[1:-1], quote(value, safe="")}
 
 
 class _Environment:
-    """The secret values of the environment and of the login, read again when they may have changed.
+    """Cache of the secret values of the environment and of the login, refreshed when they may have changed.
 
-    What was a secret once stays one: a variable that was unset may have been printed before.
+    Values are never dropped: a variable that is unset now may have been printed before.
     """
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
         self.seen: set[str] = set()
-        self.forms: tuple[str, ...] = ()
+        self.encodings: tuple[str, ...] = ()
         self.size = -1
         self.read_at = 0.0
 
     def literals(self) -> tuple[str, ...]:
-        """Texts to be taken out, longest first: one may hold another."""
+        """Return the texts to redact, longest first, as one may contain another."""
         environ = os.environ
         if (
             len(environ) != self.size
             or time.monotonic() - self.read_at > _STALE_SECONDS
             or any(environ.get(name) != value for name, value in self.values.items())
         ):
-            self._read()
-        return self.forms
-
-    def _read(self) -> None:
-        self.size, self.read_at = len(os.environ), time.monotonic()
-        self.values = {name: value for name, value in os.environ.items() if _VARIABLE.search(name)}
-        fresh = {value.strip() for value in (*self.values.values(), *_stored())} - self.seen
-        if fresh:
-            self.seen |= fresh
-            forms = {form for value in self.seen if len(value) >= _SHORTEST for form in _forms(value)}
-            self.forms = tuple(sorted(forms, key=len, reverse=True))
+            self.size, self.read_at = len(os.environ), time.monotonic()
+            self.values = {name: value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+            new_secrets = {value.strip() for value in (*self.values.values(), *_stored_tokens())} - self.seen
+            if new_secrets:
+                self.seen |= new_secrets
+                forms = {form for value in self.seen if len(value) >= _MIN_CHARACTERS for form in _encodings(value)}
+                self.encodings = tuple(sorted(forms, key=len, reverse=True))
+        return self.encodings
 
 
 _ENVIRONMENT = _Environment()
-_keep_name: Callable[[re.Match[str]], str] = lambda found: found[1] + MARK  # noqa: E731
+_redact_match: Callable[[re.Match[str]], str] = lambda found: found[1] + REDACTED  # noqa: E731
 
 
 def redact(text: str) -> str:
-    """The text with every secret replaced by REDACTED; unchanged where there is none.
+    """Replace every secret in a text by REDACTED; return it unchanged if there is none.
 
-    Costs some microseconds for a line without secrets: patterns run only where their marks stand.
+    Costs some microseconds for a line without secrets: patterns run only if their marks occur.
     """
     for literal in _ENVIRONMENT.literals():
         if literal in text:
-            text = text.replace(literal, MARK)
+            text = text.replace(literal, REDACTED)
     lower = text.lower()
     for marks, pattern in _RULES:
         for mark in marks:
             if mark in lower:
-                text = pattern.sub(_keep_name, text)
+                text = pattern.sub(_redact_match, text)
                 break
     for mark, _, pattern in SHAPES:
         if mark in text:
-            text = pattern.sub(MARK, text)
+            text = pattern.sub(REDACTED, text)
     return text
 
 
 def redact_value(value: Any) -> Any:
-    """A JSON-like value with every string in it redacted, keys too; under a name such as api_key, whole."""
+    """Redact every string of a JSON-like value, keys too; strings under names such as api_key wholly."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
         return {
-            redact(key) if isinstance(key, str) else key: MARK
+            redact(key) if isinstance(key, str) else key: REDACTED
             if isinstance(key, str) and isinstance(item, str) and item and _SECRET_KEY.search(key)
             else redact_value(item)
             for key, item in value.items()

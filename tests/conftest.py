@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,21 @@ ROOT = Path(__file__).parent.parent
 TINY_LLAMA = Path(__file__).parent / "assets" / "tiny-llama"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Two workers with two threads each would wait for each other."""
-    import sys
+_FROZEN = {"modules": 0}
 
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_little_garbage() -> None:
+    """Two workers with two threads each would wait for each other.
+
+    And each training collects garbage three times: the million objects of the libraries need no second look.
+    """
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+    if len(sys.modules) > _FROZEN["modules"] + 300:
+        gc.collect()
+        gc.freeze()
+        _FROZEN["modules"] = len(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,7 @@
 import socket
 from pathlib import Path
 
-from peftkit.hub import cache_folder, hub_answers, hub_is_off, hub_is_there
+from peftkit.hub import cache_folder, hub_is_offline, hub_is_reachable, probe_hub
 
 
 def test_whether_the_hub_answers(monkeypatch):
@@ -11,18 +11,18 @@ def test_whether_the_hub_answers(monkeypatch):
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        assert hub_is_off()
-        assert not hub_answers()
+        assert hub_is_offline()
+        assert not probe_hub()
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        assert not hub_is_off()
-        assert hub_answers()
-        assert hub_is_there()
+        assert not hub_is_offline()
+        assert probe_hub()
+        assert hub_is_reachable()
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        assert not hub_is_there()
+        assert not hub_is_reachable()
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert not hub_answers()
+    assert not probe_hub()
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
-    assert hub_answers()
+    assert probe_hub()
 
 
 def test_where_the_cache_is(monkeypatch):

@@ -12,19 +12,19 @@ from peftkit.errors import Interrupted
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_first_signal_asks(number, code):
-    with interrupt.listening():
-        assert not interrupt.requested()
+    with interrupt.catch_signals():
+        assert not interrupt.stop_requested()
         os.kill(os.getpid(), number)
-        assert interrupt.requested()
+        assert interrupt.stop_requested()
         with pytest.raises(Interrupted, match="here") as caught:
             interrupt.stop_if_requested("here")
     assert caught.value.exit_code == code
-    assert not interrupt.requested()
+    assert not interrupt.stop_requested()
 
 
 def test_second_signal_exits_at_once():
     program = (
-        "import os, signal, time\nfrom peftkit import interrupt\nwith interrupt.listening():\n"
+        "import os, signal, time\nfrom peftkit import interrupt\nwith interrupt.catch_signals():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('both at once are one')\n    time.sleep(0.6)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n    print('alive')\n"
@@ -40,7 +40,7 @@ def test_other_threads_keep_their_handlers():
 
     def work():
         try:
-            with interrupt.listening():
+            with interrupt.catch_signals():
                 pass
         except Exception as error:  # noqa: BLE001  whatever it is, the test reports it
             failures.append(error)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkit.errors import Interrupted, Problem, UserError
-from peftkit.secrets import MARK, redact, redact_value
+from peftkit.secrets import REDACTED, redact, redact_value
 
 WORD = "Ab3" * 14  # 42 characters
 HEX = "0123456789abcdef" * 2 + "01234567"
@@ -20,16 +20,16 @@ KEY = "-----BEGIN RSA PRIVATE KEY-----\nMIIEow\nIBAAKC\n-----END RSA PRIVATE KEY
 # (text, the secret in it, what stays)
 SECRETS = [
     (f"token hf_{WORD} here", f"hf_{WORD}", "token REDACTED here"),
-    (f"api_org_{WORD}", WORD, MARK),
-    (f"sk-proj-{WORD}", WORD, MARK),
-    (f"sk-ant-api03-{WORD}", WORD, MARK),
+    (f"api_org_{WORD}", WORD, REDACTED),
+    (f"sk-proj-{WORD}", WORD, REDACTED),
+    (f"sk-ant-api03-{WORD}", WORD, REDACTED),
     (f"WANDB_API_KEY={HEX}", HEX, "WANDB_API_KEY=REDACTED"),
     (f"wandb login {HEX}", HEX, "wandb login REDACTED"),
     (f'"wandb": "{HEX}"', HEX, '"wandb": "REDACTED"'),
     (f"api.wandb.ai login user password {HEX}", HEX, "api.wandb.ai login user password REDACTED"),
-    (f"wandb_v1_{WORD}_x", WORD, MARK),
-    (f"ghp_{WORD}", WORD, MARK),
-    (f"github_pat_{WORD}", WORD, MARK),
+    (f"wandb_v1_{WORD}_x", WORD, REDACTED),
+    (f"ghp_{WORD}", WORD, REDACTED),
+    (f"github_pat_{WORD}", WORD, REDACTED),
     ("id AKIAIOSFODNN7EXAMPLE.", "IOSFODNN7", "id REDACTED."),
     ("aws_secret_access_key=wJalrXUtnFEMI/K7MDENG", "wJalr", "aws_secret_access_key=REDACTED"),
     ("secret_access_key: wJalrXUtnFEMI/K7MDENG", "wJalr", "secret_access_key: REDACTED"),
@@ -39,8 +39,8 @@ SECRETS = [
     (f"https://s3/b/k?X-Amz-Date=1&X-Amz-Signature={HEX}", HEX, "https://s3/b/k?X-Amz-Date=1&X-Amz-Signature=REDACTED"),
     ("https://h/x?access_token=abc#top", "abc", "https://h/x?access_token=REDACTED#top"),
     ("https://h/x?key=abc&n=1", "abc", "https://h/x?key=REDACTED&n=1"),
-    (f"AIza{'Ab3-_' * 7}", "Ab3-_", MARK),
-    (f"ya29.{WORD}", WORD, MARK),
+    (f"AIza{'Ab3-_' * 7}", "Ab3-_", REDACTED),
+    (f"ya29.{WORD}", WORD, REDACTED),
     ("Authorization: Bearer abc.def", "abc.def", "Authorization: Bearer REDACTED"),
     ("{'authorization': 'Basic dXNlcjpwYXNz'}", "dXNl", "{'authorization': 'Basic REDACTED'}"),
     (f"Bearer {WORD}", WORD, "Bearer REDACTED"),
@@ -48,7 +48,7 @@ SECRETS = [
     ("git clone https://user:p@ss@host/x.git", "p@ss", "git clone https://REDACTED@host/x.git"),
     ("password=hunter2-hunter2", "hunter2", "password=REDACTED"),
     (f"a\n{KEY}\nb", "MIIEow", "a\nREDACTED\nb"),
-    (KEY[:50], "MIIEow", MARK),
+    (KEY[:50], "MIIEow", REDACTED),
 ]  # fmt: skip
 
 
@@ -98,9 +98,7 @@ def test_text_without_a_shape_is_unchanged(pieces, between):
 
 
 @given(
-    st.text(max_size=40),
-    st.sampled_from([s for s in SECRETS if not s[0].startswith("-----")]),
-    st.text(max_size=40),
+    st.text(max_size=40), st.sampled_from([s for s in SECRETS if not s[0].startswith("-----")]), st.text(max_size=40)
 )
 def test_a_secret_is_found_in_any_text(before, case, after):
     text, secret, _ = case
@@ -113,7 +111,7 @@ def test_values_of_secret_variables_are_taken_out_wherever_they_stand(monkeypatc
     assert redact('{"a": "pa\\"ss word/1"}') == '{"a": "REDACTED"}'
     assert redact("https://h/pa%22ss%20word%2F1") == "https://h/REDACTED"
     monkeypatch.setenv("MY_SERVICE_TOKEN", "another-value")
-    assert redact("another-value") == MARK
+    assert redact("another-value") == REDACTED
     assert redact('x pa"ss word/1 y') == "x REDACTED y", "it was a secret a moment ago"
     monkeypatch.setenv("SHORT_TOKEN", "of")
     monkeypatch.setenv("ORDINARY_SETTING", "recipes and runs")
@@ -126,17 +124,15 @@ def test_the_token_of_a_login_is_taken_out(tmp_path):
     program = "from peftkit.secrets import redact; print(redact('a an-odd-login-token b another-odd-one'))"
     environment = {**os.environ, "HF_HOME": str(tmp_path)}
     environment.pop("HF_TOKEN_PATH", None)
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "a REDACTED b REDACTED\n"
 
 
 def test_values_keep_their_form():
     value = {"a": [f"hf_{WORD}", 1, None, True, 1.5], f"hf_{WORD}": {"b": ("x", f"ghp_{WORD}")}, 7: "y"}
-    assert redact_value(value) == {"a": [MARK, 1, None, True, 1.5], MARK: {"b": ("x", MARK)}, 7: "y"}
+    assert redact_value(value) == {"a": [REDACTED, 1, None, True, 1.5], REDACTED: {"b": ("x", REDACTED)}, 7: "y"}
     assert redact_value({"api_key": "plain", "hf_token": "", "pad_token": "</s>", "password": 1}) == {
-        "api_key": MARK, "hf_token": "", "pad_token": "</s>", "password": 1,
+        "api_key": REDACTED, "hf_token": "", "pad_token": "</s>", "password": 1,
     }  # fmt: skip
 
 
@@ -144,7 +140,7 @@ def test_errors_never_say_a_secret():
     problem = Problem(f"https://u:{WORD}@h/x", f"'hf_{WORD}'", "x", f"password={WORD}")
     for text in (str(problem), str(UserError(problem)), str(Interrupted(f"hf_{WORD}", exit_code=130))):
         assert WORD not in text
-        assert MARK in text
+        assert REDACTED in text
 
 
 def test_a_line_costs_microseconds():
@@ -160,13 +156,7 @@ def test_a_line_costs_microseconds():
 
 
 def test_long_texts_take_no_longer_than_their_length():
-    for text in (
-        "a" * 2**20 + " api_key sig= ://",
-        "eyJ-" * 2**16,
-        "://a:" * 2**16,
-        "wandb" * 2**16,
-        "?token" * 2**16,
-    ):
+    for text in ("a" * 2**20 + " api_key sig= ://", "eyJ-" * 2**16, "://a:" * 2**16, "wandb" * 2**16, "?token" * 2**16):
         start = time.perf_counter()
         redact(text + "=")
         assert time.perf_counter() - start < 5, text[:10]

@@ -2,16 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftkit.units import (
-    clipped,
-    divisors,
-    listed,
-    parse_share,
-    show_bytes,
-    show_count,
-    show_percent,
-    show_seconds,
-)
+from peftkit.units import divisors, join_names, parse_share, shorten, show_bytes, show_count, show_percent, show_seconds
 
 
 @given(st.integers(0, 100))
@@ -53,7 +44,7 @@ def test_divisors_of_large_numbers_take_no_time():
 
 
 def test_foreign_texts_are_shown_in_part():
-    assert clipped("a" * 60) == "a" * 60
-    assert clipped("a" * 61) == "a" * 57 + "..."
-    assert listed(["a", "b"]) == "a, b"
-    assert listed(["a", "b", "c" * 99, "d"], most=3) == f"a, b, {'c' * 57}..., 1 more"
+    assert shorten("a" * 60) == "a" * 60
+    assert shorten("a" * 61) == "a" * 57 + "..."
+    assert join_names(["a", "b"]) == "a, b"
+    assert join_names(["a", "b", "c" * 99, "d"], max_names=3) == f"a, b, {'c' * 57}..., 1 more"

@@ -22,12 +22,12 @@ with atheris.instrument_imports(include=["yaml", "json", "csv", "peftkit"]):
     from safetensors import SafetensorError, deserialize
 
     from peftkit.data.read.rows import File
-    from peftkit.data.read.texts import json_array, json_lines, paragraphs, table
+    from peftkit.data.read.texts import read_csv, read_json_array, read_json_lines, read_paragraphs
     from peftkit.errors import UserError
     from peftkit.recipe.document import dump_text, parse_text, parse_value
 
 PLACE = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)) / "rows"  # noqa: PTH112
-READERS = (json_lines, json_array, table, paragraphs)
+READERS = (read_json_lines, read_json_array, read_csv, read_paragraphs)
 
 
 def _recipe(content: bytes) -> None:

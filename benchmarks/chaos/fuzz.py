@@ -36,7 +36,7 @@ def fuzz(kind: Any, indices: range, seed: int, work: Path) -> dict[str, Any]:
         counts[outcome.verdict] += 1
         slowest = max(slowest, outcome.seconds)
         if outcome.failed:
-            told = (outcome.told.strip().splitlines() or [""])[-1][:300]
+            told = (outcome.on_commit.strip().splitlines() or [""])[-1][:300]
             print(f"{outcome.verdict}: {work}/case-{outcome.index}: {told}", file=sys.stderr, flush=True)
     return {
         "cases": len(indices),
@@ -50,16 +50,12 @@ def main() -> int:
     from tests.rigs.chaos.kinds import KINDS
     from tests.rigs.chaos.watch import one
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], default=[])
     parser.add_argument(
         "--num",
         type=int,
-        help="cases of each kind (default: "
-        + ", ".join(f"{kind.num:,} {name}" for name, kind in KINDS.items())
-        + ")",
+        help="cases of each kind (default: " + ", ".join(f"{kind.num:,} {name}" for name, kind in KINDS.items()) + ")",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="run this one again, here")
@@ -70,7 +66,7 @@ def main() -> int:
         for kind in chosen.values():
             (work / "case").mkdir(exist_ok=True)
             outcome = one(kind.open(work), arguments.seed, kind.name, arguments.case, work / "case")
-            print(f"{outcome.verdict} in {outcome.seconds:.2f} s, {work}/case\n{outcome.told}")
+            print(f"{outcome.verdict} in {outcome.seconds:.2f} s, {work}/case\n{outcome.on_commit}")
         return 0
     print(_row(_HEAD))
     found = {}

@@ -142,15 +142,11 @@ def print_tables(lines: Sequence[dict[str, Any]]) -> None:
         for task in TASKS:
             found = {
                 way.name: [
-                    line
-                    for line in lines
-                    if (line["task"], line["table"], line["way"]) == (task, table, way.name)
+                    line for line in lines if (line["task"], line["table"], line["way"]) == (task, table, way.name)
                 ]
                 for way in WAYS
             }
-            means = {
-                name: sum(line["loss"] for line in some) / len(some) for name, some in found.items() if some
-            }
+            means = {name: sum(line["loss"] for line in some) / len(some) for name, some in found.items() if some}
             fixed = [loss for name, loss in means.items() if not name.startswith("peftkit")]
             if not fixed:
                 continue

@@ -131,7 +131,7 @@ def healthy(task: Task, *, base: Path, seed: int) -> Draft:
         },
         "seed": seed,
     }
-    return Draft(recipe, task.train, task.held, seed, classes=task.classes)
+    return Draft(recipe, task.train, task.held_out, seed, classes=task.classes)
 
 
 # ------------------------------------------------------------------------------------------------ the faults
@@ -165,7 +165,7 @@ def _shuffled(draft: Draft) -> Draft:
 
 def _shuffled_both(draft: Draft) -> Draft:
     """The same where the held-out rows are of the same make, as with a share of the training data."""
-    return replace(_shuffled(draft), held=_permuted(draft.held, draft.seed + 1))
+    return replace(_shuffled(draft), held_out=_permuted(draft.held_out, draft.seed + 1))
 
 
 def _swapped(draft: Draft) -> Draft:
@@ -192,7 +192,7 @@ def _new_tokens(draft: Draft) -> Draft:
     """Answers in tokens whose embeddings, tied to the head, were never trained."""
     names = {text: RESERVED[number] for number, text in enumerate(draft.classes)}
     change = names.__getitem__ if names else _in_new_digits
-    return replace(draft, train=_renamed(draft.train, change), held=_renamed(draft.held, change))
+    return replace(draft, train=_renamed(draft.train, change), held_out=_renamed(draft.held_out, change))
 
 
 def _renamed(rows: tuple[Row, ...], change: Callable[[str], str]) -> tuple[Row, ...]:
@@ -217,7 +217,7 @@ FAULTS = {
     fault.name: fault
     for fault in (
         Fault("healthy", "none", lambda draft: draft),
-        Fault("noisy-eval", "none", lambda draft: replace(draft, held=draft.held[:NUM_NOISY])),
+        Fault("noisy-eval", "none", lambda draft: replace(draft, held_out=draft.held_out[:NUM_NOISY])),
         Fault("rate-low", "learning rate too low", lambda d: d.scaled(rate=0.1), "lr x10"),
         Fault("rate-high", "learning rate too high", lambda d: d.scaled(rate=10.0), "lr /10"),
         Fault("few-steps", "too few steps", lambda d: d.scaled(steps=1 / 3), "steps x3"),
@@ -226,12 +226,7 @@ FAULTS = {
         Fault("labels-both", "data: labels or masks broken", _shuffled_both),
         Fault("mask", "data: labels or masks broken", _swapped),
         Fault("no-end", "data: labels or masks broken", _no_end),
-        Fault(
-            "modules",
-            "target modules",
-            lambda d: d.having(method__targets=["q", "v"]),
-            "all-linear",
-        ),
+        Fault("modules", "target modules", lambda d: d.having(method__targets=["q", "v"]), "all-linear"),
         Fault("rank", "rank", lambda d: d.having(method__rank=1), "rank x16"),
         Fault("embeddings", "embeddings or head", _new_tokens, "embeddings"),
     )

@@ -72,10 +72,7 @@ def run(fault: str) -> dict[str, Any]:
     try:
         recipe = json.loads(json.dumps(HEALTHY))
         recipe[section] |= changes
-        recipe["data"] = {
-            "train": str(rows_of(fault, folder)),
-            "eval": str(DATA / "banking77-10.eval.jsonl"),
-        }
+        recipe["data"] = {"train": str(rows_of(fault, folder)), "eval": str(DATA / "banking77-10.eval.jsonl")}
         summary = finetune(recipe, out=folder / "run")
         verdict = diagnose_run(folder / "run")
         return {

@@ -67,9 +67,7 @@ def draft_of(cell: Cell, data: Path, base: Path, *, tiny_steps: int = 0) -> Draf
     return draft
 
 
-def run_cell(
-    cell: Cell, data: Path, base: Path, tiny_steps: int = 0, *, diagnosed: bool = True
-) -> dict[str, Any]:
+def run_cell(cell: Cell, data: Path, base: Path, tiny_steps: int = 0, *, diagnosed: bool = True) -> dict[str, Any]:
     """Train a cell in a folder that is gone afterwards. Returns its line of the results file.
 
     What follows from an action is not diagnosed again.
@@ -129,7 +127,7 @@ def answer_loss(run: Path, base: Path, draft: Draft) -> float:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter").eval()
     total, count = 0.0, 0
     with torch.no_grad():
-        for row in draft.held:
+        for row in draft.held_out:
             asked = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
             answered = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
             ids = [*asked, *answered, tokenizer.eos_token_id]
@@ -147,13 +145,7 @@ def eval_losses(run: Path) -> list[float]:
 
 
 def run_cells(
-    cells: Iterable[Cell],
-    *,
-    results: Path,
-    workers: int,
-    data: Path,
-    tiny_steps: int = 0,
-    diagnosed: bool = True,
+    cells: Iterable[Cell], *, results: Path, workers: int, data: Path, tiny_steps: int = 0, diagnosed: bool = True
 ) -> None:
     """Make the cells that are not in the results file yet, and add a line for each."""
     made = {line["key"] for line in read_results(results)}
@@ -162,9 +154,7 @@ def run_cells(
     results.parent.mkdir(parents=True, exist_ok=True)
     print(f"{len(waiting)} cells to make, {len(made)} there", flush=True)
     with ProcessPoolExecutor(workers) as pool:
-        futures = [
-            pool.submit(run_cell, cell, data, base, tiny_steps, diagnosed=diagnosed) for cell in waiting
-        ]
+        futures = [pool.submit(run_cell, cell, data, base, tiny_steps, diagnosed=diagnosed) for cell in waiting]
         for number, future in enumerate(as_completed(futures), start=1):
             line = future.result()
             with results.open("a", encoding="utf-8") as file:
@@ -234,9 +224,7 @@ def print_regret(lines: Sequence[dict[str, Any]]) -> None:
     acted: dict[str, dict[str, float]] = {}
     for line in lines:
         if line["action"] and "error" not in line:
-            acted.setdefault(f"{line['task']}/{line['fault']}/{line['seed']}", {})[line["action"]] = line[
-                "loss"
-            ]
+            acted.setdefault(f"{line['task']}/{line['fault']}/{line['seed']}", {})[line["action"]] = line["loss"]
     for line in lines:
         losses = acted.get(line["key"])
         if losses is None or line["action"] or "error" in line:

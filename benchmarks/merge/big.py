@@ -59,9 +59,7 @@ def make_adapter(base: Path, folder: Path) -> None:
 
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    model = get_peft_model(
-        model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-    )
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -73,11 +71,11 @@ def make_adapter(base: Path, folder: Path) -> None:
 def ours(base: Path, adapter: Path, out: Path) -> None:
     """peftkit's merge without the comparison of logits, which PEFT does not make either."""
     from peftkit.rundir import publish_folder
-    from peftkit.ship.merge.decide import MergeOptions, decided, write
+    from peftkit.ship.merge.decide import MergeOptions, plan_merge_inputs, write_merge
 
-    work = decided([adapter], MergeOptions())
+    work = plan_merge_inputs([adapter], MergeOptions())
     with publish_folder(out, sealed=False) as staging:
-        write(work, work.base, staging)
+        write_merge(work, work.base, staging)
 
 
 def theirs(base: Path, adapter: Path, out: Path) -> None:
@@ -99,9 +97,9 @@ def idle(base: Path, adapter: Path, out: Path) -> None:
 
 def start(base: Path, adapter: Path, out: Path) -> None:
     """What peftkit does before it reads the first weight: imports, and the plan of the merge."""
-    from peftkit.ship.merge.decide import MergeOptions, decided
+    from peftkit.ship.merge.decide import MergeOptions, plan_merge_inputs
 
-    assert decided([adapter], MergeOptions()).plans
+    assert plan_merge_inputs([adapter], MergeOptions()).plans
 
 
 WAYS = {"idle": idle, "start": start, "peftkit": ours, "peft": theirs}
@@ -131,9 +129,9 @@ def unlike(one: Path, two: Path) -> tuple[int, int]:
     """(tensors that differ in a bit, tensors)."""
     import torch
 
-    from peftkit.ship.files.tensors import read_all, weight_files
+    from peftkit.ship.files.tensors import read_all_entries, safetensors_files
 
-    first, second = (read_all(weight_files(folder)) for folder in (one, two))
+    first, second = (read_all_entries(safetensors_files(folder)) for folder in (one, two))
     assert first.keys() == second.keys()
     return sum(not torch.equal(first[n].read(), second[n].read()) for n in first), len(first)
 

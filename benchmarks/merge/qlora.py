@@ -26,33 +26,33 @@ from peftkit import MergeOptions
 from peftkit.data.tokens.mask import Tokenized
 from peftkit.model.load import load_model
 from peftkit.results.find import Adapter, find_adapter
-from peftkit.results.load import load_result
-from peftkit.ship.merge.compare import Compared
-from peftkit.ship.merge.decide import decided
-from peftkit.ship.merge.fidelity import PROMPTS, Outputs, compare, outputs
+from peftkit.results.load import load_adapter_result
+from peftkit.ship.merge.compare import ComparisonRows
+from peftkit.ship.merge.decide import plan_merge_inputs
+from peftkit.ship.merge.fidelity import PROMPTS, ModelOutputs, compute_outputs, measure_fidelity
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 COMMON = ("diagnose.escalate=off", "evaluate.metric=null")
-RUNS = {
-    "strong": COMMON,
-    "light": (*COMMON, "train.max_steps=20", "train.learning_rate=1e-4", "train.eval_steps=20"),
-}
+RUNS = {"strong": COMMON, "light": (*COMMON, "train.max_steps=20", "train.learning_rate=1e-4", "train.eval_steps=20")}
 
 
-def asked(model: Any, rows: Compared, other: list[Tokenized], pad_id: int) -> tuple[Outputs, Outputs]:
+def asked(model: Any, rows: ComparisonRows, other: list[Tokenized], pad_id: int) -> tuple[ModelOutputs, ModelOutputs]:
     """What a model says on the task's rows, and on other text."""
     found = tuple(
-        outputs(model, texts, judged=texts, pad_id=pad_id, task="causal-lm") for texts in (rows.judged, other)
+        compute_outputs(model, texts, loss_rows=texts, pad_id=pad_id, task="causal-lm")
+        for texts in (rows.loss_rows, other)
     )
     del model
     gc.collect()
     return found  # type: ignore[return-value]
 
 
-def line(name: str, trained: tuple[Outputs, Outputs], got: tuple[Outputs, Outputs]) -> dict[str, Any]:
+def line(
+    name: str, trained: tuple[ModelOutputs, ModelOutputs], got: tuple[ModelOutputs, ModelOutputs]
+) -> dict[str, Any]:
     """One row of the table."""
-    fidelity, elsewhere = (compare(a, b) for a, b in zip(trained, got, strict=True))
+    fidelity, elsewhere = (measure_fidelity(a, b) for a, b in zip(trained, got, strict=True))
     row = {
         "choice": name,
         "kl": fidelity.kl,
@@ -67,8 +67,8 @@ def line(name: str, trained: tuple[Outputs, Outputs], got: tuple[Outputs, Output
 def table(run: Path) -> list[dict[str, Any]]:
     """All choices for one run."""
     adapter = find_adapter(run)
-    rows = Compared.of(decided([run], MergeOptions()), run, print)
-    held = load_result(adapter, device="cpu")
+    rows = ComparisonRows.of(plan_merge_inputs([run], MergeOptions()), run, print)
+    held = load_adapter_result(adapter, device="cpu")
     tokenizer, pad_id = held.tokenizer, held.tokenizer.pad_token_id
     other = [Tokenized(ids, ids, "text") for ids in (list(tokenizer(text)["input_ids"]) for text in PROMPTS)]
     trained = asked(held.model, rows, other, pad_id)
@@ -96,9 +96,11 @@ def table(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def theirs(adapter: Adapter, rows: Compared, other: list[Tokenized], pad_id: int) -> tuple[Outputs, Outputs]:
+def theirs(
+    adapter: Adapter, rows: ComparisonRows, other: list[Tokenized], pad_id: int
+) -> tuple[ModelOutputs, ModelOutputs]:
     """PEFT's own merge into the 4-bit layers: the sum is rounded to 4 bits again."""
-    held = load_result(adapter, device="cpu")
+    held = load_adapter_result(adapter, device="cpu")
     return asked(held.model.merge_and_unload(), rows, other, pad_id)
 
 

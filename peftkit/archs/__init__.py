@@ -1,4 +1,4 @@
-"""Model families as data: how one is recognised, which modules play which role, what shapes they have."""
+"""Model families as data: how one is recognised, the roles of its modules, their shapes."""
 
 from peftkit.archs.families import ATTENTION_ROLES, EXPERT_ROLES, FAMILIES, ROLES
 from peftkit.archs.family import (
@@ -10,8 +10,8 @@ from peftkit.archs.family import (
     Module,
     Task,
     Tensor,
-    place_of,
     shortest_names,
+    wildcard_name,
 )
 from peftkit.archs.known import EMBEDDED, KNOWN, Embedded
 from peftkit.archs.shape import family_of, shape_from_config, shape_of, task_of
@@ -33,9 +33,9 @@ __all__ = [
     "Task",
     "Tensor",
     "family_of",
-    "place_of",
     "shape_from_config",
     "shape_of",
     "shortest_names",
     "task_of",
+    "wildcard_name",
 ]

@@ -1,4 +1,4 @@
-"""The vocabulary in which a model family is described."""
+"""Dataclasses that describe a model family and the shapes of one model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from peftkit.archs.sizes import Expression, Sizes
 Task = Literal["causal-lm", "seq2seq", "classification", "token-classification"]
 TASKS: tuple[Task, ...] = ("causal-lm", "seq2seq", "classification", "token-classification")
 Positions = Literal["rope", "alibi", "learned", "relative", "none", "unknown"]
-SHARED = "one storage stands behind several layers: merging would add every adapter to it"
-NOT_BY_DEFAULT = ("router", "experts_gate_up", "experts_up", "experts_down")
+SHARED_WEIGHT = "several layers share one weight: merging would add every adapter to it"
+ROLES_NOT_BY_DEFAULT = ("router", "experts_gate_up", "experts_up", "experts_down")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Linear:
     """A linear layer of a block.
 
     `name` is its path inside the block; `d_in`, `d_out` and `num` are expressions of sizes. With `num` it is
-    one 3-D parameter that holds so many matrices (the fused experts of a mixture).
+    one 3-D parameter of so many matrices (the fused experts of a mixture).
     """
 
     name: str
@@ -29,13 +29,13 @@ class Linear:
     d_out: str
     bias: bool | str = False  # or the key of config.json that decides
     num: str = ""
-    blocked: str = ""  # why it must not be adapted
+    blocked_reason: str = ""  # why it must not be adapted
     by_parameter: bool = False  # PEFT would take its name for the routed experts: reach it by its weight
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Other parameters: norms, convolutions, routers, states. `size` counts all numbers, bias included."""
+    """Parameters outside linear layers: norms, convolutions, routers, states. `size` includes the bias."""
 
     name: str
     size: str
@@ -43,10 +43,10 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A piece of a block, in the layers that are of its `kind`; an empty kind is in every layer.
+class BlockPart:
+    """A piece of the blocks whose layer has its `kind`; an empty kind is in every layer.
 
-    `cache` counts what generation keeps per token and layer, `state` what it keeps per sequence and layer.
+    `cache` counts the numbers cached per token and layer in generation, `state` those per sequence and layer.
     """
 
     linears: tuple[Linear, ...] = ()
@@ -61,22 +61,22 @@ LayerKinds = Callable[[Sizes], list[frozenset[str]]]
 
 @dataclass(frozen=True)
 class Stack:
-    """A row of blocks, for example a decoder. `block` holds {i}; `layers` counts them.
+    """A stack of blocks, for example a decoder. `block` is a path with {i}; `layers` is the number of blocks.
 
-    `kinds` tells, layer by layer, which parts with a kind a layer has, where layers differ.
+    `kinds` returns the set of kinds of each layer, for families whose layers differ.
     """
 
     block: str
-    parts: tuple[Part, ...]
+    parts: tuple[BlockPart, ...]
     layers: str = "layers"
     kinds: LayerKinds | None = None
 
 
 @dataclass(frozen=True)
-class Head:
-    """What a task puts on top. `modules` are the names that PEFT trains and saves whole beside an adapter.
+class TaskHead:
+    """The head of a task. `modules` are the names that PEFT trains and saves whole beside an adapter.
 
-    Beside a `container` (a module of modules under the one name that PEFT insists on) PEFT merges LoRA only.
+    Beside a `container` (a module of modules under the one name that PEFT accepts) PEFT merges LoRA only.
     """
 
     weights: tuple[Weight, ...]
@@ -86,17 +86,17 @@ class Head:
 
 @dataclass(frozen=True)
 class Family:
-    """One model family: the only place that knows its names.
+    """One model family: the only place that knows its module names.
 
-    `sizes` maps names of sizes to keys of config.json or expressions, where they differ from the usual ones;
-    `defaults` gives keys that a config.json may leave out. `refuses` names methods that cannot work on this
-    family, each with the measured reason.
+    `sizes` maps names of sizes to keys of config.json or expressions, where they differ from the common ones;
+    `defaults` gives keys that a config.json may omit. `refuses` maps methods that cannot work on this family
+    to the measured reason.
     """
 
     name: str
     model_types: tuple[str, ...]
     stacks: tuple[Stack, ...]
-    heads: Mapping[Task, Head]
+    heads: Mapping[Task, TaskHead]
     outside: tuple[Weight, ...] = ()  # beside the blocks: final norms, position tables
     embeddings: str = "embed_tokens"
     head: str = "lm_head"
@@ -132,17 +132,17 @@ class Family:
 
     @property
     def has_experts(self) -> bool:
-        """Whether some feed-forwards are mixtures of experts held in 3-D parameters."""
+        """True if some feed-forwards are mixtures of experts in 3-D parameters."""
         return any(linear.num for linear in self.linears)
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether some layers keep a state instead of attending to every token."""
+        """True if some layers keep a state instead of attending to every token."""
         return any(part.state for stack in self.stacks for part in stack.parts)
 
     @property
     def has_attention(self) -> bool:
-        """Whether some layers attend: what prefix tuning needs."""
+        """True if some layers have attention, which prefix tuning needs."""
         return bool({"q", "qkv"} & set(self.roles))
 
 
@@ -172,7 +172,7 @@ class Module:
     d_out: int
     bias: bool = False
     num: int = 0  # of matrices in a 3-D parameter; 0 for an ordinary layer
-    blocked: str = ""
+    blocked_reason: str = ""
     by_parameter: bool = False
 
     @property
@@ -195,7 +195,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a plan needs to know of a model before any tensor is loaded."""
+    """Shapes of a concrete model, known before any tensor is loaded."""
 
     family: Family
     model_type: str
@@ -220,15 +220,15 @@ class ModelShape:
         return sum(m.num_parameters for m in self.modules) + sum(t.num_parameters for t in self.tensors)
 
     def cache_at(self, length: int) -> int:
-        """Numbers that generation keeps of a text of so many tokens, sliding windows considered."""
+        """Return the numbers cached for a text of `length` tokens, sliding windows considered."""
         if not self.num_cached_layers:
             return 0
-        whole = self.cache_per_token * (self.num_cached_layers - self.num_windowed) * length
+        full = self.cache_per_token * (self.num_cached_layers - self.num_windowed) * length
         windowed = self.cache_per_token * self.num_windowed * min(length, self.window)
-        return (whole + windowed) // self.num_cached_layers
+        return (full + windowed) // self.num_cached_layers
 
     def by_role(self) -> dict[str, int]:
-        """Parameters by role, in model order; sums to `num_parameters`."""
+        """Count parameters by role, in model order; sums to `num_parameters`."""
         counts: dict[str, int] = {}
         sizes = [(m.role, m.num_parameters) for m in self.modules]
         for role, num in sizes + [(t.role, t.num_parameters) for t in self.tensors]:
@@ -237,7 +237,7 @@ class ModelShape:
 
     @property
     def attention(self) -> str:
-        """MHA, GQA, MQA, MLA or none; '+ state' where some layers keep a state instead."""
+        """Kind of attention: MHA, GQA, MQA, MLA or none; '+ state' if some layers are recurrent."""
         if not self.family.has_attention:
             return "none"
         dims = self.dims
@@ -248,26 +248,31 @@ class ModelShape:
         return f"{kind} + state" if self.family.is_recurrent else kind
 
 
-def place_of(name: str) -> str:
-    """A name without the numbers of layers: 'model.layers.*.mlp.up_proj'."""
+def wildcard_name(name: str) -> str:
+    """Replace the layer numbers of a name by *: 'model.layers.*.mlp.up_proj'."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _endings(name: str) -> list[str]:
-    """'q_proj', 'self_attn.q_proj', ... up to the whole name."""
+    """Return 'q_proj', 'self_attn.q_proj', ... up to the whole name."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
 
 
-def shortest_names(chosen: Iterable[str], all_names: Iterable[str]) -> tuple[str, ...]:
-    """The shortest endings that match exactly the `chosen` of `all_names`, each once, in order."""
-    wanted = set(chosen)
-    reached: dict[str, set[str]] = {}
+def shortest_names(names: Iterable[str], all_names: Iterable[str]) -> tuple[str, ...]:
+    """Return the shortest endings that match exactly `names` among `all_names`, each once, in order.
+
+    shortest_names(["l.0.attn.out", "l.1.attn.out"], ["l.0.attn.out", "l.1.attn.out", "l.0.mlp.out"])
+    # "out" would match l.0.mlp.out too
+    -> ("attn.out",)
+    """
+    selected = set(names)
+    names_by_ending: dict[str, set[str]] = {}
     for name in all_names:
         for ending in _endings(name):
-            reached.setdefault(ending, set()).add(name)
-    found: dict[str, None] = {}
-    for name in chosen:
-        ending = next(e for e in _endings(name) if reached.get(e, {name}) <= wanted)
-        found[ending] = None
-    return tuple(found)
+            names_by_ending.setdefault(ending, set()).add(name)
+    endings: dict[str, None] = {}
+    for name in names:
+        ending = next(e for e in _endings(name) if names_by_ending.get(e, {name}) <= selected)
+        endings[ending] = None
+    return tuple(endings)

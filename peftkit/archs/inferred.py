@@ -1,28 +1,28 @@
-"""A model of no known family, told by the names and shapes of its layers: a guess that says it is one."""
+"""Shapes of a model of an unknown family, inferred from the names and sizes of its layers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peftkit.archs.family import (
+    BlockPart,
     Dims,
     Family,
-    Head,
     Linear,
     ModelShape,
     Module,
-    Part,
     Stack,
     Task,
+    TaskHead,
     Tensor,
     Weight,
 )
 from peftkit.archs.sizes import Config
 
 # (role, what the last part of a name says, what its parent must say), the first match counts
-_NAMES: tuple[tuple[str, str, str], ...] = (
+_ROLE_PATTERNS: tuple[tuple[str, str, str], ...] = (
     ("qkv", r"(w_?)?qkv(_proj)?|c_attn|query_key_value|in_proj_qkv", ""),
     ("gate_up", r"gate_up(_proj)?|w13", ""),
     ("q", r"q(_proj|_lin)?|query|w_?q", ""),
@@ -32,17 +32,13 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
     ("router", r"router|gate", r"(?=.*(moe|expert|router))"),
     ("gate", r"gate(_proj)?|w1|wi_0", r"(?=.*(ffn|mlp|feed|dense))"),
     ("up", r"up(_proj)?|w3|wi(_1)?|fc_?1|c_fc|lin1|dense_h_to_4h|key", r"(?=.*(ffn|mlp|feed|dense|layer))"),
-    (
-        "down",
-        r"down(_proj)?|w2|wo|fc_?2|c_proj|lin2|dense_4h_to_h|value",
-        r"(?=.*(ffn|mlp|feed|dense|layer))",
-    ),
+    ("down", r"down(_proj)?|w2|wo|fc_?2|c_proj|lin2|dense_4h_to_h|value", r"(?=.*(ffn|mlp|feed|dense|layer))"),
     ("ssm_in", r"in_proj", ""),
 )
 
 
 @dataclass(frozen=True)
-class Layer:
+class InspectedLayer:
     """One module or parameter of a model that was built without weights.
 
     `kind` is "linear", "experts" (a 3-D parameter: num, and two sides), "norm", "embedding" or "other".
@@ -57,36 +53,53 @@ class Layer:
     num: int = 0
 
 
-def _numbered(name: str) -> tuple[str, str] | None:
-    """('model.layers.{i}', 'attn.q_proj') for 'model.layers.0.attn.q_proj'; None outside of blocks."""
-    found = re.match(r"(.*?\.)\d+\.(.+)", name)
-    return (f"{found[1]}{{i}}", found[2]) if found else None
+def _split_block(name: str) -> tuple[str, str] | None:
+    """Split 'model.layers.0.attn.q_proj' into ('model.layers.{i}', 'attn.q_proj'); None outside blocks."""
+    match = re.match(r"(.*?\.)\d+\.(.+)", name)
+    return (f"{match[1]}{{i}}", match[2]) if match else None
 
 
-def role_of(layer: Layer, hidden: int) -> str:
-    """The role that a layer's name, or else its shape, suggests."""
+def role_of(layer: InspectedLayer, hidden: int) -> str:
+    """Infer the role of a layer from its name, or else from its shape."""
     if layer.kind == "experts":
         return "experts_down" if "down" in layer.name or "w2" in layer.name else "experts_gate_up"
     parent, _, last = layer.name.rpartition(".")
-    for role, own, place in _NAMES:
-        if re.fullmatch(own, last, re.IGNORECASE) and re.match(place, parent, re.IGNORECASE):
+    for role, name_pattern, parent_pattern in _ROLE_PATTERNS:
+        if re.fullmatch(name_pattern, last, re.IGNORECASE) and re.match(parent_pattern, parent, re.IGNORECASE):
             return role
     if layer.d_in == hidden and layer.d_out > hidden:
         return "up"
     return "down" if layer.d_out == hidden and layer.d_in > hidden else "other"
 
 
-def _dims(config: Config, layers: Sequence[Layer], num_layers: int, table: Layer | None) -> Dims:
-    def size(*names: str, default: int) -> int:
-        found = next((config[name] for name in names if isinstance(config.get(name), int)), default)
-        return max(1, int(found))
+def _has_attention(modules: Sequence[Module]) -> bool:
+    return any(module.role in {"q", "qkv"} for module in modules)
 
-    width = table.d_out if table else max((layer.d_in for layer in layers), default=1)
+
+def infer_shape(
+    config: Config, layers: Sequence[InspectedLayer], *, task: Task, embeddings: str, head: str, tied: bool
+) -> ModelShape:
+    """Build the shape of a model of no known family.
+
+    `embeddings` and `head` are the full names of its token table and of the task's head. What its layers
+    attend to cannot be inferred from shapes, so nothing is claimed about caches, packing or prefixes.
+    """
+    block_layers = [layer for layer in layers if layer.kind in {"linear", "experts"} and _split_block(layer.name)]
+    block_layer_names = {layer.name for layer in block_layers}
+    blocks = {re.match(r"(.*?\.\d+)\.", layer.name)[1] for layer in block_layers}  # type: ignore[index]
+    table = next((layer for layer in layers if layer.name == embeddings), None)
+    num_layers = max(1, len(blocks))
+
+    def size(*names: str, default: int) -> int:
+        value = next((config[name] for name in names if isinstance(config.get(name), int)), default)
+        return max(1, int(value))
+
+    width = table.d_out if table else max((layer.d_in for layer in block_layers), default=1)
     hidden = size("hidden_size", "n_embd", "d_model", "dim", default=width)
     heads = size("num_attention_heads", "n_head", "num_heads", "n_heads", default=1)
     kv_heads = size("num_key_value_heads", default=heads)
     head_dim = size("head_dim", default=max(1, hidden // heads))
-    return Dims(
+    dims = Dims(
         num_layers=num_layers,
         hidden=hidden,
         heads=heads,
@@ -98,56 +111,35 @@ def _dims(config: Config, layers: Sequence[Layer], num_layers: int, table: Layer
         head_dim=head_dim,
         positions=int(config.get("max_position_embeddings") or 0),
     )
-
-
-def _tensors(layers: Sequence[Layer], tables: Mapping[str, str]) -> list[Tensor]:
+    modules = tuple(
+        Module(layer.name, role_of(layer, dims.hidden), layer.d_in, layer.d_out, layer.bias, num=layer.num)
+        for layer in block_layers
+    )
+    linears = {
+        _split_block(m.name)[1]: Linear(_split_block(m.name)[1], m.role, str(m.d_in), str(m.d_out))  # type: ignore[index]
+        for m in modules
+    }
+    block_paths = list(dict.fromkeys(_split_block(m.name)[0] for m in modules))  # type: ignore[index]
+    layers = [layer for layer in layers if layer.name not in block_layer_names]
+    tables = {embeddings: "embeddings", head: "head"}
     roles = {"norm": "norms", "embedding": "positions"}
-    return [
+    tensors = [
         Tensor(layer.name, tables.get(layer.name, roles.get(layer.kind, "states")), layer.num_parameters)
         for layer in layers
     ]
-
-
-def _attends(modules: Sequence[Module]) -> bool:
-    return any(module.role in {"q", "qkv"} for module in modules)
-
-
-def infer_shape(
-    config: Config, layers: Sequence[Layer], *, task: Task, embeddings: str, head: str, tied: bool
-) -> ModelShape:
-    """The shape of a model of no known family.
-
-    `embeddings` and `head` are the full names of its token table and of what the task puts on top. What its
-    layers attend to cannot be told from shapes, so nothing is claimed of caches, packing or prefixes.
-    """
-    inside = [layer for layer in layers if layer.kind in {"linear", "experts"} and _numbered(layer.name)]
-    listed = {layer.name for layer in inside}
-    blocks = {re.match(r"(.*?\.\d+)\.", layer.name)[1] for layer in inside}  # type: ignore[index]
-    table = next((layer for layer in layers if layer.name == embeddings), None)
-    dims = _dims(config, inside, max(1, len(blocks)), table)
-    modules = tuple(
-        Module(layer.name, role_of(layer, dims.hidden), layer.d_in, layer.d_out, layer.bias, num=layer.num)
-        for layer in inside
+    is_language_model = task in {"causal-lm", "seq2seq"}
+    task_head = (
+        TaskHead((), ()) if is_language_model else TaskHead((Weight(head, "0", "head"),), (head.rsplit(".", 1)[-1],))
     )
-    linears = {
-        _numbered(m.name)[1]: Linear(_numbered(m.name)[1], m.role, str(m.d_in), str(m.d_out))  # type: ignore[index]
-        for m in modules
-    }
-    places = list(dict.fromkeys(_numbered(m.name)[0] for m in modules))  # type: ignore[index]
-    tensors = _tensors(
-        [layer for layer in layers if layer.name not in listed], {embeddings: "embeddings", head: "head"}
-    )
-    lm = task in {"causal-lm", "seq2seq"}
-    on_top = Head((), ()) if lm else Head((Weight(head, "0", "head"),), (head.rsplit(".", 1)[-1],))
     family = Family(
         name=f"{config.get('model_type')} (inferred)",
         model_types=(str(config.get("model_type")),),
-        stacks=tuple(Stack(place, (Part(tuple(linears.values())),)) for place in places),
-        heads={task: on_top},
+        stacks=tuple(Stack(block_path, (BlockPart(tuple(linears.values())),)) for block_path in block_paths),
+        heads={task: task_head},
         embeddings=embeddings.rsplit(".", 1)[-1],
         head=head.rsplit(".", 1)[-1],
-        positions="unknown" if _attends(modules) else "none",
-        refuses={"prefix": "no known family: how it keeps keys and values cannot be told from shapes"},
+        positions="unknown" if _has_attention(modules) else "none",
+        refuses={"prefix": "no known family: its cache of keys and values cannot be inferred from shapes"},
         packs=False,
         mind=("no known family: roles of its layers are inferred from their names and shapes",),
         inferred=True,
@@ -160,7 +152,7 @@ def infer_shape(
         modules=modules,
         tensors=tuple(tensors),
         tied_embeddings=tied,
-        positions="unknown" if _attends(modules) else "none",
+        positions="unknown" if _has_attention(modules) else "none",
         rope_type="default",
         experts_per_token=1,
         cache_per_token=0,

@@ -2,7 +2,7 @@
 
 `data/known.json` holds the sizes of the models' published config.json and their parameter totals (as
 transformers counts them: tied tables once); a test compares the two. For Bamba-9B-v2, Granite 3.3 8B and
-Command R7B no published total was at hand: theirs is that of the model built from the configuration.
+Command R7B no published total was available: theirs is that of the model built from the configuration.
 """
 
 from __future__ import annotations

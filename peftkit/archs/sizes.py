@@ -1,4 +1,4 @@
-"""Sizes of a model as small expressions over its config.json: '2*inner + mamba_n_heads'."""
+"""Model sizes as small expressions over config.json: '2*inner + mamba_n_heads'."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
 }
-_USUAL: dict[str, Expression] = {
+_COMMON: dict[str, Expression] = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
     "heads": "num_attention_heads",
@@ -30,43 +30,43 @@ _USUAL: dict[str, Expression] = {
     "q": "heads*head_dim",
     "kv": "kv_heads*head_dim",
 }
-_LARGEST = 2**31  # more than any size of any model: beyond it, a config.json is broken
+_MAX_SIZE = 2**31  # more than any size of any model: beyond it, a config.json is broken
 
 
 class Sizes:
-    """Named sizes of one model, worked out on demand.
+    """Named sizes of one model, computed on demand.
 
-    A name is looked up among the family's own expressions, the usual ones, the keys of config.json and the
-    family's defaults for keys that older files lack. Inside its own definition a name means the key.
-    Raises KeyError for what nothing defines and ValueError for what is no size.
+    A name is looked up among the family's own expressions, the common ones, the keys of config.json and the
+    family's defaults for keys that older files lack. Inside its own definition a name means the key. Raises
+    KeyError for undefined names and ValueError for values that are no size.
     """
 
-    def __init__(self, config: Config, own: Mapping[str, Expression], defaults: Config) -> None:
+    def __init__(self, config: Config, family_sizes: Mapping[str, Expression], defaults: Config) -> None:
         self._config = config
-        self._expressions: dict[str, Expression] = {**_USUAL, **own}
+        self._expressions: dict[str, Expression] = {**_COMMON, **family_sizes}
         self._defaults = defaults
-        self._known: dict[str, int] = {}
-        self._open: list[str] = []
+        self._values: dict[str, int] = {}
+        self._resolving: list[str] = []
 
     def __getitem__(self, expression: str) -> int:
-        if expression not in self._known:
-            self._known[expression] = self._value(ast.parse(expression, mode="eval").body)
-        return self._known[expression]
+        if expression not in self._values:
+            self._values[expression] = self._value(ast.parse(expression, mode="eval").body)
+        return self._values[expression]
 
     def key(self, name: str) -> Any:
-        """A plain key of config.json, or the family's default for it; None where neither is there."""
+        """Return a key of config.json, or the family's default for it; None if there is neither."""
         value = self._config.get(name)
         return self._defaults.get(name) if value is None else value
 
     def flag(self, name: str) -> bool:
-        """A switch of config.json; absent ones are off. Raises ValueError for what is no boolean."""
+        """Return a Boolean of config.json; False if absent. Raises ValueError for other values."""
         value = self.key(name)
         if value is not None and not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}, which is neither true nor false")
         return bool(value)
 
     def names(self, name: str) -> list[str]:
-        """A list of names of config.json; empty where it is absent. Raises ValueError for anything else."""
+        """Return a list of names of config.json; empty if absent. Raises ValueError for other values."""
         value = self.key(name)
         if value is None:
             return []
@@ -80,30 +80,29 @@ class Sizes:
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
             return _OPERATORS[type(node.op)](self._value(node.left), self._value(node.right))
         if isinstance(node, ast.Name):
-            return self._named(node.id)
+            return self._resolve(node.id)
         raise ValueError(f"{ast.unparse(node)} is no expression of sizes")
 
-    def _named(self, name: str) -> int:
-        if name in self._expressions and name not in self._open:
-            found = self._expressions[name]
-            self._open.append(name)
+    def _resolve(self, name: str) -> int:
+        """Resolve a name to its size: the family's expression, else the key of config.json."""
+        if name in self._expressions and name not in self._resolving:
+            expression = self._expressions[name]
+            self._resolving.append(name)
             try:
-                if callable(found):
-                    return found(self)
-                return self._first((found,) if isinstance(found, str) else found)
+                if callable(expression):
+                    return expression(self)
+                alternatives = (expression,) if isinstance(expression, str) else expression
+                for expression in alternatives[:-1]:
+                    try:
+                        return self._value(ast.parse(expression, mode="eval").body)
+                    except KeyError:
+                        continue
+                return self._value(ast.parse(alternatives[-1], mode="eval").body)
             finally:
-                self._open.pop()
+                self._resolving.pop()
         value = self.key(name)
         if value is None:
             raise KeyError(f"{name} is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _LARGEST:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MAX_SIZE:
             raise ValueError(f"{name} is {value!r}, which is no size")
         return value
-
-    def _first(self, alternatives: tuple[str, ...]) -> int:
-        for expression in alternatives[:-1]:
-            try:
-                return self._value(ast.parse(expression, mode="eval").body)
-            except KeyError:
-                continue
-        return self._value(ast.parse(alternatives[-1], mode="eval").body)

@@ -1,1 +1,1 @@
-"""Data: read with line numbers, brought to one shape, rendered, tokenized, masked, checked."""
+"""Data: rows are read with line numbers, converted to examples, rendered, tokenized, masked and checked."""

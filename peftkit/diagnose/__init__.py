@@ -1,1 +1,1 @@
-"""Pure judgement: evaluation losses and signals in, a verdict out. No torch."""
+"""Diagnosis of a run's quality as pure functions: losses and signals in, a verdict out. No torch."""

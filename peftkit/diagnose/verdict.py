@@ -1,4 +1,4 @@
-"""The verdict: does quality lag, why, what to do, what that brings and costs, and every number behind it."""
+"""The verdict: state of the quality, cause, action, its gain and cost, and every number behind it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEW_ROWS = 50  # below, intervals are told to be wide
 
 @dataclass(frozen=True)
 class Cost:
-    """What an action adds, by the plan: parameters, bytes at the peak, and times the work of a step."""
+    """Cost of an action by the plan: parameters, bytes at the peak, and compute of a step as a factor."""
 
     num_trainable: int
     peak_bytes: int
@@ -26,7 +26,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Action:
-    """What to do, as changes of the recipe. `gain` is of rows that no decision was made by, in nats."""
+    """An action as changes of the recipe. `gain` is measured on rows not used for the decision, in nats."""
 
     said: str
     overrides: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found at a step. `overhead` is the share of the run's tokens that finding it took."""
+    """The result of a diagnosis at a step. `overhead` is its share of the run's tokens."""
 
     step: int
     state: State | str
@@ -52,16 +52,16 @@ class Verdict:
 
     @property
     def line(self) -> str:
-        """The verdict in a sentence."""
-        what = self.state if self.cause == "none" else f"{self.state}; cause: {self.cause}"
-        return f"{what} ({self.said})"
+        """The verdict in one sentence."""
+        finding = self.state if self.cause == "none" else f"{self.state}; cause: {self.cause}"
+        return f"{finding} ({self.said})"
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, value) for a table."""
-        few = "" if self.num_rows >= FEW_ROWS else f"; only {self.num_rows} rows: intervals are wide"
+        """Return (name, value) rows for a table."""
+        caveat = "" if self.num_rows >= FEW_ROWS else f"; only {self.num_rows} held-out rows: the interval is wide"
         found = [
             ("quality", self.state),
-            ("loss", f"{self.loss.mean:.4f} [{self.loss.low:.4f}, {self.loss.high:.4f}]{few}"),
+            ("loss", f"{self.loss.mean:.4f} [{self.loss.low:.4f}, {self.loss.high:.4f}]{caveat}"),
             ("cause", self.cause),
             ("why", self.said),
             ("action", self.action.said),
@@ -69,43 +69,40 @@ class Verdict:
         if self.action.overrides:
             found.append(("changes", " ".join(self.action.overrides)))
         if self.action.gain is not None:
-            found.append(("expected gain", f"{self.action.gain} nats, on rows that decided nothing"))
+            found.append(
+                ("expected gain", f"{self.action.gain} nats per token, on held-out rows not used for the decision")
+            )
         if self.action.cost is not None:
             cost = self.action.cost
-            added = f"{show_count(cost.num_trainable)} trainable parameters"
-            work = f"{cost.times:.2f} x the work of a step"
-            found.append(
-                (
-                    "cost",
-                    f"{added}, {show_bytes(cost.peak_bytes)} at the peak, {work}",
-                )
-            )
-        spent = show_percent(self.overhead)
-        billed = (
-            f", and {show_percent(self.reference_overhead)} for the reference"
-            if self.reference_overhead
-            else ""
+            parameters = f"{show_count(cost.num_trainable)} trainable parameters"
+            work = f"{cost.times:.2f} x the compute of a step"
+            found.append(("cost", f"{parameters}, {show_bytes(cost.peak_bytes)} at the peak, {work}"))
+        overhead = show_percent(self.overhead)
+        reference_note = (
+            f", and {show_percent(self.reference_overhead)} for the reference" if self.reference_overhead else ""
         )
-        found.append(("looking took", f"{spent} of the run's tokens{billed}"))
+        found.append(("diagnosis cost", f"{overhead} of the run's tokens{reference_note}"))
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for an event or a file; JSON has no infinity, which bounds of one document are."""
+        """Return plain values for an event or file; infinite bounds become None, which JSON can hold."""
         return dict(_without_infinity(asdict(self)))
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Verdict:
-        """What `to_json` made."""
+        """Restore the verdict that `to_json` wrote."""
         action = dict(value["action"])
         gain, cost = action.get("gain"), action.get("cost")
-        made = Action(
+        parsed_action = Action(
             action["said"],
             tuple(action["overrides"]),
-            _interval(gain) if gain else None,
+            _interval_from_json(gain) if gain else None,
             Cost(**cost) if cost else None,
         )
-        known = {one.name: value[one.name] for one in fields(cls) if one.name in value}
-        return cls(**{**known, "action": made, "loss": _interval(value["loss"])})
+        field_values = {
+            field_info.name: value[field_info.name] for field_info in fields(cls) if field_info.name in value
+        }
+        return cls(**{**field_values, "action": parsed_action, "loss": _interval_from_json(value["loss"])})
 
     def _repr_html_(self) -> str:
         return html_table(self.rows())
@@ -113,17 +110,14 @@ class Verdict:
 
 def _without_infinity(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_infinity(one) for key, one in value.items()}
+        return {key: _without_infinity(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_infinity(one) for one in value]
+        return [_without_infinity(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _interval(value: Mapping[str, Any]) -> Interval:
+def _interval_from_json(value: Mapping[str, Any]) -> Interval:
     low, high = value["low"], value["high"]
     return Interval(
-        value["mean"],
-        -math.inf if low is None else low,
-        math.inf if high is None else high,
-        value["num_documents"],
+        value["mean"], -math.inf if low is None else low, math.inf if high is None else high, value["num_documents"]
     )

@@ -1,1 +1,1 @@
-"""Losses, metrics and generation: used by training, and later by shipping and serving."""
+"""Losses, metrics and generation, used in training and on finished runs."""

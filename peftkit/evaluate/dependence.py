@@ -1,48 +1,55 @@
-"""Do answers depend on their questions? Each is compared with itself under another row's question."""
+"""Rows with their questions swapped, to measure whether the loss of an answer depends on its question."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peftkit.data.tokens.mask import IGNORED, Tokenized
+from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 
-MOST_LONGER = 2.0  # a question that makes a row more than so many times as long is not given to it
+MAX_LENGTH_RATIO = 2.0  # a question that makes a row more than so many times as long is not given to it
 
 
-def swapped(rows: Sequence[Tokenized]) -> tuple[list[int], list[Tokenized]]:
-    """(numbers of rows, the same answers under the question of another row), for rows with one of each.
+def swap_questions(rows: Sequence[Tokenized]) -> tuple[list[int], list[Tokenized]]:
+    """Return (row indices, rows) with each answer under another row's question, for rows with one of each.
 
-    The other row is the next one with another answer: the losses of the same answer tokens can be compared.
-    Empty where rows have no question, or all the same answer.
+    The question is that of the next row whose question and answer both differ, so that the losses of the same
+    answer tokens can be compared. Empty where rows have no question, or all have the same answer.
     """
-    parts = [_parts(row) for row in rows]
-    whole = [i for i, part in enumerate(parts) if part is not None]
-    numbers, made = [], []
-    for place, i in enumerate(whole):
-        question, answer = parts[i] or ([], [])
-        others = (whole[(place + ahead) % len(whole)] for ahead in range(1, len(whole)))
-        other = next((j for j in others if _differs(parts[j], question, answer)), None)
+    pairs = [_split_question_answer(row) for row in rows]
+    usable = [i for i, pair in enumerate(pairs) if pair is not None]
+    numbers, swapped_rows = [], []
+    for position, i in enumerate(usable):
+        question, answer = pairs[i] or ([], [])
+        others = (usable[(position + offset) % len(usable)] for offset in range(1, len(usable)))
+        max_length = MAX_LENGTH_RATIO * (len(question) + len(answer))
+        other = next(
+            (
+                j
+                for j in others
+                if (pair := pairs[j]) is not None
+                and pair[0] != question
+                and pair[1] != answer
+                and len(pair[0]) <= max_length
+            ),
+            None,
+        )
         if other is None:
             continue
-        asked = (parts[other] or ([], []))[0]
+        other_question = (pairs[other] or ([], []))[0]
         numbers.append(i)
-        made.append(Tokenized([*asked, *answer], [IGNORED] * len(asked) + answer, rows[i].where))
-    return numbers, made
+        swapped_rows.append(
+            Tokenized([*other_question, *answer], [IGNORE_INDEX] * len(other_question) + answer, rows[i].where)
+        )
+    return numbers, swapped_rows
 
 
-def _parts(row: Tokenized) -> tuple[list[int], list[int]] | None:
-    """(question, answer) where all that is learnt stands together, after something else.
+def _split_question_answer(row: Tokenized) -> tuple[list[int], list[int]] | None:
+    """Return (question, answer) token ids where the tokens in the loss are one span after others, else None.
 
-    What follows it is left out: most chat templates end in a newline that nobody learns.
+    What follows the answer is dropped: most chat templates end in a newline that is not in the loss.
     """
-    learnt = [i for i, label in enumerate(row.labels) if label != IGNORED]
-    if not learnt or learnt[0] == 0 or len(row.labels) != len(row.input_ids):
+    loss_positions = [i for i, label in enumerate(row.labels) if label != IGNORE_INDEX]
+    if not loss_positions or loss_positions[0] == 0 or len(row.labels) != len(row.input_ids):
         return None
-    first, end = learnt[0], learnt[-1] + 1
-    return None if end - first != len(learnt) else (row.input_ids[:first], row.input_ids[first:end])
-
-
-def _differs(other: tuple[list[int], list[int]] | None, question: list[int], answer: list[int]) -> bool:
-    if other is None or other[0] == question or other[1] == answer:
-        return False
-    return len(other[0]) <= MOST_LONGER * (len(question) + len(answer))
+    first, end = loss_positions[0], loss_positions[-1] + 1
+    return None if end - first != len(loss_positions) else (row.input_ids[:first], row.input_ids[first:end])

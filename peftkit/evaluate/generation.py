@@ -1,4 +1,4 @@
-"""Greedy answers to prompts, in batches, rendered as in training."""
+"""Greedy generation in batches, from prompts rendered as in training."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from peftkit import interrupt
 from peftkit.data.chat.template import adds_bos
 
 
-def _encode(prompts: Sequence[str], tokenizer: Any, *, encoder: bool) -> Any:
-    """Left-padded for decoders, whose prompt must end where the answer begins; right-padded for encoders."""
-    if encoder:
+def _encode_prompts(prompts: Sequence[str], tokenizer: Any, *, is_encoder_decoder: bool) -> Any:
+    """Tokenize prompts.
+
+    Padded on the left for decoders, whose prompt ends where the answer begins, else on the right.
+    """
+    if is_encoder_decoder:
         return tokenizer(list(prompts), return_tensors="pt", padding=True)
     bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
     texts = [text if not bos or text.startswith(bos) else bos + text for text in prompts]
-    side = tokenizer.padding_side
+    padding_side = tokenizer.padding_side
     tokenizer.padding_side = "left"
     try:
         return tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True)
     finally:
-        tokenizer.padding_side = side
+        tokenizer.padding_side = padding_side
 
 
 def generate_answers(
@@ -33,23 +36,25 @@ def generate_answers(
     batch_size: int = 20,
     use_cache: bool = True,
 ) -> list[str]:
-    """One greedy answer per prompt, without special tokens, in the order of the prompts.
+    """Generate one greedy answer per prompt, without special tokens, in the order of the prompts.
 
-    The model's training mode is restored. Prompts of like length share a batch.
+    Prompts of similar length share a batch. The model's training mode is restored.
     """
     import torch
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
-    encoder = bool(model.config.is_encoder_decoder)
+    is_encoder_decoder = bool(model.config.is_encoder_decoder)
     was_training = model.training
     model.eval()
     try:
         for start in range(0, len(order), batch_size):
             interrupt.stop_if_requested("interrupted while generating")
-            chosen = order[start : start + batch_size]
-            inputs = _encode([prompts[i] for i in chosen], tokenizer, encoder=encoder).to(model.device)
-            if encoder:
+            indices = order[start : start + batch_size]
+            inputs = _encode_prompts(
+                [prompts[i] for i in indices], tokenizer, is_encoder_decoder=is_encoder_decoder
+            ).to(model.device)
+            if is_encoder_decoder:
                 inputs.pop("token_type_ids", None)
             with torch.no_grad():
                 output = model.generate(
@@ -64,9 +69,9 @@ def generate_answers(
                     pad_token_id=tokenizer.pad_token_id,
                 )
             texts = tokenizer.batch_decode(
-                output if encoder else output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+                output if is_encoder_decoder else output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
-            for i, text in zip(chosen, texts, strict=True):
+            for i, text in zip(indices, texts, strict=True):
                 answers[i] = text
     finally:
         model.train(was_training)

@@ -1,4 +1,4 @@
-"""A rung as a plan: what the recipe would say, what it would take, and what forbids it."""
+"""A candidate: the plan of a larger adapter, with its overrides, its cost, and what forbids it."""
 
 from __future__ import annotations
 
@@ -11,136 +11,134 @@ from peftkit.diagnose.verdict import Cost
 from peftkit.errors import UserError
 from peftkit.methods.lora import LoraOptions
 from peftkit.plan import Decision, Plan, make_plan
-from peftkit.plan.fit import judge
-from peftkit.plan.memory import closed_form
-from peftkit.plan.packing import mean_tokens
+from peftkit.plan.fit import check_fit
+from peftkit.plan.memory import closed_form_memory
+from peftkit.plan.packing import mean_row_tokens
 from peftkit.plan.throughput import flops_per_token
-from peftkit.prepare.context import Stage
+from peftkit.prepare.context import RunContext
 from peftkit.recipe import load
 from peftkit.units import show_bytes, show_count
 
-WITHOUT_RANK = ("prefix", "prompt", "ia3", "ln", "vera", "oft")
+METHODS_WITHOUT_RANK = ("prefix", "prompt", "ia3", "ln", "vera", "oft")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A larger adapter. `plan` is None where something forbids it, which `refused` says."""
+    """A larger adapter. `plan` is None where something forbids it, which `refusal` says."""
 
     overrides: tuple[str, ...]
     plan: Plan | None
-    refused: str = ""
+    refusal: str = ""
 
-    def cost(self, stage: Stage) -> Cost | None:
-        """What it adds to the run's plan."""
+    def cost(self, context: RunContext) -> Cost | None:
+        """Return the parameters, bytes and work per step that it adds to the run's plan."""
         if self.plan is None:
             return None
-        before, shape = stage.plan, stage.facts.model.shape
-        assert self.plan.memory is not None and before.memory is not None
-        added = (self.plan.method.num_trainable or 0) - (before.method.num_trainable or 0)
-        more = self.plan.memory.needed_bytes - before.memory.needed_bytes
-        length = mean_tokens(before, stage.facts)
-        work = [flops_per_token(shape, plan, length) for plan in (before, self.plan)]
-        return Cost(added, more, work[1] / work[0])
+        run_plan, shape = context.plan, context.facts.model.shape
+        assert self.plan.memory is not None and run_plan.memory is not None
+        added_parameters = (self.plan.method.num_trainable or 0) - (run_plan.method.num_trainable or 0)
+        added_bytes = self.plan.memory.needed_bytes - run_plan.memory.needed_bytes
+        length = mean_row_tokens(run_plan, context.facts)
+        token_flops = [flops_per_token(shape, plan, length) for plan in (run_plan, self.plan)]
+        return Cost(added_parameters, added_bytes, token_flops[1] / token_flops[0])
 
 
-def candidate_of(stage: Stage, rung: Rung) -> Candidate:
-    """The rung within the recipe's bounds: a smaller rank is tried where the larger one is too much."""
-    options = stage.loaded.recipe.method
+def plan_candidate(context: RunContext, rung: Rung) -> Candidate:
+    """Plan a rung within the recipe's bounds, trying smaller ranks where a larger one is too much."""
+    options = context.loaded.recipe.method
     if not isinstance(options, LoraOptions):
         return Candidate((), None, f"{options.name} has no rank")
-    spec = stage.plan.method.peft
+    spec = context.plan.method.peft
     assert spec is not None
-    now = int(spec.arguments["r"])
-    ranks = [rung.rank, *(rank for rank in reversed(RANKS) if now < rank < rung.rank)]
-    if rung.cause != "rank" and now not in ranks:
-        ranks.append(now)
-    made = Candidate((), None, "there is no larger rank within the bound")
+    current_rank = int(spec.arguments["r"])
+    ranks = [rung.rank, *(rank for rank in reversed(RANKS) if current_rank < rank < rung.rank)]
+    if rung.cause != "rank" and current_rank not in ranks:
+        ranks.append(current_rank)
+    candidate = Candidate((), None, "no larger rank is within the bound")
     for rank in ranks:
-        made = _planned(stage, rung, rank)
-        if made.plan is not None:
-            return made
-    return made
+        candidate = _plan_rung(context, rung, rank)
+        if candidate.plan is not None:
+            return candidate
+    return candidate
 
 
-def _planned(stage: Stage, rung: Rung, rank: int) -> Candidate:
-    """A rung at a rank, or what forbids it."""
-    options = stage.loaded.recipe.method
+def _plan_rung(context: RunContext, rung: Rung, rank: int) -> Candidate:
+    """Plan a rung at a rank, or return a candidate with what forbids it."""
+    options = context.loaded.recipe.method
     assert isinstance(options, LoraOptions)
-    overrides = _overrides(stage.plan, options, rung, rank)
-    earlier = [text for growth in stage.plan.growths if growth.kept for text in growth.overrides]
+    # return the overrides of a rung in the recipe's own keys
+    spec = context.plan.method.peft
+    assert spec is not None
+    current_rank, alpha = int(spec.arguments["r"]), float(spec.arguments["lora_alpha"])
+    changes = []
+    if rung.roles:
+        changes.append(f"method.targets=[{', '.join(rung.roles)}]")
+    if rank != current_rank:
+        ratio = math.sqrt(rank / current_rank) if options.rslora else rank / current_rank
+        changes += [f"method.rank={rank}", f"method.alpha={alpha * ratio:.6g}"]
+    additions: list[object] = [*rung.also_train, *([{"tokens": list(rung.tokens)}] if rung.tokens else [])]
+    if additions:
+        configured = options.model_dump(mode="json")["also_train"]
+        entries = [*configured, *(item for item in additions if item not in configured)]
+        changes.append(f"method.also_train={json.dumps(entries, ensure_ascii=False)}")
+    overrides = tuple(changes)
+    earlier_overrides = [override for growth in context.plan.growths if growth.kept for override in growth.overrides]
     try:
-        made = make_plan(load(stage.loaded.recipe, [*earlier, *overrides]), stage.facts)
+        rung_plan = make_plan(load(context.loaded.recipe, [*earlier_overrides, *overrides]), context.facts)
     except UserError as error:
         return Candidate(overrides, None, "; ".join(f"{p.where}: {p.got}" for p in error.problems))
-    plan = grown_plan(stage, made, rate=rate_for(stage.plan, rank))
-    wanted, trainable = stage.plan.diagnose, plan.method.num_trainable or 0
+    plan = plan_with_method(context, rung_plan, rate=scaled_learning_rate(context.plan, rank))
+    limits, num_trainable = context.plan.diagnose, plan.method.num_trainable or 0
     assert plan.memory is not None
-    if wanted.max_trainable is not None and trainable > wanted.max_trainable:
-        said = f"{show_count(trainable)} trainable parameters, more than {show_count(wanted.max_trainable)}"
-        return Candidate(overrides, None, said)
-    if wanted.max_memory_bytes is not None and plan.memory.needed_bytes > wanted.max_memory_bytes:
-        said = f"{show_bytes(plan.memory.needed_bytes)}, more than {show_bytes(wanted.max_memory_bytes)}"
-        return Candidate(overrides, None, said)
-    if judge(plan.memory, stage.facts.device).verdict == "does not fit":
+    if limits.max_trainable is not None and num_trainable > limits.max_trainable:
+        message = f"{show_count(num_trainable)} trainable parameters, more than {show_count(limits.max_trainable)}"
+        return Candidate(overrides, None, message)
+    if limits.max_memory_bytes is not None and plan.memory.needed_bytes > limits.max_memory_bytes:
+        message = f"{show_bytes(plan.memory.needed_bytes)}, more than {show_bytes(limits.max_memory_bytes)}"
+        return Candidate(overrides, None, message)
+    if check_fit(plan.memory, context.facts.device).verdict == "does not fit":
         return Candidate(overrides, None, f"{show_bytes(plan.memory.needed_bytes)}, which does not fit")
     return Candidate((*overrides, f"train.learning_rate={plan.train.learning_rate:.6g}"), plan)
 
 
-def _overrides(plan: Plan, options: LoraOptions, rung: Rung, rank: int) -> tuple[str, ...]:
-    """The rung in the recipe's own keys. The scale stays: alpha grows as the rank, or its root, does."""
-    spec = plan.method.peft
-    assert spec is not None
-    now, alpha = int(spec.arguments["r"]), float(spec.arguments["lora_alpha"])
-    found = []
-    if rung.roles:
-        found.append(f"method.targets=[{', '.join(rung.roles)}]")
-    if rank != now:
-        times = math.sqrt(rank / now) if options.rslora else rank / now
-        found += [f"method.rank={rank}", f"method.alpha={alpha * times:.6g}"]
-    more: list[object] = [*rung.also_train, *([{"tokens": list(rung.tokens)}] if rung.tokens else [])]
-    if more:
-        kept = options.model_dump(mode="json")["also_train"]
-        listed = [*kept, *(item for item in more if item not in kept)]
-        found.append(f"method.also_train={json.dumps(listed, ensure_ascii=False)}")
-    return tuple(found)
+def scaled_learning_rate(plan: Plan, rank: int) -> float:
+    """Return the learning rate at another rank r' and the same scale: rate * sqrt(r / r').
 
-
-def rate_for(plan: Plan, rank: int) -> float:
-    """The learning rate at another rank and the same scale: by the root of the ranks (docs/diagnosis.md)."""
+    See docs/diagnosis.md.
+    """
     spec = plan.method.peft
     assert spec is not None
     return plan.train.learning_rate * math.sqrt(int(spec.arguments["r"]) / rank)
 
 
-def grown_plan(stage: Stage, made: Plan, *, rate: float) -> Plan:
-    """The run's plan with the method of another one: batches, schedule and all else stay as they are."""
-    plan = stage.plan
-    changed = {decision.key: decision for decision in made.decisions if decision.key.startswith("method.")}
-    decisions = [changed.pop(one.key, one) for one in plan.decisions]
-    why = "the rate of the old rank, scaled by the root of the ranks"
+def plan_with_method(context: RunContext, method_plan: Plan, *, rate: float) -> Plan:
+    """Return the run's plan with the method of another plan; batches and schedule stay as they are."""
+    plan = context.plan
+    method_decisions = {
+        decision.key: decision for decision in method_plan.decisions if decision.key.startswith("method.")
+    }
+    decisions = [method_decisions.pop(one.key, one) for one in plan.decisions]
+    reason = "the rate of the old rank, scaled by the root of the ranks"
     decisions = [
-        Decision("train.learning_rate", rate, "decided", why) if one.key == "train.learning_rate" else one
-        for one in [*decisions, *changed.values()]
+        Decision("train.learning_rate", rate, "decided", reason) if one.key == "train.learning_rate" else one
+        for one in [*decisions, *method_decisions.values()]
     ]
-    grown = replace(
-        plan,
-        method=made.method,
-        train=replace(plan.train, learning_rate=rate),
-        decisions=tuple(decisions),
+    combined_plan = replace(
+        plan, method=method_plan.method, train=replace(plan.train, learning_rate=rate), decisions=tuple(decisions)
     )
     assert plan.batch is not None
-    return replace(grown, memory=closed_form(stage.facts.model.shape, grown, plan.batch))
+    return replace(combined_plan, memory=closed_form_memory(context.facts.model.shape, combined_plan, plan.batch))
 
 
-def next_method(stage: Stage) -> tuple[tuple[str, ...], Cost] | None:
-    """For a method without a rank: LoRA at its defaults, and what that adds; None for others."""
-    if stage.plan.method.name not in WITHOUT_RANK:
+def next_method(context: RunContext) -> tuple[tuple[str, ...], Cost] | None:
+    """Return overrides for LoRA at its defaults and their cost, for methods without a rank; else None."""
+    if context.plan.method.name not in METHODS_WITHOUT_RANK:
         return None
     overrides = ("method=lora", "train.learning_rate=auto")
     try:
-        made = make_plan(load(stage.loaded.recipe, overrides), stage.facts)
+        lora_plan = make_plan(load(context.loaded.recipe, overrides), context.facts)
     except UserError:
         return None  # LoRA does not go with this model
-    cost = Candidate(overrides, made).cost(stage)
+    cost = Candidate(overrides, lora_plan).cost(context)
     assert cost is not None
     return overrides, cost

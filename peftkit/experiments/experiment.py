@@ -1,6 +1,6 @@
-"""One look at a training: its quality is judged, and the cause sought, by what the budget lets it measure.
+"""An experiment on a training: judge its quality and search for the cause, within a token budget.
 
-What is measured next, and what it means, is decided in `diagnose/causes.py`; here it is done.
+`diagnose/causes.py` decides what is measured next and what it means; this module measures.
 """
 
 from __future__ import annotations
@@ -10,162 +10,175 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peftkit.diagnose.causes import RATE_FACTOR, Arm, Evidence, Finding, Wanted, look_further
+from peftkit.diagnose.causes import RATE_FACTOR, Arm, Diagnosis, Evidence, Measurement, measure_or_conclude
 from peftkit.diagnose.escalation import SMALL_RANK, Rung, next_rung
-from peftkit.diagnose.quality import Evaluation, Quality, judge
-from peftkit.diagnose.statistics import Interval, Rows, gain, judged, proportion, split
-from peftkit.evaluate.dependence import swapped
-from peftkit.evaluate.scores import measure
-from peftkit.experiments.candidate import Candidate, candidate_of
+from peftkit.diagnose.quality import EvaluationPoint, Quality, assess_quality
+from peftkit.diagnose.statistics import (
+    HeldOutLosses,
+    Interval,
+    paired_gain,
+    recorded_rows,
+    split_documents,
+    wilson_interval,
+)
+from peftkit.evaluate.dependence import swap_questions
+from peftkit.evaluate.scores import compute_metrics
+from peftkit.evaluate.step import loss_from_logits
+from peftkit.experiments.candidate import Candidate, plan_candidate
 from peftkit.experiments.evidence import (
     MASK_CHECKS,
-    Budget,
-    documents_of,
-    drawn,
+    TokenBudget,
+    describe_masked_ends,
+    document_ids,
+    find_untrained_tokens,
     linear_modules,
-    masked_ends,
-    untrained_tokens,
+    sample_numbers,
 )
-from peftkit.experiments.forks import Start, at_rate, draw, fork
-from peftkit.experiments.gradients import STREAMS, Looker
-from peftkit.experiments.reference import behind
-from peftkit.model.adapter.attach import attach, plain_start, trainable_tensors
-from peftkit.model.adapter.grow import Grown, grow, scales
+from peftkit.experiments.forks import ForkStart, draw_fork_batches, train_fork, with_learning_rate
+from peftkit.experiments.gradients import STREAMS, GradientProbe
+from peftkit.experiments.reference import gap_to_full_finetuning
+from peftkit.model.adapter.attach import attach_adapter, trainable_tensors, with_plain_init
+from peftkit.model.adapter.grow import GrownCheckpoint, adapted_weights, grow_adapter
 from peftkit.plan import Plan
-from peftkit.plan.packing import mean_tokens
-from peftkit.prepare.context import Stage
+from peftkit.plan.packing import mean_row_tokens
+from peftkit.prepare.context import RunContext
+from peftkit.rundir.events import ForkEvent, PhaseEvent
 from peftkit.train.checkpoint.restore import load_trained
 from peftkit.train.checkpoint.snapshot import Tensors
-from peftkit.train.objectives import supervised
-from peftkit.train.training import losses_of, objective
+from peftkit.train.trainer import training_loss
+from peftkit.train.training import compute_row_losses
 
-_SIGNALS = 1 / 6  # of a look's budget: what all signals together may take
+_SIGNALS_SHARE = 1 / 6  # of a look's budget: what all signals together may take
 _STREAM_ROWS = (8, 64)  # in each of three streams
-_ARMS = 3
-_EARLY = 0.5  # of the budget: what an early look may take
-_MARGIN = 0.95  # of what is left: rows that are drawn may be longer than the mean
-_FEWEST_STEPS = 4  # of a fork: fewer say nothing
+_NUM_FORKS = 3
+_EARLY_SHARE = 0.5  # of the budget: what an early look may take
+_BUDGET_MARGIN = 0.95  # of what is left: rows that are drawn may be longer than the mean
+_MIN_FORK_STEPS = 4  # of a fork: fewer say nothing
 _FORK_ROWS = (24, 200)  # held-out rows that decide, as many as a fifth of a fork's cost pays for
 _EVAL_COST = 1 / 3  # of a token that is trained on: no backward
 
 
 @dataclass
-class Study:
-    """A look at the state of a training. `model` may be wrapped anew while a candidate is tried."""
+class Experiment:
+    """An experiment on one state of a training. `model` may be rewrapped while a candidate is tried."""
 
-    stage: Stage
+    context: RunContext
     model: Any
-    start: Start
+    start: ForkStart
     step: int
-    evaluations: Sequence[Evaluation]
-    departures: int
+    evaluations: Sequence[EvaluationPoint]
+    num_divergences: int
     train_loss: float | None
-    asks: bool = True
+    has_questions: bool = True
     clipped_share: float = 0.0
-    spent: float = 0.0  # of the run's tokens, by earlier looks
-    budget: Budget = field(init=False)
+    spent_share: float = 0.0  # of the run's tokens, by earlier looks
+    budget: TokenBudget = field(init=False)
     rung: Rung | None = None
     candidate: Candidate | None = None
-    grown: Grown | None = None
+    grown: GrownCheckpoint | None = None
     is_rewrapped: bool = False
     is_reloaded: bool = False  # on a base that no trainer has prepared
-    _reported_before: Rows | None = None
-    behind: Interval | None = None  # the reference, where one was asked for
+    _reporting_start: HeldOutLosses | None = None
+    reference_gap: Interval | None = None  # the reference, where one was asked for
     reference_overhead: float = 0.0
-    scored: Interval | None = None
-    _fork_steps: int | None = None
+    metric_interval: Interval | None = None
+    _num_fork_steps: int | None = None
     directions: dict[str, Any] = field(default_factory=dict)
     ends: dict[str, Tensors] = field(default_factory=dict)  # what each fork came to
 
     def __post_init__(self) -> None:
-        plan, prepared = self.plan, self.stage.prepared
-        tokens = mean_tokens(plan, self.stage.facts) * plan.train.batch_size * (plan.train.num_steps or 1)
+        plan, prepared = self.plan, self.context.prepared
+        tokens = mean_row_tokens(plan, self.context.facts) * plan.train.batch_size * (plan.train.num_steps or 1)
         share = plan.diagnose.compute_share
-        self.budget = Budget(tokens, share - self.spent if self.at_end else _EARLY * share)
-        self.numbers = judged(len(prepared.eval))
-        self.held = [prepared.eval[i] for i in self.numbers]
-        self.documents = documents_of(self.held)
-        self.half, reporting = split(self.documents)  # by all of it quality is judged, at no cost
-        limit = self.evaluated_rows()
-        self.deciding, self.reporting = drawn(self.half, limit), drawn(reporting, limit)
+        self.budget = TokenBudget(tokens, share - self.spent_share if self.at_end else _EARLY_SHARE * share)
+        self.numbers = recorded_rows(len(prepared.eval))
+        self.held_out = [prepared.eval[i] for i in self.numbers]
+        self.documents = document_ids(self.held_out)
+        self.half, reporting = split_documents(self.documents)  # by all of it quality is judged, at no cost
+        limit = self.num_evaluated_rows()
+        self.deciding, self.reporting = sample_numbers(self.half, limit), sample_numbers(reporting, limit)
 
     @property
     def plan(self) -> Plan:
-        return self.stage.plan
+        return self.context.plan
 
     @property
     def pad_id(self) -> int:
-        return int(self.stage.tokenizer.pad_token_id)
+        return int(self.context.tokenizer.pad_token_id)
 
     @property
     def at_end(self) -> bool:
-        """Whether the run is over: a growth then restarts the schedule, and the optimizer with it."""
+        """Return whether the run is over: a growth then restarts the schedule and the optimizer."""
         return self.step not in self.plan.diagnose.look_steps
 
     @property
     def step_tokens(self) -> float:
-        """Of one optimizer step."""
+        """Return the tokens of one optimizer step."""
         return self.budget.run_tokens / (self.plan.train.num_steps or 1)
 
-    def evaluated_rows(self) -> int:
-        """How many held-out rows judge a fork."""
-        per_row = _EVAL_COST * sum(row.length for row in self.held) / len(self.held)
-        affordable = int(0.2 * self.budget.share * self.budget.run_tokens / _ARMS / per_row)
+    def num_evaluated_rows(self) -> int:
+        """Return the number of held-out rows on which a fork is judged."""
+        per_row = _EVAL_COST * sum(row.length for row in self.held_out) / len(self.held_out)
+        affordable = int(0.2 * self.budget.share * self.budget.run_tokens / _NUM_FORKS / per_row)
         return max(_FORK_ROWS[0], min(_FORK_ROWS[1], affordable))
 
-    def state_rows(self, numbers: Sequence[int]) -> Rows:
-        """Losses of some held-out rows in the state that is judged: as evaluated, or measured now."""
+    def state_losses(self, numbers: Sequence[int]) -> HeldOutLosses:
+        """Return losses of some held-out rows in the judged state, from its evaluation or measured now."""
         if self.evaluations and self.evaluations[-1].step == self.step:
             return self.evaluations[-1].rows.of(numbers)
         load_trained(self.model, self.start.trained)
         return self._losses(self.model, self.plan, numbers)
 
-    def _losses(self, model: Any, plan: Plan, numbers: Sequence[int]) -> Rows:
-        """Losses of some held-out rows, on the budget."""
-        rows = [self.held[i] for i in numbers]
-        losses = losses_of(model, rows, plan, pad_id=self.pad_id, prepared=not self.is_reloaded)
+    def _losses(self, model: Any, plan: Plan, numbers: Sequence[int]) -> HeldOutLosses:
+        """Measure losses of some held-out rows, charged to the budget."""
+        rows = [self.held_out[i] for i in numbers]
+        losses = compute_row_losses(model, rows, plan, pad_id=self.pad_id, prepared=not self.is_reloaded)
         self.budget.spent_tokens += _EVAL_COST * sum(row.length for row in rows)
-        return Rows(losses.sums, losses.counts, tuple(self.documents[i] for i in numbers))
+        return HeldOutLosses(losses.sums, losses.counts, tuple(self.documents[i] for i in numbers))
 
-    def first_quality(self) -> Quality:
-        """The quality by the evaluations, or by one that is made now where nobody saw the run."""
+    def judge_quality(self) -> Quality:
+        """Judge the quality by the run's evaluations, or by one made now where there are none."""
         if not self.evaluations:
-            everything = self._losses(self.model, self.plan, range(len(self.held)))
-            self.evaluations = [Evaluation(self.step, 0.0, everything)]
-        every = [replace(one, rows=one.rows.of(self.half)) for one in self.evaluations]
-        looks = len(self.plan.diagnose.look_steps) + 1
+            all_losses = self._losses(self.model, self.plan, range(len(self.held_out)))
+            self.evaluations = [EvaluationPoint(self.step, 0.0, all_losses)]
+        evaluations = [replace(evaluation, rows=evaluation.rows.of(self.half)) for evaluation in self.evaluations]
+        num_looks = len(self.plan.diagnose.look_steps) + 1
         target = self.plan.diagnose.target
-        return judge(every, target=target, behind=self.behind, scored=self._scored(), looks=looks)
-
-    def _scored(self) -> Interval | None:
-        """The metric of a target that is not the loss, in the state that is judged."""
-        wanted, prepared = self.plan.diagnose, self.stage.prepared
-        if wanted.target is None or wanted.metric == "eval_loss":
-            return None
-        if self.scored is None:
-            load_trained(self.model, self.start.trained)
-            limit = self.plan.evaluate.max_examples
-            examples, rows = prepared.eval_examples[:limit], prepared.eval[:limit]
-            measured = measure(self.model, self.stage.tokenizer, self.plan, examples, rows)
-            self.budget.spent_tokens += _EVAL_COST * sum(row.length for row in rows)
-            self.scored = proportion(measured.scores[wanted.metric], measured.num_examples)
-        return self.scored
+        options, prepared = self.plan.diagnose, self.context.prepared
+        if options.target is None or options.metric == "eval_loss":
+            target_metric = None
+        else:
+            if self.metric_interval is None:
+                load_trained(self.model, self.start.trained)
+                limit = self.plan.evaluate.max_examples
+                examples, rows = prepared.eval_examples[:limit], prepared.eval[:limit]
+                metrics = compute_metrics(self.model, self.context.tokenizer, self.plan, examples, rows)
+                self.budget.spent_tokens += _EVAL_COST * sum(row.length for row in rows)
+                self.metric_interval = wilson_interval(metrics.scores[options.metric], metrics.num_examples)
+            target_metric = self.metric_interval
+        return assess_quality(
+            evaluations,
+            target=target,
+            reference_gain=self.reference_gap,
+            metric_interval=target_metric,
+            looks=num_looks,
+        )
 
     def compare_with_reference(self) -> None:
-        """What the recipe asks for beside the looking itself: it is billed apart."""
-        if self.plan.diagnose.reference is None or self.behind is not None or not self.at_end:
+        """Compare with the reference where the recipe asks for it; its cost is accounted separately."""
+        if self.plan.diagnose.reference is None or self.reference_gap is not None or not self.at_end:
             return
-        self.stage.emit(
-            "phase", name="diagnosis", detail="the adapted weights themselves, trained for a while"
+        self.context.emit(PhaseEvent(name="diagnosis", detail="the reference: full training of the adapted weights"))
+        rows = [self.held_out[i] for i in self.deciding]
+        held_out = self.state_losses(self.deciding)
+        self.reference_gap, tokens = gap_to_full_finetuning(
+            self.context, self.model, held_out, rows, pad_id=self.pad_id
         )
-        rows = [self.held[i] for i in self.deciding]
-        held = self.state_rows(self.deciding)
-        self.behind, tokens = behind(self.stage, self.model, held, rows, pad_id=self.pad_id)
         self.reference_overhead = tokens / self.budget.run_tokens
 
     @property
-    def wrapped(self) -> Plan:
-        """The plan by which the model is wrapped now."""
+    def wrapped_plan(self) -> Plan:
+        """Return the plan by which the model is wrapped now."""
         if self.is_rewrapped and self.candidate is not None and self.candidate.plan is not None:
             return self.candidate.plan
         return self.plan
@@ -173,235 +186,243 @@ class Study:
     # what is measured
 
     def look(
-        self, further: Callable[[Evidence], Wanted | Finding] = look_further
-    ) -> tuple[Evidence, Finding]:
-        """Measure what the evidence asks for until it names a cause."""
+        self, policy: Callable[[Evidence], Measurement | Diagnosis] = measure_or_conclude
+    ) -> tuple[Evidence, Diagnosis]:
+        """Measure what the evidence calls for until it names a cause."""
         self.compare_with_reference()
-        evidence = self.first_evidence()
-        while isinstance(wanted := further(evidence), str):
-            evidence = self._measured(evidence, wanted)
-        return evidence, wanted
+        evidence = self.initial_evidence()
+        while isinstance(decision := policy(evidence), str):
+            if decision == "signals":
+                evidence = self._measure_signals(evidence)
+            elif decision == "dependence":
+                # measure how much answers depend on their own questions, by swapping questions
+                rows = [self.held_out[i] for i in self.deciding]
+                numbers, swapped_rows = swap_questions(rows)
+                if not numbers:
+                    evidence = replace(evidence, has_questions=False)
+                else:
+                    cost = _EVAL_COST * sum(row.length for row in swapped_rows)
+                    if cost > self.budget.left:
+                        evidence = _mark_unaffordable(evidence, "dependence")
+                    else:
+                        self._announce("dependence")
+                        load_trained(self.model, self.start.trained)
+                        losses = compute_row_losses(self.model, swapped_rows, self.plan, pad_id=self.pad_id)
+                        self.budget.spent_tokens += cost
+                        own_losses = evidence.rows.of(numbers)
+                        # the first token of an answer is predicted by the question's last one in both
+                        evidence = replace(
+                            evidence,
+                            dependence=paired_gain(
+                                HeldOutLosses(losses.sums, losses.counts, own_losses.documents), own_losses
+                            ),
+                        )
+            else:
+                evidence = self._run_fork(evidence, decision)
+        return evidence, decision
 
-    def first_evidence(self) -> Evidence:
-        """What costs nothing: evaluations, events, and what the data gate said."""
-        quality = self.first_quality()
+    def initial_evidence(self) -> Evidence:
+        """Return the evidence that costs nothing: evaluations, events, and findings of the data gate."""
+        quality = self.judge_quality()
         first = self.evaluations[0] if self.evaluations else None
-        findings = self.stage.looked.report.findings
+        findings = self.context.prepared_data.report.findings
         masks = [f"{f.check}: {f.said}" for f in findings if f.status == "waived" and f.check in MASK_CHECKS]
-        masks += masked_ends(self.held)
+        masks += describe_masked_ends(self.held_out)
         return Evidence(
             quality,
-            self.state_rows(self.deciding),
-            masks=tuple(masks),
-            num_departures=self.departures,
+            self.state_losses(self.deciding),
+            mask_findings=tuple(masks),
+            num_divergences=self.num_divergences,
             train_loss=self.train_loss,
             start_loss=first.rows.of(self.deciding).mean if first and first.step == 0 else None,
-            asks=self.asks and bool(swapped(self.held[:50])[0]),
+            has_questions=self.has_questions and bool(swap_questions(self.held_out[:50])[0]),
         )
 
-    def _measured(self, evidence: Evidence, wanted: Wanted) -> Evidence:
-        if wanted == "signals":
-            return self._signals(evidence)
-        if wanted == "dependence":
-            return self._dependence(evidence)
-        return self._arm(evidence, wanted)
+    def _announce(self, measurement: Measurement) -> None:
+        """Emit the phase of a measurement."""
+        self.context.emit(PhaseEvent(name="diagnosis", detail=_PHASE_DETAILS[measurement]))
 
-    def _say(self, wanted: Wanted) -> None:
-        self.stage.emit("phase", name="diagnosis", detail=_SAID[wanted])
-
-    def _signals(self, evidence: Evidence) -> Evidence:
-        train = self.stage.prepared.train
-        mean = self.stage.prepared.num_tokens / len(train)
-        room = int(_SIGNALS * self.budget.share * self.budget.run_tokens / 3 / mean)
-        size = max(_STREAM_ROWS[0], min(_STREAM_ROWS[1], room, len(train) // 2))
-        if 3 * size * mean > self.budget.left:
-            return _without(evidence, "signals")
-        self._say("signals")
+    def _measure_signals(self, evidence: Evidence) -> Evidence:
+        """Measure gradient signals of all layers, and plan the candidate that they suggest."""
+        train = self.context.prepared.train
+        mean_length = self.context.prepared.num_tokens / len(train)
+        affordable_rows = int(_SIGNALS_SHARE * self.budget.share * self.budget.run_tokens / 3 / mean_length)
+        num_rows = max(_STREAM_ROWS[0], min(_STREAM_ROWS[1], affordable_rows, len(train) // 2))
+        if 3 * num_rows * mean_length > self.budget.left:
+            return _mark_unaffordable(evidence, "signals")
+        self._announce("signals")
         load_trained(self.model, self.start.trained)
         import numpy as np
 
-        chosen = np.random.default_rng([self.plan.seed, self.step]).permutation(len(train))[: 2 * size]
-        held = [self.held[i] for i in self.deciding[:size]]
+        order = np.random.default_rng([self.plan.seed, self.step]).permutation(len(train))[: 2 * num_rows]
+        held_out = [self.held_out[i] for i in self.deciding[:num_rows]]
         streams = dict(
             zip(
                 STREAMS,
-                ([train[int(i)] for i in chosen[:size]], [train[int(i)] for i in chosen[size:]], held),
+                ([train[int(i)] for i in order[:num_rows]], [train[int(i)] for i in order[num_rows:]], held_out),
                 strict=True,
             )
         )
-        looker = Looker(self.model, self.plan, linear_modules(self.stage, self.model), self.pad_id)
-        signals = looker.look(streams)
-        self.budget.spent_tokens += looker.num_tokens
-        self.directions = {m.name: looker.sketches[m.name].directions() for m in signals.modules}
+        probe = GradientProbe(self.model, self.plan, linear_modules(self.context, self.model), self.pad_id)
+        signals = probe.look(streams)
+        self.budget.spent_tokens += probe.num_tokens
+        self.directions = {m.name: probe.sketches[m.name].directions() for m in signals.modules}
         evidence = replace(evidence, signals=signals)
-        return self._with_candidate(evidence)
-
-    def _with_candidate(self, evidence: Evidence) -> Evidence:
-        """With the rung that the signals name, as far as the recipe's bounds allow one."""
+        # with the rung that the signals name, as far as the recipe's bounds allow one
         assert evidence.signals is not None
         spec = self.plan.method.peft
         rank = int(spec.arguments.get("r", 0)) if spec is not None and spec.class_name == "LoraConfig" else 0
         if rank:
-            roles = {module.role for module in self.stage.facts.model.shape.modules}
-            adapted = tuple(role for role in self.plan.method.trainable_by_role or {} if role in roles)
+            roles = {module.role for module in self.context.facts.model.shape.modules}
+            adapted_roles = tuple(role for role in self.plan.method.trainable_by_role or {} if role in roles)
             self.rung = next_rung(
                 evidence.signals,
                 rank=rank,
-                adapted=adapted,
+                adapted_roles=adapted_roles,
                 max_rank=self.plan.diagnose.max_rank,
-                num_learnt=self.stage.prepared.num_learnt,
+                num_loss_tokens=self.context.prepared.num_learnt,
                 loss=evidence.rows.mean,
                 early=not self.at_end,
-                untrained=untrained_tokens(self.model, self.stage.tokenizer, self.stage.prepared.train),
+                untrained_tokens=find_untrained_tokens(self.model, self.context.tokenizer, self.context.prepared.train),
             )
         if self.rung is None:
             return evidence
-        self.candidate = candidate_of(self.stage, self.rung)
+        self.candidate = plan_candidate(self.context, self.rung)
         cause = self.rung.cause if self.candidate.plan is not None else ""
         return replace(evidence, candidate=cause, is_small=rank <= SMALL_RANK)
 
-    def _dependence(self, evidence: Evidence) -> Evidence:
-        rows = [self.held[i] for i in self.deciding]
-        numbers, others = swapped(rows)
-        if not numbers:
-            return replace(evidence, asks=False)
-        cost = _EVAL_COST * sum(row.length for row in others)
-        if cost > self.budget.left:
-            return _without(evidence, "dependence")
-        self._say("dependence")
-        load_trained(self.model, self.start.trained)
-        found = losses_of(self.model, others, self.plan, pad_id=self.pad_id)
-        self.budget.spent_tokens += cost
-        own = evidence.rows.of(numbers)
-        # the first token of an answer is predicted by the question's last one in both
-        return replace(evidence, dependence=gain(Rows(found.sums, found.counts, own.documents), own))
-
-    def _arm(self, evidence: Evidence, name: Wanted) -> Evidence:
-        steps = self.fork_steps() if self.plan.method.peft is not None else 0  # whole models are not copied
-        if steps < _FEWEST_STEPS or self.budget.left < self.fork_tokens(steps):
-            return _without(evidence, name)
-        self._say(name)
-        batches = draw(
-            self.plan, self.stage.prepared.train, steps, batch_size=self.fork_batch, seed=self.step
+    def _run_fork(self, evidence: Evidence, name: Measurement) -> Evidence:
+        """Train a fork, judge it on the deciding rows, and add it to the evidence."""
+        steps = self.num_fork_steps() if self.plan.method.peft is not None else 0  # whole models are not copied
+        if steps < _MIN_FORK_STEPS or self.budget.left < self.fork_tokens(steps):
+            return _mark_unaffordable(evidence, name)
+        self._announce(name)
+        batches = draw_fork_batches(
+            self.plan, self.context.prepared.train, steps, batch_size=self.fork_batch_size, seed=self.step
         )
         rate, model, start, plan = self.plan.train.learning_rate, self.model, self.start, self.plan
         if name == "candidate":
-            model, start, plan = self._grow()
+            model, start, plan = self._attach_candidate()
             rate = plan.train.learning_rate
         elif name != "continue":
             rate = rate * RATE_FACTOR if name == "rate up" else rate / RATE_FACTOR
         # smaller batches are noisier: their rate is smaller by the root (Malladi et al. 2022)
-        smaller = math.sqrt(self.fork_batch / self.plan.train.batch_size)
-        forked = fork(
+        rate_scale = math.sqrt(self.fork_batch_size / self.plan.train.batch_size)
+        result = train_fork(
             model,
-            at_rate(plan, rate * smaller),
+            with_learning_rate(plan, rate * rate_scale),
             start,
             batches,
             pad_id=self.pad_id,
-            loss=supervised.loss if self.is_reloaded else objective(plan).loss,
+            loss=loss_from_logits if self.is_reloaded else training_loss(plan),
         )
-        self.budget.spent_tokens += forked.num_tokens
-        rows = self._losses(model, plan, self.deciding) if forked.is_finite else None
+        self.budget.spent_tokens += result.num_tokens
+        rows = self._losses(model, plan, self.deciding) if result.is_finite else None
         self.ends[name] = {n: t.detach().cpu().clone() for n, t in trainable_tensors(model).items()}
-        arm = Arm(name, rate, steps, forked.train_loss, rows)
-        self._tell(evidence, arm)
+        arm = Arm(name, rate, steps, result.train_loss, rows)
+        fork_gain = paired_gain(evidence.rows, arm.rows) if arm.rows is not None else None
+        self.context.emit(
+            ForkEvent(
+                step=self.step,
+                name=arm.name,
+                learning_rate=arm.learning_rate,
+                num_steps=arm.num_steps,
+                train_loss=arm.train_loss,
+                loss=arm.rows.mean if arm.rows is not None else None,
+                gain=fork_gain.json_values if fork_gain is not None else None,
+            )
+        )
         return replace(evidence, arms={**evidence.arms, name: arm})
 
     @property
-    def fork_batch(self) -> int:
-        """Rows of a fork's step: a quarter of the run's, so that there are four times as many steps."""
+    def fork_batch_size(self) -> int:
+        """Return the rows per step of a fork: a quarter of the run's, for four times as many steps."""
         return max(1, self.plan.train.batch_size // 4)
 
-    def fork_steps(self) -> int:
-        """How long each fork is: what the budget gives to all of them, divided."""
-        if self._fork_steps is None:
-            judging = 1 + 1 / _ARMS  # after each fork, and once for the report
-            judged_tokens = judging * _EVAL_COST * sum(self.held[i].length for i in self.deciding)
-            tokens = self.step_tokens * self.fork_batch / self.plan.train.batch_size
-            self._fork_steps = int((_MARGIN * self.budget.left / _ARMS - judged_tokens) / tokens)
-        return self._fork_steps
+    def num_fork_steps(self) -> int:
+        """Return the steps of each fork, computed once: its share of the budget that is left.
+
+        steps = (_BUDGET_MARGIN * remaining / _NUM_FORKS - evaluation tokens) / tokens per step.
+        """
+        if self._num_fork_steps is None:
+            num_evaluations = 1 + 1 / _NUM_FORKS  # after each fork, and once for the report
+            evaluation_tokens = num_evaluations * _EVAL_COST * sum(self.held_out[i].length for i in self.deciding)
+            tokens_per_step = self.step_tokens * self.fork_batch_size / self.plan.train.batch_size
+            self._num_fork_steps = int(
+                (_BUDGET_MARGIN * self.budget.left / _NUM_FORKS - evaluation_tokens) / tokens_per_step
+            )
+        return self._num_fork_steps
 
     def fork_tokens(self, steps: int) -> float:
-        """What a fork of so many steps takes, with its evaluation."""
-        trained = steps * self.step_tokens * self.fork_batch / self.plan.train.batch_size
-        return trained + _EVAL_COST * sum(self.held[i].length for i in self.deciding)
+        """Return the tokens that a fork of `steps` takes, with its evaluation."""
+        training_tokens = steps * self.step_tokens * self.fork_batch_size / self.plan.train.batch_size
+        return training_tokens + _EVAL_COST * sum(self.held_out[i].length for i in self.deciding)
 
     def expected_gain(self, arm: str) -> Interval | None:
-        """What an arm brought on the rows that decided nothing, which are looked at here alone."""
+        """Return the gain of a fork on the reporting rows, which took no part in the decision."""
         if arm not in self.ends or not self.reporting or (self.is_rewrapped and arm != "candidate"):
             return None
-        before = self.state_rows(self.reporting) if not self.is_rewrapped else self._reported_before
+        before = self.state_losses(self.reporting) if not self.is_rewrapped else self._reporting_start
         if before is None:
             return None
         load_trained(self.model, self.ends[arm])
-        return gain(before, self._losses(self.model, self.wrapped, self.reporting))
+        return paired_gain(before, self._losses(self.model, self.wrapped_plan, self.reporting))
 
-    def _grow(self) -> tuple[Any, Start, Plan]:
-        """The model with the candidate's adapter, which computes what the old one did."""
+    def _attach_candidate(self) -> tuple[Any, ForkStart, Plan]:
+        """Attach the candidate's adapter, initialised to compute the same as the old one."""
         assert self.candidate is not None and self.candidate.plan is not None
         from transformers import set_seed
 
         if self.reporting and self.evaluations and self.evaluations[-1].step == self.step:
-            self._reported_before = self.evaluations[-1].rows.of(self.reporting)
-        before = scales(self.model)
+            self._reporting_start = self.evaluations[-1].rows.of(self.reporting)
+        old_scales = adapted_weights(self.model)
         self.is_rewrapped, self.is_reloaded = True, needs_reload(self.plan)
-        base = bare(self.stage, self.model)
+        base = unwrap_base(self.context, self.model)
         set_seed(self.plan.seed)  # the same new rows where a look that was killed is made again
-        model = self.model = attach(base, plain_start(self.candidate.plan), self.stage.tokenizer)
-        known = {adapted.weight for adapted in scales(model).values()}
-        self.grown = grow(
+        model = self.model = attach_adapter(base, with_plain_init(self.candidate.plan), self.context.tokenizer)
+        grown_weights = adapted_weights(model)
+        adapted_names = {layer.weight for layer in grown_weights.values()}
+        self.grown = grow_adapter(
             self.start.trained,
             self.start.optimizer,
             trainable_tensors(model),
-            old=before,
-            new=scales(model),
-            rows={name: rows for name, rows in self.directions.items() if name in known},
+            old=old_scales,
+            new=grown_weights,
+            directions={name: rows for name, rows in self.directions.items() if name in adapted_names},
         )
-        kept = {} if self.at_end else self.grown.optimizer
-        return model, Start(self.grown.trained, kept), self.candidate.plan
-
-    def _tell(self, evidence: Evidence, arm: Arm) -> None:
-        against = gain(evidence.rows, arm.rows) if arm.rows is not None else None
-        self.stage.emit(
-            "fork",
-            step=self.step,
-            name=arm.name,
-            learning_rate=arm.learning_rate,
-            num_steps=arm.num_steps,
-            train_loss=arm.train_loss,
-            loss=arm.rows.mean if arm.rows is not None else None,
-            gain=against.plain if against is not None else None,
-        )
+        optimizer_state = {} if self.at_end else self.grown.optimizer
+        return model, ForkStart(self.grown.trained, optimizer_state), self.candidate.plan
 
 
 def needs_reload(plan: Plan) -> bool:
-    """Whether unwrapping a model does not give its base back."""
+    """Return whether unwrapping the model does not restore its base."""
     spec = plan.method.peft
     return spec is not None and bool(spec.arguments.get("modules_to_save") or plan.method.target_parameters)
 
 
-def bare(stage: Stage, model: Any) -> Any:
-    """The base of a wrapped model: the one in memory, or loaded anew where unwrapping does not give it back.
+def unwrap_base(context: RunContext, model: Any) -> Any:
+    """Return the base of a wrapped model: unwrapped, or reloaded where unwrapping does not restore it.
 
     PEFT's `unload` leaves trained copies in place of `modules_to_save`, and parameters that it has wrapped in
     another order, which would nest the next wrappers the other way round.
     """
-    if needs_reload(stage.plan):
+    if needs_reload(context.plan):
         from peftkit.model.load import load_model
 
-        return load_model(stage.source, stage.plan.base, device=stage.plan.device)
+        return load_model(context.source, context.plan.base, device=context.plan.device)
     return model.unload()
 
 
-_SAID: Mapping[str, str] = {
-    "signals": "what the gradients of all layers want",
+_PHASE_DETAILS: Mapping[str, str] = {
+    "signals": "gradient signals of all layers",
     "dependence": "whether answers depend on their questions",
-    "continue": "a fork that goes on as before",
-    "rate up": "a fork at three times the rate",
-    "rate down": "a fork at a third of the rate",
+    "continue": "a fork with unchanged settings",
+    "rate up": "a fork at three times the learning rate",
+    "rate down": "a fork at a third of the learning rate",
     "candidate": "a fork with a larger adapter",
 }
 
 
-def _without(evidence: Evidence, name: str) -> Evidence:
+def _mark_unaffordable(evidence: Evidence, name: str) -> Evidence:
+    """Return the evidence with a measurement marked as unaffordable."""
     return replace(evidence, unaffordable=evidence.unaffordable | {name})

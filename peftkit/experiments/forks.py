@@ -1,12 +1,13 @@
 """Forks: short continuations of a training from one state, on the same batches, compared on held-out rows.
 
-Each is judged by the mean of its weights over its second half, which stands for a rate that decays to nothing
-and costs no steps (Izmailov et al. 2018): a larger rate is not judged by the noise that it makes meanwhile.
+Each is judged by the mean of its weights over its second half. The mean stands for a learning rate decayed to
+zero and costs no steps (Izmailov et al. 2018), so a larger rate is not judged by the noise it makes
+meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,29 +17,29 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from peftkit import interrupt
-from peftkit.data.tokens.mask import IGNORED, Tokenized
+from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
+from peftkit.evaluate.step import LossFunction, backward
 from peftkit.model.adapter.attach import build_loraplus_optimizer, trainable_tensors
 from peftkit.plan import Plan
 from peftkit.rundir import read_json
-from peftkit.train.batches import Drawn, batch_of, drawn_from
+from peftkit.train.batches import BatchRows, collate_groups, row_groups
 from peftkit.train.checkpoint.restore import load_trained
 from peftkit.train.checkpoint.snapshot import Tensors, load_tensors, random_states, restore_random_states
 
-Step = Sequence[Sequence[Drawn]]  # micro-batches
-Loss = Callable[[Any, Any, str], Any]
-_WARM = 0.2  # of a fork's steps: moments of another rate, or none, are not trusted at once
+ForkStep = Sequence[Sequence[BatchRows]]  # micro-batches
+_WARMUP_SHARE = 0.2  # of a fork's steps: moments of another rate, or none, are not trusted at once
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a fork begins: trained tensors, and the optimizer's state by "name|field" where it is kept."""
+class ForkStart:
+    """The start of a fork: trained tensors, and the optimizer's state by "name|field" where it is kept."""
 
     trained: Tensors
     optimizer: Mapping[str, Any]
 
     @classmethod
-    def of(cls, checkpoint: Path) -> Start:
-        """A checkpoint's tensors, copied: its files may be rotated away."""
+    def of(cls, checkpoint: Path) -> ForkStart:
+        """Load a checkpoint's tensors as copies: its files may be rotated away."""
         trained, tensors = (
             {name: tensor.clone() for name, tensor in load_tensors(checkpoint, stem).items()}
             for stem in ("trained", "optimizer")
@@ -47,55 +48,72 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Forked:
-    """How a fork's training went: its mean loss, and the tokens that it saw."""
+class ForkResult:
+    """The outcome of training a fork: its mean loss, the tokens it used, and if its loss stayed finite."""
 
     train_loss: float
     num_tokens: int
     is_finite: bool
 
 
-def draw(plan: Plan, rows: Sequence[Tokenized], num_steps: int, *, batch_size: int, seed: int) -> list[Step]:
-    """The batches of a fork: steps of `batch_size` rows or packs, drawn without return while they last."""
-    chance, found = np.random.default_rng([plan.seed, seed]), drawn_from(plan, rows)
-    wanted = num_steps * batch_size
-    order = np.concatenate([chance.permutation(len(found)) for _ in range(-(-wanted // len(found)))])
-    chosen = [[rows[number] for number in found[i]] for i in order[:wanted]]
+def draw_fork_batches(
+    plan: Plan, rows: Sequence[Tokenized], num_steps: int, *, batch_size: int, seed: int
+) -> list[ForkStep]:
+    """Draw the batches of a fork: steps of `batch_size` rows or packs, without replacement while they last.
+
+    Each step is split into micro-batches of the plan's size.
+    """
+    rng, groups = np.random.default_rng([plan.seed, seed]), row_groups(plan, rows)
+    num_groups = num_steps * batch_size
+    order = np.concatenate([rng.permutation(len(groups)) for _ in range(-(-num_groups // len(groups)))])
+    sampled_groups = [[rows[number] for number in groups[i]] for i in order[:num_groups]]
     size = min(plan.train.micro_batch, batch_size)
-    steps = [chosen[i : i + batch_size] for i in range(0, wanted, batch_size)]
+    steps = [sampled_groups[i : i + batch_size] for i in range(0, num_groups, batch_size)]
     return [[step[i : i + size] for i in range(0, batch_size, size)] for step in steps]
 
 
-def rate_at(step: int, num_steps: int) -> float:
-    """The share of the peak rate at a step from 0: up over the first few."""
-    warm = max(1, round(_WARM * num_steps))
-    return min(1.0, (step + 1) / (warm + 1))
+def fork_rate_factor(step: int, num_steps: int) -> float:
+    """Return the share of the peak learning rate at `step`, from 0: min(1, (step + 1) / (w + 1)).
+
+    w is 20 % of the fork's steps, at least 1: moments of another rate, or none, are not trusted at once.
+    """
+    num_warmup = max(1, round(_WARMUP_SHARE * num_steps))
+    return min(1.0, (step + 1) / (num_warmup + 1))
 
 
-def fork(model: Any, plan: Plan, start: Start, steps: Sequence[Step], *, pad_id: int, loss: Loss) -> Forked:
+def train_fork(
+    model: Any, plan: Plan, start: ForkStart, steps: Sequence[ForkStep], *, pad_id: int, loss: LossFunction
+) -> ForkResult:
     """Train from `start` over `steps` at the plan's rate; the model then holds its mean over the second half.
 
-    Random states are put back. Raises Interrupted on a signal.
+    Random states are restored. Raises Interrupted on a signal.
     """
-    saved, was_training = random_states(), model.training
+    rng_states, was_training = random_states(), model.training
     load_trained(model, start.trained)
-    optimizer = _optimizer(model, plan, start)
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    optimizer = _fork_optimizer(model, plan, start)
+    peak_rates = [group["lr"] for group in optimizer.param_groups]
     torch.manual_seed(plan.seed)  # the same dropout in each fork
     model.train()
-    losses, num_tokens, mean = [], 0, _Mean()
+    losses, num_tokens, mean = [], 0, _RunningMean()
     try:
         for number, step in enumerate(steps):
-            interrupt.stop_if_requested("interrupted while looking for a cause")
-            share = rate_at(number, len(steps))
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = share * peak
-            value, tokens = _backward(model, plan, step, pad_id=pad_id, loss=loss)
+            interrupt.stop_if_requested("interrupted during the diagnosis")
+            rate_factor = fork_rate_factor(number, len(steps))
+            for group, peak_rate in zip(optimizer.param_groups, peak_rates, strict=True):
+                group["lr"] = rate_factor * peak_rate
+            # accumulate gradients of the mean loss over a step's loss tokens
+            batches = [collate_groups(plan, micro_batch, pad_id) for micro_batch in step]
+            counts = [count_loss_tokens(batch["labels"], plan.base.task) for batch in batches]
+            total = 0.0
+            for batch, count in zip(batches, counts, strict=True):
+                weight = count / max(1, sum(counts))
+                total += backward(model, batch, loss, task=plan.base.task, precision=plan.train.autocast, weight=weight)
+            value, tokens = total, sum(row.length for groups in step for group in groups for row in group)
             num_tokens += tokens
             norm = torch.nn.utils.clip_grad_norm_(trainable_tensors(model).values(), plan.train.max_grad_norm)
             losses.append(value)
             if not (np.isfinite(value) and bool(norm.isfinite())):
-                return Forked(value, num_tokens, is_finite=False)
+                return ForkResult(value, num_tokens, is_finite=False)
             optimizer.step()
             model.zero_grad(set_to_none=True)
             if number >= len(steps) // 2:
@@ -104,11 +122,11 @@ def fork(model: Any, plan: Plan, start: Start, steps: Sequence[Step], *, pad_id:
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
-        restore_random_states(*saved)
-    return Forked(float(np.mean(losses)), num_tokens, is_finite=True)
+        restore_random_states(*rng_states)
+    return ForkResult(float(np.mean(losses)), num_tokens, is_finite=True)
 
 
-class _Mean:
+class _RunningMean:
     """A running mean of tensors by name, in fp32."""
 
     def __init__(self) -> None:
@@ -125,62 +143,46 @@ class _Mean:
         return {name: total / self.num for name, total in self.sums.items()}
 
 
-def _backward(model: Any, plan: Plan, step: Step, *, pad_id: int, loss: Loss) -> tuple[float, int]:
-    """Gradients of the mean over all that a step learns; (that mean, tokens seen)."""
-    batches = [batch_of(plan, chosen, pad_id) for chosen in step]
-    counts = [num_learnt(batch["labels"], plan.base.task) for batch in batches]
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.train.autocast or "")
-    total = 0.0
-    for made, count in zip(batches, counts, strict=True):
-        batch = {key: value.to(model.device) for key, value in made.items()}
-        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
-            value = loss(model, batch, plan.base.task) * (count / max(1, sum(counts)))
-        value.backward()
-        total += float(value.detach())
-    return total, sum(row.length for one in step for drawn in one for row in drawn)
+def count_loss_tokens(labels: torch.Tensor, task: str) -> int:
+    """Count the labels in the loss: a decoder's first token is predicted by nothing."""
+    targets = labels[:, 1:] if task == "causal-lm" else labels
+    return int((targets != IGNORE_INDEX).sum())
 
 
-def num_learnt(labels: torch.Tensor, task: str) -> int:
-    """How many labels the loss sees: a decoder's first token is predicted by nothing."""
-    seen = labels[:, 1:] if task == "causal-lm" else labels
-    return int((seen != IGNORED).sum())
-
-
-def _optimizer(model: Any, plan: Plan, start: Start) -> Any:
-    """The plan's optimizer with the state of the start, where that was kept for these tensors."""
+def _fork_optimizer(model: Any, plan: Plan, start: ForkStart) -> Any:
+    """Build the plan's optimizer with the start's state, where that was kept for these tensors."""
     if plan.method.lr_ratio is not None:
-        made = build_loraplus_optimizer(model, plan)
+        optimizer = build_loraplus_optimizer(model, plan)
     else:
-        arguments = TrainingArguments(
+        training_arguments = TrainingArguments(
             optim=plan.train.optimizer,
             learning_rate=plan.train.learning_rate,
             use_cpu=plan.device == "cpu",
             report_to="none",
         )
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        named = trainable_tensors(model).values()
-        matrices, vectors = [p for p in named if p.ndim > 1], [p for p in named if p.ndim <= 1]
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_arguments)
+        tensors = trainable_tensors(model).values()
+        matrices, vectors = [p for p in tensors if p.ndim > 1], [p for p in tensors if p.ndim <= 1]
         groups = [
             {"params": matrices, "weight_decay": plan.train.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        made = kind([group for group in groups if group["params"]], **options)
-    live = trainable_tensors(model)
-    on_device = any(group.get("fused") or group.get("capturable") for group in made.param_groups)
+        optimizer = optimizer_class([group for group in groups if group["params"]], **options)
+    parameters = trainable_tensors(model)
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for key, value in start.optimizer.items():
         name, field = key.rsplit("|", 1)
-        if name in live:
-            made.state[live[name]][field] = _beside(value, live[name], on_device=on_device)
-    return made
+        if name in parameters:
+            parameter = parameters[name]
+            if not torch.is_tensor(value):
+                optimizer.state[parameters[name]][field] = value
+            else:
+                optimizer.state[parameters[name]][field] = value.to(
+                    "cpu" if value.ndim == 0 and not on_device else parameter.device, copy=True
+                )
+    return optimizer
 
 
-def _beside(value: Any, parameter: torch.Tensor, *, on_device: bool) -> Any:
-    """A copy of a field of an optimizer's state where the optimizer wants it; plain values as they are."""
-    if not torch.is_tensor(value):
-        return value
-    return value.to("cpu" if value.ndim == 0 and not on_device else parameter.device, copy=True)
-
-
-def at_rate(plan: Plan, rate: float) -> Plan:
-    """The plan with another learning rate."""
+def with_learning_rate(plan: Plan, rate: float) -> Plan:
+    """Return the plan with another learning rate."""
     return replace(plan, train=replace(plan.train, learning_rate=rate))

@@ -1,8 +1,8 @@
-"""Signals by hooks: what the gradients of all linear layers want, without a gradient of any frozen weight.
+"""Gradient signals by hooks: sketches of every linear layer's gradient, without a frozen weight's gradient.
 
-Per layer and stream only products with thin random matrices are kept (k columns): G Om and Psi G for
-G = dY^T X, by which <G1, G2> = E <G1 Om, G2 Om> / k. Only inputs and output gradients are read, so that a
-4-bit base is as good as any.
+Per layer and stream only products with thin random matrices are kept (k columns): G Om and Psi G for G = dY^T
+X, by which <G1, G2> = E <G1 Om, G2 Om> / k. Only inputs and output gradients are read, so that a 4-bit base
+works as well as any.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ from peftkit import interrupt
 from peftkit.archs import Module
 from peftkit.data.tokens.mask import Tokenized
 from peftkit.diagnose.signals import ModuleSignal, Signals
-from peftkit.evaluate.losses import collate, inputs_of, summed_loss
-from peftkit.experiments.forks import num_learnt
+from peftkit.evaluate.losses import collate
+from peftkit.evaluate.step import backward, forward_inputs, summed_loss
+from peftkit.experiments.forks import count_loss_tokens
 from peftkit.plan import Plan
 from peftkit.train.checkpoint.snapshot import random_states, restore_random_states
 
-WIDTH = 32  # k: wider is closer, and dearer
+SKETCH_COLUMNS = 32  # k: wider is closer, and dearer
 STREAMS = ("first", "second", "held out")
 
 
 @dataclass
-class _Sketch:
-    """Of one layer. `out` holds G [Om, (I - Qa Qa^T) Om] per stream, `into` holds Psi G."""
+class _GradientSketch:
+    """The gradient sketch of one layer, G of shape (d_out, d_in), per stream.
+
+    `right_products` holds G [Om, (I - Qa Qa^T) Om], (d_out, columns); `left_products` holds Psi G, (k, d_in).
+    """
 
     right: torch.Tensor  # (d_in, columns)
     left: torch.Tensor  # (k, d_out)
@@ -40,80 +44,80 @@ class _Sketch:
     def add(self, stream: str, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
         x = inputs.reshape(-1, inputs.shape[-1]).float()
         dy = gradient.reshape(-1, gradient.shape[-1]).float()
-        made = dy.T @ (x @ self.right), (self.left @ dy.T) @ x
-        for kept, piece in zip((self.out, self.into), made, strict=True):
-            kept[stream] = kept[stream] + piece if stream in kept else piece
+        products = dy.T @ (x @ self.right), (self.left @ dy.T) @ x
+        for sums, product in zip((self.out, self.into), products, strict=True):
+            sums[stream] = sums[stream] + product if stream in sums else product
 
     def residual(self, stream: str) -> torch.Tensor:
-        """R(G) Om: beyond both the rows of A and the columns of B."""
-        found = self.out[stream][:, WIDTH:] if self.rows_of_a is not None else self.out[stream]
+        """Return R(G) Om, (d_out, k): the part of G outside the rows of A and the columns of B."""
+        sketch = self.out[stream][:, SKETCH_COLUMNS:] if self.rows_of_a is not None else self.out[stream]
         if self.columns_of_b is not None:
-            found = found - self.columns_of_b @ (self.columns_of_b.T @ found)
-        return found
+            sketch = sketch - self.columns_of_b @ (self.columns_of_b.T @ sketch)
+        return sketch
 
     def directions(self) -> torch.Tensor:
-        """The strongest right directions of R(G), (k, d_in): new rows of A."""
-        found = torch.stack([*self.into.values()]).sum(0)
+        """Return the strongest right directions of R(G), (k, d_in): candidates for new rows of A."""
+        sketch = torch.stack([*self.into.values()]).sum(0)
         if self.rows_of_a is not None:
-            found = found - (found @ self.rows_of_a) @ self.rows_of_a.T
-        right: torch.Tensor = torch.linalg.svd(found, full_matrices=False)[2]
+            sketch = sketch - (sketch @ self.rows_of_a) @ self.rows_of_a.T
+        right: torch.Tensor = torch.linalg.svd(sketch, full_matrices=False)[2]
         return right
 
 
-def _orthonormal(columns: torch.Tensor) -> torch.Tensor | None:
-    """An orthonormal basis of the columns' span; None for zeros (B before its first step)."""
+def _orthonormal_basis(columns: torch.Tensor) -> torch.Tensor | None:
+    """Return an orthonormal basis of the columns' span; None for zeros (B before its first step)."""
     if not bool(columns.any()):
         return None
-    left, sizes, _ = torch.linalg.svd(columns.detach().float(), full_matrices=False)
-    basis: torch.Tensor = left[:, sizes > 1e-6 * sizes[0]]
+    left, singular_values, _ = torch.linalg.svd(columns.detach().float(), full_matrices=False)
+    basis: torch.Tensor = left[:, singular_values > 1e-6 * singular_values[0]]
     return basis
 
 
-def _sketch_of(module: Any, generator: torch.Generator, d_in: int, d_out: int, device: Any) -> _Sketch:
-    right = torch.randn(d_in, WIDTH, generator=generator).to(device)
-    left = torch.randn(WIDTH, d_out, generator=generator).to(device)
-    if not _is_adapted(module):
-        return _Sketch(right, left, None, None)
-    rows = _orthonormal(module.lora_A["default"].weight.T)
-    columns = _orthonormal(module.lora_B["default"].weight)
-    assert rows is not None
-    inside = rows.to(device)
-    projected = right - inside @ (inside.T @ right)
-    return _Sketch(torch.cat([right, projected], dim=1), left, inside, columns)
-
-
-def _is_adapted(module: Any) -> bool:
-    # AdaLoRA holds bare parameters there, whose rank is not the rows' number
-    return hasattr(module, "lora_A") and hasattr(dict(module.lora_A.items()).get("default"), "weight")
-
-
 @dataclass
-class Looker:
-    """Runs streams of rows through the model and keeps sketches of all layers' gradients."""
+class GradientProbe:
+    """A probe that runs streams of rows through the model and sketches all layers' gradients."""
 
     model: Any
     plan: Plan
     modules: Sequence[Module]
     pad_id: int
-    sketches: dict[str, _Sketch] = field(default_factory=dict)
+    sketches: dict[str, _GradientSketch] = field(default_factory=dict)
     stream: str = STREAMS[0]
     num_tokens: int = 0
 
     def look(self, streams: Mapping[str, Sequence[Tokenized]]) -> Signals:
-        """The signals of disjoint sets of rows, one for each of STREAMS."""
+        """Compute the signals of disjoint sets of rows, one for each of STREAMS."""
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         own_hook = self.plan.train.gradient_checkpointing == "none"
         if own_hook:
             base.enable_input_require_grads()  # without, the first layers get no gradient and stay silent
-        handles, was_training, saved = self._hook(base), self.model.training, random_states()
+        generator, hook = torch.Generator().manual_seed(0), []
+        places = {m.name: (base.get_submodule(m.name), m.d_in, m.d_out) for m in self.modules}
+        head = base.get_output_embeddings()
+        if head is not None and getattr(head, "weight", None) is not None and head.weight.ndim == 2:
+            places["head"] = (head, head.weight.shape[1], head.weight.shape[0])
+        for name, (module, d_in, d_out) in places.items():
+            right = torch.randn(d_in, SKETCH_COLUMNS, generator=generator).to(self.model.device)
+            left = torch.randn(SKETCH_COLUMNS, d_out, generator=generator).to(self.model.device)
+            if not (hasattr(module, "lora_A") and hasattr(dict(module.lora_A.items()).get("default"), "weight")):
+                self.sketches[name] = _GradientSketch(right, left, None, None)
+            else:
+                rows = _orthonormal_basis(module.lora_A["default"].weight.T)
+                columns = _orthonormal_basis(module.lora_B["default"].weight)
+                assert rows is not None
+                row_basis = rows.to(self.model.device)
+                projected = right - row_basis @ (row_basis.T @ right)
+                self.sketches[name] = _GradientSketch(torch.cat([right, projected], dim=1), left, row_basis, columns)
+            hook.append(module.register_forward_hook(self._forward_hook(name)))
+        handles, was_training, rng_states = hook, self.model.training, random_states()
         # dropout would only add noise; but layers are recomputed in training mode only
         self.model.train(not own_hook)
         for module in self.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.eval()
         try:
-            for self.stream, rows in streams.items():
-                self._pass(rows)
+            for self.stream, stream_rows in streams.items():
+                self._run_backward(stream_rows)
         finally:
             for handle in handles:
                 handle.remove()
@@ -121,21 +125,10 @@ class Looker:
                 base.disable_input_require_grads()
             self.model.zero_grad(set_to_none=True)
             self.model.train(was_training)
-            restore_random_states(*saved)
-        return self._signals(sum(map(len, streams.values())))
+            restore_random_states(*rng_states)
+        return self._to_signals(sum(map(len, streams.values())))
 
-    def _hook(self, base: Any) -> list[Any]:
-        generator, handles = torch.Generator().manual_seed(0), []
-        places = {m.name: (base.get_submodule(m.name), m.d_in, m.d_out) for m in self.modules}
-        head = base.get_output_embeddings()
-        if head is not None and getattr(head, "weight", None) is not None and head.weight.ndim == 2:
-            places["head"] = (head, head.weight.shape[1], head.weight.shape[0])
-        for name, (module, d_in, d_out) in places.items():
-            self.sketches[name] = _sketch_of(module, generator, d_in, d_out, self.model.device)
-            handles.append(module.register_forward_hook(self._watch(name)))
-        return handles
-
-    def _watch(self, name: str) -> Callable[..., None]:
+    def _forward_hook(self, name: str) -> Callable[..., None]:
         def seen(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
             if not (torch.is_grad_enabled() and output.requires_grad):
                 return
@@ -144,51 +137,49 @@ class Looker:
 
         return seen
 
-    def _pass(self, rows: Sequence[Tokenized]) -> None:
-        """Gradients of the mean loss of the rows, in pieces of a micro-batch."""
+    def _run_backward(self, rows: Sequence[Tokenized]) -> None:
+        """Accumulate gradients of the rows' mean loss, in micro-batches."""
         task, size = self.plan.base.task, max(1, self.plan.train.micro_batch)
         pieces = [collate(rows[i : i + size], self.pad_id, task=task) for i in range(0, len(rows), size)]
-        total = sum(num_learnt(piece["labels"], task) for piece in pieces)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.plan.train.autocast or "")
+        total = sum(count_loss_tokens(piece["labels"], task) for piece in pieces)
+
+        def share_of_loss(model: Any, batch: Mapping[str, Any], task: str) -> Any:
+            logits = model(**forward_inputs(model, batch, task)).logits
+            return summed_loss(logits, batch["labels"], task) / max(1, total)
+
         for piece in pieces:
-            interrupt.stop_if_requested("interrupted while looking for a cause")
-            batch = {key: value.to(self.model.device) for key, value in piece.items()}
-            with torch.autocast(self.model.device.type, dtype=dtype, enabled=dtype is not None):
-                logits = self.model(**inputs_of(self.model, batch, task)).logits
-                loss = summed_loss(logits, batch["labels"], task) / max(1, total)
-            loss.backward()
+            interrupt.stop_if_requested("interrupted during the diagnosis")
+            backward(self.model, piece, share_of_loss, task=task, precision=self.plan.train.autocast)
         self.num_tokens += sum(row.length for row in rows)
 
-    def _signals(self, num_rows: int) -> Signals:
-        found = []
+    def _to_signals(self, num_rows: int) -> Signals:
+        module_signals = []
         for module in self.modules:
             sketch = self.sketches[module.name]
             if set(sketch.out) != set(STREAMS):
                 continue  # an expert that no row reached
-            whole = _energy(*(sketch.out[name][:, :WIDTH] for name in STREAMS[:2]))
+            total_energy = _energy(*(sketch.out[name][:, :SKETCH_COLUMNS] for name in STREAMS[:2]))
             residuals = [sketch.residual(name) for name in STREAMS]
             residual = _energy(*residuals[:2])
             is_adapted = sketch.rows_of_a is not None
-            found.append(
+            module_signals.append(
                 ModuleSignal(
                     module.name,
                     module.role,
                     is_adapted,
                     module.d_in + module.d_out,
-                    tangent=whole - residual if is_adapted else 0.0,
+                    tangent=total_energy - residual if is_adapted else 0.0,
                     residual=residual,
-                    across=_energy((residuals[0] + residuals[1]) / 2, residuals[2]),
-                    agreement=_cosine(*(sketch.out[name][:, :WIDTH] for name in STREAMS[:2])),
-                    size=_size(sketch),
+                    held_out_residual=_energy((residuals[0] + residuals[1]) / 2, residuals[2]),
+                    agreement=_cosine(*(sketch.out[name][:, :SKETCH_COLUMNS] for name in STREAMS[:2])),
+                    size=_norm_product(sketch),
                     narrowest=min(module.d_in, module.d_out),
                 )
             )
         head = self.sketches.get("head")
-        heard = head is not None and set(head.out) == set(STREAMS)
+        has_head = head is not None and set(head.out) == set(STREAMS)
         return Signals(
-            tuple(found),
-            head_size=_size(head) if head and heard else 0.0,
-            num_rows=num_rows,
+            tuple(module_signals), head_size=_norm_product(head) if head and has_head else 0.0, num_rows=num_rows
         )
 
 
@@ -196,9 +187,9 @@ def _energy(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first * second).sum()) / first.shape[1]
 
 
-def _size(sketch: _Sketch) -> float:
-    first, second = (sketch.out[name][:, :WIDTH] for name in STREAMS[:2])
-    return float(first.norm() * second.norm()) / WIDTH
+def _norm_product(sketch: _GradientSketch) -> float:
+    first, second = (sketch.out[name][:, :SKETCH_COLUMNS] for name in STREAMS[:2])
+    return float(first.norm() * second.norm()) / SKETCH_COLUMNS
 
 
 def _cosine(first: torch.Tensor, second: torch.Tensor) -> float:

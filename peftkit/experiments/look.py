@@ -1,4 +1,4 @@
-"""Is quality lagging, why, and what to do: at the looks of a run, at its end, and of a run that has ended."""
+"""Diagnosis of quality: is it lagging, why, and what to do; at the looks of a run and at its end."""
 
 from __future__ import annotations
 
@@ -7,200 +7,187 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peftkit.diagnose.causes import CAPACITY, Evidence, Finding, Wanted, look_early, look_further
-from peftkit.diagnose.statistics import gain
+from peftkit.diagnose.causes import (
+    CAPACITY,
+    Diagnosis,
+    Evidence,
+    Measurement,
+    measure_or_conclude,
+    measure_or_conclude_early,
+)
+from peftkit.diagnose.statistics import paired_gain
 from peftkit.diagnose.verdict import Action, Verdict
 from peftkit.errors import Interrupted
 from peftkit.experiments.candidate import next_method
-from peftkit.experiments.evidence import clipped_share, evaluations_of
-from peftkit.experiments.experiment import Study
-from peftkit.experiments.forks import Start
-from peftkit.experiments.growth import take_back, with_growth, write_growth
+from peftkit.experiments.evidence import clipped_share, read_evaluations
+from peftkit.experiments.experiment import Experiment
+from peftkit.experiments.forks import ForkStart
+from peftkit.experiments.growth import add_growth, take_back_growth, write_growth
 from peftkit.experiments.next_recipe import write_next_recipe
 from peftkit.model.hardware import is_out_of_memory
 from peftkit.plan import Plan, read_plan
 from peftkit.plan.plan import Growth
-from peftkit.prepare.context import Stage
+from peftkit.prepare.context import RunContext
 from peftkit.rundir import step_of
-from peftkit.secrets import MARK
+from peftkit.rundir.events import (
+    GrowthEvent,
+    GrowthKeptEvent,
+    GrowthTakenBackEvent,
+    RollbackEvent,
+    SpikeEvent,
+    VerdictEvent,
+    WarningEvent,
+    last_of,
+    of_type,
+)
+from peftkit.secrets import REDACTED
 from peftkit.train.checkpoint.restore import load_trained
 
 MORE_STEPS = 0.5  # of the run: what "more steps" recommends, and what a growth at the end goes on for
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What a look came to: a verdict, the plan to go on with, and the model as it is wrapped now."""
+class LookOutcome:
+    """The outcome of a look: a verdict, the plan to continue with, and the model as it is wrapped now."""
 
     verdict: Verdict
     plan: Plan
     model: Any
-    wrapped: Plan  # by which plan
+    wrapped_plan: Plan  # by which plan
     is_rewrapped: bool
 
 
-def is_due(stage: Stage, step: int, *, ended: bool) -> bool:
-    """Whether a run is to be looked at at a step, and was not yet."""
-    wanted = stage.plan.diagnose
-    if wanted.escalate == "off" or not (ended or step in wanted.look_steps):
+def is_look_due(context: RunContext, step: int, *, at_end: bool) -> bool:
+    """Return whether a look is due at a step and was not done yet."""
+    diagnosis = context.plan.diagnose
+    if diagnosis.escalate == "off" or not (at_end or step in diagnosis.look_steps):
         return False
-    if not ended and any(growth.step == step for growth in stage.plan.growths):
+    if not at_end and any(growth.step == step for growth in context.plan.growths):
         return False  # killed between the growth and its verdict
-    return not any(e["event"] == "verdict" and e["step"] == step for e in stage.run.events())
+    return last_of(context.run.events(), VerdictEvent, step=step) is None
 
 
-def looked_at(stage: Stage, training: Any, *, step: int, ended: bool) -> Looked:
-    """A look that never costs the run: what goes wrong in it costs the verdict, and is told."""
+def try_look(context: RunContext, training: Any, *, step: int, at_end: bool) -> LookOutcome:
+    """Run a look; on an error emit a warning and an undecided verdict, so that the run continues."""
     try:
-        return look(stage, training, step=step, ended=ended)
+        return run_look(context, training, step=step, at_end=at_end)
     except (Interrupted, OSError):
         raise
     except Exception as error:  # noqa: BLE001  libraries raise what they like; what was trained is whole
-        text = f"looking for a cause failed ({type(error).__name__}: {error}): please report it"
-        stage.emit("warning", text=f"{text}; the run goes on, and peftkit diagnose looks again")
-    stage = replace(stage, plan=read_plan(stage.run))  # it may have grown before that
-    quality = study_of(stage, training.trainer.model, None, step).first_quality()
+        message = f"the diagnosis failed ({type(error).__name__}: {error}): please report it"
+        context.emit(WarningEvent(text=f"{message}; the run continues; peftkit diagnose tries again"))
+    context = replace(context, plan=read_plan(context.run))  # it may have grown before that
+    quality = start_experiment(context, training.trainer.model, None, step).judge_quality()
     action = Action("nothing")
-    verdict = Verdict(
-        step, quality.state, "undecided", text, action, quality.loss, quality.loss.num_documents
-    )
-    tell(stage, verdict)
+    verdict = Verdict(step, quality.state, "undecided", message, action, quality.loss, quality.loss.num_documents)
+    publish_verdict(context, verdict)
     # the model may be anything now: it is loaded anew, unless it was never touched
-    return Looked(verdict, stage.plan, None, stage.plan, is_rewrapped=stage.plan.method.peft is not None)
+    return LookOutcome(verdict, context.plan, None, context.plan, is_rewrapped=context.plan.method.peft is not None)
 
 
-def look(stage: Stage, training: Any, *, step: int, ended: bool) -> Looked:
-    """Judge a run at a step of which a checkpoint stands, tell the verdict, and in `auto` act on it."""
-    checkpoint, _ = stage.run.newest_checkpoint()
-    study = study_of(stage, training.trainer.model, checkpoint, step)
-    if ended and (lost := _did_not_pay(stage, study)):
-        return lost
-    verdict, finding = verdict_of(study, look_further if ended else look_early)
-    plan = stage.plan
-    acts = stage.plan.diagnose.escalate == "auto" and finding.proven and step_of(checkpoint) == step
-    if acts and num_kept(plan) < plan.diagnose.max_escalations:
-        plan = _grow(stage, study, finding, checkpoint, ended=ended)
+def run_look(context: RunContext, training: Any, *, step: int, at_end: bool) -> LookOutcome:
+    """Judge a run at a step that has a checkpoint, publish the verdict, and in `auto` act on it."""
+    checkpoint, _ = context.run.newest_checkpoint()
+    experiment = start_experiment(context, training.trainer.model, checkpoint, step)
+    if at_end and (outcome := _take_back_failed_growth(context, experiment)):
+        return outcome
+    verdict, finding = reach_verdict(experiment, measure_or_conclude if at_end else measure_or_conclude_early)
+    plan = context.plan
+    should_grow = context.plan.diagnose.escalate == "auto" and finding.proven and step_of(checkpoint) == step
+    if should_grow and num_kept_growths(plan) < plan.diagnose.max_escalations:
+        # grow the run in place:
+        assert experiment.candidate is not None and experiment.candidate.plan is not None and checkpoint is not None
+        candidate_plan = experiment.candidate.plan
+        if at_end:
+            extra_steps = max(1, round(MORE_STEPS * (context.plan.train.num_steps or 0)))
+            train = replace(candidate_plan.train, num_steps=experiment.step + extra_steps, restart_step=experiment.step)
+            candidate_plan = replace(candidate_plan, train=train)
+        new_plan = add_growth(candidate_plan, Growth(experiment.step, finding.cause, experiment.candidate.overrides))
+        assert experiment.grown is not None
+        optimizer_state = {} if at_end else experiment.grown.optimizer
+        write_growth(
+            context.run,
+            context.plan,
+            new_plan,
+            checkpoint=checkpoint,
+            grown_adapter=experiment.grown,
+            optimizer=optimizer_state,
+        )
+        context.emit(
+            GrowthEvent(
+                step=experiment.step,
+                cause=finding.cause,
+                overrides=list(experiment.candidate.overrides),
+                num_trainable=new_plan.method.num_trainable,
+                learning_rate=new_plan.train.learning_rate,
+                num_steps=new_plan.train.num_steps,
+            )
+        )
+        plan = new_plan
         verdict = replace(verdict, kept=True)
-    tell(stage, verdict)
-    return Looked(verdict, plan, study.model, study.wrapped, study.is_rewrapped)
+    publish_verdict(context, verdict)
+    return LookOutcome(verdict, plan, experiment.model, experiment.wrapped_plan, experiment.is_rewrapped)
 
 
-def num_kept(plan: Plan) -> int:
-    """Growths that the run stands on."""
+def num_kept_growths(plan: Plan) -> int:
+    """Return the number of growths that were kept."""
     return sum(growth.kept for growth in plan.growths)
 
 
-def study_of(stage: Stage, model: Any, checkpoint: Path | None, step: int) -> Study:
-    """A look at a run's newest checkpoint, or at the model as it is where there is none."""
+def start_experiment(context: RunContext, model: Any, checkpoint: Path | None, step: int) -> Experiment:
+    """Start an experiment on a run's newest checkpoint, or on the model as it is where there is none."""
     from peftkit.model.adapter.attach import trainable_tensors
 
-    if stage.plan.method.peft is None:
-        start = Start(trainable_tensors(model), {})  # a copy would be a second model
+    if context.plan.method.peft is None:
+        start = ForkStart(trainable_tensors(model), {})  # a copy would be a second model
     elif checkpoint is not None and step_of(checkpoint) == step:
-        start = Start.of(checkpoint)
+        start = ForkStart.of(checkpoint)
     else:
-        start = Start({n: t.detach().clone() for n, t in trainable_tensors(model).items()}, {})
-    events, held = stage.run.events(), stage.prepared.eval
-    evaluations, train_loss = evaluations_of(events, held, step, task=stage.plan.base.task)
-    clipped = clipped_share(events, stage.plan.train.max_grad_norm)
-    departures = sum(e["event"] == "rollback" or (e["event"] == "spike" and e["skipped"]) for e in events)
-    return Study(
-        stage,
+        start = ForkStart({n: t.detach().clone() for n, t in trainable_tensors(model).items()}, {})
+    events, held_out = context.run.events(), context.prepared.eval
+    evaluations, train_loss = read_evaluations(events, held_out, step, task=context.plan.base.task)
+    share_clipped = clipped_share(events, context.plan.train.max_grad_norm)
+    num_divergences = len(of_type(events, RollbackEvent))
+    num_divergences += sum(spike.skipped for spike in of_type(events, SpikeEvent))
+    return Experiment(
+        context,
         model,
         start,
         step,
         evaluations,
-        departures,
+        num_divergences,
         train_loss,
-        asks=stage.plan.base.task == "causal-lm",
-        clipped_share=clipped,
-        spent=sum(e["overhead"] for e in events if e["event"] == "verdict" and e["step"] < step),
+        has_questions=context.plan.base.task == "causal-lm",
+        clipped_share=share_clipped,
+        spent_share=sum(e.overhead for e in of_type(events, VerdictEvent) if e.step < step),
     )
 
 
-def verdict_of(
-    study: Study, further: Callable[[Evidence], Wanted | Finding] = look_further
-) -> tuple[Verdict, Finding]:
-    """What a look finds, with its action, what that brings and costs, and every number behind it.
+def reach_verdict(
+    experiment: Experiment, policy: Callable[[Evidence], Measurement | Diagnosis] = measure_or_conclude
+) -> tuple[Verdict, Diagnosis]:
+    """Measure until a cause is found, and return the verdict with its action, gain, cost and numbers.
 
-    The model holds the state that was judged afterwards, unless it was wrapped anew.
+    Afterwards the model holds the state that was judged, unless it was wrapped anew.
     """
     try:
-        evidence, finding = study.look(further)
-        action = _action(study, evidence, finding)
+        evidence, finding = experiment.look(policy)
+        action = _choose_action(experiment, evidence, finding)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        evidence = study.first_evidence()
-        finding = Finding("undecided", "the memory did not suffice to look for the cause")
-        action = Action("nothing; peftkit diagnose RUN looks again, where there is more")
-    if not study.is_rewrapped:
-        load_trained(study.model, study.start.trained)
-    return _verdict(study, evidence, finding, action), finding
-
-
-def _verdict(study: Study, evidence: Evidence, finding: Finding, action: Action) -> Verdict:
+        evidence = experiment.initial_evidence()
+        finding = Diagnosis("undecided", "there was not enough memory to look for the cause")
+        action = Action("nothing; run peftkit diagnose RUN again where more memory is free")
+    if not experiment.is_rewrapped:
+        load_trained(experiment.model, experiment.start.trained)
     quality = evidence.quality
-    return Verdict(
-        step=study.step,
-        state=quality.state,
-        cause=finding.cause,
-        said=finding.said,
-        action=action,
-        loss=quality.loss,
-        num_rows=len(study.deciding),
-        overhead=study.budget.overhead,
-        reference_overhead=study.reference_overhead,
-        numbers=_numbers(study, evidence),
-    )
-
-
-def _action(study: Study, evidence: Evidence, finding: Finding) -> Action:
-    plan, arms = study.plan, evidence.arms
-    brought = study.expected_gain(finding.arm) if finding.arm else None
-    cause = finding.cause
-    if cause in CAPACITY and study.candidate is not None:
-        return Action(
-            "grow the adapter", study.candidate.overrides, brought, study.candidate.cost(study.stage)
-        )
-    if cause in {"learning rate too low", "learning rate too high", "unstable"}:
-        arm = arms.get(finding.arm)
-        rate = arm.learning_rate if arm else plan.train.learning_rate / 3
-        return Action(f"train at a rate of {rate:g}", (f"train.learning_rate={rate:.6g}",), brought)
-    if cause == "too few steps":
-        steps = round((plan.train.num_steps or 0) * (1 + MORE_STEPS))
-        return Action(f"train for {steps} steps", (f"train.max_steps={steps}",), brought)
-    if cause == "data: overfitting":
-        best = min(study.evaluations, key=lambda one: one.rows.mean)
-        said = "more or cleaner data; with these, stop where held-out rows were best"
-        return Action(said, (f"train.max_steps={best.step}",) if 0 < best.step < study.step else ())
-    if cause == "data: labels or masks broken":
-        return Action("look at what is learnt: peftkit check RECIPE; more training or rank mends none of it")
-    if cause == "undecided" and (other := next_method(study.stage)):
-        return Action(f"{study.plan.method.name} has no rank to raise: try lora", other[0], None, other[1])
-    if cause == "undecided":
-        return Action(_left_open(study))
-    reached = evidence.quality.state == "not lagging" and study.plan.diagnose.target is not None
-    return Action("nothing: it is as good as was asked for" if reached else "nothing")
-
-
-def _left_open(study: Study) -> str:
-    """What a person can do where nothing was proven."""
-    refused = study.candidate.refused if study.candidate is not None else ""
-    if refused:
-        return f"the next rung is forbidden: {refused}"
-    if study.plan.method.peft is None:
-        return "whole models are not forked: try a smaller and a larger learning rate"
-    return "give more compute to look: diagnose.bounds.compute, or a target or reference to judge by"
-
-
-def _numbers(study: Study, evidence: Evidence) -> dict[str, Any]:
-    """Every number behind a verdict, as plain values."""
+    # return every number behind a verdict as plain values
     signals = evidence.signals
-    found: dict[str, Any] = {
+    verdict_numbers: dict[str, Any] = {
         "train_loss": evidence.train_loss,
         "target": evidence.quality.target,
-        "behind": asdict(study.behind) if study.behind else None,
+        "behind": asdict(experiment.reference_gap) if experiment.reference_gap else None,
         "projected": asdict(evidence.quality.projected) if evidence.quality.projected else None,
         "worsened": asdict(evidence.quality.worsened) if evidence.quality.worsened else None,
         "dependence": asdict(evidence.dependence) if evidence.dependence else None,
@@ -209,16 +196,16 @@ def _numbers(study: Study, evidence: Evidence) -> dict[str, Any]:
                 "learning_rate": arm.learning_rate,
                 "num_steps": arm.num_steps,
                 "loss": arm.rows.mean if arm.rows else None,
-                "gain": asdict(gain(evidence.rows, arm.rows)) if arm.rows else None,
+                "gain": asdict(paired_gain(evidence.rows, arm.rows)) if arm.rows else None,
             }
             for name, arm in evidence.arms.items()
         },
         "unaffordable": sorted(evidence.unaffordable),
-        "refused": study.candidate.refused if study.candidate else "",
-        "clipped_share": study.clipped_share,
+        "refused": experiment.candidate.refusal if experiment.candidate else "",
+        "clipped_share": experiment.clipped_share,
     }
     if signals is not None:
-        found["signals"] = {
+        verdict_numbers["signals"] = {
             "tangent": signals.tangent,
             "residual": signals.residual,
             "unadapted": signals.unadapted,
@@ -228,85 +215,120 @@ def _numbers(study: Study, evidence: Evidence) -> dict[str, Any]:
             "by_worth": signals.by_worth(),
             "num_rows": signals.num_rows,
         }
-    if study.rung is not None:
-        found["rung"] = asdict(study.rung)
-    return found
+    if experiment.rung is not None:
+        verdict_numbers["rung"] = asdict(experiment.rung)
+    verdict = Verdict(
+        step=experiment.step,
+        state=quality.state,
+        cause=finding.cause,
+        said=finding.said,
+        action=action,
+        loss=quality.loss,
+        num_rows=len(experiment.deciding),
+        overhead=experiment.budget.overhead,
+        reference_overhead=experiment.reference_overhead,
+        numbers=verdict_numbers,
+    )
+    return verdict, finding
 
 
-def tell(stage: Stage, verdict: Verdict) -> None:
-    """Write the verdict as an event, and the next recipe beside the run where there is one."""
-    path, changes = stage.run.path / "next-recipe.yaml", verdict.action.overrides
-    grown = [text for growth in stage.plan.growths if growth.kept for text in growth.overrides]
-    hidden = any(MARK in source.path for source in stage.loaded.recipe.data.sources)
-    if changes and not hidden:
-        write_next_recipe(path, stage.loaded, replace_changes(verdict, (*grown, *changes)))
+def _choose_action(experiment: Experiment, evidence: Evidence, finding: Diagnosis) -> Action:
+    """Choose the action for a cause, with its overrides, expected gain and cost."""
+    plan, arms = experiment.plan, evidence.arms
+    expected_gain = experiment.expected_gain(finding.arm) if finding.arm else None
+    cause = finding.cause
+    if cause in CAPACITY and experiment.candidate is not None:
+        return Action(
+            "grow the adapter",
+            experiment.candidate.overrides,
+            expected_gain,
+            experiment.candidate.cost(experiment.context),
+        )
+    if cause in {"learning rate too low", "learning rate too high", "unstable"}:
+        arm = arms.get(finding.arm)
+        rate = arm.learning_rate if arm else plan.train.learning_rate / 3
+        return Action(f"train at a rate of {rate:g}", (f"train.learning_rate={rate:.6g}",), expected_gain)
+    if cause == "too few steps":
+        steps = round((plan.train.num_steps or 0) * (1 + MORE_STEPS))
+        return Action(f"train for {steps} steps", (f"train.max_steps={steps}",), expected_gain)
+    if cause == "data: overfitting":
+        best = min(experiment.evaluations, key=lambda one: one.rows.mean)
+        message = "more or cleaner data; with this data, stop where the held-out loss was best"
+        return Action(message, (f"train.max_steps={best.step}",) if 0 < best.step < experiment.step else ())
+    if cause == "data: labels or masks broken":
+        return Action("check the trained tokens: peftkit check RECIPE; more training or rank fixes nothing")
+    if cause == "undecided" and (alternative := next_method(experiment.context)):
+        return Action(
+            f"{experiment.plan.method.name} has no rank to raise: try lora", alternative[0], None, alternative[1]
+        )
+    if cause == "undecided":
+        refusal = experiment.candidate.refusal if experiment.candidate is not None else ""
+        if refusal:
+            left_open = f"the next larger adapter is not allowed: {refusal}"
+        elif experiment.plan.method.peft is None:
+            left_open = "full fine-tuning is not tried in forks: try a smaller and a larger learning rate"
+        else:
+            left_open = "raise diagnose.bounds.compute, or set a target or a reference to judge by"
+        return Action(left_open)
+    target_reached = evidence.quality.state == "not lagging" and experiment.plan.diagnose.target is not None
+    return Action("nothing: the target is reached" if target_reached else "nothing")
+
+
+def publish_verdict(context: RunContext, verdict: Verdict) -> None:
+    """Emit the verdict, and write the next recipe beside the run where something changes."""
+    path, changes = context.run.path / "next-recipe.yaml", verdict.action.overrides
+    growth_overrides = [override for growth in context.plan.growths if growth.kept for override in growth.overrides]
+    has_secrets = any(REDACTED in source.path for source in context.loaded.recipe.data.sources)
+    if changes and not has_secrets:
+        write_next_recipe(path, context.loaded, with_overrides(verdict, (*growth_overrides, *changes)))
     else:
         path.unlink(missing_ok=True)  # of an earlier look
-    stage.emit(
-        "verdict",
-        step=verdict.step,
-        text=verdict.line,
-        **{key: value for key, value in verdict.to_json().items() if key != "step"},
+    context.emit(
+        VerdictEvent(
+            step=verdict.step,
+            text=verdict.line,
+            **{key: value for key, value in verdict.to_json().items() if key != "step"},
+        )
     )
 
 
-def replace_changes(verdict: Verdict, overrides: tuple[str, ...]) -> Verdict:
-    """The verdict with all that changes since the recipe, growths that were kept as well."""
+def with_overrides(verdict: Verdict, overrides: tuple[str, ...]) -> Verdict:
+    """Return the verdict with all overrides since the recipe, those of kept growths included."""
     return replace(verdict, action=replace(verdict.action, overrides=overrides))
 
 
-def _grow(stage: Stage, study: Study, finding: Finding, checkpoint: Path | None, *, ended: bool) -> Plan:
-    """Grow the run in place: early on the schedule that it is on, at its end on a restarted one."""
-    assert study.candidate is not None and study.candidate.plan is not None and checkpoint is not None
-    grown = study.candidate.plan
-    if ended:
-        more = max(1, round(MORE_STEPS * (stage.plan.train.num_steps or 0)))
-        train = replace(grown.train, num_steps=study.step + more, restart_step=study.step)
-        grown = replace(grown, train=train)
-    after = with_growth(grown, Growth(study.step, finding.cause, study.candidate.overrides))
-    assert study.grown is not None
-    kept = {} if ended else study.grown.optimizer
-    write_growth(stage.run, stage.plan, after, checkpoint=checkpoint, grown=study.grown, optimizer=kept)
-    stage.emit(
-        "growth",
-        step=study.step,
-        cause=finding.cause,
-        overrides=list(study.candidate.overrides),
-        num_trainable=after.method.num_trainable,
-        learning_rate=after.train.learning_rate,
-        num_steps=after.train.num_steps,
+def _take_back_failed_growth(context: RunContext, experiment: Experiment) -> LookOutcome | None:
+    """Take back the last growth where it gained nothing beyond noise; return None where it is kept."""
+    growth = context.plan.growths[-1] if context.plan.growths else None
+    if growth is None or not growth.kept or context.plan.train.restart_step != growth.step:
+        return None
+    earlier = [evaluation for evaluation in experiment.evaluations if 0 < evaluation.step <= growth.step]
+    later = [evaluation for evaluation in experiment.evaluations if evaluation.step > growth.step]
+    if not earlier or not later:
+        return None
+    best = [
+        min(evaluations, key=lambda one: one.rows.mean).rows.of(experiment.half) for evaluations in (earlier, later)
+    ]
+    growth_gain = paired_gain(best[0], best[1])
+    if growth_gain.low > 0:
+        context.emit(GrowthKeptEvent(step=experiment.step, gain=growth_gain.json_values))
+        return None
+    plan = take_back_growth(context.run, context.plan)
+    context.emit(
+        GrowthTakenBackEvent(step=experiment.step, text=f"it gained {growth_gain}", gain=growth_gain.json_values)
     )
-    return after
-
-
-def _did_not_pay(stage: Stage, study: Study) -> Looked | None:
-    """The run as it was before its last growth, where that brought nothing beyond noise."""
-    growth = stage.plan.growths[-1] if stage.plan.growths else None
-    if growth is None or not growth.kept or stage.plan.train.restart_step != growth.step:
-        return None
-    before = [one for one in study.evaluations if 0 < one.step <= growth.step]
-    after = [one for one in study.evaluations if one.step > growth.step]
-    if not before or not after:
-        return None
-    best = [min(some, key=lambda one: one.rows.mean).rows.of(study.half) for some in (before, after)]
-    brought = gain(best[0], best[1])
-    if brought.low > 0:
-        stage.emit("growth_kept", step=study.step, gain=brought.plain)
-        return None
-    plan = take_back(stage.run, stage.plan)
-    stage.emit("growth_taken_back", step=study.step, text=f"it brought {brought}", gain=brought.plain)
-    study.evaluations = before
-    quality = study.first_quality()
-    said = f"the escalation at step {growth.step} brought {brought}: it was taken back"
+    experiment.evaluations = earlier
+    quality = experiment.judge_quality()
+    message = f"the escalation at step {growth.step} gained {growth_gain}: it was reverted"
     verdict = Verdict(
-        study.step,
+        experiment.step,
         quality.state,
         "undecided",
-        said,
+        message,
         Action("nothing"),
         quality.loss,
-        len(study.deciding),
+        len(experiment.deciding),
         kept=False,
     )
-    tell(replace(stage, plan=plan), verdict)
-    return Looked(verdict, plan, study.model, stage.plan, is_rewrapped=True)
+    publish_verdict(replace(context, plan=plan), verdict)
+    return LookOutcome(verdict, plan, experiment.model, context.plan, is_rewrapped=True)

@@ -4,8 +4,7 @@ from peftkit.methods import adalora, full, ia3, ln, lora, oft, prefix, prompt, q
 from peftkit.methods.base import Conflict, Method, Options, PeftSpec, Selection, TokenRows
 
 METHODS: dict[str, Method] = {
-    module.METHOD.name: module.METHOD
-    for module in (full, lora, qlora, prefix, ia3, prompt, vera, oft, adalora, ln)
+    module.METHOD.name: module.METHOD for module in (full, lora, qlora, prefix, ia3, prompt, vera, oft, adalora, ln)
 }
 
 __all__ = ["METHODS", "Conflict", "Method", "Options", "PeftSpec", "Selection", "TokenRows"]

@@ -1,4 +1,4 @@
-"""AdaLoRA: LoRA as P E Q whose rank is moved to where it matters (Zhang et al. 2023)."""
+"""AdaLoRA: W + P E Q whose rank is moved to the modules that need it (Zhang et al. 2023)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from peftkit.methods.base import (
     PositiveInt,
     Selection,
     Targets,
-    by_role,
     count_head,
     head_arguments,
     linear_roles,
+    sum_by_role,
 )
 
 
@@ -28,20 +28,20 @@ class AdaloraOptions(Options):
 
     name: Literal["adalora"]
     initial_rank: PositiveInt = Field(12, description="rank of each module at the start")
-    rank: PositiveInt = Field(8, description="mean rank that is left at the end")
+    rank: PositiveInt = Field(8, description="mean rank at the end")
     alpha: float = Field(32, gt=0, description="scale numerator")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     targets: Targets = "auto"
 
 
 def count(options: AdaloraOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:
-    """initial rank x (d_in + d_out + 1) per module; what is pruned later is zero, not gone."""
-    sizes = by_role(selection.modules, lambda m: options.initial_rank * (m.d_in + m.d_out + 1))
+    """Count initial_rank * (d_in + d_out + 1) per module; pruned values become zero, but stay."""
+    sizes = sum_by_role(selection.modules, lambda m: options.initial_rank * (m.d_in + m.d_out + 1))
     return {**sizes, **count_head(shape)}
 
 
 def peft(options: AdaloraOptions, shape: ModelShape, selection: Selection) -> PeftSpec:
-    """peft.AdaLoraConfig; `schedule` adds the budget over time."""
+    """Build peft.AdaLoraConfig; `schedule` adds the rank budget over time."""
     arguments = {
         "init_r": options.initial_rank,
         "target_r": options.rank,
@@ -58,19 +58,19 @@ def learning_rate(num_parameters: int) -> tuple[float, str]:
 
 
 def conflicts(options: AdaloraOptions, shape: ModelShape, selection: Selection) -> Iterator[Conflict]:
-    """The budget can only shrink."""
+    """Yield a conflict if the final rank exceeds the initial one: the budget can only shrink."""
     if options.rank > options.initial_rank:
         got = f"{options.rank}, above initial_rank {options.initial_rank}"
         yield Conflict("rank", got, "at most initial_rank", f"set initial_rank: {options.rank * 3 // 2}")
 
 
 def schedule(num_steps: int) -> dict[str, Any]:
-    """The budget over time: a tenth of the run at full rank, pruned over half of it, then left alone."""
-    full, pruned = num_steps // 10, max(1, num_steps // 2)
+    """Return the rank budget: a tenth of the run at full rank, half of it pruning, then constant."""
+    full_rank_steps, pruning_steps = num_steps // 10, max(1, num_steps // 2)
     return {
         "total_step": num_steps,
-        "tinit": full,
-        "tfinal": num_steps - full - pruned,
+        "tinit": full_rank_steps,
+        "tfinal": num_steps - full_rank_steps - pruning_steps,
         "deltaT": max(1, num_steps // 100),
     }
 

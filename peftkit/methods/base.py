@@ -1,4 +1,4 @@
-"""What a method says about itself. One file per method builds one `Method`."""
+"""The interface of a fine-tuning method. Each method is one file that builds one `Method`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 
 @dataclass(frozen=True)
 class PeftSpec:
-    """A PEFT configuration by class name and arguments, so that light layers can carry it."""
+    """A PEFT configuration by class name and arguments, so that modules without torch can hold it."""
 
     class_name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class PeftSpec:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is adapted: the modules of the shape, and how PEFT is told of them.
+    """The modules to adapt, and the names by which PEFT reaches them.
 
     `names` are endings that match exactly the ordinary modules, `parameters` those of weights that PEFT
     reaches as parameters (fused experts).
@@ -58,7 +58,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Conflict:
-    """What is wrong between a method's option and a model. `key` is the option's name."""
+    """A conflict between an option of a method and a model. `key` is the option's name."""
 
     key: str
     got: str
@@ -70,10 +70,10 @@ class Conflict:
 class Method:
     """One fine-tuning method.
 
-    `options` is the recipe section; `count` predicts trainable parameters by role for what is selected;
-    `peft` names the PEFT class and arguments (None: no adapter); `default_roles` gives the roles adapted
-    where the recipe says auto, and why; `conflicts` finds what an option and a model cannot have together;
-    `refuses` says why the method cannot work on a model at all. `nearest` is what to use instead.
+    `options` is the recipe section; `count` predicts trainable parameters by role for a selection; `peft`
+    names the PEFT class and arguments (None: no adapter); `default_roles` gives the roles adapted for
+    targets: auto, and why; `conflicts` yields options that a model cannot have; `refuses` returns the reason
+    if the method cannot work on a model at all. `nearest` is the method to use instead.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Method:
     adds_penalty: bool = False  # PEFT adds one to the model's own loss
 
 
-def by_role(modules: tuple[Module, ...], size: Callable[[Module], int]) -> dict[str, int]:
+def sum_by_role(modules: tuple[Module, ...], size: Callable[[Module], int]) -> dict[str, int]:
     """Sum `size` over modules, grouped by role, in the order in which roles first appear."""
     counts: dict[str, int] = {}
     for module in modules:
@@ -106,22 +106,20 @@ def by_role(modules: tuple[Module, ...], size: Callable[[Module], int]) -> dict[
 
 
 def linear_roles(shape: ModelShape) -> tuple[tuple[str, ...], str]:
-    """The usual default: every linear layer that can be adapted as a layer."""
+    """Return the usual default roles and why: every linear layer that can be adapted as a layer."""
     if any(module.by_parameter or module.in_experts for module in shape.modules):
-        return (
-            "attention",
-        ), "attention: the routed experts are many and fused (targets: [experts] adapts them)"
+        return ("attention",), "attention: the routed experts are many and fused (targets: [experts] adapts them)"
     reason = "all linear layers: modules matter more than rank (Dettmers et al. 2023; Schulman et al. 2025)"
     return ("all-linear",), reason
 
 
 def count_head(shape: ModelShape) -> dict[str, int]:
-    """The task's own head, which starts from nothing and is trained whole beside any adapter."""
+    """Count the task's own head, which is initialised at random and trained whole beside any adapter."""
     head = sum(tensor.num_parameters for tensor in shape.tensors if tensor.role == "head")
     return {"head": head} if shape.family.heads[shape.task].modules else {}
 
 
 def head_arguments(shape: ModelShape) -> dict[str, Any]:
-    """PEFT's argument that trains and saves the task's head."""
+    """Return PEFT's argument that trains and saves the task's head."""
     modules = shape.family.heads[shape.task].modules
     return {"modules_to_save": list(modules)} if modules else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from peftkit.archs import ModelShape
-from peftkit.methods.base import Method, Options, PeftSpec, Selection, by_role
+from peftkit.methods.base import Method, Options, PeftSpec, Selection, sum_by_role
 
 
 class FullOptions(Options):
@@ -15,8 +15,8 @@ class FullOptions(Options):
 
 
 def count(options: FullOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:
-    """All parameters: linear layers and experts by role, embeddings, norms, routers and states together."""
-    counts = by_role(shape.modules, lambda module: module.num_parameters)
+    """Count all parameters: linear layers and experts by role, everything else together."""
+    counts = sum_by_role(shape.modules, lambda module: module.num_parameters)
     return {**counts, "the rest": shape.num_parameters - sum(counts.values())}
 
 

@@ -1,4 +1,4 @@
-"""IA3: learned vectors that rescale keys, values and feed-forward activations (Liu et al. 2022)."""
+"""IA3: trained vectors that rescale keys, values and feed-forward activations (Liu et al. 2022)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from peftkit.methods.base import (
     PeftSpec,
     Selection,
     Targets,
-    by_role,
     count_head,
     head_arguments,
+    sum_by_role,
 )
 
-_SCALED = ("k", "v", "kv_b", "qkv", "ssm_in", "down")
+_DEFAULT_ROLES = ("k", "v", "kv_b", "qkv", "ssm_in", "down")
 
 
 class Ia3Options(Options):
@@ -33,35 +33,39 @@ class Ia3Options(Options):
     )
 
 
-def _named(module: Module, names: tuple[str, ...]) -> bool:
+def _matches_any(module: Module, names: tuple[str, ...]) -> bool:
     return any(module.name == name or module.name.endswith(f".{name}") for name in names)
 
 
-def _inputs(options: Ia3Options, selection: Selection) -> tuple[str, ...]:
-    """Target names whose input is scaled: by default those of the feed-forward's down projection."""
+def _input_scaled_names(options: Ia3Options, selection: Selection) -> tuple[str, ...]:
+    """Return the target names scaled at their input: by default the feed-forward's down projections."""
     if options.feedforward is not None:
         return tuple(options.feedforward)
-    down = [module for module in selection.modules if module.role == "down"]
-    others = [module for module in selection.modules if module.role != "down"]
+    down_modules = [module for module in selection.modules if module.role == "down"]
+    other_modules = [module for module in selection.modules if module.role != "down"]
     return tuple(
         name
         for name in selection.names
-        if any(_named(m, (name,)) for m in down) and not any(_named(m, (name,)) for m in others)
+        if any(_matches_any(m, (name,)) for m in down_modules)
+        and not any(_matches_any(m, (name,)) for m in other_modules)
     )
 
 
 def count(options: Ia3Options, shape: ModelShape, selection: Selection) -> dict[str, int]:
-    """d_in per feed-forward module, d_out per other module."""
-    inputs = _inputs(options, selection)
-    scaled = by_role(selection.modules, lambda m: m.d_in if _named(m, inputs) else m.d_out)
-    return {**scaled, **count_head(shape)}
+    """Count d_in per feed-forward module, d_out per other module."""
+    inputs = _input_scaled_names(options, selection)
+    counts = sum_by_role(selection.modules, lambda m: m.d_in if _matches_any(m, inputs) else m.d_out)
+    return {**counts, **count_head(shape)}
 
 
 def peft(options: Ia3Options, shape: ModelShape, selection: Selection) -> PeftSpec:
-    """peft.IA3Config. Targets and feedforward_modules always go together: PEFT would scale outputs else."""
+    """Build peft.IA3Config.
+
+    Targets and feedforward_modules always go together: without the latter PEFT would scale outputs.
+    """
     arguments = {
         "target_modules": list(selection.names),
-        "feedforward_modules": list(_inputs(options, selection)),
+        "feedforward_modules": list(_input_scaled_names(options, selection)),
         **head_arguments(shape),
     }
     return PeftSpec("IA3Config", arguments)
@@ -72,15 +76,13 @@ def learning_rate(num_parameters: int) -> tuple[float, str]:
 
 
 def default_roles(shape: ModelShape) -> tuple[tuple[str, ...], str]:
-    """Keys, values and the feed-forward's output, under the names that a family has for them."""
-    roles = {module.role for module in shape.modules if not module.blocked and not module.in_experts}
-    return tuple(
-        role for role in _SCALED if role in roles
-    ), "keys, values and the feed-forward, as in the paper"
+    """Return the roles of keys, values and the feed-forward's output, as the family names them."""
+    roles = {module.role for module in shape.modules if not module.blocked_reason and not module.in_experts}
+    return tuple(role for role in _DEFAULT_ROLES if role in roles), "keys, values and the feed-forward, as in the paper"
 
 
 def conflicts(options: Ia3Options, shape: ModelShape, selection: Selection) -> Iterator[Conflict]:
-    """PEFT would drop a feed-forward name that is not targeted without a word."""
+    """Yield a conflict for each feed-forward name outside the targets, which PEFT would ignore silently."""
     for name in options.feedforward or ():
         if not any(target == name or target.endswith(f".{name}") for target in selection.names):
             yield Conflict(
@@ -93,7 +95,7 @@ def conflicts(options: Ia3Options, shape: ModelShape, selection: Selection) -> I
 
 METHOD = Method(
     name="ia3",
-    summary="learned scaling vectors",
+    summary="trained scaling vectors",
     options=Ia3Options,
     count=count,
     peft=peft,

@@ -15,20 +15,20 @@ class LnOptions(Options):
 
 
 def norm_names(shape: ModelShape) -> list[str]:
-    """Endings that name the norms and nothing else."""
+    """Return endings that match the norms and nothing else."""
     norms = [tensor.name for tensor in shape.tensors if tensor.role == "norms"]
     others = [tensor.name for tensor in shape.tensors] + [module.name for module in shape.modules]
     return list(shortest_names(norms, others))
 
 
 def count(options: LnOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:
-    """All numbers in norms."""
+    """Count all parameters of the norms."""
     norms = sum(tensor.num_parameters for tensor in shape.tensors if tensor.role == "norms")
     return {"norms": norms, **count_head(shape)}
 
 
 def peft(options: LnOptions, shape: ModelShape, selection: Selection) -> PeftSpec:
-    """peft.LNTuningConfig."""
+    """Build peft.LNTuningConfig."""
     names = norm_names(shape)
     return PeftSpec("LNTuningConfig", {"target_modules": names, **head_arguments(shape)})
 
@@ -38,10 +38,5 @@ def learning_rate(num_parameters: int) -> tuple[float, str]:
 
 
 METHOD = Method(
-    name="ln",
-    summary="train the norms only",
-    options=LnOptions,
-    count=count,
-    peft=peft,
-    learning_rate=learning_rate,
+    name="ln", summary="train the norms only", options=LnOptions, count=count, peft=peft, learning_rate=learning_rate
 )

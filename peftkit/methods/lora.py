@@ -19,10 +19,10 @@ from peftkit.methods.base import (
     Selection,
     Targets,
     TokenRows,
-    by_role,
     count_head,
     head_arguments,
     linear_roles,
+    sum_by_role,
 )
 from peftkit.methods.ln import norm_names
 
@@ -35,7 +35,7 @@ INITS: dict[str, bool | str] = {
     "olora": "olora",
     "eva": "eva",
 }
-CHANGES_BASE = ("pissa", "olora")  # they subtract their start from the base weights
+BASE_CHANGING_INITS = ("pissa", "olora")  # they subtract their start from the base weights
 # tied tables that PEFT keeps tied when it is asked for the one end or the other
 _TIED_BY_TABLE, _TIED_BY_HEAD = ("embed_tokens",), ("wte", "word_embeddings")
 
@@ -48,10 +48,7 @@ class LoraOptions(Options):
     alpha: PositiveFloat | None = Field(None, description="scale numerator; 2 x rank unless given")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     targets: Targets = "auto"
-    target_parameters: list[str] = Field(
-        [],
-        description="names of parameters to adapt beside the targets",
-    )
+    target_parameters: list[str] = Field([], description="names of parameters to adapt beside the targets")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
     dora: bool = Field(False, description="train magnitude and direction apart (Liu et al. 2024)")
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "default"
@@ -64,37 +61,32 @@ class LoraOptions(Options):
 
 
 def count(options: LoraOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:
-    """rank x (d_in + d_out) per matrix; DoRA adds d_out magnitudes; then what `also_train` adds."""
+    """Count rank * (d_in + d_out) per matrix, d_out magnitudes for DoRA, and the parts in `also_train`."""
     magnitudes = 1 if options.dora else 0
-    counts = by_role(
-        selection.modules,
-        lambda m: max(1, m.num) * options.rank * (m.d_in + m.d_out) + magnitudes * m.d_out,
+    counts = sum_by_role(
+        selection.modules, lambda m: max(1, m.num) * options.rank * (m.d_in + m.d_out) + magnitudes * m.d_out
     )
-    return {**counts, **_count_also(options, shape), **count_head(shape)}
+    by_kind = shape.by_role()
+    whole_parts = set(_whole_parts(options))
+    tokens = {token for item in options.also_train if isinstance(item, TokenRows) for token in item.tokens}
+    count_also = {}
+    if tokens:
+        count_also["tokens"] = len(tokens) * shape.dims.hidden
+    if "norms" in whole_parts:
+        count_also["norms"] = by_kind.get("norms", 0)
+    if "embeddings" in whole_parts or ("head" in whole_parts and shape.tied_embeddings):
+        count_also["embeddings"] = by_kind.get("embeddings", 0)  # tied to the head, it is trained once
+    if "head" in whole_parts and not shape.tied_embeddings:
+        count_also["head"] = by_kind.get("head", 0)
+    return {**counts, **count_also, **count_head(shape)}
 
 
-def _whole(options: LoraOptions) -> list[str]:
+def _whole_parts(options: LoraOptions) -> list[str]:
     return [item for item in options.also_train if isinstance(item, str)]
 
 
-def _count_also(options: LoraOptions, shape: ModelShape) -> dict[str, int]:
-    by_kind = shape.by_role()
-    whole = set(_whole(options))
-    tokens = {token for item in options.also_train if isinstance(item, TokenRows) for token in item.tokens}
-    found = {}
-    if tokens:
-        found["tokens"] = len(tokens) * shape.dims.hidden
-    if "norms" in whole:
-        found["norms"] = by_kind.get("norms", 0)
-    if "embeddings" in whole or ("head" in whole and shape.tied_embeddings):
-        found["embeddings"] = by_kind.get("embeddings", 0)  # tied to the head, it is trained once
-    if "head" in whole and not shape.tied_embeddings:
-        found["head"] = by_kind.get("head", 0)
-    return found
-
-
 def peft(options: LoraOptions, shape: ModelShape, selection: Selection) -> PeftSpec:
-    """peft.LoraConfig. Token rows are filled in once the tokenizer is there."""
+    """Build peft.LoraConfig. Token rows are added once the tokenizer is loaded."""
     arguments: dict[str, Any] = {
         "r": options.rank,
         "lora_alpha": options.scale_alpha,
@@ -107,49 +99,46 @@ def peft(options: LoraOptions, shape: ModelShape, selection: Selection) -> PeftS
     }
     if selection.parameters:
         arguments["target_parameters"] = list(selection.parameters)
-    whole = _whole(options)
-    if whole:
+    parts = _whole_parts(options)
+    if parts:
         family = shape.family
         names = {"embeddings": [family.embeddings], "head": [family.head], "norms": norm_names(shape)}
         if shape.tied_embeddings:
-            end = "head" if family.embeddings in _TIED_BY_HEAD else "embeddings"
-            names |= {"embeddings": names[end], "head": names[end]}
-        saved = [*arguments.get("modules_to_save", ()), *(name for item in whole for name in names[item])]
-        arguments["modules_to_save"] = list(dict.fromkeys(saved))
-        if shape.tied_embeddings and {"embeddings", "head"} & set(whole):
+            tied_end = "head" if family.embeddings in _TIED_BY_HEAD else "embeddings"
+            names |= {"embeddings": names[tied_end], "head": names[tied_end]}
+        modules_to_save = [*arguments.get("modules_to_save", ()), *(name for item in parts for name in names[item])]
+        arguments["modules_to_save"] = list(dict.fromkeys(modules_to_save))
+        if shape.tied_embeddings and {"embeddings", "head"} & set(parts):
             arguments["ensure_weight_tying"] = True
     return PeftSpec("LoraConfig", arguments)
 
 
 def conflicts(options: LoraOptions, shape: ModelShape, selection: Selection) -> Iterator[Conflict]:
-    """What PEFT cannot do on weights that it reaches as parameters, and does wrongly on tied tables."""
+    """Yield options that PEFT cannot combine with parameter targets, a task head, or tied embeddings."""
     if selection.parameters:
-        what = f"with {selection.parameters[0]}, which PEFT reaches as a parameter"
-        leave = "or leave these modules out"
+        detail = f"with {selection.parameters[0]}, which PEFT reaches as a parameter"
+        alternative = "or leave these modules out"
         if options.dropout:
-            yield Conflict("dropout", f"{options.dropout} {what}", "0", f"set dropout: 0, {leave}")
+            yield Conflict("dropout", f"{options.dropout} {detail}", "0", f"set dropout: 0, {alternative}")
         if options.dora:
-            yield Conflict("dora", f"true {what}", "false", f"set dora: false, {leave}")
+            yield Conflict("dora", f"true {detail}", "false", f"set dora: false, {alternative}")
         if options.init not in {"default", "gaussian"}:
-            yield Conflict("init", f"{options.init} {what}", "default")
+            yield Conflict("init", f"{options.init} {detail}", "default")
     head = shape.family.heads[shape.task].modules
-    if head and options.init in CHANGES_BASE:
+    if head and options.init in BASE_CHANGING_INITS:
         fix = f"PEFT converts only A and B of such an adapter: the {shape.task} head would be lost"
         yield Conflict("init", f"{options.init} with a head to train", "default", fix)
     if "head" in options.also_train and head:
         yield Conflict(
-            "also_train",
-            "head",
-            "no head here",
-            f"the {shape.task} head ({', '.join(head)}) is always trained",
+            "also_train", "head", "no head here", f"the {shape.task} head ({', '.join(head)}) is always trained"
         )
     if "norms" in options.also_train and "ln" in shape.family.refuses:
         yield Conflict("also_train", "norms", "no norms here", shape.family.refuses["ln"])
-    table = {"embeddings", "head"} & set(_whole(options))
-    if table and shape.tied_embeddings and shape.family.embeddings not in (*_TIED_BY_TABLE, *_TIED_BY_HEAD):
+    tied_parts = {"embeddings", "head"} & set(_whole_parts(options))
+    if tied_parts and shape.tied_embeddings and shape.family.embeddings not in (*_TIED_BY_TABLE, *_TIED_BY_HEAD):
         yield Conflict(
             "also_train",
-            f"{sorted(table)[0]} of a model whose {shape.family.embeddings} is tied to its head",
+            f"{sorted(tied_parts)[0]} of a model whose {shape.family.embeddings} is tied to its head",
             "{tokens: [...]} or neither",
             "PEFT copies this tied table and the copy would not be used on both sides",
         )

@@ -7,15 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from peftkit.archs import ModelShape
-from peftkit.methods.base import (
-    Method,
-    Options,
-    PeftSpec,
-    PositiveInt,
-    Selection,
-    count_head,
-    head_arguments,
-)
+from peftkit.methods.base import Method, Options, PeftSpec, PositiveInt, Selection, count_head, head_arguments
 
 
 class PrefixOptions(Options):
@@ -28,7 +20,7 @@ class PrefixOptions(Options):
 
 
 def count(options: PrefixOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:
-    """tokens x layers x (keys + values); with projection: embedding and a two-layer MLP with biases."""
+    """Count tokens * layers * (keys + values); with projection: embedding and a two-layer MLP with biases."""
     dims = shape.dims
     table = dims.num_layers * 2 * dims.kv
     if not options.projection:
@@ -39,7 +31,7 @@ def count(options: PrefixOptions, shape: ModelShape, selection: Selection) -> di
 
 
 def peft(options: PrefixOptions, shape: ModelShape, selection: Selection) -> PeftSpec:
-    """peft.PrefixTuningConfig, with the geometry given: PEFT would guess it wrongly for MQA and MPT."""
+    """Build peft.PrefixTuningConfig with explicit geometry: PEFT would guess it wrongly for MQA and MPT."""
     arguments: dict[str, Any] = {
         "num_virtual_tokens": options.virtual_tokens,
         "prefix_projection": options.projection,

@@ -7,15 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from peftkit.archs import ModelShape
-from peftkit.methods.base import (
-    Method,
-    Options,
-    PeftSpec,
-    PositiveInt,
-    Selection,
-    count_head,
-    head_arguments,
-)
+from peftkit.methods.base import Method, Options, PeftSpec, PositiveInt, Selection, count_head, head_arguments
 
 
 class PromptOptions(Options):
@@ -24,30 +16,32 @@ class PromptOptions(Options):
     name: Literal["prompt"]
     virtual_tokens: PositiveInt = Field(20, description="length of the learned prompt")
     init: Literal["random", "vocabulary"] = Field(
-        "vocabulary",
-        description="start from embeddings of random words (the paper's better start), or from noise",
+        "vocabulary", description="start from embeddings of random words (the paper's better start), or from noise"
     )
 
 
-def _num_sides(shape: ModelShape) -> int:
-    """PEFT keeps a prompt for the encoder and one for the decoder."""
+def _num_prompts(shape: ModelShape) -> int:
+    """Return the number of prompts that PEFT keeps: two for an encoder-decoder, else one."""
     return 2 if shape.task == "seq2seq" else 1
 
 
 def count(options: PromptOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:
-    """tokens x hidden, twice for encoder-decoders."""
-    return {"prompt": options.virtual_tokens * shape.dims.hidden * _num_sides(shape), **count_head(shape)}
+    """Count tokens * hidden, twice for encoder-decoders."""
+    return {"prompt": options.virtual_tokens * shape.dims.hidden * _num_prompts(shape), **count_head(shape)}
 
 
 def peft(options: PromptOptions, shape: ModelShape, selection: Selection) -> PeftSpec:
-    """peft.PromptTuningConfig, with the geometry given: state-space models name no heads to guess it from."""
+    """Build peft.PromptTuningConfig with explicit geometry.
+
+    State-space models have no heads for PEFT to guess it from.
+    """
     arguments: dict[str, Any] = {
         "num_virtual_tokens": options.virtual_tokens,
         "prompt_tuning_init": {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB"}[options.init],
         "num_layers": shape.dims.num_layers,
         "num_attention_heads": shape.dims.heads,
         "token_dim": shape.dims.hidden,
-        "num_transformer_submodules": _num_sides(shape),
+        "num_transformer_submodules": _num_prompts(shape),
         **head_arguments(shape),
     }
     return PeftSpec("PromptTuningConfig", arguments)
@@ -58,9 +52,9 @@ def learning_rate(num_parameters: int) -> tuple[float, str]:
 
 
 def refuses(shape: ModelShape) -> str:
-    """A token classifier's output would have the prompt's positions in it."""
-    tags = shape.task == "token-classification"
-    return "PEFT leaves the prompt's positions in a token classifier's output" if tags else ""
+    """Return a reason for token classifiers, whose output would contain the prompt's positions."""
+    is_token_classifier = shape.task == "token-classification"
+    return "PEFT leaves the prompt's positions in a token classifier's output" if is_token_classifier else ""
 
 
 METHOD = Method(

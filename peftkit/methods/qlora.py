@@ -23,7 +23,7 @@ class QloraOptions(LoraOptions):
 
 
 def conflicts(options: QloraOptions, shape: ModelShape, selection: Selection) -> Iterator[Conflict]:
-    """LoRA's, and: experts in 4-bit are out of PEFT's reach, which would leave them out without a word."""
+    """Yield LoRA's conflicts, and one for 4-bit experts, which PEFT would leave out silently."""
     yield from lora.conflicts(options, shape, selection)
     if selection.parameters:
         yield Conflict(

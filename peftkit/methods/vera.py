@@ -15,10 +15,10 @@ from peftkit.methods.base import (
     PositiveInt,
     Selection,
     Targets,
-    by_role,
     count_head,
     head_arguments,
     linear_roles,
+    sum_by_role,
 )
 
 
@@ -30,16 +30,19 @@ class VeraOptions(Options):
     targets: Targets = "auto"
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     d_initial: PositiveFloat = Field(0.1, description="start of the rank scalings")
-    seed: int = Field(0, ge=0, description="of the shared random matrices, which are stored with the adapter")
+    seed: int = Field(0, ge=0, description="seed of the shared random matrices, which are stored with the adapter")
 
 
 def count(options: VeraOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:
-    """rank + d_out per module: the two scaling vectors (section 3.1 of the paper)."""
-    return {**by_role(selection.modules, lambda m: options.rank + m.d_out), **count_head(shape)}
+    """Count rank + d_out per module: the two scaling vectors (section 3.1 of the paper)."""
+    return {**sum_by_role(selection.modules, lambda m: options.rank + m.d_out), **count_head(shape)}
 
 
 def peft(options: VeraOptions, shape: ModelShape, selection: Selection) -> PeftSpec:
-    """peft.VeraConfig; the random matrices are saved too, so that no other version draws others."""
+    """Build peft.VeraConfig.
+
+    The random matrices are saved too, so that another version cannot draw different ones.
+    """
     arguments = {
         "r": options.rank,
         "vera_dropout": options.dropout,

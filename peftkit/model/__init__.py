@@ -1,1 +1,1 @@
-"""The base model and its adapter: found, loaded, quantized, wrapped, saved. The only home of peft."""
+"""The base model and its adapter: locate, load, quantize, wrap, save. The only package that imports peft."""

@@ -1,4 +1,4 @@
-"""The device: what it is called, what it has, how much of it was used."""
+"""Detection of the device, and its memory use."""
 
 from __future__ import annotations
 
@@ -27,64 +27,57 @@ def _has_bitsandbytes() -> bool:
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
-def _cpu() -> DeviceFacts:
+def _detect_cpu() -> DeviceFacts:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    fast = bool({"avx512_bf16", "amx_bf16"} & set(fields.get("flags", "").split()))
+    has_bf16 = bool({"avx512_bf16", "amx_bf16"} & set(fields.get("flags", "").split()))
+    memory = psutil.virtual_memory()
+    used_by_others = max(0, int(memory.total - memory.available - psutil.Process().memory_info().rss))
     return DeviceFacts(
         kind="cpu",
         name=fields.get("model name", "CPU"),
         memory_bytes=psutil.virtual_memory().total,
-        used_bytes=_used_by_others(),
-        supports_bf16=fast,
+        used_bytes=used_by_others,
+        supports_bf16=has_bf16,
         has_bitsandbytes=_has_bitsandbytes(),
     )
 
 
-def _used_by_others() -> int:
-    """Host memory that is not there for this process, beside what it holds itself."""
-    memory = psutil.virtual_memory()
-    return max(0, int(memory.total - memory.available - psutil.Process().memory_info().rss))
-
-
-def _nvidia() -> DeviceFacts | None:
-    """The GPU that CUDA would take first, as the driver's own tool tells it; None where there is none."""
-    tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if tool is None or visible in {"", "-1"}:
-        return None
-    chosen = ["-i", visible.split(",")[0]] if visible else []
-    query = [
-        tool,
-        *chosen,
-        "--query-gpu=name,memory.total,memory.used,compute_cap",
-        "--format=csv,noheader,nounits",
-    ]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        name, mebibytes, used, capability = (
-            part.strip() for part in answer.stdout.splitlines()[0].split(",")
-        )
-        return DeviceFacts(
-            kind="cuda",
-            name=name,
-            memory_bytes=int(mebibytes) * 2**20,
-            supports_bf16=float(capability) >= _FAST_BF16_CAPABILITY,
-            has_bitsandbytes=_has_bitsandbytes(),
-            used_bytes=int(used) * 2**20,
-        )
-    except (subprocess.SubprocessError, OSError, ValueError, IndexError):
-        return None  # torch has the last word, and a difference is told
-
-
-def detect_device_light() -> DeviceFacts:
-    """The device without importing torch, so that plans answer at once."""
+def detect_device_without_torch() -> DeviceFacts:
+    """Detect the device without importing torch, so that plans answer at once."""
     if sys.platform == "darwin" and platform.machine() == "arm64":
-        return replace(_cpu(), kind="mps", name="Apple GPU", supports_bf16=False)
-    return _nvidia() or _cpu()
+        return replace(_detect_cpu(), kind="mps", name="Apple GPU", supports_bf16=False)
+    nvidia_smi, visible_devices = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if nvidia_smi is None or visible_devices in {"", "-1"}:
+        detect_nvidia = None
+    else:
+        selection = ["-i", visible_devices.split(",")[0]] if visible_devices else []
+        query = [
+            nvidia_smi,
+            *selection,
+            "--query-gpu=name,memory.total,memory.used,compute_cap",
+            "--format=csv,noheader,nounits",
+        ]
+        try:
+            result = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+            name, mebibytes, used_mebibytes, capability = (
+                part.strip() for part in result.stdout.splitlines()[0].split(",")
+            )
+            detect_nvidia = DeviceFacts(
+                kind="cuda",
+                name=name,
+                memory_bytes=int(mebibytes) * 2**20,
+                supports_bf16=float(capability) >= _FAST_BF16_CAPABILITY,
+                has_bitsandbytes=_has_bitsandbytes(),
+                used_bytes=int(used_mebibytes) * 2**20,
+            )
+        except (subprocess.SubprocessError, OSError, ValueError, IndexError):
+            detect_nvidia = None  # torch has the last word, and a difference is told
+    return detect_nvidia or _detect_cpu()
 
 
 def detect_device() -> DeviceFacts:
-    """The device that torch will really use."""
+    """Detect the device that torch will use."""
     import torch
 
     if torch.cuda.is_available():
@@ -99,12 +92,12 @@ def detect_device() -> DeviceFacts:
             used_bytes=max(0, total - free - CONTEXT_BYTES["cuda"]),  # the context is ours
         )
     if torch.backends.mps.is_available():
-        return replace(_cpu(), kind="mps", name="Apple GPU", supports_bf16=False)
-    return _cpu()
+        return replace(_detect_cpu(), kind="mps", name="Apple GPU", supports_bf16=False)
+    return _detect_cpu()
 
 
-def reset_peak() -> None:
-    """Start a new measurement of the peak: the GPU's, or on Linux this process's."""
+def reset_peak_memory() -> None:
+    """Reset the peak of memory use: the GPU's, or on Linux this process's."""
     import torch
 
     if torch.cuda.is_available():
@@ -115,7 +108,7 @@ def reset_peak() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device or the host has no memory left."""
+    """Return whether an error says that the device or the host ran out of memory."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -123,12 +116,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     # torch on a CPU, the driver, cuBLAS, Triton and MPS have no class of their own for it
-    told = ("can't allocate memory", "std::bad_alloc", "not enough memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
+    phrases = ("can't allocate memory", "std::bad_alloc", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
 
 
-def release() -> None:
-    """Give back what nothing holds any more."""
+def release_memory() -> None:
+    """Return unused memory.
+
+    Torch's cached blocks on a GPU to the driver, glibc's freed pages on Linux to the system.
+    """
     import gc
 
     import torch
@@ -141,11 +137,11 @@ def release() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def memory_used() -> dict[str, int]:
-    """Bytes in use now and at the peak.
+def read_memory_use() -> dict[str, int]:
+    """Return the bytes in use now and at the peak.
 
-    On a GPU: allocated and reserved by torch's allocator. On a CPU: resident size of this process; the peak
-    is the operating system's, since the process's start or the last `reset_peak`.
+    On a GPU: allocated and reserved by torch's allocator. On a CPU: resident size of this process; its peak
+    is the operating system's, since the process's start or the last `reset_peak_memory`.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The 4-bit base: bitsandbytes' configuration, fused experts, and what must be mended around loading."""
+"""The 4-bit base: bitsandbytes' configuration, fused experts, and fixes for library faults around loading."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from peftkit.model.mends import bnb_cpu_repack, falcon_linear
 from peftkit.plan.plan import BasePlan
-from peftkit.plan.targets import matches
+from peftkit.plan.targets import matches_target
 
 if TYPE_CHECKING:
     import torch
 
 
-def quantization_config(base: BasePlan) -> Any:
-    """transformers' BitsAndBytesConfig for a plan, or None where the base is not quantized."""
+def build_quantization_config(base: BasePlan) -> Any:
+    """Build transformers' BitsAndBytesConfig for a plan; None where the base is not quantized."""
     if base.quant_type is None:
         return None
     import torch
@@ -32,27 +32,27 @@ def quantization_config(base: BasePlan) -> Any:
 
 
 @contextmanager
-def mended_loading(base: BasePlan) -> Iterator[None]:
-    """What has to hold while a model is loaded in 4-bit."""
+def patched_loading(base: BasePlan) -> Iterator[None]:
+    """Apply the library patches that 4-bit loading needs, inside this block."""
     if base.quant_type is None:
         yield
         return
-    with falcon_linear.mended():
+    with falcon_linear.plain_falcon_linear():
         yield
 
 
-def after_loading(model: Any, base: BasePlan) -> None:
-    """Quantize fused experts and mend the layers. Call it again after anything that makes 4-bit layers."""
+def finish_4bit_loading(model: Any, base: BasePlan) -> None:
+    """Quantize fused experts and patch 4-bit layers. Call it again after anything that makes 4-bit layers."""
     if base.quant_type is None:
         return
     _quantize_experts(model, base)
-    bnb_cpu_repack.mend(model)
+    bnb_cpu_repack.clear_repack_flag(model)
 
 
-def quantize_blank(model: Any, base: BasePlan, fill: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Make the 4-bit layers of a model on the meta device, as loading its weights would.
+def make_4bit_layers(model: Any, base: BasePlan, fill: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace linear layers and experts of a meta-device model by 4-bit ones, as loading would.
 
-    `fill` gives each weight its numbers and its device before it is quantized, one at a time.
+    `fill` gives each weight its values and device before it is quantized, one at a time.
     """
     if base.quant_type is None:
         return
@@ -64,37 +64,30 @@ def quantize_blank(model: Any, base: BasePlan, fill: Callable[[torch.Tensor], to
     # the library keeps its code table where it is first used, and one without numbers would stay for good
     quantize_blockwise(torch.zeros(1))
     replace_with_bnb_linear(
-        model,
-        modules_to_not_convert=list(base.skip_4bit),
-        quantization_config=quantization_config(base),
+        model, modules_to_not_convert=list(base.skip_4bit), quantization_config=build_quantization_config(base)
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):
             size = (module.out_features, module.in_features)
-            plain = fill(torch.empty(size, dtype=getattr(torch, base.dtype), device="meta"))
+            weight = fill(torch.empty(size, dtype=getattr(torch, base.dtype), device="meta"))
             module.weight = Params4bit(
-                plain,
-                requires_grad=False,
-                quant_type=base.quant_type,
-                compress_statistics=base.double_quant,
-            )._quantize(plain.device)  # type: ignore[no-untyped-call]
+                weight, requires_grad=False, quant_type=base.quant_type, compress_statistics=base.double_quant
+            )._quantize(weight.device)  # type: ignore[no-untyped-call]
             if module.bias is not None:
-                module.bias = torch.nn.Parameter(module.bias.to(plain.dtype), requires_grad=False)
+                module.bias = torch.nn.Parameter(module.bias.to(weight.dtype), requires_grad=False)
     _quantize_experts(model, base, fill)
     model.tie_weights()
     model.config.update({"_is_quantized": True})  # as loading does: some state layers look at it
 
 
-def _quantize_experts(
-    model: Any, base: BasePlan, fill: Callable[[torch.Tensor], torch.Tensor] | None = None
-) -> None:
-    """Experts are 3-D parameters, which transformers leaves alone: most of a mixture stands in them."""
+def _quantize_experts(model: Any, base: BasePlan, fill: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+    """Quantize fused experts: 3-D parameters, most of a mixture's weights, which transformers skips."""
     import torch
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
     for name, module in list(model.named_modules()):
         for key, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.ndim == 3 and any(matches(f"{name}.{key}", ending) for ending in base.experts_4bit):
+            if parameter.ndim == 3 and any(matches_target(f"{name}.{key}", ending) for ending in base.experts_4bit):
                 if fill is not None:
                     module.register_parameter(key, torch.nn.Parameter(fill(parameter), requires_grad=False))
                 replace_parameter_4bit(
@@ -105,36 +98,38 @@ def _quantize_experts(
                 )
 
 
-def coverage(model: Any) -> float:
-    """The share of parameters that is held in 4-bit, counted on the loaded model."""
+def share_in_4bit(model: Any) -> float:
+    """Return the share of parameters stored in 4-bit, counted on the loaded model."""
     from torch.nn.utils.parametrize import is_parametrized
 
-    held = total = 0
-    seen: set[int] = set()
+    num_4bit = total = 0
+    counted_ids: set[int] = set()
     for module in model.modules():
         parametrized = is_parametrized(module)
         for parameter in module.parameters(recurse=False):
-            if id(parameter) in seen:  # tied
+            if id(parameter) in counted_ids:  # tied
                 continue
-            seen.add(id(parameter))
+            counted_ids.add(id(parameter))
             state = getattr(parameter, "quant_state", None)
-            num = state.shape.numel() if state is not None else parameter.numel()
-            held += num if state is not None else 0
-            total += num
+            count = state.shape.numel() if state is not None else parameter.numel()
+            num_4bit += count if state is not None else 0
+            total += count
         if parametrized:
             for chain in module.parametrizations.values():
-                num = chain[0].quant_state.shape.numel()
-                held, total = (
-                    held + num,
-                    total + num - sum(p.numel() for p in chain.parameters(recurse=False)),
+                count = chain[0].quant_state.shape.numel()
+                num_4bit, total = (
+                    num_4bit + count,
+                    total
+                    + count
+                    - sum(packed_parameter.numel() for packed_parameter in chain.parameters(recurse=False)),
                 )
-    return held / total
+    return num_4bit / total
 
 
-def layers_in_4bit(model: Any, base: BasePlan) -> dict[str, bool]:
-    """Parameters of a model on the meta device that loading would put into 4-bit (it is changed).
+def find_4bit_layers(model: Any, base: BasePlan) -> dict[str, bool]:
+    """Return the parameters that loading would quantize to 4-bit; changes `model`, on the meta device.
 
-    The value says whether the layer holds its weight the other way round while it quantizes it (Conv1D).
+    The value is True where the layer quantizes its weight transposed (Conv1D).
     """
     if base.quant_type is None:
         return {}
@@ -147,13 +142,11 @@ def layers_in_4bit(model: Any, base: BasePlan) -> dict[str, bool]:
         f"{name}.{key}": False
         for name, module in model.named_modules()
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and any(matches(f"{name}.{key}", ending) for ending in base.experts_4bit)
+        if parameter.ndim == 3 and any(matches_target(f"{name}.{key}", ending) for ending in base.experts_4bit)
     }
     with torch.device("meta"):
         replace_with_bnb_linear(
-            model,
-            modules_to_not_convert=list(base.skip_4bit),
-            quantization_config=quantization_config(base),
+            model, modules_to_not_convert=list(base.skip_4bit), quantization_config=build_quantization_config(base)
         )
     layers = {
         f"{name}.weight": module.source_cls is Conv1D
@@ -163,25 +156,28 @@ def layers_in_4bit(model: Any, base: BasePlan) -> dict[str, bool]:
     return layers | experts
 
 
-def through_4bit(weight: torch.Tensor, base: BasePlan, *, turned: bool, device: str = "cpu") -> torch.Tensor:
-    """What a 4-bit layer computes with: the weight quantized and dequantized, in its own type.
+def round_trip_4bit(weight: torch.Tensor, base: BasePlan, *, transposed: bool, device: str = "cpu") -> torch.Tensor:
+    """Quantize and dequantize a weight: the values that a 4-bit layer computes with, in the weight's dtype.
 
-    `turned` for layers that hold it the other way round.
+    `transposed` for layers that quantize the transposed weight.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     assert base.quant_type is not None
-    plain = (weight.T if turned else weight).contiguous().to(device)
-    packed, state = quantize_4bit(plain, compress_statistics=base.double_quant, quant_type=base.quant_type)
-    found = dequantize_4bit(packed, state).to("cpu")
-    return (found.T if turned else found).contiguous()
+    oriented = (weight.T if transposed else weight).contiguous().to(device)
+    codes, state = quantize_4bit(oriented, compress_statistics=base.double_quant, quant_type=base.quant_type)
+    dequantized = dequantize_4bit(codes, state).to("cpu")
+    return (dequantized.T if transposed else dequantized).contiguous()
 
 
-def packed_4bit(weight: torch.Tensor, base: BasePlan, *, turned: bool) -> dict[str, torch.Tensor]:
-    """A weight in 4-bit as transformers stores it: "" holds the codes, other keys continue the name."""
+def pack_4bit(weight: torch.Tensor, base: BasePlan, *, transposed: bool) -> dict[str, torch.Tensor]:
+    """Quantize a weight to the tensors that transformers stores.
+
+    "" holds the codes; other keys extend the name.
+    """
     from bitsandbytes.functional import quantize_4bit
 
     assert base.quant_type is not None
-    plain = (weight.T if turned else weight).contiguous()
-    packed, state = quantize_4bit(plain, compress_statistics=base.double_quant, quant_type=base.quant_type)
-    return {"": packed, **{f".{key}": value for key, value in state.as_dict(packed=True).items()}}
+    oriented = (weight.T if transposed else weight).contiguous()
+    codes, state = quantize_4bit(oriented, compress_statistics=base.double_quant, quant_type=base.quant_type)
+    return {"": codes, **{f".{key}": value for key, value in state.as_dict(packed=True).items()}}

@@ -1,6 +1,6 @@
-"""Everything decided, by a pure function of recipe and facts."""
+"""The plan: everything decided, as a pure function of recipe and facts."""
 
-from peftkit.plan.facts import DataFacts, DeviceFacts, Facts, Lengths, ModelFacts, Packs, Row, TextFacts
+from peftkit.plan.facts import DataFacts, DeviceFacts, Facts, Lengths, ModelFacts, PackLengths, RowLengths, TextFacts
 from peftkit.plan.plan import Batch, Decision, Memory, Peak, Plan, read_plan
 from peftkit.plan.resolve import make_plan
 
@@ -13,10 +13,10 @@ __all__ = [
     "Lengths",
     "Memory",
     "ModelFacts",
-    "Packs",
+    "PackLengths",
     "Peak",
     "Plan",
-    "Row",
+    "RowLengths",
     "TextFacts",
     "make_plan",
     "read_plan",

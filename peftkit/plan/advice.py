@@ -1,4 +1,4 @@
-"""What the plan makes of method and data: a few rules with their sources, told and never acted on."""
+"""Advice on method and data: a few rules with their sources, shown and never applied."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from peftkit.methods import METHODS
 from peftkit.plan.facts import Facts
-from peftkit.plan.fit import judge
-from peftkit.plan.memory import closed_form
-from peftkit.plan.method import refusal
-from peftkit.plan.packing import num_rows
+from peftkit.plan.fit import check_fit
+from peftkit.plan.memory import closed_form_memory
+from peftkit.plan.method import refusal_reason
+from peftkit.plan.packing import num_trainer_rows
 from peftkit.plan.plan import Decision, Plan
 from peftkit.units import show_bytes, show_count
 
@@ -20,51 +20,45 @@ _SMALL_METHODS = {"prefix", "prompt", "ia3", "ln", "vera"}
 
 
 def advice(plan: Plan, facts: Facts) -> Iterator[Decision]:
-    """Advice for a plan that has its batch and memory."""
-    yield from _on_method(plan, facts)
+    """Yield advice for a plan that has its batch and memory."""
+    assert plan.memory is not None
+    name, fit = plan.method.name, check_fit(plan.memory, facts.device)
+    can_quantize = facts.device.kind == "cuda" and not refusal_reason(METHODS["qlora"], facts.model.shape)
+    if fit.verdict == "does not fit" and name in {"full", "lora"} and can_quantize:
+        reason = f"{name} needs {show_bytes(-fit.margin_bytes)} more than is free"
+        yield _advise("method", "qlora", f"{reason}; a 4-bit base takes a quarter (Dettmers et al. 2023)")
+    elif name == "full" and facts.data is not None and facts.data.num_train < _FEW_ROWS:
+        rows = f"{show_count(facts.data.num_train)} rows are few for {show_count(plan.method.num_parameters)}"
+        reason = f"{rows} weights: an adapter learns as well from so few rows and forgets less"
+        yield _advise("method", "lora", f"{reason} (Biderman et al. 2024; Schulman et al. 2025)")
+    elif name == "qlora" and facts.device.kind == "cuda":
+        unquantized = replace(plan, base=replace(plan.base, quant_type=None, experts_4bit=()))
+        assert plan.batch is not None
+        unquantized_fit = check_fit(closed_form_memory(facts.model.shape, unquantized, plan.batch), facts.device)
+        if unquantized_fit.verdict == "fits":
+            room = f"{show_bytes(unquantized_fit.needed_bytes)} of {show_bytes(unquantized_fit.free_bytes)}"
+            yield _advise("method", "lora", f"it fits too ({room}): faster, and without 4-bit error")
+    elif name in _SMALL_METHODS:
+        reason = "few parameters are trained: if quality lags, try lora on all linear layers"
+        yield _advise("method", "lora", reason)
     yield from _on_data(plan, facts)
 
 
-def _told(about: str, value: str, reason: str) -> Decision:
-    return Decision(f"advice.{about}", value, "decided", reason)
-
-
-def _on_method(plan: Plan, facts: Facts) -> Iterator[Decision]:
-    assert plan.memory is not None
-    name, fit = plan.method.name, judge(plan.memory, facts.device)
-    can = facts.device.kind == "cuda" and not refusal(METHODS["qlora"], facts.model.shape)
-    if fit.verdict == "does not fit" and name in {"full", "lora"} and can:
-        reason = f"{name} needs {show_bytes(-fit.margin_bytes)} more than is free"
-        yield _told("method", "qlora", f"{reason}; a 4-bit base takes a quarter (Dettmers et al. 2023)")
-    elif name == "full" and facts.data is not None and facts.data.num_train < _FEW_ROWS:
-        rows = f"{show_count(facts.data.num_train)} rows are few for {show_count(plan.method.num_parameters)}"
-        reason = f"{rows} weights: an adapter learns as well from so few and forgets less"
-        yield _told("method", "lora", f"{reason} (Biderman et al. 2024; Schulman et al. 2025)")
-    elif name == "qlora" and facts.device.kind == "cuda":
-        plain = replace(plan, base=replace(plan.base, quant_type=None, experts_4bit=()))
-        assert plan.batch is not None
-        needed = judge(closed_form(facts.model.shape, plain, plan.batch), facts.device)
-        if needed.verdict == "fits":
-            room = f"{show_bytes(needed.needed_bytes)} of {show_bytes(needed.free_bytes)}"
-            yield _told("method", "lora", f"it fits too ({room}): faster, and without 4-bit error")
-    elif name in _SMALL_METHODS:
-        reason = "few numbers are trained: where quality lags, the next rung is lora on all linear layers"
-        yield _told("method", "lora", reason)
+def _advise(topic: str, value: str, reason: str) -> Decision:
+    return Decision(f"advice.{topic}", value, "decided", reason)
 
 
 def _on_data(plan: Plan, facts: Facts) -> Iterator[Decision]:
     data, steps = facts.data, plan.train.num_steps
     if data is None or not steps:
         return
-    epochs = steps * plan.train.batch_size / max(1, num_rows(plan, facts) or 0)
+    epochs = steps * plan.train.batch_size / max(1, num_trainer_rows(plan, facts) or 0)
     if epochs > _MANY_EPOCHS:
         reason = f"every row is seen {epochs:.0f} times: held-out rows show when it only memorises"
-        yield _told("epochs", f"{epochs:.0f}", reason)
-    trained = plan.method.num_trainable or 0
-    learnt = data.lengths.num_learnt if data.lengths and data.lengths.source == "counted" else 0
-    if plan.method.name in {"lora", "qlora"} and learnt > trained > 0:
-        tokens = f"{show_count(learnt)} learnt tokens for {show_count(trained)} trained parameters"
-        reason = (
-            f"{tokens}: an adapter may run out of capacity (Schulman et al. 2025); a larger rank gives more"
-        )
-        yield _told("capacity", "a larger rank", reason)
+        yield _advise("epochs", f"{epochs:.0f}", reason)
+    num_trainable = plan.method.num_trainable or 0
+    num_loss_tokens = data.lengths.num_learnt if data.lengths and data.lengths.source == "counted" else 0
+    if plan.method.name in {"lora", "qlora"} and num_loss_tokens > num_trainable > 0:
+        tokens = f"{show_count(num_loss_tokens)} tokens in the loss for {show_count(num_trainable)} trained parameters"
+        reason = f"{tokens}: an adapter may run out of capacity (Schulman et al. 2025); a larger rank gives more"
+        yield _advise("capacity", "a larger rank", reason)

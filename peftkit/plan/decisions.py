@@ -1,4 +1,4 @@
-"""What collects decisions and problems while a plan is made."""
+"""The log of decisions and problems while a plan is made."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from peftkit.recipe import LoadedRecipe
 
 
 @dataclass
-class Decisions:
+class DecisionLog:
     """Decisions and problems, in the order in which they are made.
 
-    Without `to_train` data is only looked at.
+    Without `to_train` data is only inspected.
     """
 
     loaded: LoadedRecipe
@@ -22,26 +22,26 @@ class Decisions:
     made: list[Decision] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
-    def keep(self, dotted: str, value: Any, decided: Any = None, reason: str = "") -> Any:
-        """Record `value` as written or default; where it is "auto" or None, record `decided` instead."""
+    def record(self, dotted: str, value: Any, choice: Any = None, reason: str = "") -> Any:
+        """Record `value` with its source; if it is "auto" or None, record `choice` instead. Return it."""
         source = self.loaded.source(tuple(dotted.split(".")))
-        if (value is None or value == "auto") and decided is not None:
-            self.made.append(Decision(dotted, decided, "decided", reason))
-            return decided
+        if (value is None or value == "auto") and choice is not None:
+            self.made.append(Decision(dotted, choice, "decided", reason))
+            return choice
         self.made.append(Decision(dotted, value, str(source) if source else "default"))
         return value
 
     def decide(self, dotted: str, value: Any, reason: str) -> None:
-        """Record what follows from the model or the data rather than from the recipe."""
+        """Record a value that follows from the model or the data rather than from the recipe."""
         self.made.append(Decision(dotted, value, "decided", reason))
 
     def revise(self, dotted: str, value: Any, reason: str) -> None:
-        """Decide anew what was decided before all was known."""
+        """Replace an earlier decision on the same key."""
         self.made = [decision for decision in self.made if decision.key != dotted]
         self.decide(dotted, value, reason)
 
     def where(self, dotted: str) -> str:
-        """File, line and key, for messages."""
+        """Return file, line and key, for messages."""
         return self.loaded.where(tuple(dotted.split(".")))
 
     def refuse(self, dotted: str, got: str, expected: str, fix: str = "") -> None:

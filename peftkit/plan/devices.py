@@ -1,4 +1,4 @@
-"""GPUs by name, as data: what a plan can be made for without having one.
+"""GPUs by name, as data: devices that a plan can be made for without having one.
 
 Memory and dense 16-bit throughput (with fp32 accumulation, no sparsity) are from the vendors' data sheets.
 """
@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 
 from peftkit.errors import Problem, UserError, did_you_mean
 from peftkit.plan.facts import DeviceFacts
-from peftkit.units import clipped
+from peftkit.units import shorten
 
 _GIB = 2**30
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)(tib|tb|gib|gb|g|mib|mb)?$")
 _UNITS = {"tib": 2**40, "tb": 10**12, "gib": 2**30, "g": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6}
-_MOST_GIB = 1024  # a larger bare number is the name of a GPU without its series
+_MAX_GIB = 1024  # a larger bare number is the name of a GPU without its series
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One model of GPU. `teraflops` are dense bf16 (fp16 where it has no bf16)."""
+    """One model of GPU. `teraflops` is dense bf16 TFLOP/s (fp16 if it has no bf16)."""
 
     title: str
     memory_gib: float  # as the driver reports it, a little below the number on the box
@@ -59,38 +59,39 @@ GPUS: dict[str, Gpu] = {
 }
 
 
-def device_of(text: str, here: DeviceFacts, *, where: str = "--gpu") -> tuple[DeviceFacts, str]:
-    """(device, what was assumed) for a name, a size, or `this`. Raises UserError with the nearest names.
+def parse_device(text: str, this_device: DeviceFacts, *, where: str = "--gpu") -> tuple[DeviceFacts, str]:
+    """Return (device, assumption) for a GPU's name, a size, or `this`.
 
-    A size is a GPU of that memory with bf16; a bare number means GiB.
+    Raises UserError with the nearest names. A size is a GPU of that memory with bf16; a bare number means
+    GiB.
     """
-    wanted = text.strip().lower().replace("_", "-").replace(" ", "-")
-    joined = wanted.replace("-", "")
-    if wanted == "this":
-        return here, ""
-    known = {name.replace("-", ""): gpu for name, gpu in GPUS.items()}
-    known |= {gpu.title.lower().replace(" ", "").replace("-", ""): gpu for gpu in GPUS.values()}
-    gpu = known.get(joined)
+    lookup_name = text.strip().lower().replace("_", "-").replace(" ", "-")
+    compact_name = lookup_name.replace("-", "")
+    if lookup_name == "this":
+        return this_device, ""
+    gpus_by_name = {gpu_name.replace("-", ""): gpu for gpu_name, gpu in GPUS.items()}
+    gpus_by_name |= {gpu.title.lower().replace(" ", "").replace("-", ""): gpu for gpu in GPUS.values()}
+    gpu = gpus_by_name.get(compact_name)
     if gpu is not None:
         memory = int(gpu.memory_gib * _GIB)
-        made = DeviceFacts("cuda", gpu.title, memory, gpu.has_bf16, has_bitsandbytes=True)
-        return made, "bitsandbytes is assumed to be installed there"
-    size = _SIZE.match(joined) if not wanted.startswith("-") else None
+        device = DeviceFacts("cuda", gpu.title, memory, gpu.has_bf16, has_bitsandbytes=True)
+        return device, "bitsandbytes is assumed to be installed there"
+    size = _SIZE.match(compact_name) if not lookup_name.startswith("-") else None
     num_bytes = float(size[1]) * _UNITS[size[2] or "gib"] if size else 0.0
-    if size and 1 <= num_bytes <= _MOST_GIB * 2**30:
+    if size and 1 <= num_bytes <= _MAX_GIB * 2**30:
         memory = int(num_bytes)
-        made = DeviceFacts("cuda", f"a GPU of {text.strip()}", memory, True, has_bitsandbytes=True)
-        assumed = "a GPU with bf16 and bitsandbytes is assumed"
+        device = DeviceFacts("cuda", f"a GPU of {text.strip()}", memory, True, has_bitsandbytes=True)
+        assumption = "a GPU with bf16 and bitsandbytes is assumed"
         if size[2] is None:
-            made = replace(made, name=f"a GPU of {size[1]} GiB")
-            assumed = f"{text} is read as {size[1]} GiB (write 24GiB or 24GB to say which); {assumed}"
-        return made, assumed
-    alike = [name for name in GPUS if joined and joined in name.replace("-", "")]
-    fix = f"did you mean {' or '.join(alike)}?" if alike else did_you_mean(wanted, list(GPUS))
-    raise UserError(Problem(where, repr(clipped(text)), "a GPU's name, a size such as 24GiB, or this", fix))
+            device = replace(device, name=f"a GPU of {size[1]} GiB")
+            assumption = f"{text} is read as {size[1]} GiB (write 24GiB or 24GB to say which); {assumption}"
+        return device, assumption
+    candidates = [gpu_name for gpu_name in GPUS if compact_name and compact_name in gpu_name.replace("-", "")]
+    fix = f"did you mean {' or '.join(candidates)}?" if candidates else did_you_mean(lookup_name, list(GPUS))
+    raise UserError(Problem(where, repr(shorten(text)), "a GPU's name, a size such as 24GiB, or this", fix))
 
 
 def teraflops_of(name: str) -> float | None:
-    """Dense 16-bit throughput of a GPU by the name that its driver gives; None where it is not known."""
-    found = [gpu for gpu in GPUS.values() if gpu.title.lower() in name.lower()]
-    return max(found, key=lambda gpu: len(gpu.title)).teraflops if found else None
+    """Return the dense 16-bit TFLOP/s of a GPU by its driver's name; None if it is unknown."""
+    matches = [gpu for gpu in GPUS.values() if gpu.title.lower() in name.lower()]
+    return max(matches, key=lambda gpu: len(gpu.title)).teraflops if matches else None

@@ -1,4 +1,4 @@
-"""What was found before anything is decided. Gathered by `run`; frozen."""
+"""Facts gathered before anything is decided: device, model, data, text. Frozen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peftkit.archs import ModelShape
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """The device that trains. `memory_bytes` is the device's own memory, or the host's on CPU."""
+    """The training device. `memory_bytes` is the device's own memory, or the host's on CPU."""
 
     kind: Literal["cuda", "cpu", "mps"]
     name: str
@@ -22,7 +22,7 @@ class DeviceFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The base: where it stands, and its shapes with the head of the task on top."""
+    """The base model: its location, and its shapes including the task's head."""
 
     id: str
     kind: Literal["hub", "folder", "gguf", "embedded"]
@@ -30,7 +30,7 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
-class Row:
+class RowLengths:
     """The lengths of one row. `num_labels` is the target's length of an encoder-decoder, else 0."""
 
     num_tokens: int
@@ -39,55 +39,55 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Packs:
-    """Rows that lie together in `num` packs of at most `room` tokens. `fullest` are the fullest few."""
+class PackLengths:
+    """`num` packs of rows, each of at most `room` tokens. `fullest` are the fullest few."""
 
     room: int
     num: int
-    fullest: tuple[Row, ...]
+    fullest: tuple[RowLengths, ...]
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long the rows are. `longest` are the longest few, longest first; `deciles` go from 0 to 100 %."""
+    """Lengths of the rows. `longest` are the longest few, longest first; `deciles` go from 0 to 100 %."""
 
-    longest: tuple[Row, ...]
+    longest: tuple[RowLengths, ...]
     deciles: tuple[int, ...]
     num_tokens: int  # of all rows
     num_learnt: int
     source: str  # "counted" | "at most": bytes of text where nothing was tokenized
     num_rows: int
-    packs: Packs | None = None  # where the rows were laid together
+    packs: PackLengths | None = None  # where the rows were laid together
 
     @property
     def mean(self) -> float:
-        """Tokens of a row."""
+        """Mean tokens per row."""
         return self.num_tokens / self.num_rows
 
     def at(self, share: float) -> float:
-        """The length that a share of the rows does not exceed, about."""
-        place = share * (len(self.deciles) - 1)
-        below = int(place)
-        above = min(below + 1, len(self.deciles) - 1)
-        return self.deciles[below] + (place - below) * (self.deciles[above] - self.deciles[below])
+        """Return the length at a quantile, interpolated between deciles."""
+        position = share * (len(self.deciles) - 1)
+        lower = int(position)
+        upper = min(lower + 1, len(self.deciles) - 1)
+        return self.deciles[lower] + (position - lower) * (self.deciles[upper] - self.deciles[lower])
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Rows that are really trained on and held out."""
+    """Numbers of the rows that are trained on and held out."""
 
     num_train: int
     num_eval: int
     format: str
     labels: tuple[str, ...] = ()  # of classification, sorted
     lengths: Lengths | None = None
-    longest_eval: Row | None = None
+    longest_eval: RowLengths | None = None
     weighted: bool = False  # rows or turns do not all weigh the same
 
 
 @dataclass(frozen=True)
 class TextFacts:
-    """How the tokenizer turned examples into tokens. `ends` are the last tokens learnt, commonest first."""
+    """The tokenizer's rendering of examples. `ends` are the last tokens in the loss, commonest first."""
 
     template: str  # whose; "none" without chats
     marked: bool  # by generation markers, else by rendering prefixes
@@ -99,7 +99,7 @@ class TextFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that a plan rests on, beside the recipe."""
+    """Everything that a plan depends on, beside the recipe."""
 
     device: DeviceFacts
     model: ModelFacts

@@ -1,4 +1,4 @@
-"""What a model is and what it takes, worked out from its shape alone."""
+"""Inspection of a model: its sizes, memory and compute, and the methods that fit, from its shape alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from peftkit.archs import ModelShape
 from peftkit.methods import METHODS
-from peftkit.plan.method import coverage, default_selection, nearest_method, refusal
-from peftkit.plan.throughput import kernels_text, missing_kernels
+from peftkit.plan.method import default_selection, nearest_method, refusal_reason, share_in_4bit
+from peftkit.plan.throughput import describe_missing_kernels, missing_kernels
 from peftkit.units import html_table, show_bytes, show_count, show_percent
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal pretraining
@@ -19,8 +19,8 @@ NF4_BITS = 4.127  # with double quantization (Dettmers et al. 2023, section 3)
 
 
 @dataclass(frozen=True)
-class MethodAnswer:
-    """Whether a method can train a model at its defaults, how much that trains, and why not."""
+class MethodSupport:
+    """Support of a method at its defaults: trainable parameters, or why it cannot train the model."""
 
     name: str
     works: bool
@@ -61,29 +61,27 @@ class Inspection:
     compute: str
     optimal_tokens: int
     data_tokens: int | None
-    methods: tuple[MethodAnswer, ...]
+    methods: tuple[MethodSupport, ...]
     mind: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, value) for a table."""
-        return [*self._anatomy(), *self._costs()]
-
-    def _anatomy(self) -> list[tuple[str, str]]:
+        """Return (name, value) rows for a table."""
         heads = f", {self.heads} heads of {self.head_dim}" if self.attention != "none" else ""
         grouped = f", {self.kv_heads} for keys and values" if self.kv_heads != self.heads else ""
         context = f", trained to {show_count(self.context_length)}" if self.context_length else ""
         tied = "tied" if self.tied_embeddings else "untied"
         parts = ", ".join(f"{role} {show_count(num)}" for role, num in self.by_role.items())
         active = f", {show_count(self.num_active)} active" if self.num_active != self.num_parameters else ""
-        return [
+        anatomy = [
             ("family", f"{self.family} ({self.model_type}), for {self.task}"),
             (
                 "layers",
-                f"{self.num_layers} of width {show_count(self.hidden)}, {show_count(self.ffn)} inside",
+                f"{self.num_layers} with hidden size {show_count(self.hidden)}, feed-forward size "
+                f"{show_count(self.ffn)}",
             ),
             ("attention", f"{self.attention}{heads}{grouped}"),
             ("positions", f"{self.positions}{context}"),
@@ -93,92 +91,78 @@ class Inspection:
             ("parameters", f"{show_count(self.num_parameters)}{active}"),
             ("by role", parts),
         ]
-
-    def _costs(self) -> list[tuple[str, str]]:
-        rows = [("weights", ", ".join(f"{k} {show_bytes(v)}" for k, v in self.weight_bytes.items()))]
+        costs = [("weights", ", ".join(f"{k} {show_bytes(v)}" for k, v in self.weight_bytes.items()))]
         if any(self.cache_bytes_per_token.values()):
             per = ", ".join(f"{k} {show_bytes(v)}" for k, v in self.cache_bytes_per_token.items())
-            rows.append(("cache per token", per))
+            costs.append(("cache per token", per))
             if self.context_length:
                 text = ", ".join(f"{k} {show_bytes(v)}" for k, v in self.cache_bytes_at_full_context.items())
-                rows.append((f"cache at {show_count(self.context_length)}", text))
+                costs.append((f"cache at {show_count(self.context_length)}", text))
             if self.window:
-                rows.append(("sliding window", self.window))
+                costs.append(("sliding window", self.window))
         if self.state_bytes_per_sequence:
-            text = f"{show_bytes(self.state_bytes_per_sequence)} (bf16), whatever the length"
-            rows.append(("state per sequence", text))
-        rows.append(("packing", self.packing))
-        rows.append(("compute", self.compute))
+            text = f"{show_bytes(self.state_bytes_per_sequence)} (bf16), at any length"
+            costs.append(("state per sequence", text))
+        costs.append(("packing", self.packing))
+        costs.append(("compute", self.compute))
         data = f"; your data: about {show_count(self.data_tokens)}" if self.data_tokens is not None else ""
         optimal = f"{show_count(self.optimal_tokens)} tokens (20 per parameter){data}"
-        rows.append(("compute-optimal", optimal))
-        return rows
+        costs.append(("compute-optimal", optimal))
+        return [*anatomy, *costs]
 
     def method_rows(self) -> list[tuple[str, str, str]]:
-        """(method, trainable at its defaults, note) for a table."""
-        found = []
+        """Return (method, trainable parameters at its defaults, note) rows for a table."""
+        rows = []
         for answer in self.methods:
             num = answer.num_trainable
-            trained = "-" if num is None else f"{show_count(num)} ({show_percent(num / self.num_parameters)})"
-            found.append((answer.name, trained, answer.note))
-        return found
+            trainable_text = "-" if num is None else f"{show_count(num)} ({show_percent(num / self.num_parameters)})"
+            rows.append((answer.name, trainable_text, answer.note))
+        return rows
 
     def _repr_html_(self) -> str:
-        mind = "".join(f"<li>{escape(text)}</li>" for text in self.mind)
-        return f"{html_table(self.rows())}{html_table(self.method_rows())}<ul>{mind}</ul>"
+        notes = "".join(f"<li>{escape(text)}</li>" for text in self.mind)
+        return f"{html_table(self.rows())}{html_table(self.method_rows())}<ul>{notes}</ul>"
 
 
-def _answer(name: str, shape: ModelShape) -> MethodAnswer:
+def _method_support(name: str, shape: ModelShape) -> MethodSupport:
     method = METHODS[name]
-    reason = refusal(method, shape)
+    reason = refusal_reason(method, shape)
     if reason:
-        return MethodAnswer(name, False, None, f"{reason}; nearest: {nearest_method(method, shape)}")
+        return MethodSupport(name, False, None, f"{reason}; nearest: {nearest_method(method, shape)}")
     options = method.options(name=name)  # type: ignore[call-arg]
     selection = default_selection(method, shape)
     conflicts = list(method.conflicts(options, shape, selection))
     if conflicts:
-        return MethodAnswer(name, True, None, f"not at its defaults: {conflicts[0].got}; {conflicts[0].fix}")
+        return MethodSupport(name, True, None, f"not at its defaults: {conflicts[0].got}; {conflicts[0].fix}")
     note = ""
     if method.quantized:
-        note = f"{show_percent(coverage(shape))} of the base in 4-bit"
+        note = f"{show_percent(share_in_4bit(shape))} of the base in 4-bit"
     elif method.default_roles is not None:
         note = ", ".join(selection.names[:8]) + (", ..." if len(selection.names) > 8 else "")
     elif not method.mergeable:
         note = "cannot be merged: it adds no weights"
-    return MethodAnswer(name, True, sum(method.count(options, shape, selection).values()), note)
+    return MethodSupport(name, True, sum(method.count(options, shape, selection).values()), note)
 
 
-def _window(shape: ModelShape) -> str:
-    """What a sliding window keeps, in words; empty where no layer has one."""
+def make_inspection(model_id: str, shape: ModelShape, *, data_tokens: int | None = None) -> Inspection:
+    """Derive the inspection of a model from its shape."""
+    dims, family = shape.dims, shape.family
+    num_parameters = shape.num_parameters
+    num_in_4bit = share_in_4bit(shape) * num_parameters
+    num_active = num_parameters  # that one token goes through: of the routed experts, those it is sent to
+    if family.has_experts:
+        used = shape.experts_per_token
+        num_active -= sum(m.num_parameters * max(0, m.num - used) // m.num for m in shape.modules if m.in_experts)
+    missing_packages = missing_kernels(shape)
     if not shape.num_windowed:
-        return ""
-    return f"{shape.num_windowed} of {shape.num_cached_layers} layers keep {shape.window:,} tokens"
-
-
-def _num_active(shape: ModelShape) -> int:
-    """Parameters that one token goes through: of the routed experts, only those that it is sent to."""
-    busy = shape.experts_per_token
-    idle = sum(m.num_parameters * max(0, m.num - busy) // m.num for m in shape.modules if m.in_experts)
-    return shape.num_parameters - idle
-
-
-def _compute(shape: ModelShape, num_active: int) -> str:
-    """FLOPs per token (Kaplan et al. 2020, table 1: 2 N forward, 6 N to train), and growth with length."""
+        window = ""
+    else:
+        window = f"{shape.num_windowed} of {shape.num_cached_layers} layers keep {shape.window:,} tokens"
+    # FLOPs per token (Kaplan et al
     growth = "linear in the length"
     if shape.family.has_attention:
         growth = "quadratic in the length" + (" in its attention layers" if shape.family.is_recurrent else "")
-    return (
-        f"{2 * num_active / 1e9:,.1f} GFLOP a token forward, {6 * num_active / 1e9:,.1f} to train; {growth}"
-    )
-
-
-def inspect_shape_of(model_id: str, shape: ModelShape, *, data_tokens: int | None = None) -> Inspection:
-    """Everything that a shape tells."""
-    dims, family = shape.dims, shape.family
-    num = shape.num_parameters
-    in_4bit = coverage(shape) * num
-    active = _num_active(shape) if family.has_experts else num
-    missing = missing_kernels(shape)
+    compute = f"{2 * num_active / 1e9:,.1f} GFLOP a token forward, {6 * num_active / 1e9:,.1f} to train; {growth}"
     return Inspection(
         id=model_id,
         family=family.name,
@@ -197,25 +181,23 @@ def inspect_shape_of(model_id: str, shape: ModelShape, *, data_tokens: int | Non
         tied_embeddings=shape.tied_embeddings,
         norm=f"{family.norm}, {family.norm_place}-norm",
         activation=shape.activation,
-        num_parameters=num,
-        num_active=active,
+        num_parameters=num_parameters,
+        num_active=num_active,
         by_role=shape.by_role(),
         weight_bytes={
-            "fp32": 4 * num,
-            "bf16": 2 * num,
-            "int8": num,
-            "nf4": round(in_4bit * NF4_BITS / 8 + (num - in_4bit) * 2),
+            "fp32": 4 * num_parameters,
+            "bf16": 2 * num_parameters,
+            "int8": num_parameters,
+            "nf4": round(num_in_4bit * NF4_BITS / 8 + (num_parameters - num_in_4bit) * 2),
         },
         cache_bytes_per_token={k: size * shape.cache_per_token for k, size in _CACHE_BYTES.items()},
-        cache_bytes_at_full_context={
-            k: size * shape.cache_at(dims.positions) for k, size in _CACHE_BYTES.items()
-        },
-        window=_window(shape),
-        packing="packed documents stay apart" if family.packs else "packed documents would run together",
+        cache_bytes_at_full_context={k: size * shape.cache_at(dims.positions) for k, size in _CACHE_BYTES.items()},
+        window=window,
+        packing="packed documents do not see each other" if family.packs else "packed documents would see each other",
         state_bytes_per_sequence=2 * shape.state_per_sequence,
-        compute=_compute(shape, active),
-        optimal_tokens=TOKENS_PER_PARAMETER * num,
+        compute=compute,
+        optimal_tokens=TOKENS_PER_PARAMETER * num_parameters,
         data_tokens=data_tokens,
-        methods=tuple(_answer(name, shape) for name in METHODS),
-        mind=(*family.mind, *((kernels_text(missing),) if missing else ())),
+        methods=tuple(_method_support(name, shape) for name in METHODS),
+        mind=(*family.mind, *((describe_missing_kernels(missing_packages),) if missing_packages else ())),
     )

@@ -1,4 +1,4 @@
-"""The plan: everything decided, each decision with where it came from. No `auto` is left."""
+"""The plan: everything decided, each decision with its source. No `auto` is left."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class BasePlan:
-    """The base model and the precision in which it is held."""
+    """The base model and the precision of its weights."""
 
     id: str
     kind: str
@@ -67,7 +67,7 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """What is read and how it is turned into tokens and labels."""
+    """The data that is read and how it becomes tokens and labels."""
 
     train: tuple[str, ...]
     eval: str | float | None
@@ -84,7 +84,7 @@ class DataPlan:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """The optimizer's work. `num_steps` is None until the number of rows is known.
+    """The settings of training. `num_steps` is None until the number of rows is known.
 
     With `packing` the rows of `batch_size` and `micro_batch` are packs of examples.
     """
@@ -115,7 +115,7 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class EvaluatePlan:
-    """What is measured beside the loss. `generation_batch` prompts are answered at once."""
+    """Metrics beside the loss. `generation_batch` prompts are answered at once."""
 
     metric: str | None
     max_examples: int
@@ -126,9 +126,9 @@ class EvaluatePlan:
 
 @dataclass(frozen=True)
 class DiagnosePlan:
-    """What is judged, when, and how far an escalation may go.
+    """The target of the diagnosis, its steps, and the bounds of an escalation.
 
-    `look_steps` are those at which the run pauses to be looked at; its end is looked at unless it is off.
+    `look_steps` are the steps at which the run pauses for a diagnosis; its end is diagnosed unless it is off.
     """
 
     escalate: str = "off"  # "off" | "recommend" | "auto"
@@ -145,9 +145,9 @@ class DiagnosePlan:
 
 @dataclass(frozen=True)
 class Growth:
-    """An escalation that was made: at which step, for what cause, by which changes of the recipe.
+    """An escalation: its step, its cause, and its changes of the recipe.
 
-    One that did not pay is taken back: it is not `kept`.
+    One that did not pay off is rolled back: `kept` is False.
     """
 
     step: int
@@ -160,9 +160,9 @@ class Growth:
 class Batch:
     """The shapes of one micro-batch.
 
-    `num_labels` is the target's length of an encoder-decoder, `num_learnt` counts what the loss sees. What
-    starts with `eval_` is of the held-out rows that are looked at together; no rows means no evaluation.
-    With `is_packed` each row holds several documents, which a mask keeps apart.
+    `num_labels` is the target's length of an encoder-decoder, `num_learnt` counts the tokens in the loss.
+    Fields that start with `eval_` describe the held-out rows that are evaluated together; no rows means no
+    evaluation. With `is_packed` each row holds several documents, which a mask separates.
     """
 
     num_rows: int
@@ -178,7 +178,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Peak:
-    """The highest point of one phase of the work: bytes on the device by component."""
+    """The peak of one phase of the work: bytes on the device by component."""
 
     phase: str  # "forward" | "backward" | "optimizer step" | "evaluation" | "checkpoint write" | ...
     components: Mapping[str, int]
@@ -190,7 +190,10 @@ class Peak:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a plan takes. `reserved_bytes` is what torch's allocator holds, `context_bytes` lies beside it."""
+    """The memory that a plan needs.
+
+    `reserved_bytes` is held by torch's allocator, `context_bytes` by the process beside it.
+    """
 
     depth: str  # "closed form" | "traced"
     peaks: tuple[Peak, ...]
@@ -201,17 +204,17 @@ class Memory:
 
     @property
     def peak(self) -> Peak:
-        """The highest of all."""
+        """The highest peak of all phases."""
         return max(self.peaks, key=lambda peak: peak.allocated_bytes)
 
     @property
     def needed_bytes(self) -> int:
-        """What the device must have free."""
+        """Bytes that the device must have free."""
         return self.reserved_bytes + self.context_bytes
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Memory:
-        """The value that `asdict` wrote. Raises ValueError where it was not."""
+        """Restore the value that `asdict` wrote. Raises ValueError for anything else."""
         sizes = [value["reserved_bytes"], value["context_bytes"], value["host_bytes"]]
         for peak in value["peaks"]:
             sizes += dict(peak["components"]).values()
@@ -238,12 +241,12 @@ class Plan:
     memory: Memory | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for plan.json."""
+        """Return plain values, for plan.json."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
-        """The plan that `to_json` wrote."""
+        """Restore the plan that `to_json` wrote."""
         method = dict(value["method"])
         if method["peft"] is not None:
             method["peft"] = PeftSpec(**method["peft"])
@@ -276,13 +279,11 @@ class Plan:
 
 
 def read_plan(run: RunDir) -> Plan:
-    """The plan of a run. Raises UserError where plan.json cannot be read."""
+    """Read the plan of a run. Raises UserError if plan.json cannot be read."""
     try:
         return Plan.from_json(read_sealed(run.path / "plan.json"))
     except UserError:
         raise
     except (ValueError, KeyError, TypeError) as error:
         where = str(run.path / "plan.json")
-        raise UserError(
-            Problem(where, f"a plan that cannot be read ({error})", "the plan of a run")
-        ) from None
+        raise UserError(Problem(where, f"a plan that cannot be read ({error})", "the plan of a run")) from None

@@ -1,4 +1,4 @@
-"""Work, time, disk and price of a plan. Pure: speeds come from measured runs, never from a guess."""
+"""Compute, time, disk and price of a plan. Pure: speeds come from measured runs, never from a guess."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from peftkit.archs import ModelShape
 from peftkit.plan.facts import Facts
 from peftkit.plan.memory import ITEM_BYTES, state_bytes
-from peftkit.plan.packing import mean_tokens
+from peftkit.plan.packing import mean_row_tokens
 from peftkit.plan.plan import Plan
 
 _TOKENS_PER_PARAMETER = 20  # compute-optimal pre-training (Hoffmann et al. 2022)
-_KEPT_CHECKPOINTS = 3  # the newest two and the best
+_NUM_CHECKPOINTS = 3  # the newest two and the best
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a run takes. Seconds are None where nothing was measured on this device yet."""
+class RunCost:
+    """The cost of a run. Seconds are None if nothing was measured on this device yet."""
 
     flops_per_step: float
     tokens_per_step: float
@@ -34,7 +34,7 @@ class Work:
 
 
 def active_parameters(shape: ModelShape) -> int:
-    """Parameters that each token meets: of a mixture's experts, those that it is routed to."""
+    """Count the parameters that each token passes: of a mixture's experts, those that it is routed to."""
     active = 0
     for module in shape.modules:
         share = shape.experts_per_token / module.num if module.in_experts and module.num else 1.0
@@ -44,10 +44,10 @@ def active_parameters(shape: ModelShape) -> int:
 
 
 def flops_per_token(shape: ModelShape, plan: Plan, length: float) -> float:
-    """Floating-point operations per trained token.
+    """Return the floating-point operations per trained token.
 
-    2 per parameter forwards, 2 backwards for activations, 2 more where weights are trained, 2 where layers
-    are worked out again; attention adds 2 x length x width per layer (Kaplan et al. 2020, table 1).
+    2 per parameter forwards, 2 backwards for activations, 2 more for trained weights, 2 for recomputed
+    layers; attention adds 2 x length x width per layer (Kaplan et al. 2020, table 1).
     """
     passes = 4.0
     if plan.method.peft is None:
@@ -59,18 +59,18 @@ def flops_per_token(shape: ModelShape, plan: Plan, length: float) -> float:
 
 
 def speed_key(plan: Plan) -> str:
-    """Which measured speed holds for a plan: types, 4-bit or not, recomputation, and the size within x4."""
+    """Return the key of measured speeds: types, 4-bit or not, recomputation, and the size within x4."""
     kind = plan.train.autocast or plan.base.dtype
     quantized = " 4-bit" if plan.base.quant_type else ""
     size = 4 ** round(math.log(max(1, plan.method.num_parameters), 4)) / 1e6
     return f"{kind}{quantized} {plan.train.gradient_checkpointing}, about {size:.3g}M parameters"
 
 
-def work_of(
+def estimate_cost(
     shape: ModelShape, plan: Plan, facts: Facts, speeds: Mapping[str, float], price_per_hour: float | None
-) -> Work:
-    """`speeds` maps a `speed_key` to measured operations per second on this device."""
-    mean = mean_tokens(plan, facts)
+) -> RunCost:
+    """Estimate the cost of a run. `speeds` maps a `speed_key` to measured FLOP/s on this device."""
+    mean = mean_row_tokens(plan, facts)
     tokens = mean * plan.train.batch_size
     flops = flops_per_token(shape, plan, mean) * tokens
     speed = speeds.get(speed_key(plan))
@@ -79,13 +79,13 @@ def work_of(
     trainable = plan.method.num_trainable or 0
     item = ITEM_BYTES[plan.base.dtype] if plan.method.peft is None else 4
     all_tokens = tokens * steps if steps else None
-    return Work(
+    return RunCost(
         flops_per_step=flops,
         tokens_per_step=tokens,
         tokens_per_second=speed / flops * tokens if speed else None,
         seconds=seconds,
         price=seconds / 3600 * price_per_hour if seconds and price_per_hour else None,
-        checkpoint_bytes=(trainable * item + state_bytes(shape, plan)) * _KEPT_CHECKPOINTS,
+        checkpoint_bytes=(trainable * item + state_bytes(shape, plan)) * _NUM_CHECKPOINTS,
         result_bytes=trainable * item,
         download_bytes=2 * shape.num_parameters if plan.base.kind == "hub" else 0,
         tokens_per_trainable=all_tokens / trainable if all_tokens and trainable else None,
@@ -94,13 +94,13 @@ def work_of(
 
 
 def missing_kernels(shape: ModelShape) -> tuple[str, ...]:
-    """Packages that a family is slow without on a GPU, and that are not installed."""
+    """Return the packages that a family is slow without on a GPU, and that are not installed."""
     return tuple(name for name in shape.family.kernels if importlib.util.find_spec(name) is None)
 
 
-def kernels_text(missing: tuple[str, ...]) -> str:
-    """What is lost without them, and how to get them."""
+def describe_missing_kernels(packages: tuple[str, ...]) -> str:
+    """Describe what missing kernels cost, and how to install them."""
     return (
-        f"not installed: {', '.join(missing)}. Its state layers then run in plain torch, slower and with "
-        f"more memory (docs/families.md tells how much): pip install {' '.join(missing)}"
+        f"not installed: {', '.join(packages)}. Its state layers then run in plain torch, slower and with "
+        f"more memory (see docs/families.md): pip install {' '.join(packages)}"
     )

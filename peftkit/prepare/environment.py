@@ -1,4 +1,4 @@
-"""What a run was made with: versions, device, command, fingerprints. No secrets, no environment variables."""
+"""The environment of a run: versions, device, command, fingerprints. No secrets or environment variables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.data.tokens.mask import Tokenized
-from peftkit.data.tokens.prepare import Prepared
+from peftkit.data.tokens.prepare import TokenizedData
 from peftkit.model.base.identity import base_identity
 from peftkit.plan import DeviceFacts
 from peftkit.plan.plan import BasePlan
@@ -37,18 +37,18 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions of what training rests on; None where a package is absent."""
-    found: dict[str, str | None] = {}
+    """Return the installed versions of the packages that training uses; None where one is absent."""
+    package_versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            package_versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            package_versions[name] = None
+    return package_versions
 
 
 def data_sha256(*sets: Sequence[Tokenized]) -> str:
-    """A fingerprint of the tokens and labels that are trained on and held out, in order."""
+    """Compute the SHA-256 of the tokens, labels and weights of training and held-out rows, in order."""
     digest = hashlib.sha256()
     for rows in sets:
         digest.update(f"{len(rows)} rows".encode())
@@ -58,19 +58,19 @@ def data_sha256(*sets: Sequence[Tokenized]) -> str:
 
 
 def recipe_sha256(loaded: LoadedRecipe) -> str:
-    """A fingerprint of what the recipe says, whatever its layout."""
+    """Compute the SHA-256 of the content of a recipe, whatever its layout."""
     return hashlib.sha256(resolved_text(loaded).encode()).hexdigest()
 
 
 def resolved_text(loaded: LoadedRecipe) -> str:
-    """The content of resolved.yaml: the recipe after extends and overrides, without defaults and secrets."""
+    """Return the content of resolved.yaml: after extends and overrides, without defaults and secrets."""
     return redact(dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True)))
 
 
 def fingerprints(
-    loaded: LoadedRecipe, source: str, base: BasePlan, tokenizer: Any, prepared: Prepared
+    loaded: LoadedRecipe, source: str, base: BasePlan, tokenizer: Any, prepared: TokenizedData
 ) -> dict[str, Any]:
-    """What must be the same when a run goes on: recipe, data, base, tokenizer and template, versions."""
+    """Return what must be equal on resume: recipe, data, base, tokenizer and template, versions."""
     from peftkit.data.tokens.tokenize import tokenizer_sha256
 
     template = str(tokenizer.chat_template or "")
@@ -85,25 +85,25 @@ def fingerprints(
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit of a folder's repository and whether it has changes; None where it is in none."""
+    """Return the commit of a folder's repository and its number of changed files; None outside of one."""
 
-    def ask(*words: str) -> str | None:
-        command = ["git", "-C", str(folder), *words]
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(folder), *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+            process = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
         except (OSError, subprocess.SubprocessError):
             return None
-        return done.stdout.strip()
+        return process.stdout.strip()
 
-    commit = ask("rev-parse", "HEAD")
+    commit = git("rev-parse", "HEAD")
     if not commit:
         return None
-    changed = ask("status", "--porcelain", "--", ".")
-    return {"commit": commit, "changed_files": len(changed.splitlines()) if changed is not None else None}
+    status = git("status", "--porcelain", "--", ".")
+    return {"commit": commit, "changed_files": len(status.splitlines()) if status is not None else None}
 
 
-def environment(device: DeviceFacts, prints: dict[str, Any], loaded: LoadedRecipe) -> dict[str, Any]:
-    """The content of environment.json."""
+def environment(device: DeviceFacts, run_fingerprints: dict[str, Any], loaded: LoadedRecipe) -> dict[str, Any]:
+    """Return the content of environment.json."""
     return {
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -112,5 +112,5 @@ def environment(device: DeviceFacts, prints: dict[str, Any], loaded: LoadedRecip
         "recipe_folder": git_state(Path(loaded.name).absolute().parent),
         "seed": loaded.recipe.seed,
         "device": asdict(device),
-        "fingerprints": prints,
+        "fingerprints": run_fingerprints,
     }

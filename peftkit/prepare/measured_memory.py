@@ -1,4 +1,4 @@
-"""Predicted against measured memory on the actual device: random weights, the longest batch, a few steps.
+"""Measured memory on the actual device, against the prediction: random weights, a few longest batches.
 
 Nothing is downloaded and nothing is kept: the model is made from its configuration.
 """
@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from peftkit.plan import Batch, Plan
 
 if TYPE_CHECKING:
-    from peftkit.data.tokens.mask import Tokenized
+    pass
 
 NUM_STEPS = 3  # the first makes the optimizer's states, the others are measured
-_TRAINED = ("forward", "backward", "optimizer step")
+_STEP_PHASES = ("forward", "backward", "optimizer step")
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Bytes at the peak of a step, as predicted and as the device's allocator had them."""
+class MeasuredMemory:
+    """Peak bytes of a step, as predicted and as measured by the device's allocator."""
 
     predicted_bytes: int
     measured_bytes: int
@@ -34,83 +34,40 @@ class Trial:
 
     @property
     def error_percent(self) -> float:
-        """Of what was allocated: positive where the plan said too much."""
+        """Return the error of the predicted allocated bytes; positive where the plan was too high."""
         return 100 * (self.predicted_bytes - self.measured_bytes) / self.measured_bytes
 
     @property
     def reserved_error_percent(self) -> float | None:
-        """Of what was reserved."""
+        """Return the error of the predicted reserved bytes, in percent; None on a CPU."""
         if not self.predicted_reserved_bytes or not self.measured_reserved_bytes:
             return None
         return 100 * (self.predicted_reserved_bytes / self.measured_reserved_bytes - 1)
 
 
-def short(plan: Plan, batch: Batch) -> Plan:
-    """The plan's step, three times, with at most two micro-batches: more add nothing to the peak."""
-    num = min(2, plan.train.accumulation)
+def shortened_plan(plan: Plan, batch: Batch) -> Plan:
+    """Return the plan cut to three steps of at most two micro-batches: more add nothing to the peak."""
+    accumulation = min(2, plan.train.accumulation)
     train = replace(
         plan.train,
         num_steps=NUM_STEPS,
         num_warmup_steps=0,
-        accumulation=num,
-        batch_size=num * plan.train.micro_batch,
+        accumulation=accumulation,
+        batch_size=accumulation * plan.train.micro_batch,
     )
     return replace(plan, train=train, data=replace(plan.data, eval=None, max_length=batch.num_tokens))
 
 
-def _rows(plan: Plan, batch: Batch, vocab: int) -> list[Tokenized]:
-    """Rows that make micro-batches of the shapes of `batch`; where it is padded, all but one are shorter.
-
-    Where it is packed there are two documents to a pack.
-    """
-    from peftkit.data.tokens.mask import IGNORED, Tokenized
-
-    found = []
-    learnt = -(-batch.num_learnt // batch.num_rows)
-    for number in range(NUM_STEPS * plan.train.accumulation * batch.num_rows):
-        shorter = batch.is_padded and number % batch.num_rows > 0
-        length = max(2, batch.num_tokens - shorter)
-        ids = [4 + (7 * place + number) % max(1, vocab - 4) for place in range(length)]
-        labels = [IGNORED] * max(0, length - learnt) + ids[max(0, length - learnt) :]
-        if batch.is_packed:
-            half = length // 2
-            found.append(Tokenized(ids[:half], labels[:half], str(number)))
-            ids, labels = ids[half:], labels[half:]
-        if plan.base.task == "seq2seq":
-            labels = ids[: batch.num_labels]
-        elif plan.base.task == "classification":
-            labels = [number % max(2, len(plan.base.labels))]
-        elif plan.base.task == "token-classification":
-            labels = [place % max(2, len(plan.base.labels)) for place in range(length)]
-        found.append(Tokenized(ids, labels, str(number)))
-    return found
-
-
-def _tokenizer() -> Any:
-    """The trainer wants one to pad with."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    )
-
-
-def _watch(model: Any, *, on_gpu: bool) -> Any:
-    """A callback that measures every step after the first."""
+def _peak_memory_callback(model: Any, *, on_gpu: bool) -> Any:
+    """Return a callback that measures every step after the first."""
     import torch
     from torch.profiler import ProfilerActivity, profile
     from transformers import TrainerCallback
 
-    from peftkit.model.meta.tensors import tensor_bytes
+    from peftkit.model.meta.tensors import count_tensor_bytes
 
     class Watch(TrainerCallback):  # type: ignore[misc]
-        """On a GPU the allocator's own peak; on a CPU the profiler's events of torch's allocator."""
+        """A callback with the peak bytes: of the allocator on a GPU, of torch's profiler on a CPU."""
 
         def __init__(self) -> None:
             self.peak_bytes = self.reserved_bytes = 0
@@ -126,8 +83,8 @@ def _watch(model: Any, *, on_gpu: bool) -> Any:
                 torch.cuda.reset_peak_memory_stats()
             elif state.global_step == 1:
                 states = getattr(optimizer, "optimizer", optimizer).state.values()
-                kept = [t for state in states for t in state.values() if torch.is_tensor(t)]
-                self.there = tensor_bytes(model) + sum(t.untyped_storage().nbytes() for t in kept)
+                optimizer_tensors = [t for state in states for t in state.values() if torch.is_tensor(t)]
+                self.there = count_tensor_bytes(model) + sum(t.untyped_storage().nbytes() for t in optimizer_tensors)
                 self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
                 self.profile.__enter__()
 
@@ -147,9 +104,9 @@ def _watch(model: Any, *, on_gpu: bool) -> Any:
     return Watch()
 
 
-def allocator_peak(profiled: Any) -> int:
-    """The highest sum of the allocations and frees of torch's CPU allocator in a profile, in bytes."""
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+def allocator_peak(profile: Any) -> int:
+    """Return the highest running sum of allocations less frees of torch's CPU allocator, in bytes."""
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     current = highest = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         current += event.nbytes()
@@ -157,47 +114,82 @@ def allocator_peak(profiled: Any) -> int:
     return highest
 
 
-def run_trial(plan: Plan, config: Mapping[str, Any], batch: Batch, *, vocab: int) -> Trial:
-    """Train `plan` on random weights and rows of the shapes of `batch`, and compare.
+def measure_memory(plan: Plan, config: Mapping[str, Any], batch: Batch, *, vocab: int) -> MeasuredMemory:
+    """Train `plan` for a few steps on random weights and rows shaped as `batch`, and compare the memory.
 
     `plan.memory` is what is compared with. Raises what the device raises where it does not fit after all.
     """
     from transformers import PrinterCallback, set_seed
 
     from peftkit.model.adapter import attach as adapter
-    from peftkit.model.hardware import release
+    from peftkit.model.hardware import release_memory
     from peftkit.model.load import read_config
-    from peftkit.model.meta.blank import blank_model
-    from peftkit.train.batches import training_set
-    from peftkit.train.training import objective
+    from peftkit.model.meta.blank import model_from_config
+    from peftkit.train.batches import build_train_dataset
+    from peftkit.train.trainer import build_trainer
 
     assert plan.memory is not None
     on_gpu = plan.device == "cuda"
-    expected = max(p.allocated_bytes for p in plan.memory.peaks if p.phase in _TRAINED)
-    made = adapter.plain_start(short(plan, batch))
+    predicted_bytes = max(p.allocated_bytes for p in plan.memory.peaks if p.phase in _STEP_PHASES)
+    trial_plan = adapter.with_plain_init(shortened_plan(plan, batch))
     set_seed(plan.seed)
     device = "cuda:0" if on_gpu else plan.device
-    model = adapter.attach(blank_model(made.base, read_config(config, made.base), device=device), made, None)
-    release()
-    watch = _watch(model, on_gpu=on_gpu)
+    model = adapter.attach_adapter(
+        model_from_config(trial_plan.base, read_config(config, trial_plan.base), device=device), trial_plan, None
+    )
+    release_memory()
+    callback = _peak_memory_callback(model, on_gpu=on_gpu)
     with tempfile.TemporaryDirectory() as folder:
-        drawn = training_set(made, _rows(made, batch, vocab), pad_id=0)
-        trainer = objective(made).trainer(
+        # return rows that fill micro-batches of the shapes of `batch`
+        from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
+
+        synthetic_rows = []
+        loss_tokens = -(-batch.num_learnt // batch.num_rows)
+        for number in range(NUM_STEPS * trial_plan.train.accumulation * batch.num_rows):
+            is_shorter = batch.is_padded and number % batch.num_rows > 0
+            length = max(2, batch.num_tokens - is_shorter)
+            ids = [4 + (7 * position + number) % max(1, vocab - 4) for position in range(length)]
+            labels = [IGNORE_INDEX] * max(0, length - loss_tokens) + ids[max(0, length - loss_tokens) :]
+            if batch.is_packed:
+                half = length // 2
+                synthetic_rows.append(Tokenized(ids[:half], labels[:half], str(number)))
+                ids, labels = ids[half:], labels[half:]
+            if trial_plan.base.task == "seq2seq":
+                labels = ids[: batch.num_labels]
+            elif trial_plan.base.task == "classification":
+                labels = [number % max(2, len(trial_plan.base.labels))]
+            elif trial_plan.base.task == "token-classification":
+                labels = [position % max(2, len(trial_plan.base.labels)) for position in range(length)]
+            synthetic_rows.append(Tokenized(ids, labels, str(number)))
+        dataset = build_train_dataset(trial_plan, synthetic_rows, pad_id=0)
+        # the trainer wants one to pad with
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+        )
+        trainer = build_trainer(
             model,
-            made,
-            _tokenizer(),
-            train=drawn,
+            trial_plan,
+            tokenizer,
+            train=dataset,
             output_dir=Path(folder),
-            callbacks=[watch],
-            optimizer=adapter.build_loraplus_optimizer(model, made) if made.method.lr_ratio else None,
+            callbacks=[callback],
+            optimizer=adapter.build_loraplus_optimizer(model, trial_plan) if trial_plan.method.lr_ratio else None,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return Trial(
-        predicted_bytes=expected,
-        measured_bytes=watch.peak_bytes,
+    return MeasuredMemory(
+        predicted_bytes=predicted_bytes,
+        measured_bytes=callback.peak_bytes,
         predicted_reserved_bytes=plan.memory.reserved_bytes if on_gpu else None,
-        measured_reserved_bytes=watch.reserved_bytes or None,
-        step_seconds=watch.seconds,
+        measured_reserved_bytes=callback.reserved_bytes or None,
+        step_seconds=callback.seconds,
         num_steps=NUM_STEPS,
     )

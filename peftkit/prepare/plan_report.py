@@ -1,4 +1,4 @@
-"""What `peftkit plan` tells before anything is loaded: parameters, memory, fit, nearest changes, time."""
+"""The report of `peftkit plan` before anything is loaded: parameters, memory, fit, nearest changes, time."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 from peftkit.errors import Problem, UserError
 from peftkit.plan import DeviceFacts, Facts, Memory, Plan, make_plan
 from peftkit.plan.changes import Change, nearest_changes
-from peftkit.plan.devices import device_of
-from peftkit.plan.fit import Fit, judge
-from peftkit.plan.throughput import Work, flops_per_token, speed_key, work_of
+from peftkit.plan.devices import parse_device
+from peftkit.plan.fit import Fit, check_fit
+from peftkit.plan.throughput import RunCost, estimate_cost, flops_per_token, speed_key
 from peftkit.prepare.calibration import add_run, read_calibration
 from peftkit.prepare.facts import light_config, light_facts
-from peftkit.prepare.measured_memory import Trial, run_trial
-from peftkit.prepare.out_of_memory import shortage_of
-from peftkit.prepare.traced_memory import settle
+from peftkit.prepare.measured_memory import MeasuredMemory, measure_memory
+from peftkit.prepare.out_of_memory import find_shortage
+from peftkit.prepare.traced_memory import plan_with_traced_memory
 from peftkit.recipe import LoadedRecipe
 from peftkit.units import html_table, show_bytes
 
-_SHOWN_BYTES = 2**20  # smaller components are left out of the table
+_MIN_SHOWN_BYTES = 2**20  # smaller components are left out of the table
 # Which line of a recipe drives a component.
-DRIVERS: Mapping[str, str] = {
+RECIPE_KEYS: Mapping[str, str] = {
     "base weights": "base.id and method.name",
     "adapter": "method.rank and method.targets",
     "gradients": "method.name",
@@ -53,16 +53,16 @@ BASIS: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Account:
-    """A plan with its memory, its fit on a device, and what it takes otherwise."""
+    """A plan with its peak memory, its fit on a device, the nearest changes that fit, and its cost."""
 
     plan: Plan
     device: DeviceFacts
     fit: Fit
     changes: tuple[Change, ...]
-    work: Work
-    assumed: tuple[str, ...]
+    work: RunCost
+    assumptions: tuple[str, ...]
     num_parameters: int
-    trial: Trial | None = None
+    measured_memory: MeasuredMemory | None = None
 
     @property
     def memory(self) -> Memory:
@@ -71,40 +71,43 @@ class Account:
 
     @property
     def num_total(self) -> int:
-        """Parameters of the base and of what is added to it."""
-        added = (self.plan.method.num_trainable or 0) if self.plan.method.peft else 0
-        return self.num_parameters + added
+        """Return the number of parameters of the base and of the adapter."""
+        num_added = (self.plan.method.num_trainable or 0) if self.plan.method.peft else 0
+        return self.num_parameters + num_added
 
     @property
     def driver(self) -> str:
-        """The recipe's line behind the largest part of the peak that can be changed."""
-        parts = {n: s for n, s in self.memory.peak.components.items() if n in DRIVERS}
-        rest = {n: s for n, s in parts.items() if n != "base weights"}
-        largest = max(rest, key=lambda name: rest[name], default="base weights")
-        if parts.get("base weights", 0) > 4 * rest.get(largest, 0):
+        """Return the recipe keys behind the largest component of the peak that can be changed."""
+        driven = {n: s for n, s in self.memory.peak.components.items() if n in RECIPE_KEYS}
+        others = {n: s for n, s in driven.items() if n != "base weights"}
+        largest = max(others, key=lambda name: others[name], default="base weights")
+        if driven.get("base weights", 0) > 4 * others.get(largest, 0):
             largest = "base weights"
-        return f"{largest}: {DRIVERS[largest]}"
+        return f"{largest}: {RECIPE_KEYS[largest]}"
 
     def basis(self, component: str) -> str:
-        """Whether a component is measured by the trace, derived or assumed."""
+        """Return how a component is known: measured by the trace, derived or assumed."""
         return BASIS.get(component, ("derived", "measured"))[self.memory.depth == "traced"]
 
     def memory_rows(self) -> list[tuple[str, str, str, str]]:
-        """(component, size, how it is known, the recipe's line) at the peak, and what comes on top."""
+        """Return table rows of the peak and what comes on top of it.
+
+        Columns: component, size, how it is known, and the recipe keys that change it.
+        """
         memory, peak = self.memory, self.memory.peak
         rows = [
-            (name, show_bytes(size), self.basis(name), DRIVERS.get(name, ""))
+            (name, show_bytes(size), self.basis(name), RECIPE_KEYS.get(name, ""))
             for name, size in sorted(peak.components.items(), key=lambda item: -item[1])
-            if size >= _SHOWN_BYTES
+            if size >= _MIN_SHOWN_BYTES
         ]
         on_gpu = self.plan.device == "cuda"
         rows.append(("allocated", show_bytes(peak.allocated_bytes), f"in the {peak.phase}", ""))
         reserve = memory.reserved_bytes - peak.allocated_bytes
         if reserve:
-            how = "replayed" if memory.depth == "traced" and on_gpu else "assumed"
-            rows.append(("reserve of the allocator", show_bytes(reserve), how, ""))
-        beside = "CUDA context" if on_gpu else "Python and its libraries"
-        rows.append((beside, show_bytes(memory.context_bytes), "assumed", ""))
+            source = "replayed" if memory.depth == "traced" and on_gpu else "assumed"
+            rows.append(("allocator reserve", show_bytes(reserve), source, ""))
+        context_name = "CUDA context" if on_gpu else "Python and its libraries"
+        rows.append((context_name, show_bytes(memory.context_bytes), "assumed", ""))
         rows.append(("needed", show_bytes(memory.needed_bytes), memory.depth, ""))
         if memory.host_bytes:
             rows.append(("optimizer states on the host", show_bytes(memory.host_bytes), "derived", ""))
@@ -112,17 +115,17 @@ class Account:
 
     @property
     def verdict(self) -> str:
-        """One sentence: whether it fits where, and the margin."""
+        """Return one sentence: whether the plan fits on the device, and the margin in bytes."""
         margin = show_bytes(abs(self.fit.margin_bytes))
-        left = "missing" if self.fit.margin_bytes < 0 else "left"
-        where = f"{self.device.name} with {show_bytes(self.fit.free_bytes)} free"
-        return f"{self.fit.verdict} on {where}: {margin} {left}"
+        label = "missing" if self.fit.margin_bytes < 0 else "left"
+        location = f"{self.device.name} with {show_bytes(self.fit.free_bytes)} free"
+        return f"{self.fit.verdict} on {location}: {margin} {label}"
 
     def _repr_html_(self) -> str:
         return f"{html_table(self.memory_rows())}<p>{escape(self.verdict)}</p>"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the report as plain values for JSON."""
         memory = self.memory
         return {
             "trainable": self.plan.method.num_trainable,
@@ -142,105 +145,96 @@ class Account:
             "driver": self.driver,
             "changes": [asdict(change) for change in self.changes],
             "work": asdict(self.work),
-            "trial": self.trial and {**asdict(self.trial), "error_percent": self.trial.error_percent},
-            "assumed": list(self.assumed),
+            "trial": self.measured_memory
+            and {**asdict(self.measured_memory), "error_percent": self.measured_memory.error_percent},
+            "assumed": list(self.assumptions),
             "decisions": [asdict(decision) for decision in self.plan.decisions],
         }
 
 
-def _assumptions(facts: Facts, plan: Plan, said: str) -> list[str]:
-    assumed = [said] if said else []
-    lengths = facts.data.lengths if facts.data else None
-    if lengths is None:
-        text = (
-            f"no data was read: every row is taken to have {plan.data.max_length} tokens (train.max_length)"
-        )
-        assumed.append(text)
-    elif lengths.source != "counted":
-        most = plan.batch.num_tokens if plan.batch else 0
-        assumed.append(f"rows are at most {most} tokens long, from their bytes (--trace counts tokens)")
-    if lengths is not None and lengths.longest[0].num_tokens > plan.data.max_length:
-        assumed.append(
-            f"rows of more than {plan.data.max_length} tokens are dropped or cut (data.truncation)"
-        )
-    if facts.device.used_bytes > 0.25 * facts.device.memory_bytes:
-        used, whole = show_bytes(facts.device.used_bytes), show_bytes(facts.device.memory_bytes)
-        assumed.append(f"{used} of the device's {whole} are in use by others")
-    return assumed
-
-
-def account(
-    loaded: LoadedRecipe, *, gpu: str = "this", trace: bool = False, measure: bool = False
-) -> Account:
-    """Everything about a recipe's plan on a device, without weights.
+def plan_report(loaded: LoadedRecipe, *, gpu: str = "this", trace: bool = False, measure: bool = False) -> Account:
+    """Return the plan report of a recipe on a device, without loading weights.
 
     `gpu` is a name, a size or `this`. With `trace` the real code runs on the meta device, and rows are
-    counted in tokens where the base's tokenizer is at hand. With `measure` the plan is also tried here, with
-    random weights. Raises UserError for what the user can mend.
+    counted in tokens where the base's tokenizer can be loaded. With `measure` a few steps are also run on
+    this device, with random weights. Raises UserError for what the user can fix.
     """
     if measure and gpu != "this":
-        fix = "leave --gpu out, or --measure"
-        raise UserError(Problem("command line", f"--measure with --gpu {gpu}", "a trial on this device", fix))
+        fix = "drop --gpu or --measure"
+        raise UserError(Problem("command line", f"--measure with --gpu {gpu}", "this device", fix))
     trace = trace or measure
     facts, examples = light_facts(loaded)
-    device, said = device_of(gpu, facts.device)
+    device, device_note = parse_device(gpu, facts.device)
     facts = replace(facts, device=device)
     plan = make_plan(loaded, facts)
     config = light_config(loaded)
     notes: list[str] = []
     if trace:
         if examples is not None:
-            facts, note = _counted(loaded, facts, plan, examples)
+            facts, note = _count_tokens(loaded, facts, plan, examples)
             notes += [note] if note else []
             plan = make_plan(loaded, facts)
-        plan, note = settle(loaded, facts, plan, config)
-        notes += [f"{note}: the closed form stands"] if note else []
+        plan, note = plan_with_traced_memory(loaded, facts, plan, config)
+        notes += [f"{note}: the closed-form estimate is used"] if note else []
     assert plan.memory is not None
     if plan.memory.bound:
-        notes.append(plan.memory.bound + ("" if trace else ": --trace tells exactly"))
-    fit = judge(plan.memory, facts.device)
+        notes.append(plan.memory.bound + ("" if trace else ": --trace gives the exact number"))
+    fit = check_fit(plan.memory, facts.device)
     changes = nearest_changes(loaded, facts, plan) if fit.verdict == "does not fit" else []
     trial = None
     if measure and facts.device.kind == "mps":
-        notes.append("not measured: torch tells no peak of this device's memory")
+        notes.append("not measured: torch reports no peak memory for this device")
     elif measure and fit.verdict == "does not fit":
-        notes.append("not measured: it does not fit here")
+        notes.append("not measured: it does not fit on this device")
     elif measure:
-        trial, note = _tried(plan, facts, config)
+        trial, note = _measure_on_device(plan, facts, config)
         notes += [note] if note else []
     speeds = read_calibration().speeds.get(facts.device.name, {})
-    price = loaded.recipe.devices.price_per_hour
+    hourly_price = loaded.recipe.devices.price_per_hour
+    assumptions = [device_note] if device_note else []
+    lengths = facts.data.lengths if facts.data else None
+    if lengths is None:
+        text = f"no data was read: every row is assumed to have {plan.data.max_length} tokens (train.max_length)"
+        assumptions.append(text)
+    elif lengths.source != "counted":
+        max_tokens = plan.batch.num_tokens if plan.batch else 0
+        assumptions.append(f"rows are at most {max_tokens} tokens long, by their bytes (--trace counts tokens)")
+    if lengths is not None and lengths.longest[0].num_tokens > plan.data.max_length:
+        assumptions.append(f"rows of more than {plan.data.max_length} tokens are dropped or cut (data.truncation)")
+    if facts.device.used_bytes > 0.25 * facts.device.memory_bytes:
+        used, total = show_bytes(facts.device.used_bytes), show_bytes(facts.device.memory_bytes)
+        assumptions.append(f"{used} of the device's {total} are in use by other processes")
     return Account(
         plan=plan,
         device=facts.device,
         fit=fit,
         changes=tuple(changes),
-        work=work_of(facts.model.shape, plan, facts, speeds, price),
-        assumed=(*_assumptions(facts, plan, said), *notes),
+        work=estimate_cost(facts.model.shape, plan, facts, speeds, hourly_price),
+        assumptions=(*assumptions, *notes),
         num_parameters=facts.model.shape.num_parameters,
-        trial=trial,
+        measured_memory=trial,
     )
 
 
-def _tried(plan: Plan, facts: Facts, config: Mapping[str, Any]) -> tuple[Trial | None, str]:
-    """Three real steps on this device, which also teach its speed, or why there are none."""
+def _measure_on_device(plan: Plan, facts: Facts, config: Mapping[str, Any]) -> tuple[MeasuredMemory | None, str]:
+    """Run three real steps on this device and record its speed; or return None and the reason."""
     from peftkit.model.hardware import is_out_of_memory
 
     assert plan.batch is not None
     shape, batch = facts.model.shape, plan.batch
     try:
-        trial = run_trial(plan, config, batch, vocab=shape.dims.vocab)
+        trial = measure_memory(plan, config, batch, vocab=shape.dims.vocab)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        shortage = shortage_of(error, step=None, occupied_bytes=0)
+        shortage = find_shortage(error, step=None, occupied_bytes=0)
         return None, f"not measured: the device ran out of memory in the {shortage.phase}"
-    work = flops_per_token(shape, plan, batch.num_tokens)
+    token_flops = flops_per_token(shape, plan, batch.num_tokens)
     tokens = batch.num_rows * batch.num_tokens * min(2, plan.train.accumulation)
     add_run(
         facts.device.name,
         speed_key(plan),
-        flops_per_second=work * tokens / trial.step_seconds,
+        flops_per_second=token_flops * tokens / trial.step_seconds,
         memory={
             "depth": plan.memory.depth if plan.memory else "",
             **asdict(trial),
@@ -250,28 +244,23 @@ def _tried(plan: Plan, facts: Facts, config: Mapping[str, Any]) -> tuple[Trial |
     return trial, ""
 
 
-def _counted(loaded: LoadedRecipe, facts: Facts, plan: Plan, examples: Any) -> tuple[Facts, str]:
-    """Facts with the rows' lengths in tokens, or why they could not be counted."""
-    from peftkit.data.tokens.lengths import counted, longest
-    from peftkit.data.tokens.prepare import prepare
-    from peftkit.model.load import load_tokenizer, loadable, stops_of
+def _count_tokens(loaded: LoadedRecipe, facts: Facts, plan: Plan, examples: Any) -> tuple[Facts, str]:
+    """Return the facts with row lengths in tokens; or the same facts and why they were not counted."""
+    from peftkit.data.tokens.lengths import count_lengths, longest_sides
+    from peftkit.data.tokens.prepare import tokenize_examples
+    from peftkit.model.load import load_tokenizer, read_stop_ids, resolve_source
     from peftkit.prepare.facts import find_base
 
     try:
-        source = loadable(find_base(loaded), loaded.where(("base", "id")))
+        source = resolve_source(find_base(loaded), loaded.where(("base", "id")))
         tokenizer = load_tokenizer(source, plan.base)
     except UserError as error:
-        return facts, f"no tokens were counted, because no tokenizer is at hand: {error.problems[0].got}"
+        return facts, f"tokens not counted: the tokenizer could not be loaded: {error.problems[0].got}"
     task = facts.model.shape.task
-    prepared = prepare(
-        examples,
-        tokenizer,
-        plan.data,
-        task=task,
-        labels=plan.base.labels,
-        stops=stops_of(source, tokenizer),
+    prepared = tokenize_examples(
+        examples, tokenizer, plan.data, task=task, labels=plan.base.labels, stops=read_stop_ids(source, tokenizer)
     )
     assert facts.data is not None
-    lengths = counted(prepared.train, task, plan.data.max_length)
-    held_out = longest(counted(prepared.eval, task))
+    lengths = count_lengths(prepared.train, task, plan.data.max_length)
+    held_out = longest_sides(count_lengths(prepared.eval, task))
     return replace(facts, data=replace(facts.data, lengths=lengths, longest_eval=held_out)), ""

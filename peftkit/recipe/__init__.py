@@ -1,7 +1,7 @@
-"""What the user wrote, validated: the schema, the loader, and the rules across fields."""
+"""The recipe: its schema, its loader, and the rules across its fields."""
 
-from peftkit.recipe.check import check
-from peftkit.recipe.load import LoadedRecipe, Source, load
+from peftkit.recipe.check import check_recipe
+from peftkit.recipe.load import LoadedRecipe, ValueSource, load
 from peftkit.recipe.schema import Recipe
 
-__all__ = ["LoadedRecipe", "Recipe", "Source", "check", "load"]
+__all__ = ["LoadedRecipe", "Recipe", "ValueSource", "check_recipe", "load"]

@@ -1,4 +1,4 @@
-"""Rules across fields: what the recipe alone shows to be in conflict. All are reported."""
+"""Rules across fields: conflicts that the recipe alone shows. All are reported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peftkit.errors import Problem
 from peftkit.methods import METHODS
-from peftkit.methods.lora import CHANGES_BASE, LoraOptions
+from peftkit.methods.lora import BASE_CHANGING_INITS, LoraOptions
 from peftkit.methods.prefix import PrefixOptions
 from peftkit.recipe.load import LoadedRecipe
 from peftkit.recipe.paths import is_commit
@@ -15,8 +15,30 @@ from peftkit.recipe.schema import Bounds, Recipe
 from peftkit.units import divisors
 
 Rule = Callable[[Recipe, LoadedRecipe], Iterator[Problem]]
+RULES: list[Rule] = []
 
 
+def rule(function: Rule) -> Rule:
+    """Register a rule; problems are reported in the order of the rules in this file."""
+    RULES.append(function)
+    return function
+
+
+@rule
+def _unpinned_code(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
+    """Require a pinned commit for trusted code: a branch may hold other code tomorrow."""
+    base = recipe.base
+    is_local = base.id.startswith("embedded:") or Path(base.id).is_absolute()  # paths are absolute by now
+    if base.trust_remote_code and not is_local and not is_commit(base.revision):
+        yield Problem(
+            loaded.where(("base", "trust_remote_code")),
+            f"true with {f'revision {base.revision!r}' if base.revision else 'no revision'}",
+            "a pinned commit, or a local folder",
+            "read that commit's code, then set base.revision: COMMIT (40 hex digits)",
+        )
+
+
+@rule
 def _prefix_without_checkpointing(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     if (
         recipe.train.gradient_checkpointing in {True, "selective"}
@@ -30,11 +52,12 @@ def _prefix_without_checkpointing(recipe: Recipe, loaded: LoadedRecipe) -> Itera
         )
 
 
+@rule
 def _lora_conflicts(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     method = recipe.method
     if not isinstance(method, LoraOptions):
         return
-    if method.init in CHANGES_BASE and (method.dora or method.also_train):
+    if method.init in BASE_CHANGING_INITS and (method.dora or method.also_train):
         with_what = "dora" if method.dora else "also_train"
         yield Problem(
             loaded.where(("method", "init")),
@@ -46,11 +69,11 @@ def _lora_conflicts(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     if tokens and "embeddings" in method.also_train:
         yield Problem(
             loaded.where(("method", "also_train")),
-            "tokens beside embeddings",
+            "tokens together with embeddings",
             "one of them",
             "training the embeddings trains every token's row",
         )
-    if METHODS[method.name].quantized and method.init in CHANGES_BASE:
+    if METHODS[method.name].quantized and method.init in BASE_CHANGING_INITS:
         yield Problem(
             loaded.where(("method", "init")),
             f"{method.init} with qlora",
@@ -59,6 +82,7 @@ def _lora_conflicts(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
         )
 
 
+@rule
 def _loraplus_optimizer(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     method = recipe.method
     if (
@@ -74,6 +98,7 @@ def _loraplus_optimizer(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Proble
         )
 
 
+@rule
 def _loraplus_alone(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     method = recipe.method
     if isinstance(method, LoraOptions) and method.lr_ratio is not None and (method.dora or method.also_train):
@@ -86,30 +111,19 @@ def _loraplus_alone(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
         )
 
 
+@rule
 def _prefix_projection(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     method = recipe.method
     if isinstance(method, PrefixOptions) and method.projection_hidden and not method.projection:
         yield Problem(
             loaded.where(("method", "projection_hidden")),
-            "a width without projection",
-            "projection: true, or no width",
+            "a hidden size without projection",
+            "projection: true, or no projection_hidden",
         )
 
 
-def _code_is_pinned(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
-    """Code that was read and trusted must be the code that runs: a branch may hold another tomorrow."""
-    base = recipe.base
-    is_local = base.id.startswith("embedded:") or Path(base.id).is_absolute()  # paths are absolute by now
-    if base.trust_remote_code and not is_local and not is_commit(base.revision):
-        yield Problem(
-            loaded.where(("base", "trust_remote_code")),
-            f"true with {f'revision {base.revision!r}' if base.revision else 'no revision'}",
-            "a pinned commit, or a local folder",
-            "read that commit's code, then set base.revision: COMMIT (40 hex digits)",
-        )
-
-
-def _micro_batch_divides(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
+@rule
+def _micro_batch_divisor(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     batch, micro = recipe.train.batch_size, recipe.train.micro_batch
     counts_packs = recipe.train.packing is True  # then the plan knows how many there are in a step
     if isinstance(batch, int) and isinstance(micro, int) and batch % micro and not counts_packs:
@@ -121,16 +135,17 @@ def _micro_batch_divides(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Probl
         )
 
 
+@rule
 def _without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
-    """A setting that would change nothing is told, not dropped."""
+    """Report settings that would change nothing."""
     train, data = recipe.train, recipe.data
     epochs, max_steps = (loaded.sources.get(("train", key)) for key in ("epochs", "max_steps"))
     if epochs and max_steps and train.max_steps is not None and epochs.rank >= max_steps.rank:
         yield Problem(
             loaded.where(("train", "epochs")),
-            f"epochs beside max_steps ({max_steps.where})",
+            f"epochs together with max_steps ({max_steps.where})",
             "one of them",
-            "remove the one that you do not mean, or set train.max_steps: null",
+            "remove one of them, or set train.max_steps: null",
         )
     if not data.eval:
         if train.early_stopping is not None:
@@ -142,18 +157,24 @@ def _without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
             )
         if isinstance(train.eval_steps, int):
             yield Problem(
-                loaded.where(("train", "eval_steps")),
-                "a number without data.eval",
-                "auto",
-                "set data.eval: 5%",
+                loaded.where(("train", "eval_steps")), "a number without data.eval", "auto", "set data.eval: 5%"
             )
-        yield from _diagnosed_without_eval(recipe, loaded)
+        diagnose = recipe.diagnose
+        for key, is_set, setting in (
+            ("escalate", diagnose.escalate == "auto", "auto"),
+            ("target", diagnose.target is not None, "a target"),
+            ("reference", diagnose.reference is not None, "a reference"),
+        ):
+            if is_set:
+                yield Problem(
+                    loaded.where(("diagnose", key)),
+                    f"{setting} without data.eval",
+                    "held-out data to measure on",
+                    "set data.eval: 5%",
+                )
         if recipe.evaluate.metric not in {None, "auto"}:
             yield Problem(
-                loaded.where(("evaluate", "metric")),
-                "a metric without data.eval",
-                "held-out data",
-                "set data.eval: 5%",
+                loaded.where(("evaluate", "metric")), "a metric without data.eval", "held-out data", "set data.eval: 5%"
             )
     if data.group is not None and not isinstance(data.eval, float):
         fix = "set data.eval: 5%, or remove data.group"
@@ -163,42 +184,17 @@ def _without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
             loaded.where(("data", "mask")),
             f"{data.mask} with format text",
             "all",
-            "raw text has no completion: every token is learnt",
+            "raw text has no completion: every token is in the loss",
         )
 
 
-def _diagnosed_without_eval(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
-    """What can only be judged by held-out rows."""
-    wanted = recipe.diagnose
-    for key, set_so, said in (
-        ("escalate", wanted.escalate == "auto", "auto"),
-        ("target", wanted.target is not None, "a target"),
-        ("reference", wanted.reference is not None, "a reference"),
-    ):
-        if set_so:
-            yield Problem(
-                loaded.where(("diagnose", key)),
-                f"{said} without data.eval",
-                "held-out data to judge by",
-                "set data.eval: 5%",
-            )
-
-
-def _target_in_range(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
-    """A share of answers that no run can reach or miss."""
-    target = recipe.diagnose.target
-    if target is None or 0 < target.value <= (1 if target.metric != "eval_loss" else float("inf")):
-        return
-    expected = "a loss above 0, in nats" if target.metric == "eval_loss" else "a share above 0, of at most 1"
-    yield Problem(loaded.where(("diagnose", "target", "value")), f"{target.value:g}", expected)
-
-
+@rule
 def _diagnose_without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
-    """Keys beside `escalate: off`."""
-    bound = ("diagnose", "bounds", "max_escalations")
+    """Report keys that have no effect beside `escalate: off` or `recommend`."""
+    key_of_bound = ("diagnose", "bounds", "max_escalations")
     is_set = recipe.diagnose.bounds.max_escalations != Bounds().max_escalations
     if recipe.diagnose.escalate == "recommend" and is_set:
-        yield Problem(loaded.where(bound), "a bound on growths with escalate: recommend", "escalate: auto")
+        yield Problem(loaded.where(key_of_bound), "a limit on growths with escalate: recommend", "escalate: auto")
     if recipe.diagnose.escalate != "off":
         return
     for key in ("target", "reference", "bounds"):
@@ -207,20 +203,16 @@ def _diagnose_without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[P
             yield Problem(loaded.where(("diagnose", key)), f"{key} with escalate: off", "no such key", fix)
 
 
-RULES: tuple[Rule, ...] = (
-    _code_is_pinned,
-    _prefix_without_checkpointing,
-    _lora_conflicts,
-    _loraplus_optimizer,
-    _loraplus_alone,
-    _prefix_projection,
-    _micro_batch_divides,
-    _without_effect,
-    _diagnose_without_effect,
-    _target_in_range,
-)
+@rule
+def _target_in_range(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
+    """Report a target that no run can reach or miss."""
+    target = recipe.diagnose.target
+    if target is None or 0 < target.value <= (1 if target.metric != "eval_loss" else float("inf")):
+        return
+    expected = "a loss above 0, in nats" if target.metric == "eval_loss" else "a share above 0, of at most 1"
+    yield Problem(loaded.where(("diagnose", "target", "value")), f"{target.value:g}", expected)
 
 
-def check(loaded: LoadedRecipe) -> list[Problem]:
-    """Every problem that the rules find; empty when the recipe is consistent."""
+def check_recipe(loaded: LoadedRecipe) -> list[Problem]:
+    """Return every problem that the rules find; empty if the recipe is consistent."""
     return [problem for rule in RULES for problem in rule(loaded.recipe, loaded)]

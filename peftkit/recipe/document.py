@@ -1,4 +1,4 @@
-"""YAML with positions: the data of a recipe file, and on which line each key stands.
+"""YAML with positions: the data of a recipe file, and the line of each key.
 
 YAML 1.2's core types only: `off` and `no` are strings, 1e-4 is a number, 12:30 is a string; beyond them,
 1_000 is a number. Tags, duplicate keys, merge keys and alias bombs are refused, with their lines.
@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 
 from peftkit.errors import Problem, UserError
-from peftkit.units import clipped
+from peftkit.units import shorten
 
 Key = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 MAX_NODES = 10_000
 MAX_DEPTH = 50
-NO_TEXT = re.compile("[\0\ud800-\udfff]")  # no file and no terminal takes NUL, or half of a surrogate pair
+INVALID_CHARS = re.compile("[\0\ud800-\udfff]")  # no file and no terminal takes NUL, or half of a surrogate pair
 _MAX_DIGITS = 1000  # Python refuses to read, and to show, numbers of more than 4300
 
 
@@ -34,12 +34,12 @@ class Document:
     text: str = ""
 
 
-class _TooMuchError(Exception):
-    """More nodes than a recipe has: composing all of a megabyte of them would take many seconds."""
+class _TooManyNodesError(Exception):
+    """More nodes than a recipe has: composing a megabyte of them would take many seconds."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Only for composing nodes and resolving plain scalars; nothing is constructed by PyYAML."""
+    """A YAML loader that only composes nodes and resolves plain scalars; PyYAML constructs nothing."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -47,14 +47,14 @@ class _Loader(yaml.SafeLoader):
         self.tags: list[tuple[str, int]] = []  # as they were written, with their lines
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Take the tags off and note them: a node has one too where none was written."""
+        """Compose a node without its tag, and record the tags that were written, with their lines."""
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
             self.tags.append((event.tag, event.start_mark.line + 1))
             event.tag = None
         self.num_nodes += 1
         if self.num_nodes > 2 * MAX_NODES + 1:  # keys are nodes too
-            raise _TooMuchError
+            raise _TooManyNodesError
         return super().compose_node(parent, index)
 
 
@@ -69,7 +69,7 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
-def _integer(text: str) -> int:
+def _parse_integer(text: str) -> int:
     bases = {"0o": 8, "0x": 16}
     return int(text.replace("_", ""), bases.get(text[:2], 10))
 
@@ -77,14 +77,14 @@ def _integer(text: str) -> int:
 _SCALARS = {
     "tag:yaml.org,2002:null": lambda text: None,
     "tag:yaml.org,2002:bool": lambda text: text.lower() == "true",
-    "tag:yaml.org,2002:int": _integer,
+    "tag:yaml.org,2002:int": _parse_integer,
     "tag:yaml.org,2002:float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
     "tag:yaml.org,2002:str": lambda text: text,
 }
 
 
 @dataclass
-class _Walk:
+class _NodeReader:
     name: str
     lines: dict[Key, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -98,21 +98,19 @@ class _Walk:
         if len(key) > MAX_DEPTH:
             raise UserError(Problem(self.name, "values nested too deep", "a short recipe"))
         if self.num_nodes > MAX_NODES:
-            problem = Problem(
-                self.name, f"more than {MAX_NODES} values (aliases repeat them)", "a short recipe"
-            )
+            problem = Problem(self.name, f"more than {MAX_NODES} values (aliases repeat them)", "a short recipe")
             raise UserError(problem)
         if isinstance(node, yaml.MappingNode):
-            return self.mapping(node, key)
+            return self.read_mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*key, i)) for i, item in enumerate(node.value)]
         if node.tag.endswith(":int") and len(node.value) > _MAX_DIGITS:
-            self.refuse(node, f"a number of {len(node.value):,} digits", "a number of fewer")
+            self.refuse(node, f"a number of {len(node.value):,} digits", "a number with fewer digits")
             return None
         return _SCALARS[node.tag](node.value)
 
-    def mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def read_mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
+        values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if key_node.value == "<<" and key_node.style is None:
                 self.refuse(key_node, "the merge key <<", "plain keys", "use extends: other-recipe.yaml")
@@ -121,68 +119,66 @@ class _Walk:
                 self.refuse(key_node, "a key that is not text", "text keys")
                 continue
             name = str(key_node.value)
-            if name in found:
-                first = self.lines[(*key, name)]
+            if name in values:
+                first_line = self.lines[(*key, name)]
                 self.refuse(
                     key_node,
                     f"the key {dotted((*key, name))} again",
                     "each key once",
-                    f"it stands on line {first} already",
+                    f"it is already on line {first_line}",
                 )
                 continue
             self.lines[(*key, name)] = key_node.start_mark.line + 1
-            found[name] = self.value(value_node, (*key, name))
-        return found
+            values[name] = self.value(value_node, (*key, name))
+        return values
 
 
 def dotted(key: Key) -> str:
-    """'method.rank', with parts that are no key of a recipe cut to what a line holds."""
-    return ".".join(clipped(str(part)) for part in key)
+    """Return a key as 'method.rank', with unknown parts clipped to fit a line."""
+    return ".".join(shorten(str(part)) for part in key)
 
 
-def _explain(name: str, text: str, error: Exception) -> Problem:
-    """What is wrong with text that cannot be composed."""
+def _yaml_problem(name: str, text: str, error: Exception) -> Problem:
+    """Return the problem of text that cannot be composed."""
     if isinstance(error, RecursionError):
         return Problem(name, "values nested too deep", "a short recipe")
-    if isinstance(error, _TooMuchError):
+    if isinstance(error, _TooManyNodesError):
         return Problem(name, f"more than {MAX_NODES} values", "a short recipe")
     mark = getattr(error, "problem_mark", None)
     where = f"{name}:{mark.line + 1}" if mark else name
     lines = text.splitlines()
     line = lines[mark.line] if mark and mark.line < len(lines) else ""
     if "\t" in line[: len(line) - len(line.lstrip())]:
-        return Problem(
-            where, "a tab in the indentation", "spaces", "YAML allows no tabs there: use two spaces"
-        )
-    said = getattr(error, "problem", None) or str(error).splitlines()[0]
-    told = getattr(error, "context", None)
-    context = f" {told}" if told else ""
+        return Problem(where, "a tab in the indentation", "spaces", "YAML allows no tabs there: use two spaces")
+    message = getattr(error, "problem", None) or str(error).splitlines()[0]
+    detail = getattr(error, "context", None)
+    context = f" {detail}" if detail else ""
     return Problem(
         where,
-        f"text that is not YAML ({f'{said}{context}'[:200]})",
+        f"text that is not YAML ({f'{message}{context}'[:200]})",
         "YAML",
         line.strip() and f"near: {line.strip()[:60]}",
     )
 
 
-def _compose(text: str, walk: _Walk) -> yaml.Node | None:
-    """The node of a text, None of an empty one. Raises UserError for what is not YAML."""
+def _compose(text: str, walk: _NodeReader) -> yaml.Node | None:
+    """Compose the root node of a text; None if it is empty. Raises UserError for what is not YAML."""
     try:
         loader = _Loader(text)
         node: yaml.Node | None = loader.get_single_node()
     # ValueError, OverflowError: characters beyond Unicode, and numbers too long to be read
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, _TooMuchError) as error:
-        raise UserError(_explain(walk.name, text, error)) from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, _TooManyNodesError) as error:
+        raise UserError(_yaml_problem(walk.name, text, error)) from None
     for tag, line in loader.tags:
-        short = tag.replace("tag:yaml.org,2002:", "!!")
+        short_tag = tag.replace("tag:yaml.org,2002:", "!!")
         fix = "tags can run code; peftkit allows none"
-        walk.problems.append(Problem(f"{walk.name}:{line}", f"the tag {short}", "plain values", fix))
+        walk.problems.append(Problem(f"{walk.name}:{line}", f"the tag {short_tag}", "plain values", fix))
     return node
 
 
 def parse_text(text: str, *, name: str) -> Document:
     """Parse a recipe's text. Raises UserError with every problem that was found."""
-    walk = _Walk(name)
+    walk = _NodeReader(name)
     node = _compose(text, walk)
     if node is None:
         fix = "start from one: peftkit recipes new MODEL METHOD"
@@ -197,8 +193,8 @@ def parse_text(text: str, *, name: str) -> Document:
 
 
 def parse_value(text: str) -> Any:
-    """One value as YAML would type it: '8' -> 8, 'null' -> None, '[q, v]' -> a list."""
-    walk = _Walk(text)
+    """Parse one value with YAML's types: '8' -> 8, 'null' -> None, '[q, v]' -> a list. Raises UserError."""
+    walk = _NodeReader(text)
     node = _compose(text, walk)
     value = None if node is None or walk.problems else walk.value(node, ())
     if walk.problems:
@@ -207,33 +203,30 @@ def parse_value(text: str) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that this module would read as something else."""
+    """A YAML dumper that quotes every text that this module would read as something else."""
 
 
 _Dumper.yaml_implicit_resolvers = {
-    first: [
-        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
-        *_Loader.yaml_implicit_resolvers.get(first, []),
-    ]
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
     for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
 }
 
 
 def dump_text(data: dict[str, Any]) -> str:
-    """YAML text that `parse_text` reads back as the same values."""
+    """Return YAML text that `parse_text` reads back as the same values."""
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False))
 
 
 def read_document(path: Path) -> Document:
-    """Read and parse a recipe file. Raises UserError where it is no readable YAML mapping."""
+    """Read and parse a recipe file. Raises UserError if it is not a readable YAML mapping."""
     name = str(path)
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise UserError(Problem(name, "no such file", "a recipe", _nearby(path))) from None
+        raise UserError(Problem(name, "no such file", "a recipe", _suggest_files(path))) from None
     except IsADirectoryError:
-        raise UserError(Problem(name, "a folder", "a recipe file", _nearby(path / "x"))) from None
+        raise UserError(Problem(name, "a folder", "a recipe file", _suggest_files(path / "x"))) from None
     except OSError as error:
         raise UserError(Problem(name, f"a file that cannot be read ({error.strerror})", "a recipe")) from None
     if len(raw) > MAX_BYTES:
@@ -243,13 +236,11 @@ def read_document(path: Path) -> Document:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise UserError(
-            Problem(f"{name}:{line}", f"the byte 0x{raw[error.start]:02x}", "UTF-8 text")
-        ) from None
+        raise UserError(Problem(f"{name}:{line}", f"the byte 0x{raw[error.start]:02x}", "UTF-8 text")) from None
     return parse_text(text, name=name)
 
 
-def _nearby(path: Path) -> str:
+def _suggest_files(path: Path) -> str:
     if not path.parent.is_dir():
         return "see the shipped ones: peftkit recipes list"
     names = sorted(p.name for p in path.parent.iterdir() if p.suffix in {".yaml", ".yml"})

@@ -1,4 +1,4 @@
-"""Validation errors as problems a person can mend: file, line, key, got, expected, nearest key."""
+"""Validation errors as problems that a person can fix: file, line, key, got, expected, nearest key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from peftkit.errors import Problem, did_you_mean
 from peftkit.methods import METHODS
 from peftkit.recipe.schema import Recipe
-from peftkit.units import clipped
+from peftkit.units import shorten
 
 Path = tuple[str | int, ...]
 _EXPECTED: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -37,8 +37,8 @@ _EXPECTED: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
-def show(value: Any) -> str:
-    """A value as an error shows it: text in quotes, everything short."""
+def show_value(value: Any) -> str:
+    """Return a value as an error shows it: text in quotes, everything short."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -48,13 +48,16 @@ def show(value: Any) -> str:
     if isinstance(value, int) and abs(value) >= 10**60:
         return f"a number of about {value.bit_length() * 0.30103:,.0f} digits"
     text = repr(value)
-    return clipped(text)
+    return shorten(text)
 
 
-def _resolve(loc: Iterable[str | int], data: Any) -> tuple[Path, Any]:
-    """The part of pydantic's location that exists in the data (it adds names of union branches)."""
+def _data_path(location: Iterable[str | int], data: Any) -> tuple[Path, Any]:
+    """Return (path, value) of the part of pydantic's location that exists in the data.
+
+    Pydantic adds the names of union branches to its locations.
+    """
     path: list[str | int] = []
-    for part in loc:
+    for part in location:
         in_mapping = isinstance(data, dict) and part in data
         in_list = isinstance(data, list) and isinstance(part, int) and part < len(data)
         if not (in_mapping or in_list):
@@ -64,17 +67,17 @@ def _resolve(loc: Iterable[str | int], data: Any) -> tuple[Path, Any]:
     return tuple(path), data
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The recipe sections inside a field's annotation."""
+def _section_models(annotation: Any) -> list[type[BaseModel]]:
+    """Return the recipe sections in a field's annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        return [model for part in typing.get_args(annotation) for model in _models(part)]
+        return [model for part in typing.get_args(annotation) for model in _section_models(part)]
     return []
 
 
-def _section(path: Path, data: Any) -> type[BaseModel] | None:
-    """The model that validates the mapping at `path`."""
+def _section_model(path: Path, data: Any) -> type[BaseModel] | None:
+    """Return the model that validates the mapping at `path`; None if it is unknown."""
     model: type[BaseModel] = Recipe
     for part in path:
         data = data[part]
@@ -86,52 +89,27 @@ def _section(path: Path, data: Any) -> type[BaseModel] | None:
                 return None
             model = METHODS[name].options
             continue
-        found = model.model_fields.get(str(part))
-        inner = _models(found.annotation) if found else []
+        field = model.model_fields.get(str(part))
+        inner = _section_models(field.annotation) if field else []
         if not inner:
             return None
         model = inner[0]
     return model
 
 
-def _homes(key: str) -> list[str]:
+def _sections_with_key(key: str) -> list[str]:
     """Where in a recipe a key of this name belongs."""
     homes = []
     for section, info in Recipe.model_fields.items():
-        models = [m.options for m in METHODS.values()] if section == "method" else _models(info.annotation)
+        models = [m.options for m in METHODS.values()] if section == "method" else _section_models(info.annotation)
         if any(key in model.model_fields for model in models):
             homes.append(f"{section}.{key}")
     return homes
 
 
-def _unknown_key(path: Path, data: Any) -> tuple[str, str]:
-    key = str(path[-1])
-    section = _section(path[:-1], data)
-    known = list(section.model_fields) if section else []
-    if len(path) == 1:
-        known.append("extends")
-    homes = [home for home in _homes(key) if home != ".".join(map(str, path))]
-    if homes:
-        return "a key of this section", f"{key} belongs elsewhere: {' or '.join(homes)}"
-    return "a known key", did_you_mean(key, known)
-
-
-def _method_tag(path: Path, data: Any, where: str) -> Problem:
-    section = data.get("method") if isinstance(data, dict) else None
-    names = sorted(METHODS)
-    if not isinstance(section, dict) or "name" not in section:
-        return Problem(where, "no method.name", f"one of {', '.join(names)}", "try name: lora")
-    return Problem(
-        f"{where}.name",
-        show(section["name"]),
-        f"one of {', '.join(names)}",
-        did_you_mean(str(section["name"]), names),
-    )
-
-
 def _suggest(path: Path, data: Any, expected: str) -> str:
-    """A value that would be accepted: the default, where there is one."""
-    section = _section(path[:-1], data)
+    """Suggest the default value of a field; empty if it has none that fits a line."""
+    section = _section_model(path[:-1], data)
     field = section.model_fields.get(str(path[-1])) if section and path else None
     default = None if field is None or field.is_required() else field.default
     if default is None or isinstance(default, BaseModel | list | dict):
@@ -139,33 +117,53 @@ def _suggest(path: Path, data: Any, expected: str) -> str:
     return f"try {path[-1]}: {str(default).lower() if isinstance(default, bool) else default}"
 
 
-def explain(error: ValidationError, data: Any, where: Callable[[Path], str]) -> list[Problem]:
-    """All problems of a validation, one per key. `where` gives file, line and key of a path."""
+def validation_problems(error: ValidationError, data: Any, where: Callable[[Path], str]) -> list[Problem]:
+    """Return all problems of a validation, one per key. `where` gives file, line and key of a path."""
     problems: dict[Path, Problem] = {}
     expected: dict[Path, list[str]] = {}
     for item in error.errors(include_url=False):
-        path, value = _resolve(item["loc"], data)
+        path, value = _data_path(item["loc"], data)
         kind, context = item["type"], item.get("ctx", {})
         if kind in {"union_tag_invalid", "union_tag_not_found"}:
-            problems[path] = _method_tag(path, data, where(path))
+            place = where(path)
+            section = data.get("method") if isinstance(data, dict) else None
+            names = sorted(METHODS)
+            if not isinstance(section, dict) or "name" not in section:
+                problems[path] = Problem(place, "no method.name", f"one of {', '.join(names)}", "try name: lora")
+            else:
+                problems[path] = Problem(
+                    f"{place}.name",
+                    show_value(section["name"]),
+                    f"one of {', '.join(names)}",
+                    did_you_mean(str(section["name"]), names),
+                )
         elif kind == "missing":
-            full = (*path, item["loc"][-1])
-            problems[full] = Problem(
-                where(full), "nothing", "a value: it is required", f"add {item['loc'][-1]}: ..."
+            missing_path = (*path, item["loc"][-1])
+            problems[missing_path] = Problem(
+                where(missing_path), "nothing", "a value: it is required", f"add {item['loc'][-1]}: ..."
             )
         elif kind == "extra_forbidden":
-            wanted, fix = _unknown_key(path, data)
-            problems[path] = Problem(where(path), "an unknown key", wanted, fix)
+            key = str(path[-1])
+            model = _section_model(path[:-1], data)
+            known_keys = list(model.model_fields) if model else []
+            if len(path) == 1:
+                known_keys.append("extends")
+            homes = [home for home in _sections_with_key(key) if home != ".".join(map(str, path))]
+            if homes:
+                expected_text, fix = "a key of this section", f"{key} belongs elsewhere: {' or '.join(homes)}"
+            else:
+                expected_text, fix = "a known key", did_you_mean(key, known_keys)
+            problems[path] = Problem(where(path), "an unknown key", expected_text, fix)
         else:
-            text = _EXPECTED.get(kind, lambda c, m=item["msg"]: m)(context)
+            expectation = _EXPECTED.get(kind, lambda c, m=item["msg"]: m)(context)
             expected.setdefault(path, [])
-            if text not in expected[path]:
-                expected[path].append(text)
-            wanted = " or ".join(expected[path])
+            if expectation not in expected[path]:
+                expected[path].append(expectation)
+            expected_text = " or ".join(expected[path])
             fix = (
-                did_you_mean(value, wanted.replace(" or ", ", ").split(", "))
+                did_you_mean(value, expected_text.replace(" or ", ", ").split(", "))
                 if kind == "literal_error" and isinstance(value, str) and len(expected[path]) == 1
-                else _suggest(path, data, wanted)
+                else _suggest(path, data, expected_text)
             )
-            problems[path] = Problem(where(path), show(value), wanted, fix if "known:" not in fix else "")
+            problems[path] = Problem(where(path), show_value(value), expected_text, fix if "known:" not in fix else "")
     return list(problems.values())

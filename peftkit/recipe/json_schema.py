@@ -9,7 +9,7 @@ from peftkit.recipe.schema import Recipe
 
 
 def recipe_schema() -> dict[str, Any]:
-    """For editors: completion and checks of every key."""
+    """Return the JSON Schema of a recipe, for completion and checks in editors."""
     schema = Recipe.model_json_schema()
     properties = schema["properties"]
     properties["base"] = {
@@ -23,21 +23,16 @@ def recipe_schema() -> dict[str, Any]:
     properties["extends"] = {"type": "string", "description": "another recipe to inherit from"}
     for definition in schema["$defs"].values():
         for spec in definition.get("properties", {}).values():
-            _allow_percent(spec)
+            if (
+                spec.get("type") == "number"
+                and spec.get("exclusiveMaximum") == 1
+                and "warmup" in str(spec.get("title", "")).lower()
+            ):
+                number = {key: spec.pop(key) for key in ("type", "minimum", "exclusiveMaximum") if key in spec}
+                spec["anyOf"] = [number, {"type": "string", "pattern": r"^\d+(\.\d+)?\s*%$"}]
     schema["required"] = []  # what a recipe lacks may come from the one that it extends
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "peftkit recipe",
         **{key: value for key, value in schema.items() if key != "title"},
     }
-
-
-def _allow_percent(spec: dict[str, Any]) -> None:
-    """Shares below 1 may be written as '5%'."""
-    if (
-        spec.get("type") == "number"
-        and spec.get("exclusiveMaximum") == 1
-        and "warmup" in str(spec.get("title", "")).lower()
-    ):
-        number = {key: spec.pop(key) for key in ("type", "minimum", "exclusiveMaximum") if key in spec}
-        spec["anyOf"] = [number, {"type": "string", "pattern": r"^\d+(\.\d+)?\s*%$"}]

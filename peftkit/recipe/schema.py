@@ -1,4 +1,4 @@
-"""The recipe: what a person may write, and the only home of defaults.
+"""The recipe's schema, and the only place of its defaults.
 
 Every field's description is its documentation: the JSON Schema, `peftkit schema` and the docs use it.
 """
@@ -40,7 +40,7 @@ AnyMethod = Annotated[
 
 
 def _share(value: Any) -> Any:
-    """'5%' -> 0.05; numbers stay as they are."""
+    """Parse '5%' as 0.05; other values are returned as they are."""
     return parse_share(value) if isinstance(value, str) and value.strip().endswith("%") else value
 
 
@@ -48,11 +48,10 @@ Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_share)]
 
 
 class RopeScaling(Options):
-    """Rotary positions stretched beyond the trained ones."""
+    """Scaling of rotary positions beyond the trained context length."""
 
     kind: Literal["linear", "dynamic", "yarn"] = Field(
-        "yarn",
-        description="linear: positions divided; dynamic: NTK, grows with the length; yarn: by wavelength",
+        "yarn", description="linear: positions divided; dynamic: NTK, grows with the length; yarn: by wavelength"
     )
     factor: float = Field(gt=1, description="how many times the trained context length")
 
@@ -64,7 +63,7 @@ class Base(Options):
     revision: str | None = Field(None, description="commit, tag or branch on the hub")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     attention: Literal["auto", "sdpa", "eager"] = Field(
-        "auto", description="sdpa: fused kernels; eager: plain products, for a look at the weights"
+        "auto", description="sdpa: fused kernels; eager: plain products, to see attention weights"
     )
     rope_scaling: RopeScaling | None = Field(None, description="a longer context, for families with RoPE")
 
@@ -83,38 +82,36 @@ FormatName = Literal[
 ]
 Columns = Annotated[
     dict[str, str],
-    Field(
-        description="our field name -> your column name, or a Jinja line such as '{{ title }}: {{ body }}'"
-    ),
+    Field(description="our field name -> your column name, or a Jinja line such as '{{ title }}: {{ body }}'"),
 ]
 
 
 class Source(Options):
-    """One source of rows. What it leaves out is as `data` says."""
+    """One source of rows. Whatever it leaves out is taken from `data`."""
 
     path: str = Field(description="file, folder, glob, URL (https://, s3://, ...) or hub id")
     config: str | None = Field(None, description="of a hub dataset")
     split: str = Field("train", description="of a hub dataset")
     revision: str | None = Field(None, description="of a hub dataset: commit, tag or branch")
-    rows: PositiveInt | None = Field(None, description="take so many rows, drawn by the seed")
+    rows: PositiveInt | None = Field(None, description="number of rows to take, sampled with the seed")
     weight: PositiveFloat | None = Field(None, description="share of the mixture, relative to the others")
     format: FormatName | None = None
     columns: Columns | None = None
 
 
 class Chat(Options):
-    """How chats become text."""
+    """Rendering of chats as text."""
 
     template: str | None = Field(None, description="file with a Jinja chat template, instead of the model's")
-    system: str | None = Field(None, description="system prompt for chats that bring none")
-    thinking: Literal["keep", "drop"] = Field("keep", description="reasoning that answers bring with them")
+    system: str | None = Field(None, description="system prompt for chats without one")
+    thinking: Literal["keep", "drop"] = Field("keep", description="reasoning in the answers")
 
 
 AnySource = str | Source
 
 
 class Data(Options):
-    """What is learnt from, and what is held out."""
+    """Training data and held-out data."""
 
     train: AnySource | Annotated[list[AnySource], Field(min_length=1)] = Field(
         description="file, folder, glob, URL or hub id; a mapping with config, split, rows, ...; or a list"
@@ -132,31 +129,31 @@ class Data(Options):
     truncation: Literal["auto", "keep_end", "drop", "split", "error"] = Field(
         "auto", description="rows longer than max_length: auto drops them (raw text is split), and says so"
     )
-    waive: list[CheckName] = Field([], description="checks of the data that may fail, by name")
+    waive: list[CheckName] = Field([], description="names of data checks that may fail")
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Where the rows to train on come from."""
+        """Return the sources of the rows to train on."""
         given = self.train if isinstance(self.train, list) else [self.train]
         return tuple(source if isinstance(source, Source) else Source(path=source) for source in given)
 
 
 class Schedule(Options):
-    """Learning rate over time."""
+    """The learning-rate schedule."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Share = Field(0.05, description="share of the steps over which the rate rises from zero")
 
 
 class EarlyStopping(Options):
-    """Stop when the evaluation loss no longer falls."""
+    """Early stopping, when the evaluation loss no longer falls."""
 
     patience: PositiveInt = Field(3, description="evaluations without improvement before stopping")
     min_delta: float = Field(0.0, ge=0, description="what counts as an improvement of the loss")
 
 
 class Train(Options):
-    """How it is trained."""
+    """The settings of training."""
 
     epochs: PositiveFloat = Field(3.0, description="passes over the data, unless max_steps is given")
     max_steps: PositiveInt | None = Field(None, description="optimizer steps; overrides epochs")
@@ -172,15 +169,13 @@ class Train(Options):
         "auto", description="examples per forward pass; with packing, packs of them"
     )
     packing: Auto | bool = Field(
-        "auto",
-        description="several examples in one row of max_length tokens, kept apart: hardly any padding",
+        "auto", description="several examples in one row of max_length tokens, kept apart: hardly any padding"
     )
     max_length: Auto | PositiveInt = Field(
-        "auto", description="tokens per example; 2048, or what the model has positions for"
+        "auto", description="tokens per example; 2048, or less if the model's context is shorter"
     )
     gradient_checkpointing: Auto | bool | Literal["selective"] = Field(
-        "auto",
-        description="recompute activations to save memory: in every layer, or (selective) in every second",
+        "auto", description="recompute activations to save memory: in every layer, or (selective) in every second"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     eval_steps: Auto | PositiveInt = Field("auto", description="optimizer steps between evaluations")
@@ -188,62 +183,59 @@ class Train(Options):
     early_stopping: EarlyStopping | None = None
     on_spike: Literal["rollback", "skip", "stop"] = Field(
         "rollback",
-        description="loss or gradients that are not finite, or a loss that leaps. rollback: after three in a "
-        "row, to the last checkpoint at half the rate; skip: what is not finite is left out; stop: at once "
-        "where it is not finite, at the third leap",
+        description="non-finite loss or gradients, or a loss spike. rollback: after three in a "
+        "row, to the last checkpoint at half the rate; skip: non-finite steps are left out; stop: at once "
+        "if non-finite, else at the third spike",
     )
     on_oom: Literal["stop", "adapt"] = Field(
-        "stop",
-        description="out of memory: stop and say what fits, or go on in smaller pieces",
+        "stop", description="out of memory: stop and say what fits, or go on with smaller micro-batches"
     )
 
 
-class Evaluation(Options):
-    """What is measured besides the loss."""
+class EvaluateOptions(Options):
+    """Metrics that are measured besides the loss."""
 
     metric: Literal["auto", "exact_match", "token_f1", "accuracy", "macro_f1", "entity_f1"] | None = Field(
         "auto",
         description="measured before and after training. exact_match, token_f1: of greedy answers; accuracy, "
         "macro_f1: of classes; entity_f1: of tagged spans; auto: accuracy or entity_f1 for classes",
     )
-    max_examples: PositiveInt = Field(100, description="held-out examples that the metric looks at")
+    max_examples: PositiveInt = Field(100, description="number of held-out examples for the metric")
     max_new_tokens: PositiveInt = Field(32, description="length of generated answers")
 
 
 class Devices(Options):
-    """Where it is trained."""
+    """The device to train on."""
 
     price_per_hour: PositiveFloat | None = Field(None, description="of the device, in any currency")
 
 
 class Target(Options):
-    """What the run should reach: only against it is a run said to lag."""
+    """The quality that the run should reach; without one, no run is called lagging."""
 
     metric: Literal["eval_loss", "exact_match", "accuracy"] = "eval_loss"
     value: float = Field(description="eval_loss: at most this, in nats; others: at least this, from 0 to 1")
 
 
 class Bounds(Options):
-    """How far an escalation may go."""
+    """The limits of an escalation."""
 
     max_rank: PositiveInt = Field(256, description="of LoRA")
     max_trainable: PositiveInt | None = Field(None, description="trainable parameters")
     max_memory: str | None = Field(None, description="of the device, such as 20GiB; null: what it has")
     max_escalations: PositiveInt = Field(2, description="growths in one run")
-    compute: Share = Field(0.15, description="share of the run's compute that looking for the cause may take")
+    compute: Share = Field(0.15, description="share of the run's compute that the diagnosis may take")
 
 
 class Diagnose(Options):
-    """Whether quality lags, why, and what is done about it."""
+    """The diagnosis: whether quality lags, why, and what is done about it."""
 
     escalate: Literal["off", "recommend", "auto"] = Field(
-        "recommend",
-        description="recommend: a verdict, and the next recipe; auto: grow the adapter where that pays",
+        "recommend", description="recommend: a verdict, and the next recipe; auto: grow the adapter where that pays"
     )
     target: Target | None = None
     reference: Literal["full"] | None = Field(
-        None,
-        description="full: compare with short trainings of the adapted weights themselves (billed apart)",
+        None, description="full: compare with short trainings of the adapted weights themselves (costs extra)"
     )
     bounds: Bounds = Bounds()
 
@@ -256,7 +248,7 @@ class Recipe(Options):
     data: Data
     task: Literal["auto", "causal-lm", "seq2seq", "classification", "token-classification"] = "auto"
     train: Train = Train()
-    evaluate: Evaluation = Evaluation()
+    evaluate: EvaluateOptions = EvaluateOptions()
     diagnose: Diagnose = Diagnose()
     devices: Devices = Devices()
     seed: int = Field(0, ge=0, lt=2**32)
@@ -264,7 +256,7 @@ class Recipe(Options):
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, values: Any) -> Any:
-        """`base: gpt2` is `base: {id: gpt2}`; `method: lora` is `method: {name: lora}`."""
+        """Expand `base: gpt2` to `base: {id: gpt2}`, and `method: lora` to `method: {name: lora}`."""
         if isinstance(values, dict):
             values = dict(values)
             for key, inner in (("base", "id"), ("method", "name")):

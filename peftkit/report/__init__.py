@@ -1,4 +1,4 @@
-"""What a run directory tells, without torch."""
+"""Reports on a run directory, without torch."""
 
 from peftkit.report.summary import Summary, read_summary
 

@@ -1,4 +1,4 @@
-"""The data gate as one self-contained HTML page, made from its JSON."""
+"""The data report as one self-contained HTML page, made from its JSON."""
 
 from __future__ import annotations
 
@@ -34,36 +34,34 @@ def _table(rows: list[tuple[str, ...]]) -> str:
     return f"<table>{body}</table>"
 
 
-def _sample(sample: Mapping[str, Any]) -> str:
+def _sample_html(sample: Mapping[str, Any]) -> str:
     spans = "".join(
-        f'<span class="{p["kind"].replace(" ", "-")}" title="{" ".join(map(str, p["ids"]))}">'
-        f"{escape(p['text'])}</span>"
+        f'<span class="{p["kind"].replace(" ", "-")}" title="{" ".join(map(str, p["ids"]))}">{escape(p["text"])}</span>'
         for p in sample["pieces"]
     )
     return f"<h3>{escape(sample['set'])}: {escape(sample['where'])}</h3><pre>{spans}</pre>"
 
 
-def _finding(finding: Mapping[str, Any]) -> tuple[str, ...]:
+def _finding_cells(finding: Mapping[str, Any]) -> tuple[str, ...]:
     status = finding["status"]
-    said = escape(finding["said"])
+    text = escape(finding["said"])
     if status != "pass":
         rows = "".join(f"<div>{escape(where)}: {escape(what)}</div>" for where, what in finding["rows"])
-        said += f'<div class="rows">{rows}</div>'
-        said += f'<div class="fix">fix: {escape(finding["fix"])}</div>' if finding["fix"] else ""
-    return f'<span class="{status}">{status}</span>', escape(finding["check"]), said
+        text += f'<div class="rows">{rows}</div>'
+        text += f'<div class="fix">fix: {escape(finding["fix"])}</div>' if finding["fix"] else ""
+    return f'<span class="{status}">{status}</span>', escape(finding["check"]), text
 
 
 def data_page(report: Mapping[str, Any], rows: list[tuple[str, str]], *, title: str) -> str:
-    """The page of a data report, as `to_json` gives it. `rows` are its totals in words."""
-    most = max((count for _, count in report["histogram"]), default=1)
+    """Render the page of a data report, as `to_json` gives it. `rows` are its totals in words."""
+    max_count = max((count for _, count in report["histogram"]), default=1)
     bars: list[tuple[str, ...]] = [
-        (f"up to {upper:,}", f'<div class="bar" style="width:{100 * count / most:.1f}%"></div>', f"{count:,}")
+        (f"up to {upper:,}", f'<div class="bar" style="width:{100 * count / max_count:.1f}%"></div>', f"{count:,}")
         for upper, count in report["histogram"]
     ]
     totals: list[tuple[str, ...]] = [(f"<b>{escape(name)}</b>", escape(value)) for name, value in rows]
     totals += [
-        (f"<b>{escape(key)}</b>", f"{escape(value)}: {escape(reason)}")
-        for key, value, reason in report["decisions"]
+        (f"<b>{escape(key)}</b>", f"{escape(value)}: {escape(reason)}") for key, value, reason in report["decisions"]
     ]
     legend = " ".join(
         f'<span class="{kind.replace(" ", "-")}">{kind}</span>'
@@ -73,10 +71,10 @@ def data_page(report: Mapping[str, Any], rows: list[tuple[str, str]], *, title: 
     findings = sorted(report["findings"], key=lambda finding: order[finding["status"]])
     parts = [
         f"<h1>{escape(title)}</h1><p>{escape(report['verdict'])}</p>",
-        f"<h2>Checks</h2>{_table([_finding(f) for f in findings])}",
+        f"<h2>Checks</h2>{_table([_finding_cells(f) for f in findings])}",
         f"<p class='rows'>near duplicates: {escape(report['sampled'])}</p>",
-        f"<h2>What is learnt</h2><p>{legend}; hover for token ids</p>",
-        *(_sample(sample) for sample in report["samples"]),
+        f"<h2>Tokens in the loss</h2><p>{legend}; hover for token ids</p>",
+        *(_sample_html(sample) for sample in report["samples"]),
         f"<h2>Totals</h2>{_table(totals)}",
         f"<h2>Lengths in tokens</h2>{_table(bars)}",
     ]

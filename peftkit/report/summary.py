@@ -8,14 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.diagnose.verdict import Verdict
-from peftkit.plan.plan import Growth, read_plan
+from peftkit.plan.plan import read_plan
 from peftkit.rundir import RunDir, read_sealed
+from peftkit.rundir.events import (
+    DoneEvent,
+    EvalEvent,
+    MemoryEvent,
+    MetricEvent,
+    ParametersEvent,
+    StepEvent,
+    VerdictEvent,
+    last_of,
+    of_type,
+)
 from peftkit.units import html_table, show_bytes, show_count, show_percent, show_seconds
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was trained, what it took, what it brought. Losses are nats per learnt token."""
+    """The outcome of a run: parameters, losses, metrics, time, memory. Losses are nats per trained token."""
 
     path: Path
     base: str
@@ -45,15 +56,15 @@ class Summary:
 
     @property
     def next_commands(self) -> tuple[str, ...]:
-        """What a person can do with the result now."""
+        """Commands to run next with the result."""
         if self.result is None:
             return (f"peftkit resume {self.path}",)
-        asked = (f"peftkit generate {self.path} 'your prompt'",)
-        following = self.path / "next-recipe.yaml"
-        return (*asked, f"peftkit finetune {following}") if following.is_file() else asked
+        commands = (f"peftkit generate {self.path} 'your prompt'",)
+        next_recipe = self.path / "next-recipe.yaml"
+        return (*commands, f"peftkit finetune {next_recipe}") if next_recipe.is_file() else commands
 
     def rows(self) -> list[tuple[str, str]]:
-        """The summary as (what, value), for a table."""
+        """Return the summary as (name, value) rows for a table."""
         rows = [
             ("base", self.base),
             ("method", self.method),
@@ -76,9 +87,7 @@ class Summary:
                     f"{self.metric_before:.2f} -> {self.metric_after:.2f}",
                 )
             )
-        rows += [
-            (name, f"{before:.2f} -> {after:.2f}") for name, (before, after) in self.other_scores.items()
-        ]
+        rows += [(name, f"{before:.2f} -> {after:.2f}") for name, (before, after) in self.other_scores.items()]
         names = {
             "peak_allocated_bytes": "peak GPU memory, allocated",
             "peak_reserved_bytes": "peak GPU memory, reserved",
@@ -86,19 +95,17 @@ class Summary:
         }
         rows += [(names[key], show_bytes(value)) for key, value in self.peak_bytes.items() if key in names]
         if self.memory.get("error_percent") is not None:
-            said, was = (show_bytes(self.memory[f"{key}_bytes"]) for key in ("predicted", "measured"))
+            predicted, measured = (show_bytes(self.memory[f"{key}_bytes"]) for key in ("predicted", "measured"))
             rows.append(
                 (
                     "memory of training",
-                    f"{said} predicted, {was} measured ({self.memory['error_percent']:+.1f} %)",
+                    f"{predicted} predicted, {measured} measured ({self.memory['error_percent']:+.1f} %)",
                 )
             )
-        rows.append(
-            ("time", f"{show_seconds(self.total_seconds)} (training {show_seconds(self.train_seconds)})")
-        )
+        rows.append(("time", f"{show_seconds(self.total_seconds)} (training {show_seconds(self.train_seconds)})"))
         if self.tokens_per_second:
             rows.append(("tokens per second", f"{self.tokens_per_second:,.0f}"))
-        rows += [("grown", growth) for growth in self.growths]
+        rows += [("adapter grown", growth) for growth in self.growths]
         if self.verdict is not None:
             rows.append(("quality", self.verdict.line))
             action = self.verdict.action
@@ -112,83 +119,56 @@ class Summary:
         return html_table(self.rows())
 
 
-def _last(events: list[dict[str, Any]], name: str, **match: Any) -> dict[str, Any] | None:
-    found = [e for e in events if e["event"] == name and all(e.get(k) == v for k, v in match.items())]
-    return found[-1] if found else None
-
-
-def _peaks(events: list[dict[str, Any]]) -> dict[str, int]:
-    """The highest of each kind over the run: the measurement starts anew between its phases."""
-    found: dict[str, int] = {}
-    for event in events:
-        for key, value in event["memory"].items() if isinstance(event.get("memory"), dict) else ():
-            if key.startswith("peak_"):
-                found[key] = max(value, found.get(key, 0))
-    return found
-
-
-def _final_steps(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Step events, the last record of each step: a resumed run may have trained some twice."""
-    by_step = {event["step"]: event for event in events if event["event"] == "step"}
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _others(
-    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
-) -> dict[str, tuple[float, float]]:
-    """Scores beside the chosen metric, before and after."""
-    if before is None or after is None:
-        return {}
-    first, last = before.get("scores", {}), after.get("scores", {})
-    return {name: (first[name], last[name]) for name in last if name != after["name"] and name in first}
-
-
-def _verdict(events: list[dict[str, Any]]) -> Verdict | None:
-    """Of the last look at the run."""
-    found = _last(events, "verdict")
-    return Verdict.from_json(found) if found else None
-
-
-def _growth(growth: Growth) -> str:
-    taken_back = "" if growth.kept else "; it did not pay, and was taken back"
-    return f"step {growth.step}, {growth.cause}: {' '.join(growth.overrides)}{taken_back}"
-
-
 def read_summary(run: RunDir) -> Summary:
-    """The summary of a run, finished or not."""
+    """Read the summary of a run, finished or not."""
     plan = read_plan(run)
     events, device = run.events(), read_sealed(run.path / "environment.json")["device"]["name"]
-    steps = _final_steps(events)
-    if plan.growths and not plan.growths[-1].kept and (ended := _last(events, "done")):
-        steps = [event for event in steps if event["step"] <= ended["step"]]  # the rest was taken back
-    evals = {event["step"]: event["loss"] for event in events if event["event"] == "eval"}
-    done, counted = _last(events, "done"), _last(events, "parameters") or {}
-    before, after = _last(events, "metric", when="before"), _last(events, "metric", when="after")
-    rates = sorted(e["tokens_per_second"] for e in steps if e.get("tokens_per_second"))
+    by_step = {event.step: event for event in of_type(events, StepEvent)}
+    steps = [by_step[step] for step in sorted(by_step)]
+    done = last_of(events, DoneEvent)
+    if plan.growths and not plan.growths[-1].kept and done:
+        steps = [event for event in steps if event.step <= done.step]  # the rest was taken back
+    evals = {event.step: event.loss for event in of_type(events, EvalEvent)}
+    parameters, memory = last_of(events, ParametersEvent), last_of(events, MemoryEvent)
+    before, after = last_of(events, MetricEvent, when="before"), last_of(events, MetricEvent, when="after")
+    other_scores = {}
+    if before is not None and after is not None:
+        names = [name for name in after.scores if name != after.name and name in before.scores]
+        other_scores = {name: (before.scores[name], after.scores[name]) for name in names}
+    rates = sorted(event.tokens_per_second for event in steps if event.tokens_per_second)
+    verdict = last_of(events, VerdictEvent)
+    peak_bytes: dict[str, int] = {}  # the highest of the run: the measurement starts anew between its phases
+    for use in (event["memory"] for event in events if isinstance(event.get("memory"), Mapping)):
+        for key in [key for key in use if key.startswith("peak_")]:
+            peak_bytes[key] = max(use[key], peak_bytes.get(key, 0))
     return Summary(
         path=run.path,
         base=plan.base.id,
         method=plan.method.name,
         device=device,
-        num_steps=steps[-1]["step"] if steps else 0,
-        num_trainable=counted.get("num_trainable", 0),
-        num_total=counted.get("num_total", 0),
-        trainable_by_role=counted.get("by_role", {}),
-        loss_first=steps[0]["loss"] if steps else None,
-        loss_last=steps[-1]["loss"] if steps else None,
+        num_steps=steps[-1].step if steps else 0,
+        num_trainable=parameters.num_trainable if parameters else 0,
+        num_total=parameters.num_total if parameters else 0,
+        trainable_by_role=parameters.by_role if parameters else {},
+        loss_first=steps[0].loss if steps else None,
+        loss_last=steps[-1].loss if steps else None,
         eval_loss_before=evals.get(0),
-        eval_loss_after=evals.get(done["published_step"]) if done else None,
-        metric=after["name"] if after else None,
-        metric_before=before["value"] if before else None,
-        metric_after=after["value"] if after else None,
-        num_metric_examples=after["num_examples"] if after else 0,
-        other_scores=_others(before, after),
-        peak_bytes=_peaks(events),
-        train_seconds=sum(e["step_seconds"] for e in steps),
-        total_seconds=events[-1]["at_seconds"] if events else 0.0,
+        eval_loss_after=evals.get(done.published_step) if done else None,
+        metric=after.name if after else None,
+        metric_before=before.value if before else None,
+        metric_after=after.value if after else None,
+        num_metric_examples=after.num_examples if after else 0,
+        other_scores=other_scores,
+        peak_bytes=peak_bytes,
+        train_seconds=sum(event.step_seconds for event in steps),
+        total_seconds=(events[-1].at_seconds or 0.0) if events else 0.0,
         tokens_per_second=rates[len(rates) // 2] if rates else None,
-        result=run.path / done["result"] if done else None,
-        memory=_last(events, "memory") or {},
-        verdict=_verdict(events),
-        growths=tuple(map(_growth, plan.growths)),
+        result=run.path / done.result if done else None,
+        memory=memory or {},
+        verdict=Verdict.from_json(verdict) if verdict else None,
+        growths=tuple(
+            f"step {growth.step}, {growth.cause}: {' '.join(growth.overrides)}"
+            + ("" if growth.kept else "; it did not pay off and was rolled back")
+            for growth in plan.growths
+        ),
     )

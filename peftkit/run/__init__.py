@@ -1,7 +1,7 @@
-"""The flow: facts, plan, model, data, training, result. Readable from top to bottom in flow.py."""
+"""A training from start to end: facts, plan, model, data, training, result. See finetune.py."""
 
-from peftkit.prepare.context import Observer
 from peftkit.run.finetune import default_out, dry_run, finetune
 from peftkit.run.resume import resume
+from peftkit.rundir.events import Observer
 
 __all__ = ["Observer", "default_out", "dry_run", "finetune", "resume"]

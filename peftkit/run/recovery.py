@@ -1,133 +1,131 @@
-"""A run that ran out of memory or left the road: how it goes on, where the recipe lets it."""
+"""Recovery of a run that ran out of memory or diverged, where the recipe allows it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from peftkit.errors import UserError
-from peftkit.experiments.growth import take_back
+from peftkit.experiments.growth import take_back_growth
 from peftkit.plan import Plan
-from peftkit.plan.fit import revised
+from peftkit.plan.fit import replace_train
 from peftkit.prepare import out_of_memory as oom
-from peftkit.prepare.context import Stage
+from peftkit.prepare.context import RunContext
 from peftkit.prepare.traced_memory import trace_memory
 from peftkit.rundir import MANIFEST, RunDir, read_json, step_of, verify_folder, write_sealed
-from peftkit.train.guard import Diverged, divergence
+from peftkit.rundir.events import GrowthTakenBackEvent, OutOfMemoryEvent, RollbackEvent, SpikeEvent, StepEvent, last_of
+from peftkit.train.guard import Diverged, divergence_problem
 
-MOST_ROLLBACKS = 3
+MAX_ROLLBACKS = 3
 
 
 @dataclass(frozen=True)
-class Departure:
-    """Training left the road, and why."""
+class Divergence:
+    """A divergence of the training, and its reason."""
 
     said: str
     first_step: int
 
 
-Happened = Departure | oom.Shortage
+Failure = Divergence | oom.Shortage
 
 
-def what_happened(stage: Stage, error: Exception) -> Happened | None:
-    """What can be recovered from in an error, without its frames; None where nothing can."""
+def classify_failure(context: RunContext, error: Exception) -> Failure | None:
+    """Return the recoverable failure behind an error, without its frames; None where there is none."""
     if isinstance(error, Diverged):
-        return Departure(str(error), error.first_step)
-    return _shortage(stage, error)
-
-
-def recovered(stage: Stage, happened: Happened) -> Stage:
-    """The stage with which to go on from the newest checkpoint.
-
-    Raises UserError where the recipe, or all that was tried before, says that the run stops here.
-    """
-    if isinstance(happened, Departure):
-        return _more_gently(stage, happened)
-    return _in_smaller_pieces(stage, happened)
-
-
-def _more_gently(stage: Stage, departure: Departure) -> Stage:
-    """Half the learning rate, from the last checkpoint before the first bad step."""
-    from peftkit.model.hardware import release
-
-    release()
-    before, run = stage.plan.train.rollbacks, stage.run
-    step, dropped = step_of(run.newest_checkpoint()[0]), 0  # bad steps are never kept
-    if step and step in [gone_back_to for gone_back_to, _ in before]:
-        dropped = step  # it led to the same once more
-        step = step_of(run.newest_checkpoint(below=dropped)[0])
-    if step == 0 and any(growth.kept for growth in stage.plan.growths):
-        plan = take_back(run, stage.plan)  # nothing that was grown stands any more
-        stage.emit("growth_taken_back", step=0, text=departure.said, gain=None)
-        return replace(stage, plan=plan)
-    rate = stage.plan.train.learning_rate
-    if len(before) >= MOST_ROLLBACKS:
-        kept = f"; the checkpoint of step {step} is whole" if step else ""
-        said = f"{departure.said}, after {len(before)} rollbacks{kept}"
-        raise UserError(divergence(stage.plan, said, _last_rows(stage)))
-    train = replace(stage.plan.train, learning_rate=rate / 2, rollbacks=(*before, (step, dropped)))
-    plan = revised(stage.plan, train, stage.facts, f"on_spike: rollback, halved after {departure.said}")
-    # first of all: a kill after it goes on with all of it, one before it with none
-    write_sealed(run.path / "plan.json", plan.to_json())
-    set_left_aside(run, plan)
-    stage.emit(
-        "rollback",
-        text=departure.said,
-        step=step,
-        learning_rate=rate / 2,
-        first_bad_step=departure.first_step,
-    )
-    return replace(stage, plan=plan)
-
-
-def set_left_aside(run: RunDir, plan: Plan) -> None:
-    """Set checkpoints aside from which a rollback went further back; those made since stay."""
-    for number, (_, dropped) in enumerate(plan.train.rollbacks, start=1):
-        folder = run.checkpoint(dropped)
-        stands = dropped and not verify_folder(folder, hashes=False)
-        if stands and read_json(folder / MANIFEST).get("num_rollbacks", 0) < number:
-            run.set_aside(dropped, "left")
-
-
-def _last_rows(stage: Stage) -> list[str]:
-    """The rows of the last spike."""
-    spikes = [event for event in stage.run.events() if event["event"] == "spike"]
-    return list(spikes[-1]["rows"]) if spikes else []
-
-
-def _shortage(stage: Stage, error: Exception) -> oom.Shortage | None:
-    """What ran out where, for an out-of-memory error; None for any other."""
-    from peftkit.model.hardware import is_out_of_memory, memory_used
+        return Divergence(str(error), error.first_step)
+    # what ran out where, for an out-of-memory error; None for any other
+    from peftkit.model.hardware import is_out_of_memory, read_memory_use
 
     if not is_out_of_memory(error):
         return None
-    used = memory_used()
-    steps = [event["step"] for event in stage.run.events() if event["event"] == "step"]
-    occupied = used.get("peak_allocated_bytes", used.get("resident_bytes", 0))
-    return oom.shortage_of(error, step=steps[-1] if steps else None, occupied_bytes=occupied)
+    usage = read_memory_use()
+    last_step = last_of(context.run.events(), StepEvent)
+    occupied_bytes = usage.get("peak_allocated_bytes", usage.get("resident_bytes", 0))
+    return oom.find_shortage(error, step=last_step.step if last_step else None, occupied_bytes=occupied_bytes)
 
 
-def _in_smaller_pieces(stage: Stage, shortage: oom.Shortage) -> Stage:
-    """The stage with a smaller micro-batch, where the recipe allows it. Raises UserError where it stops."""
-    from peftkit.model.hardware import release
+def recover_run(context: RunContext, failure: Failure) -> RunContext:
+    """Return the context with which to continue from the newest checkpoint.
 
-    release()
-    plan = oom.smaller(stage.plan, stage.facts, shortage) if stage.plan.train.on_oom == "adapt" else None
-    step = step_of(stage.run.newest_checkpoint()[0])
-    stage.emit(
-        "oom",
-        phase=shortage.phase,
-        text=oom.exceeded(stage.plan, shortage),
-        micro_batch=stage.plan.train.micro_batch,
-        next_micro_batch=plan.train.micro_batch if plan else None,
-        next_accumulation=plan.train.accumulation if plan else None,
-        step=step,
+    Raises UserError where the recipe does not allow a recovery, or all were tried.
+    """
+    if isinstance(failure, Divergence):
+        return _roll_back(context, failure)
+    return _shrink_micro_batch(context, failure)
+
+
+def _roll_back(context: RunContext, failure: Divergence) -> RunContext:
+    """Roll back to the last checkpoint before the first bad step, and halve the learning rate.
+
+    Raises UserError after MAX_ROLLBACKS.
+    """
+    from peftkit.model.hardware import release_memory
+
+    release_memory()
+    rollbacks, run = context.plan.train.rollbacks, context.run
+    step, skipped_step = step_of(run.newest_checkpoint()[0]), 0  # bad steps are never kept
+    if step and step in [rollback_step for rollback_step, _ in rollbacks]:
+        skipped_step = step  # it led to the same once more
+        step = step_of(run.newest_checkpoint(below=skipped_step)[0])
+    if step == 0 and any(growth.kept for growth in context.plan.growths):
+        plan = take_back_growth(run, context.plan)  # nothing that was grown stands any more
+        context.emit(GrowthTakenBackEvent(step=0, text=failure.said, gain=None))
+        return replace(context, plan=plan)
+    rate = context.plan.train.learning_rate
+    if len(rollbacks) >= MAX_ROLLBACKS:
+        checkpoint_note = f"; the checkpoint of step {step} is whole" if step else ""
+        message = f"{failure.said}, after {len(rollbacks)} rollbacks{checkpoint_note}"
+        spike = last_of(context.run.events(), SpikeEvent)
+        last_rows = list(spike.rows) if spike else []
+        raise UserError(divergence_problem(context.plan, message, last_rows))
+    train = replace(context.plan.train, learning_rate=rate / 2, rollbacks=(*rollbacks, (step, skipped_step)))
+    plan = replace_train(context.plan, train, context.facts, f"on_spike: rollback, halved after {failure.said}")
+    # first of all: a kill after it goes on with all of it, one before it with none
+    write_sealed(run.path / "plan.json", plan.to_json())
+    set_aside_abandoned(run, plan)
+    context.emit(RollbackEvent(text=failure.said, step=step, learning_rate=rate / 2, first_bad_step=failure.first_step))
+    return replace(context, plan=plan)
+
+
+def set_aside_abandoned(run: RunDir, plan: Plan) -> None:
+    """Set aside the checkpoints that a rollback went back past; those made since stay."""
+    for number, (_, skipped_step) in enumerate(plan.train.rollbacks, start=1):
+        folder = run.checkpoint(skipped_step)
+        is_whole = skipped_step and not verify_folder(folder, hashes=False)
+        if is_whole and read_json(folder / MANIFEST).get("num_rollbacks", 0) < number:
+            run.set_aside(skipped_step, "left")
+
+
+def _shrink_micro_batch(context: RunContext, shortage: oom.Shortage) -> RunContext:
+    """Return the context with a smaller micro-batch, where the recipe allows it.
+
+    Raises UserError where it does not, or none is smaller.
+    """
+    from peftkit.model.hardware import release_memory
+
+    release_memory()
+    plan = (
+        oom.plan_smaller_micro_batch(context.plan, context.facts, shortage)
+        if context.plan.train.on_oom == "adapt"
+        else None
+    )
+    step = step_of(context.run.newest_checkpoint()[0])
+    context.emit(
+        OutOfMemoryEvent(
+            phase=shortage.phase,
+            text=oom.describe_shortage(context.plan, shortage),
+            micro_batch=context.plan.train.micro_batch,
+            next_micro_batch=plan.train.micro_batch if plan else None,
+            next_accumulation=plan.train.accumulation if plan else None,
+            step=step,
+        )
     )
     if plan is None:
-        kept = f"; the checkpoint of step {step} is whole" if step else ""
-        where = f"{stage.run.path}{kept}"
-        raise UserError(oom.problem(stage.loaded, stage.facts, stage.plan, shortage, where))
+        checkpoint_note = f"; the checkpoint of step {step} is whole" if step else ""
+        where = f"{context.run.path}{checkpoint_note}"
+        raise UserError(oom.shortage_problem(context.loaded, context.facts, context.plan, shortage, where))
     assert plan.batch is not None
-    found = trace_memory(plan, stage.facts.model.shape, stage.config, plan.batch)
-    plan = replace(plan, memory=found.memory or plan.memory)
-    write_sealed(stage.run.path / "plan.json", plan.to_json())
-    return replace(stage, plan=plan)
+    outcome = trace_memory(plan, context.facts.model.shape, context.config, plan.batch)
+    plan = replace(plan, memory=outcome.memory or plan.memory)
+    write_sealed(context.run.path / "plan.json", plan.to_json())
+    return replace(context, plan=plan)

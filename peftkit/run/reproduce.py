@@ -1,4 +1,4 @@
-"""Run a finished run again and compare: the same numbers, or the first step from which on they differ."""
+"""Reproduction of a finished run: the same numbers, or the first step from which they differ."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
-from peftkit.prepare.context import Observer
 from peftkit.report import Summary, read_summary
 from peftkit.run.finetune import finetune
-from peftkit.run.resume import changes, recipe_of
+from peftkit.run.resume import find_changes, load_run_recipe
 from peftkit.rundir import MANIFEST, RunDir, read_json, read_sealed, verify_folder
+from peftkit.rundir.disk import next_free_path
+from peftkit.rundir.events import Observer, StepEvent, ignore_event, of_type
 from peftkit.units import html_table
 
-_NUMBERS = ("loss", "grad_norm", "learning_rate")
+_COMPARED_FIELDS = ("loss", "grad_norm", "learning_rate")
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A run beside the one that was made again from its recipe.
+    """A run and its repetition from the same recipe.
 
     `first_step` is the first at which a number differs (None where none does), `differing` the files of the
-    result that do, `changed` what was not as it was then.
+    result that do, `changed` what is not as it was in the first run.
     """
 
     before: Summary
@@ -35,11 +36,11 @@ class Reproduction:
 
     @property
     def is_equal(self) -> bool:
-        """Every number of every step, and every byte of the result."""
+        """Return whether every number of every step and every byte of the result are equal."""
         return self.first_step is None and not self.differing
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, how it compares)."""
+        """Return (name, comparison) rows for a table."""
         steps = "all equal" if self.first_step is None else f"differ from step {self.first_step} on"
         rows = [(f"loss, gradient norm and rate of {self.num_steps} steps", steps)]
         files = "equal byte for byte" if not self.differing else f"differs: {', '.join(self.differing)}"
@@ -50,7 +51,7 @@ class Reproduction:
         ):
             if then is not None and now is not None:
                 rows.append((name, f"{then:.6f} then, {now:.6f} now"))
-        return rows + [(f"{name} changed since", said) for name, said in self.changed.items()]
+        return rows + [(f"{name} changed since", description) for name, description in self.changed.items()]
 
     def _repr_html_(self) -> str:
         return html_table(self.rows())
@@ -62,61 +63,54 @@ def reproduce(
     out: Path | None = None,
     recipe: Path | None = None,
     overrides: Sequence[str] = (),
-    observer: Observer = lambda event: None,
+    observer: Observer = ignore_event,
 ) -> Reproduction:
-    """Train what a finished run trained once more, into a new folder, and compare.
+    """Train the recipe of a finished run again, into a new folder, and compare.
 
     Raises UserError where the run is not finished, or is damaged.
     """
     run = RunDir.open(path)
-    result = _result(run)
-    loaded = recipe_of(run, recipe, overrides)
-    after = finetune(loaded, out=out or _beside(path), observer=observer)
-    again = RunDir(after.path)
-    then, now = (read_sealed(one.path / "environment.json")["fingerprints"] for one in (run, again))
-    steps = [_steps(one) for one in (run, again)]
-    numbers = sorted(steps[0].keys() | steps[1].keys())
+    result = _verified_result(run)
+    loaded = load_run_recipe(run, recipe, overrides)
+    second_summary = finetune(
+        loaded, out=out or next_free_path(path.resolve().with_name(f"{path.resolve().name}-again")), observer=observer
+    )
+    second_run = RunDir(second_summary.path)
+    old_fingerprints, new_fingerprints = (
+        read_sealed(one.path / "environment.json")["fingerprints"] for one in (run, second_run)
+    )
+    step_numbers = [_step_numbers(one) for one in (run, second_run)]
+    numbers = sorted(step_numbers[0].keys() | step_numbers[1].keys())
+    # weights files that are not the same bytes in two results
+    second = _verified_result(second_run)
+    hashes = [
+        {name: entry["sha256"] for name, entry in read_json(folder / MANIFEST)["files"].items()}
+        for folder in (result, second)
+    ]
+    names = sorted(name for name in hashes[0].keys() | hashes[1].keys() if name.endswith(".safetensors"))
+    differing = [name for name in names if hashes[0].get(name) != hashes[1].get(name)]
     return Reproduction(
         before=read_summary(run),
-        after=after,
-        first_step=next((n for n in numbers if steps[0].get(n) != steps[1].get(n)), None),
-        differing=tuple(_differing(result, _result(again))),
-        changed=changes(then, now),
+        after=second_summary,
+        first_step=next((n for n in numbers if step_numbers[0].get(n) != step_numbers[1].get(n)), None),
+        differing=tuple(differing),
+        changed=find_changes(old_fingerprints, new_fingerprints),
         num_steps=len(numbers),
     )
 
 
-def _beside(path: Path) -> Path:
-    """RUN-again, or RUN-again-2 and so on where that is taken."""
-    candidate, number = path.resolve().with_name(f"{path.resolve().name}-again"), 1
-    while candidate.exists():
-        number += 1
-        candidate = candidate.with_name(f"{path.resolve().name}-again-{number}")
-    return candidate
-
-
-def _result(run: RunDir) -> Path:
-    """The run's result. Raises UserError where there is none, or where it is damaged."""
+def _verified_result(run: RunDir) -> Path:
+    """Return the folder of the run's result. Raises UserError where it is missing or damaged."""
     folder = run.adapter if run.adapter.is_dir() else run.model
     if not folder.is_dir():
-        fix = f"go on with it: peftkit resume {run.path}"
+        fix = f"finish it: peftkit resume {run.path}"
         raise UserError(Problem(str(run.path), "a run without a result", "a finished run", fix))
     if faults := verify_folder(folder):
         raise UserError([Problem(str(folder), fault, "files as peftkit wrote them") for fault in faults])
     return folder
 
 
-def _steps(run: RunDir) -> dict[int, tuple[Any, ...]]:
-    """Step -> its numbers, of the last time that it was made; texts, so that NaN equals NaN."""
-    events = [event for event in run.events() if event["event"] == "step"]
-    return {event["step"]: tuple(repr(event[name]) for name in _NUMBERS) for event in events}
-
-
-def _differing(first: Path, second: Path) -> list[str]:
-    """Weights files that are not the same bytes in two results."""
-    hashes = [
-        {name: entry["sha256"] for name, entry in read_json(folder / MANIFEST)["files"].items()}
-        for folder in (first, second)
-    ]
-    names = sorted(name for name in hashes[0].keys() | hashes[1].keys() if name.endswith(".safetensors"))
-    return [name for name in names if hashes[0].get(name) != hashes[1].get(name)]
+def _step_numbers(run: RunDir) -> dict[int, tuple[Any, ...]]:
+    """Return the numbers of each step, as last repeated; as text, so that NaN equals NaN."""
+    steps = of_type(run.events(), StepEvent)
+    return {event.step: tuple(repr(event[name]) for name in _COMPARED_FIELDS) for event in steps}

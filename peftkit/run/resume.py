@@ -1,4 +1,4 @@
-"""Go on exactly where the last good checkpoint stands, or say what has changed since."""
+"""Resumption of a run from its last intact checkpoint, or the list of what has changed since."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ from typing import Any
 
 from peftkit import interrupt
 from peftkit.errors import Problem, UserError, did_you_mean
-from peftkit.experiments.growth import settle_growths
-from peftkit.model.base.identity import differences
+from peftkit.experiments.growth import apply_growths
+from peftkit.model.base import identity
 from peftkit.plan import make_plan, read_plan
-from peftkit.prepare.context import (
-    Observer,
-    Stage,
-    open_stage,
-    write_decided,
-    write_environment,
-    write_recipe,
-)
+from peftkit.prepare.context import RunContext, prepare_run, write_environment, write_plan_files, write_recipe
 from peftkit.prepare.environment import resolved_text
-from peftkit.prepare.facts import light_facts, refuse_where_it_cannot_run
-from peftkit.prepare.traced_memory import settle
+from peftkit.prepare.facts import light_facts, require_runnable
+from peftkit.prepare.traced_memory import plan_with_traced_memory
 from peftkit.recipe import LoadedRecipe, load
 from peftkit.report import Summary, read_summary
-from peftkit.run.finetune import told, train_and_publish
-from peftkit.rundir import MANIFEST, RunDir, owned, read_json, read_sealed, verify_folder, write_sealed
-from peftkit.secrets import MARK
+from peftkit.run.finetune import explain_stop, train_and_publish
+from peftkit.run.segment import Continue
+from peftkit.rundir import MANIFEST, RunDir, lock_run, read_json, read_sealed, verify_folder, write_sealed
+from peftkit.rundir.events import (
+    ChangedEvent,
+    DoneEvent,
+    Observer,
+    StepEvent,
+    WarningEvent,
+    ignore_event,
+    last_second,
+    of_type,
+)
+from peftkit.secrets import REDACTED
 
-CHANGES = ("data", "recipe", "base", "tokenizer", "versions")
+ALLOWED_CHANGES = ("data", "recipe", "base", "tokenizer", "versions")
 
 
 def resume(
@@ -41,179 +45,173 @@ def resume(
     overrides: Sequence[str] = (),
     allow_changed: Sequence[str] = (),
     take_over: bool = False,
-    observer: Observer = lambda event: None,
+    observer: Observer = ignore_event,
 ) -> Summary:
-    """Go on with a run from its newest checkpoint that verifies, or from the start where there is none.
+    """Resume a run from its newest checkpoint that verifies, or from the start where there is none.
 
-    `recipe` is the file that the run was made of, with `overrides`, where it held secrets: a run keeps none.
-    `allow_changed` names what may differ from when the run began; a recipe that may is decided anew.
-    `take_over` is for a run that another machine, which is gone, did not release. Raises UserError where
-    there is nothing to go on with, or where something else changed since.
+    `recipe` is the file that the run was started with, with its `overrides`, where it held secrets: a run
+    keeps none. `allow_changed` names what may differ from when the run began; a recipe that may is planned
+    anew. `take_over` is for a run whose lock another machine, now gone, did not release. Raises UserError
+    where there is nothing to resume, or where something else changed since.
     """
     run = RunDir.open(path)
-    _check_names(allow_changed)
-    with interrupt.listening(), owned(path, take_over=take_over), told(run):
-        run.sweep()
-        is_planned = (path / "plan.json").exists()
-        if lines := run.mend_events():
-            text = f"{run.events_file.name}: {len(lines)} broken lines were set aside"
-            observer({"event": "warning", "text": text})
-        if is_planned and (summary := _finished(run, observer)) is not None:
-            return summary
-        checkpoint = _checkpoint_of(run, is_planned, observer)
-        stage = reopened(run, recipe_of(run, recipe, overrides), observer)
-        if is_planned:
-            stage = as_it_was(stage, allow_changed, checkpoint)
-        else:
-            write_decided(stage)
-        return train_and_publish(stage, checkpoint=checkpoint)
-
-
-def _check_names(allowed: Sequence[str]) -> None:
-    unknown = [name for name in allowed if name not in CHANGES]
-    if unknown:
+    unknown_names = [name for name in allow_changed if name not in ALLOWED_CHANGES]
+    if unknown_names:
         raise UserError(
             [
-                Problem("--allow-changed", repr(name), "what may change", did_you_mean(name, list(CHANGES)))
-                for name in unknown
+                Problem("--allow-changed", repr(name), "what may change", did_you_mean(name, list(ALLOWED_CHANGES)))
+                for name in unknown_names
             ]
         )
+    with interrupt.catch_signals(), lock_run(path, take_over=take_over), explain_stop(run):
+        run.remove_leftovers()
+        is_planned = (path / "plan.json").exists()
+        if broken_lines := run.repair_events():
+            text = f"{run.events_file.name}: {len(broken_lines)} broken lines were set aside"
+            observer(WarningEvent(text=text))
+        if is_planned and (summary := _complete_published(run, observer)) is not None:
+            return summary
+        # where to go on:
+        if not is_planned and run.checkpoint_steps():
+            got, fix = "checkpoints without plan.json", "restore plan.json, or train again"
+            raise UserError(Problem(str(run.path), got, "the plan that they were trained with", fix))
+        if is_planned:
+            from peftkit.run.recovery import set_aside_abandoned  # it knows the trainer, which a plan does not need
+
+            plan = read_plan(run)
+            apply_growths(run, plan)
+            set_aside_abandoned(run, plan)
+        checkpoint, damaged = run.newest_checkpoint()
+        for fault in damaged:
+            observer(WarningEvent(text=f"{fault}: skipped"))
+        run.set_aside_damaged()
+        context = reopen_run(run, load_run_recipe(run, recipe, overrides), observer)
+        if is_planned:
+            context = require_unchanged(context, allow_changed, checkpoint)
+        else:
+            write_plan_files(context)
+        return train_and_publish(Continue(context, checkpoint))
 
 
-def _checkpoint_of(run: RunDir, is_planned: bool, observer: Observer) -> Path | None:
-    """Where to go on: the newest checkpoint that verifies. Others are told, and set aside.
+def _complete_published(run: RunDir, observer: Observer) -> Summary | None:
+    """Complete a run killed right after publishing and return its summary; None without a result.
 
-    Raises UserError where checkpoints stand and the plan that they were made by does not.
-    """
-    if not is_planned and run.checkpoint_steps():
-        got, fix = "checkpoints without plan.json", "put plan.json back, or train anew"
-        raise UserError(Problem(str(run.path), got, "the plan that they were made by", fix))
-    if is_planned:
-        from peftkit.run.recovery import set_left_aside  # it knows the trainer, which a plan does not need
-
-        plan = read_plan(run)
-        settle_growths(run, plan)
-        set_left_aside(run, plan)
-    checkpoint, skipped = run.newest_checkpoint()
-    for fault in skipped:
-        observer({"event": "warning", "text": f"{fault}: passed over"})
-    run.set_damaged_aside()
-    return checkpoint
-
-
-def _finished(run: RunDir, observer: Observer) -> Summary | None:
-    """The summary of a run whose result was published just before it was killed; None where there is none.
-
-    A result that is not whole is set aside. Raises UserError where the run ended long ago.
+    A damaged result is set aside. Raises UserError where the run had ended before.
     """
     result = run.adapter if run.adapter.exists() else run.model
     if not result.exists():
         return None
     if faults := verify_folder(result):
-        observer({"event": "warning", "text": f"{'; '.join(faults)}: made again"})
+        observer(WarningEvent(text=f"{'; '.join(faults)}: published again"))
         result.replace(tempfile.mkdtemp(dir=run.path, prefix=f"damaged-{result.name}-"))
         return None
     events = run.events()
-    if any(event["event"] == "done" for event in events):
-        fix = "its result stands beside it; train anew with peftkit finetune"
-        raise UserError(Problem(str(run.path), "a run that is finished", "an interrupted run", fix))
-    last = max((event.get("at_seconds", 0.0) for event in events), default=0.0)
-    steps = [event["step"] for event in events if event["event"] == "step"]
-    step = int(read_json(result / MANIFEST)["step"])
-    fields = {"step": max([*steps, step]), "published_step": step, "result": result.name}
-    observer(run.emit("done", at_seconds=last, **fields))
+    if of_type(events, DoneEvent):
+        fix = "its result is in the run directory; train again with peftkit finetune"
+        raise UserError(Problem(str(run.path), "a finished run", "an interrupted run", fix))
+    published_step = int(read_json(result / MANIFEST)["step"])
+    done = DoneEvent(
+        at_seconds=last_second(events),
+        step=max([*(event.step for event in of_type(events, StepEvent)), published_step]),
+        published_step=published_step,
+        result=result.name,
+    )
+    observer(run.emit(done))
     return read_summary(run)
 
 
-def recipe_of(run: RunDir, given: Path | None, overrides: Sequence[str]) -> LoadedRecipe:
-    """The run's own recipe, or the one that it was made of. Raises UserError where the two differ."""
-    kept = load(run.path / "resolved.yaml")
-    if given is None:
-        if any(MARK in source.path for source in kept.recipe.data.sources):
+def load_run_recipe(run: RunDir, recipe_file: Path | None, overrides: Sequence[str]) -> LoadedRecipe:
+    """Return the run's own recipe, or the given one. Raises UserError where the two differ."""
+    run_recipe = load(run.path / "resolved.yaml")
+    if recipe_file is None:
+        if any(REDACTED in source.path for source in run_recipe.recipe.data.sources):
             got, fix = (
-                "a source whose secrets were not kept",
+                "a data source whose secrets were not stored",
                 f"peftkit resume {run.path} --recipe FILE [key=value ...]",
             )
-            raise UserError(Problem(str(run.path), got, "the recipe that it was made of", fix))
-        return kept
-    loaded = load(given, overrides)
-    if resolved_text(loaded) != resolved_text(kept):
-        fix = "leave --recipe out; to change the recipe, edit resolved.yaml and --allow-changed recipe"
-        raise UserError(Problem(str(given), "another recipe than the run's", "the one it was made of", fix))
+            raise UserError(Problem(str(run.path), got, "the recipe that it was started with", fix))
+        return run_recipe
+    loaded = load(recipe_file, overrides)
+    if resolved_text(loaded) != resolved_text(run_recipe):
+        fix = "drop --recipe; to change the recipe, edit resolved.yaml and pass --allow-changed recipe"
+        raise UserError(Problem(str(recipe_file), "a recipe other than the run's", "its own recipe", fix))
     return loaded
 
 
-def reopened(run: RunDir, loaded: LoadedRecipe, observer: Observer) -> Stage:
-    """The run's stage from its own recipe, as far as time goes where it stopped."""
+def reopen_run(run: RunDir, loaded: LoadedRecipe, observer: Observer) -> RunContext:
+    """Return the context of an existing run from its own recipe, with its clock where it stopped."""
     if not (run.path / "recipe.yaml").exists():
         write_recipe(loaded, run)  # killed before the copy as given: what is left of it
     facts, examples = light_facts(loaded)
     plan = read_plan(run) if (run.path / "plan.json").exists() else make_plan(loaded, facts)
-    base = refuse_where_it_cannot_run(loaded, plan, facts)
-    stage = open_stage(loaded, facts, examples, base, run, observer)
-    spent = max((event.get("at_seconds", 0.0) for event in run.events()), default=0.0)
-    return replace(stage, started=stage.started - spent)
+    base = require_runnable(loaded, plan, facts)
+    context = prepare_run(loaded, facts, examples, base, run, observer)
+    elapsed_seconds = last_second(run.events())
+    return replace(context, started=context.started - elapsed_seconds)
 
 
-def as_it_was(stage: Stage, allowed: Sequence[str], checkpoint: Path | None) -> Stage:
-    """The stage, once nothing has changed but what may. A changed recipe that may is decided anew."""
-    environment = read_sealed(stage.run.path / "environment.json")
-    before = environment["fingerprints"]
-    changed = changes(before, stage.fingerprints())
-    names = {"data": ", ".join(stage.plan.data.train), "base": stage.plan.base.id}
+def require_unchanged(context: RunContext, allowed_changes: Sequence[str], checkpoint: Path | None) -> RunContext:
+    """Return the context once nothing has changed but what `allowed_changes` names.
+
+    A changed recipe that is allowed is planned anew. Raises UserError for every other change.
+    """
+    environment = read_sealed(context.run.path / "environment.json")
+    old_fingerprints = environment["fingerprints"]
+    changed_parts = find_changes(old_fingerprints, context.fingerprints())
+    names = {"data": ", ".join(context.plan.data.train), "base": context.plan.base.id}
     problems = [
         Problem(
             names.get(key, key),
-            f"{key} that changed since the run began ({said})",
+            f"{key} that changed since the run began ({detail})",
             "the same as then",
-            f"restore it, train anew, or go on all the same with --allow-changed {key}",
+            f"restore it, train again, or continue anyway with --allow-changed {key}",
         )
-        for key, said in changed.items()
-        if key not in allowed
+        for key, detail in changed_parts.items()
+        if key not in allowed_changes
     ]
     if problems:
         raise UserError(problems)
-    if environment["device"]["name"] != stage.facts.device.name:
-        then, now = environment["device"]["name"], stage.facts.device.name
-        text = f"the run began on {then} and goes on on {now}: not to the same bytes"
-        stage.emit("warning", text=text)
-    if changed:
-        if "recipe" in changed:
-            stage = _decided_anew(stage, checkpoint)
-        write_environment(stage)
-        stage.emit("changed", text="; ".join(f"{key} changed ({said})" for key, said in changed.items()))
-    return stage
+    if environment["device"]["name"] != context.facts.device.name:
+        old_device, new_device = environment["device"]["name"], context.facts.device.name
+        text = f"the run began on {old_device} and continues on {new_device}: the bytes will differ"
+        context.emit(WarningEvent(text=text))
+    if changed_parts:
+        if "recipe" in changed_parts:
+            # the stage with the plan of a changed recipe
+            plan, _ = plan_with_traced_memory(context.loaded, context.facts, context.prepared_data.plan, context.config)
+            signatures = [
+                json.dumps(
+                    [asdict(some_plan.method), asdict(some_plan.base), some_plan.train.optimizer],
+                    sort_keys=True,
+                    default=str,
+                )
+                for some_plan in (context.plan, plan)
+            ]
+            if checkpoint is not None and signatures[0] != signatures[1]:
+                got = f"a method, base or optimizer other than that of {checkpoint.name}"
+                fix = "restore it, or train again with peftkit finetune"
+                raise UserError(Problem(str(context.run.path / "resolved.yaml"), got, "what it was trained with", fix))
+            # environment.json, which tells the recipe, comes last: until then the change must be allowed
+            write_sealed(context.run.path / "plan.json", plan.to_json())
+            context = replace(context, plan=plan)
+        write_environment(context)
+        context.emit(ChangedEvent(text="; ".join(f"{key} changed ({detail})" for key, detail in changed_parts.items())))
+    return context
 
 
-def _decided_anew(stage: Stage, checkpoint: Path | None) -> Stage:
-    """The stage with the plan of a changed recipe. Raises UserError where the checkpoint is of another."""
-    plan, _ = settle(stage.loaded, stage.facts, stage.looked.plan, stage.config)
-    kinds = [
-        json.dumps([asdict(one.method), asdict(one.base), one.train.optimizer], sort_keys=True, default=str)
-        for one in (stage.plan, plan)
-    ]
-    if checkpoint is not None and kinds[0] != kinds[1]:
-        got = f"another method, base or optimizer than that of {checkpoint.name}"
-        fix = "put it back, or train anew with peftkit finetune"
-        raise UserError(Problem(str(stage.run.path / "resolved.yaml"), got, "what it was trained by", fix))
-    # environment.json, which tells the recipe, comes last: until then the change has to be allowed again
-    write_sealed(stage.run.path / "plan.json", plan.to_json())
-    return replace(stage, plan=plan)
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """What differs, by the name under which it may be allowed, in words."""
-    found = {}
+def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Return what differs between two fingerprints, by the name under which it can be allowed."""
+    changes = {}
     for key in ("recipe", "data", "tokenizer"):
         if before[key] != now[key]:
-            found[key] = f"sha256 {before[key][:8]} then, {now[key][:8]} now"
-    if base := differences(before["base"], now["base"]):
-        found["base"] = f"other {' and '.join(base)}"
-    others = [
+            changes[key] = f"sha256 {before[key][:8]} then, {now[key][:8]} now"
+    if changed_fields := identity.changed_parts(before["base"], now["base"]):
+        changes["base"] = f"other {' and '.join(changed_fields)}"
+    changed_versions = [
         f"{name} {before['versions'].get(name)} then, {version} now"
         for name, version in now["versions"].items()
         if before["versions"].get(name) != version
     ]
-    if others:
-        found["versions"] = "; ".join(others)
-    return found
+    if changed_versions:
+        changes["versions"] = "; ".join(changed_versions)
+    return changes

@@ -1,10 +1,10 @@
-"""The run directory: everything that a run leaves behind, complete or absent, and owned by one process."""
+"""The run directory: all files of a run, complete or absent, and locked by one process."""
 
-from peftkit.rundir.disk import refuse_without_room
+from peftkit.rundir.disk import require_free_space
 from peftkit.rundir.files import (
     MANIFEST,
-    is_full,
-    is_locked,
+    is_being_written,
+    is_disk_full,
     publish_folder,
     read_json,
     read_sealed,
@@ -15,19 +15,19 @@ from peftkit.rundir.files import (
     write_sealed,
     write_text,
 )
-from peftkit.rundir.lock import owned
+from peftkit.rundir.lock import lock_run
 from peftkit.rundir.run import RunDir, step_of
 
 __all__ = [
     "MANIFEST",
     "RunDir",
-    "is_full",
-    "is_locked",
-    "owned",
+    "is_being_written",
+    "is_disk_full",
+    "lock_run",
     "publish_folder",
     "read_json",
     "read_sealed",
-    "refuse_without_room",
+    "require_free_space",
     "sha256_of",
     "step_of",
     "verify_folder",

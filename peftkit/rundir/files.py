@@ -1,7 +1,7 @@
-"""Files that are whole or absent, whatever stops the writing.
+"""Files that are whole or absent, however the writing ends.
 
-A folder that matters (a checkpoint, an adapter, a converted base) is written to a temporary sibling,
-fsynced, its manifest of sizes and sha256 last, renamed into place, and read again. What has no valid manifest
+A folder that matters (a checkpoint, an adapter, a converted base) is written to a temporary sibling, fsynced,
+its manifest of sizes and sha256 last, renamed into place, and read again. A folder without a valid manifest
 is never trusted.
 """
 
@@ -24,26 +24,26 @@ from peftkit.errors import Problem, UserError
 from peftkit.secrets import redact_value
 
 MANIFEST = "MANIFEST.json"
-TEMPORARY = ".tmp-"
-_OURS = re.compile(  # what stands in a run, and the eight characters of tempfile
+TEMPORARY_PREFIX = ".tmp-"
+_LEFTOVER_NAME = re.compile(  # what stands in a run, and the eight characters of tempfile
     r"\.tmp-(?:(?:resolved\.yaml|recipe\.yaml|plan\.json|data\.json|environment\.json|events\.jsonl|step-\d{6,}"
     r"|adapter|adapter_start|model|trainer_state\.json)-[a-z0-9_]{8}|writable|handover|old-step-\d{6,})$"
 )
 _SEAL = "sha256"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room left: on the disk, in the quota, or for a larger file."""
+def is_disk_full(error: BaseException) -> bool:
+    """Return True if an error means that the disk or the quota is full, or a file too large."""
     if isinstance(error, OSError):
-        return error.errno in _FULL
-    told = _OS_ERROR.search(str(error))  # safetensors' own errors hold the system's in their text
-    return told is not None and int(told[1]) in _FULL
+        return error.errno in _DISK_FULL_ERRNOS
+    match = _OS_ERROR.search(str(error))  # safetensors' own errors hold the system's in their text
+    return match is not None and int(match[1]) in _DISK_FULL_ERRNOS
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """Return the hex digest of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -56,17 +56,9 @@ def _fsync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _to_disk(path: Path) -> None:
-    """fsync a file and forget what memory holds of it, so that the next reader reads the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader sees the old text or the new, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}-")
+    """Replace a file atomically: a reader sees the old text or the new, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY_PREFIX}{path.name}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -81,34 +73,34 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON."""
-    write_text(path, _text(value))
+    """Write indented JSON by `write_text`."""
+    write_text(path, _json_text(value))
 
 
-def _text(value: Any) -> str:
+def _json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
-    """The parsed content of a JSON file."""
+    """Return the parsed content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _seal_of(value: Mapping[str, Any]) -> str:
+def _content_hash(value: Mapping[str, Any]) -> str:
     rest = {key: item for key, item in value.items() if key != _SEAL}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """`write_json` of a value without secrets, with a hash of it inside, so that a later change shows."""
-    plain = json.loads(
+    """Write redacted JSON with a hash of its content inside, so that a later change is detected."""
+    content = json.loads(
         json.dumps(redact_value(value), ensure_ascii=False)
     )  # tuples and number keys as they come back
-    write_json(path, {**plain, _SEAL: _seal_of(plain)})
+    write_json(path, {**content, _SEAL: _content_hash(content)})
 
 
 def verify_sealed(path: Path) -> list[str]:
-    """What is wrong with a sealed file, in words; empty where it is as it was written."""
+    """Return the faults of a sealed file, in words; an empty list if it is unchanged."""
     try:
         value = read_json(path)
     except FileNotFoundError:
@@ -117,33 +109,33 @@ def verify_sealed(path: Path) -> list[str]:
         return [f"{path.name} cannot be read ({error})"]
     if not isinstance(value, dict) or not isinstance(value.get(_SEAL), str):
         return [f"{path.name} has no hash of its content"]
-    if value[_SEAL] != _seal_of(value) or path.read_text(encoding="utf-8") != _text(value):
+    if value[_SEAL] != _content_hash(value) or path.read_text(encoding="utf-8") != _json_text(value):
         return [f"{path.name} was changed after it was written"]
     return []
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The value of a sealed file. Raises UserError where it is not as it was written."""
+    """Return the value of a sealed file. Raises UserError if it was changed."""
     if faults := verify_sealed(path):
-        expected, fix = "the file as peftkit wrote it", "put the file back, or train anew"
+        expected, fix = "the file as peftkit wrote it", "restore the file, or train again"
         raise UserError(Problem(str(path), faults[0], expected, fix))
     return {key: item for key, item in read_json(path).items() if key != _SEAL}
 
 
 @contextmanager
 def publish_folder(
-    final: Path, *, known: Mapping[str, str] | None = None, sealed: bool = True, **facts: Any
+    final: Path, *, known_hashes: Mapping[str, str] | None = None, sealed: bool = True, **facts: Any
 ) -> Iterator[Path]:
     """Yield a temporary sibling to write into; on success it becomes `final`, with a manifest.
 
-    `facts` are stored in the manifest beside the files' sizes and hashes. `known` has the sha256 of files
-    that were hashed in memory, by name: what the disk then holds is compared with them. An exception, or a
-    kill at any moment, leaves no `final`; an exception also removes the temporary folder. Raises OSError
-    where the disk gives back something else than was written. Without `sealed` there is no manifest, and
-    nothing is read again: for what is read and judged before it is published.
+    `facts` are stored in the manifest beside the files' sizes and hashes. `known_hashes` has the sha256 of
+    files that were hashed in memory, by name: the disk's content is compared with them. An exception, or a
+    kill at any moment, leaves no `final`; an exception also removes the temporary folder. Raises OSError if
+    the disk returns other bytes than were written. Without `sealed` there is no manifest and nothing is read
+    again, for content that is verified before it is published.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{TEMPORARY}{final.name}-"))
+    staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{TEMPORARY_PREFIX}{final.name}-"))
     handle = os.open(staging, os.O_RDONLY)
     try:
         with suppress(OSError):  # not every network's file system has locks
@@ -152,10 +144,13 @@ def publish_folder(
         staging.chmod(0o755)
         entries = {}
         for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-            _to_disk(path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             name = path.relative_to(staging).as_posix()
             if sealed:
-                digest = (known or {}).get(name) or sha256_of(path)
+                digest = (known_hashes or {}).get(name) or sha256_of(path)
                 entries[name] = {"size_bytes": path.stat().st_size, "sha256": digest}
         for folder in (path for path in staging.rglob("*") if path.is_dir()):
             _fsync_folder(folder)
@@ -172,8 +167,8 @@ def publish_folder(
         os.close(handle)
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether a process is writing into a temporary folder of `publish_folder` right now."""
+def is_being_written(folder: Path) -> bool:
+    """Return True if a process is writing into a temporary folder of `publish_folder` right now."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,10 +180,10 @@ def is_locked(folder: Path) -> bool:
 
 
 def verify_folder(folder: Path, *, hashes: bool = True) -> list[str]:
-    """What is wrong with a published folder, in words; empty when every file is as it was written.
+    """Return the faults of a published folder, in words; an empty list if every file is unchanged.
 
     `hashes=False` compares sizes only: enough to know that a write was finished, at no cost. A manifest that
-    names files elsewhere is not believed, and links are not followed.
+    names files elsewhere is not trusted, and links are not followed.
     """
     try:
         entries = read_json(folder / MANIFEST)["files"].items()
@@ -211,20 +206,20 @@ def verify_folder(folder: Path, *, hashes: bool = True) -> list[str]:
     return faults
 
 
-def is_ours(name: str) -> bool:
-    """Whether a file or folder is what a write of ours leaves when it is cut short."""
-    return _OURS.match(name) is not None
+def is_leftover(name: str) -> bool:
+    """Return True if a file or folder is the leftover of one of our writes."""
+    return _LEFTOVER_NAME.match(name) is not None
 
 
-def sweep(folder: Path) -> list[str]:
-    """Remove what writes that were cut short left in a folder. Returns the names.
+def remove_leftovers(folder: Path) -> list[str]:
+    """Remove the leftovers of interrupted writes from a folder. Returns the names.
 
     Only for a folder that the caller owns: another writer's temporary files look the same.
     """
-    found = sorted(path for path in folder.iterdir() if is_ours(path.name)) if folder.is_dir() else []
-    for path in found:
+    leftovers = sorted(path for path in folder.iterdir() if is_leftover(path.name)) if folder.is_dir() else []
+    for path in leftovers:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
-    return [path.name for path in found]
+    return [path.name for path in leftovers]

@@ -1,4 +1,4 @@
-"""One process owns a run directory: a lock that a dead process cannot keep."""
+"""The lock of a run directory: one process owns it, and a dead process cannot keep it."""
 
 from __future__ import annotations
 
@@ -20,32 +20,24 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def boot_id() -> str:
-    """Which start of which machine this is; containers on it share it. Empty where the system tells none."""
+    """Return the id of this machine's boot, shared by its containers; empty if the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
 
 
-def _holder() -> dict[str, Any]:
-    return {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "boot_id": boot_id(),
-        "since": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _written(handle: int) -> dict[str, Any]:
-    """Who the file says holds it; empty where it was released, or cut short by a kill."""
+def _read_holder(handle: int) -> dict[str, Any]:
+    """Read the holder from the lock file; empty if it was released, or cut short by a kill."""
     try:
-        found = json.loads(os.pread(handle, 4096, 0).decode())
+        holder = json.loads(os.pread(handle, 4096, 0).decode())
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
-def _refuse(folder: Path, holder: dict[str, Any], fix: str) -> UserError:
+def _locked_error(folder: Path, holder: dict[str, Any], fix: str) -> UserError:
+    """Build the UserError that names the process that holds the lock."""
     who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
     got = f"a run that {who} works on, since {holder.get('since', '?')}"
     return UserError(Problem(str(folder), got, "a run that no other process owns", fix))
@@ -61,47 +53,59 @@ def _is_alive(pid: Any) -> bool:
     return True
 
 
-def _take(handle: int, folder: Path, *, take_over: bool) -> None:
-    """Lock the open file, or raise UserError with who has it."""
-    wait = "wait until it ends, or stop it"
-    locks = True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _refuse(folder, _written(handle), wait) from None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        locks = False
-    holder = _written(handle)
-    if not holder:
-        return
-    gone = f"if that machine is gone: peftkit resume {folder} --take-over"
-    same_boot, same_host = holder.get("boot_id") == boot_id(), holder.get("host") == socket.gethostname()
-    if take_over:
-        return
-    if locks:
-        # the system lets go of a dead process's lock, and a machine that was started anew has the same name;
-        # another machine's locks this file system may not show
-        if not same_boot and not same_host:
-            raise _refuse(folder, holder, gone)
-    elif not (same_boot and same_host):
-        raise _refuse(folder, holder, gone)
-    elif _is_alive(holder.get("pid")):
-        raise _refuse(folder, holder, wait)
-
-
 @contextmanager
-def owned(folder: Path, *, take_over: bool = False) -> Iterator[None]:
-    """Own a run directory while the block runs. Raises UserError where another process does.
+def lock_run(folder: Path, *, take_over: bool = False) -> Iterator[None]:
+    """Lock a run directory while the block runs. Raises UserError if another process holds it.
 
-    The lock goes with its process, however that ends: flock's on this machine and over NFS. A file that
+    The lock ends with its process, however that ends: flock's on this machine and over NFS. A file that
     another machine wrote and did not release is believed, unless `take_over` says that the machine is gone.
     """
-    handle = _opened(folder)
     try:
-        _take(handle, folder, take_over=take_over)
-        _write(handle, folder)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise _unwritable_error(folder, error) from None
+    try:
+        # lock the open file
+        wait_fix = "wait until it ends, or stop it"
+        has_locks = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _locked_error(folder, _read_holder(handle), wait_fix) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            has_locks = False
+        holder = _read_holder(handle)
+        if not holder:
+            pass
+        else:
+            take_over_fix = f"if that machine is gone: peftkit resume {folder} --take-over"
+            same_boot, same_host = holder.get("boot_id") == boot_id(), holder.get("host") == socket.gethostname()
+            if take_over:
+                pass
+            elif has_locks:
+                # the system lets go of a dead process's lock, and a machine that was started anew has the same name;
+                # another machine's locks this file system may not show
+                if not same_boot and not same_host:
+                    raise _locked_error(folder, holder, take_over_fix)
+            elif not (same_boot and same_host):
+                raise _locked_error(folder, holder, take_over_fix)
+            elif _is_alive(holder.get("pid")):
+                raise _locked_error(folder, holder, wait_fix)
+        text = json.dumps(
+            {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "boot_id": boot_id(),
+                "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+        ).encode()
+        try:
+            os.pwrite(handle, text, 0)
+            os.ftruncate(handle, len(text))
+        except OSError as error:
+            raise _unwritable_error(folder, error) from None
         try:
             yield
         finally:
@@ -110,23 +114,6 @@ def owned(folder: Path, *, take_over: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
-def _opened(folder: Path) -> int:
-    try:
-        return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-
-
-def _write(handle: int, folder: Path) -> None:
-    """Say who has it now."""
-    text = json.dumps(_holder()).encode()
-    try:
-        os.pwrite(handle, text, 0)
-        os.ftruncate(handle, len(text))
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
+def _unwritable_error(folder: Path, error: OSError) -> UserError:
     got = f"a folder whose {LOCK} cannot be written ({error.strerror})"
-    return UserError(Problem(str(folder), got, "a run to write into", "make room, or mend its permissions"))
+    return UserError(Problem(str(folder), got, "a run to write into", "free disk space, or fix its permissions"))

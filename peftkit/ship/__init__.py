@@ -1,1 +1,1 @@
-"""What leaves the project: merged weights, export formats, model cards; proven to be what was trained."""
+"""Merged weights, export formats and model cards, verified against the trained model."""

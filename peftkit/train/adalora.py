@@ -1,4 +1,4 @@
-"""AdaLoRA's budget: after each optimizer step PEFT scores ranks and masks those of least importance."""
+"""AdaLoRA's rank allocation: after each optimizer step PEFT scores ranks and masks the least important."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from peftkit.train.guard import Guard
+from peftkit.train.guard import StepGuard
 
-_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+_SCORE_FIELDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
-class Budget(TrainerCallback):
-    """Calls PEFT's allocator between the optimizer step and the clearing of gradients, as it asks for."""
+class AdaLoraCallback(TrainerCallback):
+    """A callback that runs PEFT's rank allocator between the optimizer step and zeroing the gradients."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: StepGuard) -> None:
         self.guard = guard
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -25,30 +25,30 @@ class Budget(TrainerCallback):
         model.base_model.update_and_allocate(state.global_step + 1)
 
 
-def scores(model: Any) -> dict[str, torch.Tensor]:
-    """What the allocator remembers, by name; empty for other methods. Part of a checkpoint."""
+def allocator_state(model: Any) -> dict[str, torch.Tensor]:
+    """Return the rank allocator's state by name, for a checkpoint; empty for other methods."""
     allocator = getattr(model.base_model, "rankallocator", None) if hasattr(model, "peft_config") else None
     if allocator is None:
         return {}
-    kept = {
+    tensors = {
         f"{kind}|{name}": tensor.detach().cpu().contiguous()
-        for kind in _SCORES
+        for kind in _SCORE_FIELDS
         for name, tensor in getattr(allocator, kind).items()
     }
     pattern = model.peft_config["default"].rank_pattern or {}
-    return kept | {
-        f"pattern|{name}": torch.tensor(kept_ranks, dtype=torch.bool) for name, kept_ranks in pattern.items()
+    return tensors | {
+        f"pattern|{name}": torch.tensor(rank_mask, dtype=torch.bool) for name, rank_mask in pattern.items()
     }
 
 
-def restore_scores(model: Any, saved: Mapping[str, torch.Tensor]) -> None:
-    """Give the allocator its memory back."""
-    if not saved:
+def restore_allocator_state(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Restore the rank allocator's state from a checkpoint's tensors."""
+    if not tensors:
         return
     allocator, device = model.base_model.rankallocator, model.device
     config = model.peft_config["default"]
     config.rank_pattern = config.rank_pattern or {}
-    for key, tensor in saved.items():
+    for key, tensor in tensors.items():
         kind, name = key.split("|", 1)
         if kind == "pattern":
             config.rank_pattern[name] = tensor.tolist()

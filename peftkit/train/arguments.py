@@ -5,17 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peftkit.model.adapter.attach import checkpointing
+from peftkit.model.adapter.attach import checkpointing_arguments
 from peftkit.plan import Plan
 from peftkit.plan.packing import BY_LENGTH
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-def arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
-    """Arguments common to all trainers. They save nothing: their checkpoints hold pickles and can be cut."""
+def trainer_arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
+    """Return the arguments common to all trainers.
+
+    They save nothing: the Trainer's own checkpoints hold pickles and can be truncated.
+    """
     train = plan.train
     assert train.num_steps is not None
+    if plan.train.gradient_checkpointing == "none":
+        checkpointing = None
+    else:
+        options = checkpointing_arguments(plan)
+        checkpointing = {**options["activation_checkpointing_kwargs"], "every_n_layers": options["every_n_layers"]}
     return {
         "output_dir": str(output_dir),
         "save_strategy": "no",
@@ -36,7 +44,7 @@ def arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
         "train_sampling_strategy": "sequential" if train.sampling == BY_LENGTH else "random",
         "remove_unused_columns": False,
         "gradient_checkpointing": train.gradient_checkpointing != "none",
-        "gradient_checkpointing_kwargs": _checkpointing(plan),
+        "gradient_checkpointing_kwargs": checkpointing,
         "logging_strategy": "steps",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # a NaN is told as NaN, not as the mean of the others
@@ -45,11 +53,3 @@ def arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
         "seed": plan.seed,
         "data_seed": plan.seed,
     }
-
-
-def _checkpointing(plan: Plan) -> dict[str, Any] | None:
-    """The Trainer hands `every_n_layers` on to transformers and the rest to torch."""
-    if plan.train.gradient_checkpointing == "none":
-        return None
-    found = checkpointing(plan)
-    return {**found["activation_checkpointing_kwargs"], "every_n_layers": found["every_n_layers"]}

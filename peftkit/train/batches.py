@@ -1,4 +1,4 @@
-"""What the trainer draws: tokenized rows or packs of them, in which order, and the batch they make."""
+"""The train dataset: tokenized rows or packs of them, their order, and their collation into batches."""
 
 from __future__ import annotations
 
@@ -9,101 +9,104 @@ from typing import Any
 import numpy as np
 import torch
 
-from peftkit.data.read import mapped_dataset, to_dataset
+from peftkit.data.read import dataset_from_rows, mapped_dataset
 from peftkit.data.tokens.mask import Tokenized
-from peftkit.data.tokens.pack import pack
-from peftkit.data.tokens.store import Counts, TokenRows, is_weighted
+from peftkit.data.tokens.pack import pack_rows
+from peftkit.data.tokens.store import Counts, StoredTokens, is_weighted
 from peftkit.evaluate.losses import collate, collate_packed
 from peftkit.plan import Plan
 from peftkit.plan.packing import BY_LENGTH, WINDOW_STEPS
 
-Drawn = list[Tokenized]  # one row by itself, or the documents of a pack
+BatchRows = list[Tokenized]  # one row by itself, or the documents of a pack
 Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
 
-def _packs(plan: Plan, rows: Sequence[Tokenized]) -> list[list[int]]:
-    return pack(Counts.of(rows).tokens.tolist(), plan.data.max_length)
+def _pack_rows(plan: Plan, rows: Sequence[Tokenized]) -> list[list[int]]:
+    return pack_rows(Counts.of(rows).tokens.tolist(), plan.data.max_length)
 
 
-def drawn_from(plan: Plan, rows: Sequence[Tokenized]) -> list[list[int]]:
-    """The numbers of the rows in each thing that the trainer draws: packs, or rows by themselves."""
-    return _packs(plan, rows) if plan.train.packing else [[number] for number in range(len(rows))]
+def row_groups(plan: Plan, rows: Sequence[Tokenized]) -> list[list[int]]:
+    """Return the row numbers of each dataset item: the rows of a pack, or one row."""
+    return _pack_rows(plan, rows) if plan.train.packing else [[number] for number in range(len(rows))]
 
 
-def longest(plan: Plan, rows: Sequence[Tokenized], num: int) -> list[Drawn]:
-    """The `num` longest rows or packs that the trainer draws from: the micro-batch that takes most memory."""
+def longest_groups(plan: Plan, rows: Sequence[Tokenized], num: int) -> list[BatchRows]:
+    """Return the `num` longest rows or packs: the micro-batch that takes most memory."""
     counts = Counts.of(rows)
     sizes = np.maximum(counts.tokens, counts.labels)
-    found = drawn_from(plan, rows)
-    first = sorted(found, key=lambda numbers: int(sizes[numbers].sum()), reverse=True)[:num]
-    return [[rows[number] for number in numbers] for numbers in first]
+    groups = row_groups(plan, rows)
+    largest = sorted(groups, key=lambda numbers: int(sizes[numbers].sum()), reverse=True)[:num]
+    return [[rows[number] for number in numbers] for numbers in largest]
 
 
-def batch_of(plan: Plan, chosen: Sequence[Drawn], pad_id: int) -> dict[str, Any]:
-    """The tensors of a micro-batch."""
+def collate_groups(plan: Plan, groups: Sequence[BatchRows], pad_id: int) -> dict[str, Any]:
+    """Collate rows or packs into the tensors of a micro-batch."""
     if plan.train.packing:
-        return collate_packed(chosen, pad_id)
-    return collate([row for one in chosen for row in one], pad_id, task=plan.base.task)
+        return collate_packed(groups, pad_id)
+    return collate([row for group in groups for row in group], pad_id, task=plan.base.task)
 
 
 @dataclass(frozen=True)
-class DrawnSet:
-    """What the trainer draws from, and what makes a micro-batch of it.
+class TrainDataset:
+    """The trainer's dataset and its collator.
 
-    A batch brings, beside its tensors, `rows`: the numbers of its rows. One of packs brings `num_tokens`.
+    A batch has, besides its tensors, `rows`: the numbers of its rows. A batch of packs also has `num_tokens`.
     """
 
     dataset: Any
     collator: Collator
 
 
-def training_set(plan: Plan, rows: Sequence[Tokenized], pad_id: int) -> DrawnSet:
-    """The trainer's dataset. A pack is held by the numbers of its rows, so that no token is held twice."""
+def build_train_dataset(plan: Plan, rows: Sequence[Tokenized], pad_id: int) -> TrainDataset:
+    """Build the trainer's dataset. A pack is held as row numbers, so that no token is stored twice."""
     if plan.train.packing:
 
         def packed(packs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-            numbers = [number for one in packs for number in one["rows"]]
-            chosen = [[rows[i] for i in one["rows"]] for one in packs]
-            num_tokens = sum(len(row.input_ids) for one in chosen for row in one)
-            made = collate_packed(chosen, pad_id)
-            return {**made, "num_tokens": torch.tensor(num_tokens), "rows": torch.tensor(numbers)}
+            numbers = [number for item in packs for number in item["rows"]]
+            documents = [[rows[i] for i in item["rows"]] for item in packs]
+            num_tokens = sum(len(row.input_ids) for item in documents for row in item)
+            batch = collate_packed(documents, pad_id)
+            return {**batch, "num_tokens": torch.tensor(num_tokens), "rows": torch.tensor(numbers)}
 
-        return DrawnSet(to_dataset([{"rows": numbers} for numbers in _packs(plan, rows)]), packed)
+        return TrainDataset(dataset_from_rows([{"rows": numbers} for numbers in _pack_rows(plan, rows)]), packed)
 
-    def collated(drawn: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        tokenized = [
-            Tokenized(list(row["input_ids"]), list(row["labels"]), "", row.get("weights")) for row in drawn
-        ]
-        made = collate(tokenized, pad_id, task=plan.base.task)
-        return {**made, "rows": torch.tensor([row["row"] for row in drawn])}
+    def collated(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        tokenized = [Tokenized(list(row["input_ids"]), list(row["labels"]), "", row.get("weights")) for row in items]
+        batch = collate(tokenized, pad_id, task=plan.base.task)
+        return {**batch, "rows": torch.tensor([row["row"] for row in items])}
 
     columns = ["input_ids", "labels", *(["weights"] if is_weighted(rows) else [])]
-    if isinstance(rows, TokenRows):
-        found = mapped_dataset(rows.paths, columns)
+    if isinstance(rows, StoredTokens):
+        dataset = mapped_dataset(rows.paths, columns)
     else:
-        found = to_dataset([{name: getattr(row, name) for name in columns} for row in rows])
-    found = found.add_column("row", np.arange(len(rows)))
-    ordered = plan.train.sampling == BY_LENGTH
-    return DrawnSet(found.select(order_by_length(plan, rows)) if ordered else found, collated)
+        dataset = dataset_from_rows([{name: getattr(row, name) for name in columns} for row in rows])
+    dataset = dataset.add_column("row", np.arange(len(rows)))
+    by_length = plan.train.sampling == BY_LENGTH
+    return TrainDataset(dataset.select(order_by_length(plan, rows)) if by_length else dataset, collated)
 
 
 def order_by_length(plan: Plan, rows: Sequence[Tokenized]) -> list[int]:
-    """The numbers of all rows that training draws, in order: what stands together in a micro-batch is alike.
+    """Return the numbers of all rows that training draws, in order, with similar lengths in a micro-batch.
 
-    Each epoch's rows are shuffled, windows of them sorted by length and cut into micro-batches, and these
-    shuffled again, so that an optimizer step sees rows of all lengths. It follows from the seed alone.
+    Each epoch is shuffled, windows of it are sorted by length and cut into micro-batches, and these are
+    shuffled within the window, so that an optimizer step sees rows of all lengths. It follows from the seed
+    alone.
+
+    Example: lengths [9, 2, 8, 3], micro-batch 2, batch 4: the shuffled window (0, 1, 2, 3) sorts to 1, 3, 2,
+    0; its micro-batches (1, 3) and (2, 0) are drawn in either order, and long rows are padded to long rows
+    only.
     """
     counts = Counts.of(rows)
     sizes = np.maximum(counts.tokens, counts.labels)
     micro, total = plan.train.micro_batch, (plan.train.num_steps or 0) * plan.train.batch_size
-    chance = np.random.default_rng(plan.seed)
+    rng = np.random.default_rng(plan.seed)
     num_epochs = -(-total // len(rows))
-    drawn = np.concatenate([chance.permutation(len(rows)) for _ in range(num_epochs)])[:total]
+    order = np.concatenate([rng.permutation(len(rows)) for _ in range(num_epochs)])[:total]
     step = plan.train.batch_size
     window = step * max(1, min(WINDOW_STEPS, len(rows) // step))  # no more than an epoch
-    found = []
+    windows = []
     for start in range(0, total, window):
-        part = drawn[start : start + window]
-        alike = part[np.argsort(sizes[part], kind="stable")].reshape(-1, micro)
-        found.append(alike[chance.permutation(len(alike))].ravel())
-    return [int(number) for number in np.concatenate(found)]
+        window_rows = order[start : start + window]
+        micro_batches = window_rows[np.argsort(sizes[window_rows], kind="stable")].reshape(-1, micro)
+        windows.append(micro_batches[rng.permutation(len(micro_batches))].ravel())
+    return [int(number) for number in np.concatenate(windows)]

@@ -1,7 +1,7 @@
-"""Watches the numbers of each step: what is not finite is never stepped on, a spike is told with its rows.
+"""Step guard: a step that is not finite is never taken, a loss spike is reported with its rows.
 
 A step whose loss or gradients are not finite is skipped: its gradients are dropped before the optimizer sees
-them. What a run of such steps, or of spikes, leads to is the recipe's choice (train.on_spike).
+them. The recipe's train.on_spike decides what several such steps or spikes in a row lead to.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from transformers import TrainerCallback
 from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.plan import Plan
+from peftkit.rundir.events import Observer, SpikeEvent, WarningEvent
 
-WINDOW = 64  # losses that a median is taken of
-ENOUGH = 16  # of them, before there is one
-DEVIATIONS = 16.0  # robust ones, above the lowest median
-_FEW = 3  # losses, before anything at all is called a spike
-IN_A_ROW = 3  # bad steps that lead to more than a line
-MOST_SKIPPED = 25  # in a row, where the recipe only skips
-_STEPS_TO_MOVE = 3  # with a learning rate, before everything has moved
-_SHOWN_ROWS = 6
+MEDIAN_WINDOW = 64  # losses that a median is taken of
+MIN_MEDIAN_LOSSES = 16  # of them, before there is one
+SPIKE_DEVIATIONS = 16.0  # robust ones, above the lowest median
+_MIN_LOSSES = 3  # losses, before anything at all is called a spike
+MAX_BAD_STEPS = 3  # bad steps that lead to more than a line
+MAX_SKIPPED_STEPS = 25  # in a row, where the recipe only skips
+_MOVEMENT_STEPS = 3  # with a learning rate, before everything has moved
+_MAX_SHOWN_ROWS = 6
 
 
 @dataclass
-class Vitals:
-    """What the guard remembers. Stored in each checkpoint."""
+class LossHistory:
+    """Recent losses and counts of bad steps. Stored in each checkpoint."""
 
     losses: list[float] = field(default_factory=list)  # the last good ones
     start_loss: float | None = None  # the median of the first ones
@@ -41,194 +42,196 @@ class Vitals:
     num_skipped: int = 0
     num_scaled: int = 0  # in a row: gradients that only fp16's loss scale may have made infinite
 
-    def spike(self, loss: float) -> str:
-        """Why a finite loss is a spike, in words; empty where it is none.
+    def explain_spike(self, loss: float) -> str:
+        """Return why a finite loss is a spike, in words; empty where it is none.
 
-        It has to stand out from the lowest median so far by many robust deviations, so that a few outliers or
-        a slow climb do not hide the next, and to give back half of what was learnt since the start.
+        With median m of the last MEDIAN_WINDOW losses, m_low the lowest and m_start the first such median,
+        and s = 1.4826 / sqrt(2) * median |l_i+1 - l_i| (differences between steps, which a trend leaves
+        alone):
+
+            spike if l - m_low > max(16 s, 0.5 (m_start - m_low), 0.5 |m_low|)
+
+        so that a few outliers or a slow climb do not hide the next spike, and half of the progress since the
+        start has to be lost. Before MIN_MEDIAN_LOSSES losses: a loss above 4 times the highest of at least 3.
+        Example: m_start = 3.0, m_low = 1.0, s = 0.02: limit max(0.32, 1.0, 0.5) = 1.0, so a loss above 2.0 is
+        a spike.
         """
         if self.start_loss is None or self.lowest_loss is None:
             highest = max(self.losses, default=math.inf)
-            far = len(self.losses) >= _FEW and loss > 4 * highest
-            return f"a loss of {loss:.3f} after at most {highest:.3f} since the start" if far else ""
+            is_spike = len(self.losses) >= _MIN_LOSSES and loss > 4 * highest
+            return f"a loss of {loss:.3f} after at most {highest:.3f} since the start" if is_spike else ""
         # of differences from step to step, which a trend leaves alone
         spread = 1.4826 / math.sqrt(2) * statistics.median(abs(b - a) for a, b in pairwise(self.losses))
-        lost = loss - self.lowest_loss
-        learnt = self.start_loss - self.lowest_loss
-        if lost <= max(DEVIATIONS * spread, 0.5 * learnt, 0.5 * abs(self.lowest_loss)):
+        rise = loss - self.lowest_loss
+        gain = self.start_loss - self.lowest_loss
+        if rise <= max(SPIKE_DEVIATIONS * spread, 0.5 * gain, 0.5 * abs(self.lowest_loss)):
             return ""
         return f"a loss of {loss:.3f} after {self.lowest_loss:.3f}, the lowest median so far"
 
     def note(self, loss: float) -> None:
-        """Take in a good step's loss."""
-        self.losses = [*self.losses, loss][-WINDOW:]
-        if len(self.losses) >= ENOUGH:
-            middle = statistics.median(self.losses)
-            self.start_loss = middle if self.start_loss is None else self.start_loss
-            self.lowest_loss = middle if self.lowest_loss is None else min(middle, self.lowest_loss)
+        """Add a good step's loss."""
+        self.losses = [*self.losses, loss][-MEDIAN_WINDOW:]
+        if len(self.losses) >= MIN_MEDIAN_LOSSES:
+            median = statistics.median(self.losses)
+            self.start_loss = median if self.start_loss is None else self.start_loss
+            self.lowest_loss = median if self.lowest_loss is None else min(median, self.lowest_loss)
 
 
 @dataclass
-class Seen:
-    """A micro-batch of the step: the numbers of its rows and its share of the loss."""
+class MicroBatchLoss:
+    """A micro-batch of the current step: the numbers of its rows and its share of the loss."""
 
     rows: Any
     loss: torch.Tensor
 
 
-class Guard(TrainerCallback):
-    """Skips steps that are not finite, and judges each step once its loss is known.
+class StepGuard(TrainerCallback):
+    """A callback that skips steps that are not finite, and checks each step once its loss is known.
 
-    `names` gives the places of rows from their numbers, `emit` writes events.
+    `row_names` returns the places of rows from their numbers, `emit` writes events.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        emit: Callable[..., None],
-        vitals: Vitals,
-        names: Callable[[Sequence[int]], list[str]],
+        self, plan: Plan, emit: Observer, history: LossHistory, row_names: Callable[[Sequence[int]], list[str]]
     ) -> None:
-        self.plan, self.emit, self.vitals, self.names = plan, emit, vitals, names
-        self.seen: list[Seen] = []
+        self.plan, self.emit, self.history, self.names = plan, emit, history, row_names
+        self.seen: list[MicroBatchLoss] = []
         self.skipped = False
-        self.starts: dict[str, float] = {}
-        self.num_moving = 0
+        self.initial_sums: dict[str, float] = {}
+        self.num_moving_steps = 0
 
     @property
-    def steady(self) -> bool:
-        """Whether the last step was a good one: a state to keep."""
-        return self.vitals.num_bad == 0
+    def last_step_ok(self) -> bool:
+        """Return True if the last step was a good one, whose state may be saved."""
+        return self.history.num_bad == 0
 
     @property
     def loss(self) -> float:
-        """Of the step: the Trainer's own number stays NaN once it was."""
-        return float(sum(seen.loss for seen in self.seen))
+        """Return the loss of the step: the Trainer's own number stays NaN once it was."""
+        return float(sum(micro_batch.loss for micro_batch in self.seen))
 
-    def saw(self, rows: Any, loss: torch.Tensor) -> None:
-        """Hear of a micro-batch of the step that is being made."""
-        self.seen.append(Seen(rows, loss.detach()))
+    def add_loss(self, rows: Any, loss: torch.Tensor) -> None:
+        """Add the loss of a micro-batch of the current step."""
+        self.seen.append(MicroBatchLoss(rows, loss.detach()))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.starts = {name: _sum(tensor) for name, tensor in trainable_tensors(model).items()}
+        self.initial_sums = {name: _sum(tensor) for name, tensor in trainable_tensors(model).items()}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seen, self.skipped = [], False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """After clipping: one gradient that is not finite has made all of them so, or its own stays."""
+        """Drop the step's gradients unless all are finite; clipping spreads one that is not, or leaves it."""
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        numbers = torch.stack([norm, *(seen.loss.to(norm) for seen in self.seen)])
-        self.skipped = not bool(numbers.isfinite().all())
+        values = torch.stack([norm, *(micro_batch.loss.to(norm) for micro_batch in self.seen)])
+        self.skipped = not bool(values.isfinite().all())
         if self.skipped:
             for parameter in model.parameters():
                 parameter.grad = None
 
-    def judge(self, step: int, grad_norm: float, *, learning_rate: float, model: Any) -> None:
-        """Take in a finished step. Raises Diverged to go back, UserError to stop."""
+    def check_step(self, step: int, grad_norm: float, *, learning_rate: float, model: Any) -> None:
+        """Check a finished step. Raises Diverged to roll back, UserError to stop."""
         loss = self.loss
-        fine = math.isfinite(loss) and math.isfinite(grad_norm)
-        scaling = self.plan.train.autocast == "fp16" and math.isfinite(loss)
-        self.vitals.num_scaled = 0 if fine else self.vitals.num_scaled + 1
-        if not fine and scaling and self.vitals.num_scaled < MOST_SKIPPED:
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        is_scaling = self.plan.train.autocast == "fp16" and math.isfinite(loss)
+        self.history.num_scaled = 0 if is_finite else self.history.num_scaled + 1
+        if not is_finite and is_scaling and self.history.num_scaled < MAX_SKIPPED_STEPS:
             return  # the loss scale of fp16 finds its place
-        said = self.vitals.spike(loss) if fine else self._not_finite(loss, grad_norm)
-        if not said:
-            self.vitals.note(loss)
-            self.vitals.num_bad = 0
-            self._watch_moves(step, learning_rate, model)
+        message = self.history.explain_spike(loss) if is_finite else ""
+        if not is_finite:
+            value_text = f"a loss of {loss}" if not math.isfinite(loss) else f"a gradient norm of {grad_norm}"
+            # a norm beyond what a float holds, of gradients within it: clipping has made nothing of them
+            outcome = "the step was skipped" if self.skipped else "its gradients were clipped to zero"
+            message = f"{value_text}: {outcome}"
+        if not message:
+            self.history.note(loss)
+            self.history.num_bad = 0
+            if not self.initial_sums or learning_rate == 0.0:
+                pass
+            else:
+                self.num_moving_steps += 1
+                if self.num_moving_steps < _MOVEMENT_STEPS:
+                    pass
+                else:
+                    unmoved = [n for n, t in trainable_tensors(model).items() if _sum(t) == self.initial_sums[n]]
+                    if len(unmoved) == len(self.initial_sums):
+                        problem_text = f"{len(unmoved)} trained tensors that have not moved by step {step}"
+                        learning_rate_text = self.plan.train.learning_rate
+                        fix = f"train.learning_rate is {learning_rate_text:g}: is it too small to change a weight?"
+                        raise UserError(
+                            Problem("train", problem_text, "training that changes the trained tensors", fix)
+                        )
+                    if unmoved:
+                        examples = ", ".join(unmoved[:2])
+                        text = f"{len(unmoved)} trained tensors have not moved by step {step} (for example {examples})"
+                        self.emit(WarningEvent(text=text))
+                    self.initial_sums = {}
             return
-        self.vitals.num_bad += 1
-        self.vitals.num_skipped += self.skipped
-        rows = self._rows()
-        if fine and self.plan.train.on_spike == "skip":  # told, and then taken as it is
-            self.vitals.note(loss)
-            self.vitals.num_bad = 0
+        self.history.num_bad += 1
+        self.history.num_skipped += self.skipped
+        # return the places of the worst micro-batches' rows; of all, where the loss does not tell
+        losses = [float(micro_batch.loss) for micro_batch in self.seen]
+        bad_batches = [
+            micro_batch for micro_batch, loss in zip(self.seen, losses, strict=True) if not math.isfinite(loss)
+        ]
+        if not bad_batches and all(map(math.isfinite, losses)) and losses and not self.skipped:
+            bad_batches = [self.seen[losses.index(max(losses))]]
+        numbers = [int(row) for micro_batch in bad_batches or self.seen for row in micro_batch.rows.tolist()]
+        remainder = [f"and {len(numbers) - _MAX_SHOWN_ROWS} more"] if len(numbers) > _MAX_SHOWN_ROWS else []
+        rows = self.names(numbers[:_MAX_SHOWN_ROWS]) + remainder
+        if is_finite and self.plan.train.on_spike == "skip":  # told, and then taken as it is
+            self.history.note(loss)
+            self.history.num_bad = 0
         self.emit(
-            "spike",
-            step=step,
-            text=said,
-            skipped=self.skipped,
-            num_in_a_row=self.vitals.num_bad,
-            num_skipped=self.vitals.num_skipped,
-            rows=rows,
-            advice=ADVICE,
+            SpikeEvent(
+                step=step,
+                text=message,
+                skipped=self.skipped,
+                num_in_a_row=self.history.num_bad,
+                num_skipped=self.history.num_skipped,
+                rows=rows,
+                advice=ADVICE,
+            )
         )
-        self._act(step, said, rows, fine=fine)
-
-    def _act(self, step: int, said: str, rows: Sequence[str], *, fine: bool) -> None:
-        """What the recipe wants of bad steps in a row."""
-        number, chosen = self.vitals.num_bad, self.plan.train.on_spike
-        first = step - number + 1
-        if chosen == "rollback" and number >= IN_A_ROW:
-            raise Diverged(f"{number} bad steps in a row, from step {first} on: {said}", first_step=first)
-        limit = {"stop": IN_A_ROW if fine else 1, "skip": MOST_SKIPPED}.get(chosen, IN_A_ROW)
-        if number >= limit and not (chosen == "skip" and fine):
-            raise UserError(divergence(self.plan, f"step {step}: {said}", rows))
-
-    def _not_finite(self, loss: float, grad_norm: float) -> str:
-        what = f"a loss of {loss}" if not math.isfinite(loss) else f"a gradient norm of {grad_norm}"
-        # a norm beyond what a float holds, of gradients within it: clipping has made nothing of them
-        done = "the step was skipped" if self.skipped else "its gradients were clipped to nothing"
-        return f"{what}: {done}"
-
-    def _rows(self) -> list[str]:
-        """Where the rows of the worst micro-batches stand; of all, where the loss does not tell."""
-        losses = [float(seen.loss) for seen in self.seen]
-        bad = [seen for seen, loss in zip(self.seen, losses, strict=True) if not math.isfinite(loss)]
-        if not bad and all(map(math.isfinite, losses)) and losses and not self.skipped:
-            bad = [self.seen[losses.index(max(losses))]]
-        numbers = [int(row) for seen in bad or self.seen for row in seen.rows.tolist()]
-        more = [f"and {len(numbers) - _SHOWN_ROWS} more"] if len(numbers) > _SHOWN_ROWS else []
-        return self.names(numbers[:_SHOWN_ROWS]) + more
-
-    def _watch_moves(self, step: int, learning_rate: float, model: Any) -> None:
-        """After the first steps, what is trained has moved. Raises UserError where nothing has."""
-        if not self.starts or learning_rate == 0.0:
-            return
-        self.num_moving += 1
-        if self.num_moving < _STEPS_TO_MOVE:
-            return
-        still = [n for n, t in trainable_tensors(model).items() if _sum(t) == self.starts[n]]
-        if len(still) == len(self.starts):
-            got = f"{len(still)} trained tensors that have not moved by step {step}"
-            rate = self.plan.train.learning_rate
-            fix = f"train.learning_rate is {rate:g}: is it too small to change a weight?"
-            raise UserError(Problem("train", got, "training that changes what is trained", fix))
-        if still:
-            shown = ", ".join(still[:2])
-            text = f"{len(still)} trained tensors have not moved by step {step} (for example {shown})"
-            self.emit("warning", text=text)
-        self.starts = {}
+        # apply the recipe's train.on_spike to bad steps in a row
+        num_bad, policy = self.history.num_bad, self.plan.train.on_spike
+        first_step = step - num_bad + 1
+        if policy == "rollback" and num_bad >= MAX_BAD_STEPS:
+            raise Diverged(f"{num_bad} bad steps in a row, from step {first_step} on: {message}", first_step=first_step)
+        limit = {"stop": MAX_BAD_STEPS if is_finite else 1, "skip": MAX_SKIPPED_STEPS}.get(policy, MAX_BAD_STEPS)
+        if num_bad >= limit and not (policy == "skip" and is_finite):
+            raise UserError(divergence_problem(self.plan, f"step {step}: {message}", rows))
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return asdict(self.vitals)
+        """Return the loss history as a dict, for a checkpoint."""
+        return asdict(self.history)
 
 
-def heard_by(callbacks: Sequence[Any]) -> Callable[[Any, torch.Tensor], None]:
-    """What to tell of each micro-batch: the guard among the callbacks, or nobody."""
-    return next((one.saw for one in callbacks if isinstance(one, Guard)), lambda rows, loss: None)
+def loss_listener(callbacks: Sequence[Any]) -> Callable[[Any, torch.Tensor], None]:
+    """Return the guard's `add_loss` from the callbacks, or a function that does nothing."""
+    return next(
+        (callback.add_loss for callback in callbacks if isinstance(callback, StepGuard)), lambda rows, loss: None
+    )
 
 
 def _sum(tensor: torch.Tensor) -> float:
     return float(tensor.detach().sum(dtype=torch.float64))
 
 
-ADVICE = "lower the learning rate, warm up for 5-10 % of the steps, clip at 1.0, or look at these rows"
+ADVICE = "lower the learning rate, warm up for 5-10 % of the steps, clip at 1.0, or inspect these rows"
 
 
 class Diverged(PeftkitError):
-    """Training left the road at `first_step`, and the recipe says to go back and try more gently."""
+    """Training diverged at `first_step`, and the recipe says to roll back and lower the learning rate."""
 
     def __init__(self, message: str, *, first_step: int) -> None:
         self.first_step = first_step
         super().__init__(message)
 
 
-def divergence(plan: Plan, said: str, rows: Sequence[str]) -> Problem:
-    """What the user is told of a training that left the road."""
+def divergence_problem(plan: Plan, message: str, rows: Sequence[str]) -> Problem:
+    """Return the problem that tells the user of a diverged training."""
     where = f"train.learning_rate {plan.train.learning_rate:g}"
-    names = f" (rows {', '.join(rows)})" if rows else ""
-    return Problem(where, f"{said}{names}", "finite numbers and a loss that falls", ADVICE)
+    rows_text = f" (rows {', '.join(rows)})" if rows else ""
+    return Problem(where, f"{message}{rows_text}", "finite values and a falling loss", ADVICE)

@@ -1,33 +1,32 @@
-"""One real forward and backward before the first step, of the largest micro-batch that will come.
+"""Preflight: one real forward and backward before the first step, on the largest micro-batch to come.
 
-Does it fit, and is what is to be trained reached by the loss?
-
-No optimizer step is made, and the random states are put back, so a run with it equals a run without.
+It checks that memory suffices and that the loss reaches every trained tensor. No optimizer step is made, and
+the random states are restored, so a run with it equals a run without.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from peftkit.errors import Problem, UserError
-from peftkit.model.adapter.attach import trainable_tensors, wrapped_storages
+from peftkit.evaluate.step import LossFunction, backward
+from peftkit.model.adapter.attach import modules_by_storage, trainable_tensors
 from peftkit.plan import Plan
-from peftkit.train.batches import Drawn, batch_of
+from peftkit.train.batches import BatchRows, collate_groups
 from peftkit.train.checkpoint.snapshot import random_states, restore_random_states
 
-Loss = Callable[[Any, Mapping[str, Any], str], Any]
-_SHOWN = 3
-_PIECE = 2**20  # numbers of a tensor that are summed at once
+_MAX_SHOWN = 3
+_CHUNK_WORDS = 2**20  # numbers of a tensor that are summed at once
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the pass found. `num_waiting` tensors get a gradient only once others have moved from zero."""
+    """Result of the preflight. `num_waiting` tensors get a gradient only once others have moved from zero."""
 
     loss: float
     num_tensors: int
@@ -35,39 +34,30 @@ class Preflight:
     num_frozen: int
 
 
-def checksums(model: Any) -> dict[str, int]:
-    """A checksum of every frozen tensor's bytes, in which every place weighs differently.
+def frozen_checksums(model: Any) -> dict[str, int]:
+    """Compute a checksum of every frozen tensor's bytes, weighted by position.
 
-    Worked out in pieces where the tensor lies, so that it takes little memory beside it.
+    With the bytes as int32 words w in chunks n = 1, 2, ... of _CHUNK_WORDS words, j = 1, 2, ... within a
+    chunk: sum over n and j of n * j * w[n, j], plus the trailing bytes. Computed in chunks on the tensor's
+    own device, so that it takes little extra memory.
     """
-    weights = torch.arange(1, _PIECE + 1, dtype=torch.int64)
+    weights = torch.arange(1, _CHUNK_WORDS + 1, dtype=torch.int64)
     sums = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             continue
         flat = parameter.detach().contiguous().flatten().view(torch.uint8)
-        whole = flat.numel() // 4 * 4
-        total = int(flat[whole:].sum())
-        for number, piece in enumerate(flat[:whole].view(torch.int32).split(_PIECE), start=1):
+        aligned_bytes = flat.numel() // 4 * 4
+        total = int(flat[aligned_bytes:].sum())
+        for number, piece in enumerate(flat[:aligned_bytes].view(torch.int32).split(_CHUNK_WORDS), start=1):
             weights = weights.to(piece.device)
             total += number * int((piece.to(torch.int64) * weights[: piece.numel()]).sum())
         sums[name] = total
     return sums
 
 
-def _backward(model: Any, chosen: Sequence[Drawn], plan: Plan, *, pad_id: int, loss: Loss) -> float:
-    """The loss that is trained, and its gradients."""
-    made = batch_of(plan, chosen, pad_id)
-    batch = {key: value.to(model.device) for key, value in made.items()}
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.train.autocast or "")
-    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
-        value = loss(model, batch, plan.base.task)
-    value.backward()
-    return float(value.detach())
-
-
-def _silent(model: Any) -> list[str]:
-    """Trained tensors whose gradient is missing or all zero; rows of tokens may not occur in this batch."""
+def _tensors_without_gradient(model: Any) -> list[str]:
+    """Return trained tensors whose gradient is missing or zero; token rows may be absent from the batch."""
     return [
         name
         for name, tensor in trainable_tensors(model).items()
@@ -75,92 +65,92 @@ def _silent(model: Any) -> list[str]:
     ]
 
 
-def wake(model: Any) -> dict[str, torch.Tensor]:
-    """Move every trained tensor a little from where it starts, and return the starts.
+def perturb_zero_init(model: Any) -> dict[str, torch.Tensor]:
+    """Move every trained tensor slightly from its initial value, and return the initial values.
 
     Half of an adapter starts at zero, and its other half gets no gradient until the first has moved.
     """
     generator = torch.Generator().manual_seed(0)
-    kept = {}
+    initial = {}
     with torch.no_grad():
         for name, tensor in trainable_tensors(model).items():
-            kept[name] = tensor.detach().clone()
+            initial[name] = tensor.detach().clone()
             noise = torch.randn(tensor.shape, generator=generator) * 0.02
             tensor.add_(noise.to(tensor.device, tensor.dtype))
-    return kept
+    return initial
 
 
-def _refuse(where: str, names: Sequence[str], what: str, fix: str) -> Problem:
-    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-    return Problem(where, f"{what}: {shown}", "training that reaches everything it is to train", fix)
+def _tensor_problem(where: str, names: Sequence[str], problem_text: str, fix: str) -> Problem:
+    names_text = ", ".join(names[:_MAX_SHOWN]) + (
+        f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
+    )
+    return Problem(where, f"{problem_text}: {names_text}", "a gradient in every trained tensor and an intact base", fix)
 
 
-def preflight(model: Any, plan: Plan, largest: Sequence[Drawn], *, pad_id: int, loss: Loss) -> Preflight:
-    """Run the pass on the largest micro-batch that will come, of rows or packs.
+def run_preflight(
+    model: Any, plan: Plan, largest: Sequence[BatchRows], *, pad_id: int, loss: LossFunction
+) -> Preflight:
+    """Run forward and backward on the largest micro-batch that will come, of rows or packs.
 
-    Memory that is lacking shows here, not hours later.
-    `loss` works out what is trained, for a model, a batch and a task. Raises UserError for what would train
-    on nothing or change the base.
+    Missing memory shows here, not hours later. `loss` computes the training loss for a model, a batch and a
+    task. Raises UserError for trained tensors without gradient, shared weights, or a base that changed.
     """
-    saved = random_states()
-    frozen = checksums(model)
+
+    def backward_groups(groups: Sequence[BatchRows]) -> float:
+        batch = collate_groups(plan, groups, pad_id)
+        return backward(model, batch, loss, task=plan.base.task, precision=plan.train.autocast)
+
+    rng_states = random_states()
+    frozen_sums = frozen_checksums(model)
     was_training = model.training
     model.train()
-    kept: dict[str, torch.Tensor] = {}
+    initial: dict[str, torch.Tensor] = {}
     try:
-        value = _backward(model, largest, plan, pad_id=pad_id, loss=loss)
-        silent = waiting = _silent(model)
-        broken = [
-            n
-            for n, t in trainable_tensors(model).items()
-            if t.grad is not None and not t.grad.isfinite().all()
+        value = backward_groups(largest)
+        without_gradient = zero_start = _tensors_without_gradient(model)
+        non_finite = [
+            n for n, t in trainable_tensors(model).items() if t.grad is not None and not t.grad.isfinite().all()
         ]
-        if silent:
+        if without_gradient:
             model.zero_grad(set_to_none=True)
-            kept = wake(model)
-            _backward(model, largest[-1:], plan, pad_id=pad_id, loss=loss)
-            silent = [name for name in _silent(model) if name in silent]
+            initial = perturb_zero_init(model)
+            backward_groups(largest[-1:])
+            without_gradient = [name for name in _tensors_without_gradient(model) if name in without_gradient]
     finally:
         with torch.no_grad():
             for name, tensor in trainable_tensors(model).items():
-                if name in kept:
-                    tensor.copy_(kept[name])
+                if name in initial:
+                    tensor.copy_(initial[name])
         model.zero_grad(set_to_none=True)
         model.train(was_training)
-        restore_random_states(*saved)
-    changed = [name for name, value in checksums(model).items() if value != frozen[name]]
-    problems = _problems(plan, loss=value, silent=silent, broken=broken, changed=changed)
-    problems += _shared(model)
-    if problems:
-        raise UserError(problems)
-    return Preflight(value, len(trainable_tensors(model)), len(waiting), len(frozen))
-
-
-def _problems(
-    plan: Plan, *, loss: float, silent: list[str], broken: list[str], changed: list[str]
-) -> list[Problem]:
-    found = []
-    if not math.isfinite(loss):
-        fix = "look at the rows, or use precision bf16 or fp32"
-        found.append(Problem("train", f"a loss of {loss}", "a finite loss before the first step", fix))
-    elif broken:
-        found.append(_refuse("train.precision", broken, "gradients that are not finite", "use bf16 or fp32"))
-    if silent:
-        fix = "these layers are never called, or their weight is read past the adapter: leave them out"
-        found.append(
-            _refuse("method.targets", silent, f"{len(silent)} trained tensors without gradient", fix)
+        restore_random_states(*rng_states)
+    changed_names = [name for name, value in frozen_checksums(model).items() if value != frozen_sums[name]]
+    the_problems = []
+    if not math.isfinite(value):
+        fix = "inspect the rows, or use precision bf16 or fp32"
+        the_problems.append(Problem("train", f"a loss of {value}", "a finite loss before the first step", fix))
+    elif non_finite:
+        the_problems.append(
+            _tensor_problem("train.precision", non_finite, "gradients that are not finite", "use bf16 or fp32")
         )
-    if changed:
+    if without_gradient:
+        fix = "these layers are never called, or bypass the adapter: remove them from the targets"
+        the_problems.append(
+            _tensor_problem(
+                "method.targets", without_gradient, f"{len(without_gradient)} trained tensors without gradient", fix
+            )
+        )
+    if changed_names:
         fix = "please report this family: its base must not change"
-        found.append(_refuse("base", changed, "frozen tensors that a pass changed", fix))
-    return found
-
-
-def _shared(model: Any) -> list[Problem]:
-    """Adapted modules that stand on one storage: merging would add every adapter to it."""
+        the_problems.append(_tensor_problem("base", changed_names, "frozen tensors that a pass changed", fix))
+    problems = the_problems
     fix = "target modules that are not shared between layers"
-    return [
-        _refuse("method.targets", names, "adapted modules that share one weight", fix)
-        for names in wrapped_storages(model)
+    shared = [
+        _tensor_problem("method.targets", names, "adapted modules that share one weight", fix)
+        for names in modules_by_storage(model)
         if len(names) > 1
     ]
+    problems += shared
+    if problems:
+        raise UserError(problems)
+    return Preflight(value, len(trainable_tensors(model)), len(zero_start), len(frozen_sums))

@@ -1,4 +1,4 @@
-"""The learning rate of a run that goes on past its end: its schedule, begun anew at a step."""
+"""Restarted learning-rate schedule, for a run that continues past its planned end."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from peftkit.plan import Plan
 
-_WARM = 0.05  # of the steps that are left: new directions are not trusted at once
+_WARMUP_SHARE = 0.05  # of the steps that are left: new directions are not trusted at once
 
 
-def share(plan: Plan, step: int) -> float:
-    """The share of the peak rate at a step, as transformers' schedules have it, counted from the restart."""
+def restart_rate_factor(plan: Plan, step: int) -> float:
+    """Return the share of the peak learning rate at a step, as in transformers' schedules, from the restart.
+
+    With n steps left, w = max(1, 5 % of n), s = step - restart_step: s / w during warm-up, then cosine,
+    linear or constant in (s - w) / (n - w).
+    """
     train = plan.train
-    whole = (train.num_steps or 0) - train.restart_step
-    warm = max(1, math.ceil(_WARM * whole))
-    here = max(0, step - train.restart_step)
-    if here < warm:
-        return here / warm
-    done = min(1.0, (here - warm) / max(1, whole - warm))
-    return {
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-        "linear": 1.0 - done,
-        "constant": 1.0,
-    }[train.schedule]
+    num_steps = (train.num_steps or 0) - train.restart_step
+    num_warmup = max(1, math.ceil(_WARMUP_SHARE * num_steps))
+    position = max(0, step - train.restart_step)
+    if position < num_warmup:
+        return position / num_warmup
+    progress = min(1.0, (position - num_warmup) / max(1, num_steps - num_warmup))
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1.0 - progress, "constant": 1.0}[
+        train.schedule
+    ]
 
 
-def restarted(plan: Plan, optimizer: Any) -> LambdaLR:
-    """The schedule as torch has it."""
-    return LambdaLR(optimizer, lambda step: share(plan, step))
+def build_restart_scheduler(plan: Plan, optimizer: Any) -> LambdaLR:
+    """Build the restarted schedule as a torch LambdaLR."""
+    return LambdaLR(optimizer, lambda step: restart_rate_factor(plan, step))

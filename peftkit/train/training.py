@@ -1,4 +1,4 @@
-"""From plan, model and data to a training that can be run, resumed and stopped."""
+"""Assembly of a training from plan, model and data: it can be run, resumed and stopped."""
 
 from __future__ import annotations
 
@@ -6,40 +6,35 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from transformers import PrinterCallback
 from transformers.utils import logging
 
 from peftkit.data.tokens.mask import Tokenized
-from peftkit.data.tokens.prepare import Prepared
+from peftkit.data.tokens.prepare import TokenizedData
 from peftkit.evaluate.losses import RowLosses, row_losses
+from peftkit.evaluate.step import fused_row_sums
 from peftkit.methods import METHODS
 from peftkit.model.adapter.attach import build_loraplus_optimizer
 from peftkit.plan import Plan
 from peftkit.plan.memory import evaluation_rows
+from peftkit.plan.task import trainer_spec
 from peftkit.rundir import RunDir, read_json, verify_folder
-from peftkit.train.adalora import Budget
-from peftkit.train.batches import longest, training_set
-from peftkit.train.checkpoint.restore import AtStart, Restore, handover_folder, load_trained
-from peftkit.train.guard import Guard, Vitals
-from peftkit.train.objectives import sft, supervised
-from peftkit.train.preflight import Preflight, preflight
-from peftkit.train.recorder import Emit, Progress, Record
+from peftkit.rundir.events import Observer, WarningEvent
+from peftkit.train.adalora import AdaLoraCallback
+from peftkit.train.batches import build_train_dataset, longest_groups
+from peftkit.train.checkpoint.restore import CheckpointRestorer, TrainBeginCallback, load_trained, write_resume_folder
+from peftkit.train.guard import LossHistory, StepGuard
+from peftkit.train.preflight import Preflight, run_preflight
+from peftkit.train.recorder import EvalProgress, Recorder
+from peftkit.train.trainer import build_trainer, training_loss
 
 
-def objective(plan: Plan) -> ModuleType:
-    """The file that trains this plan's task."""
-    # TRL's fused loss reads the head past PEFT's wrapper of single token rows
-    known = plan.base.task == "causal-lm" and not (plan.base.inferred or plan.method.token_rows)
-    return sft if known and not plan.data.weighted else supervised  # TRL's loss knows no weights
-
-
-def losses_of(
+def compute_row_losses(
     model: Any, rows: Sequence[Tokenized], plan: Plan, *, pad_id: int, prepared: bool = True
 ) -> RowLosses:
-    """The losses of rows; without `prepared` for a model that no trainer has prepared."""
+    """Compute the losses of rows; pass `prepared=False` for a model that no trainer has prepared."""
     return row_losses(
         model,
         rows,
@@ -47,86 +42,79 @@ def losses_of(
         batch_size=evaluation_rows(plan),
         task=plan.base.task,
         autocast=plan.train.autocast,
-        summed=objective(plan).summed if prepared else None,
+        forward_sums=fused_row_sums if prepared and trainer_spec(plan).loss == "fused" else None,
     )
 
 
 @dataclass
 class Training:
-    """One assembled training. `run()` trains to the end, to a stop, or from `checkpoint` on."""
+    """An assembled training. `run()` trains to the end, to a stop, or from `checkpoint` on."""
 
     trainer: Any
     run_dir: RunDir
     plan: Plan
     checkpoint: Path | None
-    record: Record
+    recorder: Recorder
     rows: Sequence[Tokenized]
     pad_id: int
 
     def preflight(self) -> Preflight:
-        """Prove on the longest rows that they fit, and that everything to be trained is reached."""
-        return preflight(
+        """Prove on the longest rows that they fit, and that every trained tensor gets a gradient."""
+        return run_preflight(
             self.trainer.model,
             self.plan,
-            longest(self.plan, self.rows, self.plan.train.micro_batch),
+            longest_groups(self.plan, self.rows, self.plan.train.micro_batch),
             pad_id=self.pad_id,
-            loss=objective(self.plan).loss,
+            loss=training_loss(self.plan),
         )
 
-    def measure_start(self) -> None:
-        """Evaluation loss before the first step."""
-        if self.record.evaluate is not None:
-            self.record.measure(self.trainer.model, 0)
+    def evaluate_start(self) -> None:
+        """Record the evaluation loss before the first step."""
+        if self.recorder.evaluate is not None:
+            self.recorder.measure(self.trainer.model, 0)
 
     def run(self) -> int:
-        """Train. Returns the step at which training ended, once its checkpoints are on the disk."""
+        """Train, and return the step at which training ended, once its checkpoints are on disk."""
         try:
-            return self._run()
-        finally:
-            self.record.writer.close()
-
-    def _run(self) -> int:
-        if self.checkpoint is None:
-            self.trainer.train()
+            if self.checkpoint is None:
+                self.trainer.train()
+                return int(self.trainer.state.global_step)
+            # run the evaluation due at the checkpoint's step, if it was not run yet
+            step = int(read_json(self.checkpoint / "trainer_state.json")["global_step"])
+            is_last = step >= (self.plan.train.num_steps or 0)
+            is_due = self.recorder.evaluate is not None and (is_last or step % self.plan.train.eval_steps == 0)
+            if is_due and self.recorder.progress.last_step < step:
+                load_trained(self.trainer.model, self.checkpoint)
+                self.recorder.measure(self.trainer.model, step)
+            if self.recorder.stops_early or step >= (self.plan.train.num_steps or 0):
+                load_trained(self.trainer.model, self.checkpoint)
+                return step
+            resume_folder = write_resume_folder(self.checkpoint, self.run_dir.path / ".tmp-handover")
+            verbosity = logging.get_verbosity()
+            logging.set_verbosity_error()  # the Trainer warns of weights that the handover lacks on purpose
+            self.trainer.add_callback(TrainBeginCallback(lambda: logging.set_verbosity(verbosity)))
+            try:
+                self.trainer.train(resume_from_checkpoint=str(resume_folder))
+            finally:
+                logging.set_verbosity(verbosity)
+                shutil.rmtree(resume_folder, ignore_errors=True)
             return int(self.trainer.state.global_step)
-        step = self._catch_up(self.checkpoint)
-        if self.record.stops_early or step >= (self.plan.train.num_steps or 0):
-            load_trained(self.trainer.model, self.checkpoint)
-            return step
-        handover = handover_folder(self.checkpoint, self.run_dir.path / ".tmp-handover")
-        told = logging.get_verbosity()
-        logging.set_verbosity_error()  # the Trainer warns of weights that the handover lacks on purpose
-        self.trainer.add_callback(AtStart(lambda: logging.set_verbosity(told)))
-        try:
-            self.trainer.train(resume_from_checkpoint=str(handover))
         finally:
-            logging.set_verbosity(told)
-            shutil.rmtree(handover, ignore_errors=True)
-        return int(self.trainer.state.global_step)
-
-    def _catch_up(self, checkpoint: Path) -> int:
-        """Make the evaluation that was due at the checkpoint's step, where the stop came before it."""
-        step = int(read_json(checkpoint / "trainer_state.json")["global_step"])
-        last = step >= (self.plan.train.num_steps or 0)
-        due = self.record.evaluate is not None and (last or step % self.plan.train.eval_steps == 0)
-        if due and self.record.progress.last_step < step:
-            load_trained(self.trainer.model, checkpoint)
-            self.record.measure(self.trainer.model, step)
-        return step
+            self.recorder.writer.close()
 
     def has_ended(self, step: int) -> bool:
-        """Whether training is over at a step, by its number or by the recipe's patience."""
-        return self.record.stops_early or step >= (self.plan.train.num_steps or 0)
+        """Return True if training is over at a step, by its number or by the recipe's patience."""
+        return self.recorder.stops_early or step >= (self.plan.train.num_steps or 0)
 
-    def take_best(self, last_step: int) -> int:
-        """Put the best checkpoint's tensors into the model, unless the last step is the best."""
-        best = self.record.progress.best_step
+    def load_best(self, last_step: int) -> int:
+        """Load the best checkpoint's tensors unless the last step is the best. Returns the step."""
+        best = self.recorder.progress.best_step
         if best is None or best == last_step:
             return last_step
         folder = self.run_dir.checkpoint(best)
         if faults := verify_folder(folder):
-            text = f"the best checkpoint cannot be published, so that the last step is: {'; '.join(faults)}"
-            self.record.emit("warning", text=text)
+            text = f"the best checkpoint is damaged, the last step is published instead: {'; '.join(faults)}"
+            self.recorder.emit(WarningEvent(text=text))
             return last_step
         load_trained(self.trainer.model, folder)
         return best
@@ -137,47 +125,44 @@ def assemble(
     plan: Plan,
     tokenizer: Any,
     *,
-    prepared: Prepared,
+    prepared: TokenizedData,
     run: RunDir,
-    emit: Emit,
+    emit: Observer,
     checkpoint: Path | None,
     facts: Mapping[str, Any],
 ) -> Training:
-    """Build the trainer with our callbacks; `checkpoint` is where a resumed run goes on.
+    """Build the trainer with our callbacks; a resumed run continues from `checkpoint`.
 
     `facts` go into the manifest of each checkpoint.
     """
     train, held_out = prepared.train, prepared.eval
-    progress, vitals, restore = Progress(), Vitals(), None
+    progress, history, restorer = EvalProgress(), LossHistory(), None
     if checkpoint is not None:
-        restore = Restore(checkpoint)
-        progress, vitals = Progress(**restore.state["progress"]), Vitals(**restore.state["vitals"])
+        restorer = CheckpointRestorer(checkpoint)
+        progress, history = (EvalProgress(**restorer.state["progress"]), LossHistory(**restorer.state["vitals"]))
         if progress.best_step is not None and verify_folder(run.checkpoint(progress.best_step)):
-            emit(
-                "warning",
-                text=f"the best checkpoint, of step {progress.best_step}, is lost: the search starts anew",
-            )
+            emit(WarningEvent(text=f"the best checkpoint, of step {progress.best_step}, is lost: the search restarts"))
             progress.best_step = progress.best_loss = None
 
-    def evaluate(wrapped: Any) -> RowLosses:
-        return losses_of(wrapped, held_out, plan, pad_id=tokenizer.pad_token_id)
+    def evaluate(wrapped_model: Any) -> RowLosses:
+        return compute_row_losses(wrapped_model, held_out, plan, pad_id=tokenizer.pad_token_id)
 
-    drawn = training_set(plan, train, tokenizer.pad_token_id)
-    guard = Guard(plan, emit, vitals, lambda numbers: [train[number].where for number in numbers])
-    chosen = evaluate if held_out else None
-    record = Record(plan, emit, progress, chosen, guard=guard, run=run, facts=facts)
-    budget = [Budget(guard)] if METHODS[plan.method.name].schedule is not None else []
-    trainer = objective(plan).trainer(
+    dataset = build_train_dataset(plan, train, tokenizer.pad_token_id)
+    guard = StepGuard(plan, emit, history, lambda numbers: [train[number].where for number in numbers])
+    evaluator = evaluate if held_out else None
+    recorder = Recorder(plan, emit, progress, evaluator, guard=guard, run=run, facts=facts)
+    adalora_callbacks = [AdaLoraCallback(guard)] if METHODS[plan.method.name].schedule is not None else []
+    trainer = build_trainer(
         model,
         plan,
         tokenizer,
-        train=drawn,
+        train=dataset,
         output_dir=run.path,
-        callbacks=[*([restore] if restore else []), guard, record, *budget],
+        callbacks=[*([restorer] if restorer else []), guard, recorder, *adalora_callbacks],
         optimizer=build_loraplus_optimizer(model, plan) if plan.method.lr_ratio is not None else None,
     )
-    for callback in (record, restore):
+    for callback in (recorder, restorer):
         if callback is not None:
             callback.accelerator = trainer.accelerator
     trainer.remove_callback(PrinterCallback)  # our own events are shown instead
-    return Training(trainer, run, plan, checkpoint, record, train, tokenizer.pad_token_id)
+    return Training(trainer, run, plan, checkpoint, recorder, train, tokenizer.pad_token_id)

@@ -1,7 +1,7 @@
 import pytest
 
 from peftkit.archs import FAMILIES, shape_from_config
-from peftkit.archs.inferred import Layer, infer_shape, role_of
+from peftkit.archs.inferred import InspectedLayer, infer_shape, role_of
 from tests.rigs.tiny import tiny_config
 
 # Families whose every role can be told by names and shapes.
@@ -13,14 +13,14 @@ def test_roles_of_known_families_are_found_by_names_and_shapes(model_type):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from peftkit.model.base.unknown_family import layers_of
+    from peftkit.model.base.unknown_family import list_layers
 
     config = tiny_config(model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     known = {m.name: m.role for m in shape_from_config(config.to_dict()).modules}
     hidden = shape_from_config(config.to_dict()).dims.hidden
-    for layer in layers_of(model):
+    for layer in list_layers(model):
         if layer.name in known:
             assert role_of(layer, hidden) == known[layer.name], layer.name
 
@@ -30,7 +30,7 @@ def test_an_inferred_shape_counts_every_parameter_once(model_type):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from peftkit.model.base.unknown_family import layers_of
+    from peftkit.model.base.unknown_family import list_layers
 
     config = tiny_config(model_type)
     with torch.device("meta"):
@@ -38,7 +38,7 @@ def test_an_inferred_shape_counts_every_parameter_once(model_type):
     names = {id(module): name for name, module in model.named_modules()}
     shape = infer_shape(
         config.to_dict(),
-        layers_of(model),
+        list_layers(model),
         task="causal-lm",
         embeddings=names[id(model.get_input_embeddings())],
         head="lm_head",
@@ -60,14 +60,15 @@ def test_an_inferred_shape_counts_every_parameter_once(model_type):
     ],
 )
 def test_roles_by_name_then_by_shape(name, d_in, d_out, role):
-    assert role_of(Layer(name, "linear", d_in * d_out, d_in, d_out), 64) == role
+    assert role_of(InspectedLayer(name, "linear", d_in * d_out, d_in, d_out), 64) == role
 
 
 def test_nothing_is_claimed_of_what_shapes_cannot_tell():
-    layers = [Layer("t.embed", "embedding", 640, 10, 64), Layer("t.l.0.mlp.up", "linear", 8192, 64, 128)]
-    shape = infer_shape(
-        {"model_type": "x"}, layers, task="causal-lm", embeddings="t.embed", head="h", tied=True
-    )
+    layers = [
+        InspectedLayer("t.embed", "embedding", 640, 10, 64),
+        InspectedLayer("t.l.0.mlp.up", "linear", 8192, 64, 128),
+    ]
+    shape = infer_shape({"model_type": "x"}, layers, task="causal-lm", embeddings="t.embed", head="h", tied=True)
     assert not shape.family.packs
     assert "prefix" in shape.family.refuses
     assert shape.dims.hidden == 64

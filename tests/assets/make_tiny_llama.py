@@ -34,9 +34,7 @@ def sources() -> list[Path]:
     """Standard library modules without tests and generated tables, in a fixed order."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = ("test", "site-packages", "pydoc_data", "encodings", "idlelib", "lib2to3", "__pycache__")
-    return sorted(
-        p for p in root.rglob("*.py") if not any(part in skip or part == "tests" for part in p.parts)
-    )
+    return sorted(p for p in root.rglob("*.py") if not any(part in skip or part == "tests" for part in p.parts))
 
 
 def chats(path: Path, text: str) -> list[str]:
@@ -50,9 +48,7 @@ def chats(path: Path, text: str) -> list[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and (doc := ast.get_docstring(node)):
             first = doc.strip().split("\n")[0].strip()
             if 15 < len(first) < 160:
-                found.append(
-                    f"<|user|>What does {path.stem}.{node.name} do?<|end|><|assistant|>{first}<|end|>"
-                )
+                found.append(f"<|user|>What does {path.stem}.{node.name} do?<|end|><|assistant|>{first}<|end|>")
     return found
 
 

@@ -72,9 +72,7 @@ VALUES = st.recursive(
 
 
 @given(
-    st.dictionaries(
-        st.text(st.characters(exclude_categories=["Cs"]), max_size=8), VALUES, min_size=1, max_size=4
-    ),
+    st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), VALUES, min_size=1, max_size=4),
     st.integers(0, 2**32),
 )
 @settings(deadline=None)

@@ -22,9 +22,7 @@ def stopped(scenes):
     return scenes.stopped_run()
 
 
-@pytest.mark.parametrize(
-    "share", [0.45, *(pytest.param(one, marks=SLOW) for one in (0.02, 0.2, 0.7, 0.9, 0.99))]
-)
+@pytest.mark.parametrize("share", [0.45, *(pytest.param(one, marks=SLOW) for one in (0.02, 0.2, 0.7, 0.9, 0.99))])
 def test_killed_at_a_write_point(scenes, share):
     assert scenes.killed_at(max(1, round(share * scenes.num_points))) is None
 

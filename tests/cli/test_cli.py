@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
-from peftkit.cli import COMMANDS, main
+from peftkit.cli import COMMANDS, commands, main
 from peftkit.rundir import write_sealed
 from tests.conftest import ROOT, TINY_LLAMA
 
@@ -44,28 +45,16 @@ def recipe_file(recipe, tmp_path):
 
 
 BAD_FILES = {
-    "misspelled key": (
-        "base: a/b\nmethod: {name: lora, rnk: 8}\ndata: {train: x.jsonl}\n",
-        "did you mean rank?",
-    ),
-    "wrong type": (
-        "base: a/b\nmethod: {name: lora, rank: eight}\ndata: {train: x.jsonl}\n",
-        "expected  an integer",
-    ),
-    "negative rank": (
-        "base: a/b\nmethod: {name: lora, rank: -8}\ndata: {train: x.jsonl}\n",
-        "greater than 0",
-    ),
+    "misspelled key": ("base: a/b\nmethod: {name: lora, rnk: 8}\ndata: {train: x.jsonl}\n", "did you mean rank?"),
+    "wrong type": ("base: a/b\nmethod: {name: lora, rank: eight}\ndata: {train: x.jsonl}\n", "expected  an integer"),
+    "negative rank": ("base: a/b\nmethod: {name: lora, rank: -8}\ndata: {train: x.jsonl}\n", "greater than 0"),
     "empty": ("", "an empty file"),
     "a list": ("- base\n", "a list"),
     "tabs": ("base: a/b\nmethod:\n\tname: lora\n", "a tab"),
     "duplicate keys": ("base: a/b\nbase: c/d\n", "the key base again"),
     "python tag": ("base: !!python/object/apply:os.system ['touch pwned']\n", "tags can run code"),
     "unknown method": ("base: a/b\nmethod: lroa\ndata: {train: x.jsonl}\n", "did you mean lora?"),
-    "unknown base": (
-        "base: no-such-owner/no-such-model\nmethod: lora\ndata: {train: x.jsonl}\n",
-        "HF_HUB_OFFLINE",
-    ),
+    "unknown base": ("base: no-such-owner/no-such-model\nmethod: lora\ndata: {train: x.jsonl}\n", "HF_HUB_OFFLINE"),
 }
 
 
@@ -91,7 +80,7 @@ def test_bad_data(tmp_path, recipe_file):
         (tmp_path / name).write_text(text)
         return refuse("finetune", recipe_file, f"data.train={tmp_path / name}", "--out", tmp_path / "run")
 
-    assert "which is not there" in refuse("finetune", recipe_file, "data.train=/none.jsonl")
+    assert "which does not exist" in refuse("finetune", recipe_file, "data.train=/none.jsonl")
     text = recipe_file.read_text().replace("chats.jsonl", "gone.jsonl")
     (tmp_path / "gone.yaml").write_text(text)
     line = next(i for i, row in enumerate(text.splitlines(), start=1) if "gone.jsonl" in row)
@@ -122,12 +111,7 @@ def test_llama_8b_where_it_cannot_run_says_why_before_anything_heavy_is_imported
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        check=False,
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
     )
     assert done.returncode == 2
     assert "heavy []" in done.stdout
@@ -142,9 +126,7 @@ def test_dry_run_tells_every_decision_and_imports_no_torch():
         "'method.rank=32', '--dry-run']); print('heavy', sorted({'torch', 'transformers', 'peft', 'trl', "
         "'datasets'} & set(sys.modules))); raise SystemExit(code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "heavy []" in done.stdout
     for line in (
@@ -178,11 +160,10 @@ def test_help_lists_the_commands_and_imports_nothing_heavy():
     assert all(command.name in done.stdout for command in COMMANDS)
 
 
-def test_every_command_has_its_function():
-    from peftkit.cli import FUNCTIONS, commands
-
-    names = [FUNCTIONS.get(command.name, command.name) for command in COMMANDS]
-    assert all(callable(getattr(commands, name)) for name in names)
+def test_every_command_is_a_file_of_its_own_name():
+    folder = Path(commands.__file__).parent
+    assert {path.stem for path in folder.glob("[!_]*.py")} == {command.name for command in COMMANDS}
+    assert all(module.__name__.endswith(f".{module.COMMAND.name}") for module in commands.MODULES)
 
 
 def test_recipes_schema_and_env(capsys):
@@ -203,9 +184,7 @@ def test_train_interrupt_resume_and_generate_from_the_command_line(recipe_file, 
     out = tmp_path / "run"
     command = [*PEFTKIT, "finetune", str(recipe_file), "train.max_steps=400", "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for line in process.stderr:
         if line.startswith("step 1/"):
             process.send_signal(2)
@@ -219,7 +198,7 @@ def test_train_interrupt_resume_and_generate_from_the_command_line(recipe_file, 
     write_sealed(out / "plan.json", plan)
     resumed = run("resume", out)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from step" in resumed.stderr
+    assert "resuming from step" in resumed.stderr
     assert f"peftkit generate {out}" in resumed.stdout
     answered = run("generate", out, "Say alpha number 0")
     assert answered.returncode == 0, answered.stderr
@@ -256,7 +235,7 @@ def test_inspect_of_a_known_model_imports_no_torch():
     [
         ({"model_type": "vit", "image_size": 224, "hidden_size": 8}, "a model for vision"),
         ({"model_type": "no_such_thing"}, "unknown family 'no_such_thing'"),
-        ({"model_type": "llama"}, "missing or absurd sizes"),
+        ({"model_type": "llama"}, "missing or invalid sizes"),
     ],
 )
 def test_inspect_refuses_what_is_no_text_model(config, said, tmp_path):
@@ -264,6 +243,7 @@ def test_inspect_refuses_what_is_no_text_model(config, said, tmp_path):
     assert said in refuse("inspect", tmp_path)
 
 
+@pytest.mark.slow
 def test_eval_measures_a_run_and_loss_by_position(recipe_file, recipe, tmp_path):
     assert run("finetune", recipe_file, "--out", tmp_path / "run").returncode == 0
     done = run("eval", tmp_path / "run", "--json")
@@ -273,7 +253,7 @@ def test_eval_measures_a_run_and_loss_by_position(recipe_file, recipe, tmp_path)
     assert "no more than the data holds" in refuse(
         "eval", tmp_path / "run", "--context", "999999", "--data", recipe["data"]["train"]
     )
-    assert "give some: --data FILE" not in done.stderr
+    assert "pass --data FILE" not in done.stderr
 
 
 def test_plan_tells_what_a_recipe_takes_and_fails_where_it_does_not_fit(capsys, monkeypatch, tmp_path):
@@ -306,15 +286,13 @@ def test_an_unforeseen_error_is_told_without_secrets(monkeypatch, capsys):
         except OSError as error:
             raise RuntimeError(f"no answer for {SECRET}") from error
 
-    monkeypatch.setattr("peftkit.cli.commands.schema", schema)
+    monkeypatch.setattr("peftkit.cli.commands.schema.run", schema)
     assert main(["schema"]) == 1
     told = capsys.readouterr().err
     assert SECRET not in told
     assert "Traceback" in told and "RuntimeError: no answer for REDACTED" in told
     assert "https://REDACTED@host/x" in told
-    assert told.splitlines()[-1].startswith(
-        "peftkit: this is a fault of peftkit, not yours: please report it"
-    )
+    assert told.splitlines()[-1].startswith("peftkit: internal error, a bug in peftkit: please report it")
 
 
 def test_what_was_typed_is_told_without_secrets(capsys):
@@ -344,7 +322,7 @@ def test_pickled_weights_are_converted_by_a_command(tmp_path, capsys):
     assert main(["convert", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     told = capsys.readouterr()
     assert told.out == f"{tmp_path / 'out'}: 1 tensors, 24 B in adapter_model.safetensors\n"
-    assert told.err == "not taken along: code.py\n"
+    assert told.err == "not converted: code.py\n"
     assert main(["convert", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
 
 

@@ -1,6 +1,6 @@
 """Tables show what they are given: rich would take square brackets for markup, and drop them."""
 
-from peftkit.cli.tables import print_verdict
+from peftkit.cli.commands.diagnose import print_verdict
 from peftkit.diagnose.statistics import Interval
 from peftkit.diagnose.verdict import Action, Verdict
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from peftkit.archs import family_of, shape_from_config
 from peftkit.plan import DeviceFacts, Plan
-from peftkit.plan.activations import FEATURES, features, kept_bytes, layers_of, mode_of
+from peftkit.plan.activations import FEATURES, activation_bytes, correction_key, group_layers, layer_features
 from peftkit.plan.plan import Batch
 from tests.rigs.plans import plan_for
 from tests.rigs.tiny import TINY, tiny_config
@@ -96,11 +96,9 @@ def plan_at(config: dict[str, Any], method: str, precision: str, batch: Batch) -
     return replace(plan, base=base, train=replace(plan.train, autocast="bf16"))
 
 
-def rest_of(
-    model_type: str, size: tuple[int, ...], method: str, precision: str
-) -> tuple[list[float], float, Plan]:
+def rest_of(model_type: str, size: tuple[int, ...], method: str, precision: str) -> tuple[list[float], float, Plan]:
     """([rest per token of one period of layers, rest of what is above them], all that is kept, plan)."""
-    from peftkit.prepare.traced_memory import traced
+    from peftkit.prepare.traced_memory import trace_plan
 
     rows, tokens = size[4], size[5]
     batch = Batch(rows, tokens, 0, rows * (tokens - 1), is_padded=False)
@@ -110,8 +108,8 @@ def rest_of(
         plan = plan_at(config, method, precision, batch)
         shape = shape_from_config(config)
         assert shape is not None
-        real = traced(plan, config, batch).kept_bytes
-        said = kept_bytes(shape, plan, batch, corrections={})["activations"]
+        real = trace_plan(plan, config, batch).saved_activation_bytes
+        said = activation_bytes(shape, plan, batch, corrections={})["activations"]
         total = total or real / (rows * tokens)
         rests.append((real - said) / (rows * tokens))
     layer = rests[1] - rests[0]
@@ -162,12 +160,12 @@ def fit(model_type: str, method: str, precision: str) -> tuple[str, dict[str, di
         shape = shape_from_config(config)
         assert shape is not None
         batch = Batch(size[4], size[5], 0, size[4] * (size[5] - 1), is_padded=False)
-        rows.append(features(layers_of(shape)[0], shape, batch))
+        rows.append(layer_features(group_layers(shape)[0], shape, batch))
         targets.append(rest)
     assert plan is not None
     if len(rows) < len(SIZES):
         print(f"{model_type:12s} {method:5s} {precision:9s} as the rules say", flush=True)
-        return mode_of(plan), {}
+        return correction_key(plan), {}
     found, left = {}, 0.0
     for name, column in (("layer", 0), ("above", 1)):
         per = period(model_type) if name == "layer" else 1
@@ -177,7 +175,7 @@ def fit(model_type: str, method: str, precision: str) -> tuple[str, dict[str, di
         if coefficients:
             found[name] = {feature: round(value / per, 3) for feature, value in coefficients.items()}
     print(f"{model_type:12s} {method:5s} {precision:9s} off by {100 * left:5.2f} %: {found}", flush=True)
-    return mode_of(plan), found
+    return correction_key(plan), found
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.archs import FAMILIES, Family, family_of, shape_from_config
-from peftkit.data.tokens.mask import IGNORED, Tokenized
+from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.errors import UserError
 from peftkit.methods import METHODS
 from peftkit.plan import Plan
@@ -76,7 +76,7 @@ def rows_for(task: str, num: int = 4, length: int = 16) -> list[Tokenized]:
     for i in range(num):
         ids = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
         if task == "causal-lm":
-            labels = [IGNORED] * 4 + ids[4:]
+            labels = [IGNORE_INDEX] * 4 + ids[4:]
         elif task == "seq2seq":
             labels = torch.randint(3, VOCAB, (6,), generator=generator).tolist()
         elif task == "classification":
@@ -120,29 +120,29 @@ class Bench:
     def attach(self) -> Any:
         from transformers import set_seed
 
-        from peftkit.model.adapter.attach import attach
+        from peftkit.model.adapter.attach import attach_adapter
 
         set_seed(0)
-        return attach(self.load(), self.plan, tokenizer=None)
+        return attach_adapter(self.load(), self.plan, tokenizer=None)
 
     def logits(self, model: Any) -> Any:
         import torch
 
-        from peftkit.evaluate.losses import inputs_of
+        from peftkit.evaluate.step import forward_inputs
 
         model.eval()
         with torch.no_grad():
-            return model(**inputs_of(model, self.batch, self.task)).logits.float()
+            return model(**forward_inputs(model, self.batch, self.task)).logits.float()
 
     def train(self, model: Any) -> tuple[float, float]:
         """(first, last) loss of a short training on one batch."""
         import torch
 
         from peftkit.model.adapter.attach import trainable_tensors
-        from peftkit.train.adalora import scores
+        from peftkit.train.adalora import allocator_state
 
         optimizer = torch.optim.AdamW(trainable_tensors(model).values(), lr=self.rate, weight_decay=0.0)
-        has_budget = bool(scores(model)) or self.plan.method.name == "adalora"
+        has_budget = bool(allocator_state(model)) or self.plan.method.name == "adalora"
         model.train()
         losses = []
         for step in range(STEPS):
@@ -172,19 +172,19 @@ def _check_counts(bench: Bench, model: Any) -> str:
 
 
 def _check_training(bench: Bench, model: Any) -> dict[str, str]:
-    from peftkit.train.objectives import supervised
-    from peftkit.train.preflight import checksums, preflight
+    from peftkit.evaluate.step import loss_from_logits
+    from peftkit.train.preflight import frozen_checksums, run_preflight
 
     found = {}
     try:
-        preflight(model, bench.plan, [[row] for row in bench.rows], pad_id=0, loss=supervised.loss)
+        run_preflight(model, bench.plan, [[row] for row in bench.rows], pad_id=0, loss=loss_from_logits)
         found["every trained tensor gets a gradient"] = "ok"
     except UserError as error:
         found["every trained tensor gets a gradient"] = str(error)
-    frozen = checksums(model)
+    frozen = frozen_checksums(model)
     first, last = bench.train(model)
     found["20 steps lower the loss"] = "ok" if last < first - 1e-3 else f"{first:.4f} -> {last:.4f}"
-    changed = [name for name, value in checksums(model).items() if frozen[name] != value]
+    changed = [name for name, value in frozen_checksums(model).items() if frozen[name] != value]
     found["frozen tensors stay bit-equal"] = "ok" if not changed else f"changed: {changed[:3]}"
     return found
 
@@ -233,12 +233,12 @@ def mergeable_text(family: Family) -> list[str]:
 
 
 def _check_saved(bench: Bench, model: Any, folder: Path) -> dict[str, str]:
-    from peftkit.model.adapter.attach import save_result
+    from peftkit.model.adapter.attach import save_trained
     from peftkit.model.adapter.load import load_adapter
     from tests.conformance.tokenizer import NoTokenizer
 
     trained = bench.logits(model)
-    save_result(model, bench.plan, NoTokenizer(), folder / "out", start=folder / "start")
+    save_trained(model, bench.plan, NoTokenizer(), folder / "out", initial_adapter=folder / "start")
     if bench.plan.method.peft is None:
         kept, bench.folder = bench.folder, folder / "out"
         again = bench.load()
@@ -257,12 +257,12 @@ def _check_saved(bench: Bench, model: Any, folder: Path) -> dict[str, str]:
 def _check_checkpointing(bench: Bench) -> str:
     """Gradients with recomputation equal those without."""
     from peftkit.model.adapter.attach import trainable_tensors
-    from peftkit.train.preflight import wake
+    from peftkit.train.preflight import perturb_zero_init
 
     grads = []
     for on in (False, True):
         model = bench.attach()
-        wake(model)
+        perturb_zero_init(model)
         if on:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
@@ -311,11 +311,11 @@ def _check_generation(bench: Bench, model: Any) -> str:
 
 
 def _check_coverage(bench: Bench, model: Any) -> str:
-    from peftkit.model.quantize import coverage
-    from peftkit.plan.method import coverage as planned_coverage
+    from peftkit.model.quantize import share_in_4bit
+    from peftkit.plan.method import share_in_4bit as planned_coverage
 
     shape = shape_from_config({**bench.config, "num_labels": LABELS}, task=bench.task)
-    held, planned = coverage(model), planned_coverage(shape)
+    held, planned = share_in_4bit(model), planned_coverage(shape)
     return "ok" if abs(held - planned) < 1e-6 else f"planned {planned:.4f}, in 4-bit {held:.4f}"
 
 
@@ -331,8 +331,7 @@ def _changes(plan: Plan) -> str:
     found = [d.reason for d in plan.decisions if d.key in keys and d.source == "decided" and d.reason]
     # a default other than all linear layers is a change too
     return "; ".join(
-        found
-        + [d.reason for d in plan.decisions if d.key == "method.targets" and d.reason.startswith("attention")]
+        found + [d.reason for d in plan.decisions if d.key == "method.targets" and d.reason.startswith("attention")]
     )
 
 
@@ -344,7 +343,7 @@ def _refused(error: UserError) -> str:
 
 def run_cell(model_type: str, task: str, variant: str) -> Cell:
     """Everything that is claimed of a cell, checked on a tiny model."""
-    from peftkit.model.adapter.attach import save_start
+    from peftkit.model.adapter.attach import save_initial_adapter
 
     family = family_of(model_type)
     assert family is not None
@@ -362,7 +361,7 @@ def run_cell(model_type: str, task: str, variant: str) -> Cell:
         if plan.base.quant_type is not None:
             cell.checks["planned share is in 4-bit"] = _check_coverage(bench, bench.load())
         model = bench.attach()
-        save_start(model, plan, folder / "start", afresh=True)
+        save_initial_adapter(model, plan, folder / "start", overwrite=True)
         cell.checks["planned parameters are counted"] = _check_counts(bench, model)
         cell.checks |= _check_training(bench, model)
         cell.checks |= _check_saved(bench, model, folder)

@@ -27,9 +27,7 @@ def one(cell: tuple[str, str, str]) -> Cell:
         return run_cell(*cell)
     except Exception as error:  # noqa: BLE001  whatever a library raises is what this cell shows
         where = traceback.extract_tb(error.__traceback__)[-1]
-        text = (
-            f"{type(error).__name__}: {str(error)[:200]} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
-        )
+        text = f"{type(error).__name__}: {str(error)[:200]} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
         return Cell(cell[0], answer="raised", reason=text, checks={"runs": text})
 
 

@@ -70,14 +70,7 @@ def _names(family: Family) -> str:
 
 
 def _facts() -> list[str]:
-    head = [
-        "family",
-        "model types",
-        "attention (tiny)",
-        "positions",
-        "packing",
-        "roles and their layers",
-    ]
+    head = ["family", "model types", "attention (tiny)", "positions", "packing", "roles and their layers"]
     lines = [_row(head), _row(["---"] * len(head))]
     for family in FAMILIES:
         shape = shape_from_config({**TINY[family.model_types[0]], "model_type": family.model_types[0]})

@@ -9,19 +9,7 @@ from tests.conformance.page import PAGE, page
 # About a minute: one family of each kind, the methods that differ most.
 FAST = {
     ("llama", "causal-lm", variant)
-    for variant in (
-        "full",
-        "lora",
-        "dora",
-        "pissa",
-        "qlora",
-        "prefix",
-        "prompt",
-        "ia3",
-        "vera",
-        "oft",
-        "adalora",
-    )
+    for variant in ("full", "lora", "dora", "pissa", "qlora", "prefix", "prompt", "ia3", "vera", "oft", "adalora")
 } | {
     ("gpt2", "causal-lm", "lora"),
     ("gpt2", "causal-lm", "qlora"),
@@ -48,8 +36,7 @@ FAST = {
 
 
 @pytest.mark.parametrize(
-    "cell",
-    [pytest.param(c, id=key(*c), marks=() if c in FAST else pytest.mark.slow) for c in CELLS],
+    "cell", [pytest.param(c, id=key(*c), marks=() if c in FAST else pytest.mark.slow) for c in CELLS]
 )
 @pytest.mark.filterwarnings("ignore")
 def test_cell(cell):

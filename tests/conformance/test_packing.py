@@ -7,10 +7,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from peftkit.archs import FAMILIES, family_of
-from peftkit.data.tokens.mask import IGNORED, Tokenized
+from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.evaluate.losses import collate, collate_packed
-from peftkit.model.adapter.attach import attach, checkpointing, trainable_tensors
-from peftkit.train.preflight import wake
+from peftkit.model.adapter.attach import attach_adapter, checkpointing_arguments, trainable_tensors
+from peftkit.train.preflight import perturb_zero_init
 from tests.rigs.plans import plan_for
 from tests.rigs.tiny import VOCAB, tiny_config, tiny_model
 
@@ -25,7 +25,7 @@ def documents() -> list[list[Tokenized]]:
     packs = []
     for sizes in SIZES:
         drawn = [torch.randint(3, VOCAB, (size,), generator=generator).tolist() for size in sizes]
-        packs.append([Tokenized(ids, [IGNORED, IGNORED, *ids[2:]], "") for ids in drawn])
+        packs.append([Tokenized(ids, [IGNORE_INDEX, IGNORE_INDEX, *ids[2:]], "") for ids in drawn])
     return packs
 
 
@@ -34,7 +34,7 @@ def losses(model, batch):
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     return cross_entropy(
-        logits.transpose(1, 2).float(), batch["labels"][:, 1:], ignore_index=IGNORED, reduction="none"
+        logits.transpose(1, 2).float(), batch["labels"][:, 1:], ignore_index=IGNORE_INDEX, reduction="none"
     )
 
 
@@ -76,14 +76,12 @@ def test_packed_documents_stay_apart_where_the_family_says_so(model_type, attent
 
 
 def wrapped(model_type, **train):
-    plan = plan_for(
-        tiny_config(model_type).to_dict(), {"name": "lora", "rank": 4}, train={"max_length": 64, **train}
-    )
-    model = attach(tiny_model(model_type), plan, tokenizer=None)
-    wake(model)  # a LoRA that starts at zero has half its gradients
+    plan = plan_for(tiny_config(model_type).to_dict(), {"name": "lora", "rank": 4}, train={"max_length": 64, **train})
+    model = attach_adapter(tiny_model(model_type), plan, tokenizer=None)
+    perturb_zero_init(model)  # a LoRA that starts at zero has half its gradients
     model.train()
     if plan.train.gradient_checkpointing != "none":
-        model.activation_checkpointing_enable(**checkpointing(plan))
+        model.activation_checkpointing_enable(**checkpointing_arguments(plan))
         model.enable_input_require_grads()
     return model
 
@@ -113,6 +111,6 @@ def test_what_fills_up_a_pack_and_first_tokens_are_not_learnt():
     assert {tuple(tensor.shape) for tensor in batch.values()} == {(2, 28)}
     assert batch["position_ids"][1].tolist() == [*range(11), *range(3), *range(7), *range(7)]
     assert batch["input_ids"][1, 21:].tolist() == [7] * 7
-    assert (batch["labels"][:, 1:] != IGNORED).sum() == sum(size - 2 for sizes in SIZES for size in sizes)
+    assert (batch["labels"][:, 1:] != IGNORE_INDEX).sum() == sum(size - 2 for sizes in SIZES for size in sizes)
     learnt_from_the_start = [[Tokenized([4, 5], [4, 5], ""), Tokenized([6, 8], [6, 8], "")]]
-    assert collate_packed(learnt_from_the_start, 0)["labels"].tolist() == [[IGNORED, 5, IGNORED, 8]]
+    assert collate_packed(learnt_from_the_start, 0)["labels"].tolist() == [[IGNORE_INDEX, 5, IGNORE_INDEX, 8]]

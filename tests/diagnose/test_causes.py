@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from peftkit.diagnose.causes import Arm, Evidence, Finding, look_early, look_further
+from peftkit.diagnose.causes import Arm, Diagnosis, Evidence, measure_or_conclude, measure_or_conclude_early
 from peftkit.diagnose.quality import Quality
 from peftkit.diagnose.signals import ModuleSignal, Signals
-from peftkit.diagnose.statistics import Interval, Rows
+from peftkit.diagnose.statistics import HeldOutLosses, Interval
 
 HARD = np.random.default_rng(0).gamma(4.0, 0.25, size=100)
 LEARNS, STILL = Interval(0.3, 0.25, 0.35, 100), Interval(0.001, -0.01, 0.01, 100)
@@ -17,7 +17,7 @@ LEARNS, STILL = Interval(0.3, 0.25, 0.35, 100), Interval(0.001, -0.01, 0.01, 100
 def rows(loss):
     chance = np.random.default_rng(int(1000 * loss))
     sums = HARD + loss - HARD.mean() + chance.normal(0, 0.02, size=100)
-    return Rows(tuple(sums), (1,) * 100, tuple(range(100)))
+    return HeldOutLosses(tuple(sums), (1,) * 100, tuple(range(100)))
 
 
 def quality(state="lagging", projected=STILL, worsened=None):
@@ -44,8 +44,8 @@ def arms(**losses):
 
 
 def cause(**more):
-    found = look_further(evidence(**more))
-    assert isinstance(found, Finding), found
+    found = measure_or_conclude(evidence(**more))
+    assert isinstance(found, Diagnosis), found
     return found.cause
 
 
@@ -60,8 +60,8 @@ def test_a_healthy_run_is_asked_for_nothing():
 
 def test_data_and_masks_come_before_everything():
     broken = "data: labels or masks broken"
-    assert cause(masks=("end-token: never learnt",), quality=quality("not lagging")) == broken
-    assert cause(num_departures=2) == "unstable"
+    assert cause(mask_findings=("end-token: never learnt",), quality=quality("not lagging")) == broken
+    assert cause(num_divergences=2) == "unstable"
     assert cause(dependence=STILL, signals=signals(agreement=0.01)) == broken
     assert cause(dependence=STILL, start_loss=6.0) == broken, "a shape was learnt, and no mapping"
     worse = Interval(0.5, 0.4, 0.6, 100)
@@ -79,7 +79,7 @@ def asked(given):
     """What is measured, in order, where forks come to the losses that are given."""
     wants, now = [], evidence(signals=None, dependence=None, candidate="rank")
     first = {"signals": {"signals": signals()}, "dependence": {"dependence": Interval(1.0, 0.8, 1.2, 100)}}
-    while isinstance(wanted := look_further(now), str):
+    while isinstance(wanted := measure_or_conclude(now), str):
         wants.append(wanted)
         fields = first.get(wanted) or {"arms": {**now.arms, wanted: arm(wanted, given.get(wanted, 1.95))}}
         now = replace(now, **fields)
@@ -102,12 +102,7 @@ def test_what_is_measured_next_goes_from_cheap_to_dear():
         ({"continue": 2.0, "rate_up": 2.2}, "", LEARNS, "too few steps"),
         ({"continue": 1.95, "rate_up": 2.2, "candidate": 1.5}, "rank", LEARNS, "rank"),
         ({"continue": 1.95, "rate_up": 1.4, "candidate": 1.5}, "rank", LEARNS, "learning rate too low"),
-        (
-            {"continue": 2.3, "rate_up": 2.4, "rate_down": 2.1, "candidate": 2.05},
-            "rank",
-            LEARNS,
-            "too few steps",
-        ),
+        ({"continue": 2.3, "rate_up": 2.4, "rate_down": 2.1, "candidate": 2.05}, "rank", LEARNS, "too few steps"),
         ({"continue": 2.0, "rate_up": 2.2, "candidate": 2.0}, "rank", STILL, "undecided"),
     ],
 )
@@ -125,30 +120,30 @@ def test_layers_that_hold_all_the_energy_need_no_fork_and_a_small_rank_a_weaker_
     weak = arms(**{"continue": 2.0, "rate_up": 2.2, "candidate": 1.996})
     small = {"arms": weak, "candidate": "rank", "quality": quality(projected=LEARNS)}
     assert cause(**small) == "too few steps"
-    found = look_further(evidence(**small, is_small=True))
+    found = measure_or_conclude(evidence(**small, is_small=True))
     assert (found.cause, found.proven) == ("rank", False), "advice, on which no run acts by itself"
     strong = arms(**{"continue": 2.0, "rate_up": 2.2, "candidate": 1.5})
-    assert look_further(evidence(**{**small, "arms": strong})).proven
+    assert measure_or_conclude(evidence(**{**small, "arms": strong})).proven
 
 
 def test_what_the_budget_leaves_out_is_told():
     left_out = frozenset({"rate up", "candidate"})
     some = {"arms": arms(**{"continue": 2.0}), "unaffordable": left_out}
-    found = look_further(evidence(**some))
+    found = measure_or_conclude(evidence(**some))
     assert found.cause == "undecided"
     assert "rate up" in found.said
-    found = look_further(evidence(**some, quality=quality(projected=LEARNS)))
+    found = measure_or_conclude(evidence(**some, quality=quality(projected=LEARNS)))
     assert found.cause == "too few steps"
-    assert "the budget left out: rate up" in found.said
+    assert "not measured for lack of budget: rate up" in found.said
 
 
 def test_an_early_look_grows_only_into_layers_without_an_adapter():
     bare = evidence(quality=quality("lagging"))
-    assert look_early(replace(bare, signals=None)) == "signals"
-    assert look_early(replace(bare, candidate="rank")).cause == "none"
+    assert measure_or_conclude_early(replace(bare, signals=None)) == "signals"
+    assert measure_or_conclude_early(replace(bare, candidate="rank")).cause == "none"
     wide = replace(bare, candidate="target modules")
-    assert look_early(wide) == "continue"
+    assert measure_or_conclude_early(wide) == "continue"
     paid = arms(**{"continue": 1.9, "rate_up": 1.85, "candidate": 1.4})
-    assert look_early(replace(wide, arms=paid)).cause == "target modules"
+    assert measure_or_conclude_early(replace(wide, arms=paid)).cause == "target modules"
     disguised = arms(**{"continue": 1.9, "rate_up": 1.3, "candidate": 1.4})
-    assert look_early(replace(wide, arms=disguised)).cause == "none"
+    assert measure_or_conclude_early(replace(wide, arms=disguised)).cause == "none"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from peftkit.diagnose.quality import Evaluation, judge
-from peftkit.diagnose.statistics import Interval, Rows, proportion
+from peftkit.diagnose.quality import EvaluationPoint, assess_quality
+from peftkit.diagnose.statistics import HeldOutLosses, Interval, wilson_interval
 
 HARD = np.random.default_rng(0).gamma(4.0, 0.25, size=200)
 
@@ -12,7 +12,7 @@ HARD = np.random.default_rng(0).gamma(4.0, 0.25, size=200)
 def evaluation(step, loss, *, learnt=None, noise=0.0):
     chance = np.random.default_rng(step)
     sums = HARD + loss - HARD.mean() + chance.normal(0, noise, size=200)
-    return Evaluation(step, float(learnt or step), Rows(tuple(sums), (1,) * 200, tuple(range(200))))
+    return EvaluationPoint(step, float(learnt or step), HeldOutLosses(tuple(sums), (1,) * 200, tuple(range(200))))
 
 
 def curve(losses, **more):
@@ -20,14 +20,14 @@ def curve(losses, **more):
 
 
 def test_without_a_target_nothing_lags():
-    assert judge(curve([4.0, 3.0, 2.0, 1.5]), target=None).state == "still improving"
+    assert assess_quality(curve([4.0, 3.0, 2.0, 1.5]), target=None).state == "still improving"
     flat = curve([4.0, 1.5, 1.5, 1.5, 1.5], noise=0.02)
-    assert judge(flat, target=None).state == "plateaued"
+    assert assess_quality(flat, target=None).state == "plateaued"
 
 
 @pytest.mark.parametrize(("target", "state"), [(0.9, "lagging"), (1.2, "not lagging"), (1.0, "not lagging")])
 def test_a_target_is_missed_only_beyond_noise(target, state):
-    found = judge(curve([4.0, 2.0, 1.05]), target=target)
+    found = assess_quality(curve([4.0, 2.0, 1.05]), target=target)
     assert found.state == state
     assert f"{target:g}" in found.said
 
@@ -35,15 +35,17 @@ def test_a_target_is_missed_only_beyond_noise(target, state):
 def test_a_reference_decides_where_there_is_no_target():
     last = curve([4.0, 2.0, 1.5])
     better, alike = Interval(0.3, 0.2, 0.4, 200), Interval(0.005, 0.001, 0.009, 200)
-    assert judge(last, target=None, behind=better).state == "lagging"
-    assert judge(last, target=None, behind=alike).state == "not lagging", "within 1 % of the loss"
-    assert judge(last, target=9.0, behind=better).state == "not lagging", "a target is what was asked for"
+    assert assess_quality(last, target=None, reference_gain=better).state == "lagging"
+    assert assess_quality(last, target=None, reference_gain=alike).state == "not lagging", "within 1 % of the loss"
+    assert assess_quality(last, target=9.0, reference_gain=better).state == "not lagging", (
+        "a target is what was asked for"
+    )
 
 
 def test_a_target_in_a_metric_is_missed_beyond_the_noise_of_its_answers():
     last = curve([4.0, 2.0, 1.5])
     for right, state in ((0.6, "lagging"), (0.85, "not lagging"), (0.95, "not lagging")):
-        assert judge(last, target=0.9, scored=proportion(right, 100)).state == state
+        assert assess_quality(last, target=0.9, metric_interval=wilson_interval(right, 100)).state == state
 
 
 def test_a_decaying_rate_is_no_plateau():
@@ -54,17 +56,17 @@ def test_a_decaying_rate_is_no_plateau():
         evaluation(100 * i, loss, learnt=learnt)
         for i, (loss, learnt) in enumerate(zip(losses, [0.001, 100, 110, 115], strict=True))
     ]
-    said = [judge(one, target=None).projected.mean for one in (constant, decaying)]
+    said = [assess_quality(one, target=None).projected.mean for one in (constant, decaying)]
     assert said[1] > 3 * said[0]
 
 
 def test_what_got_worse_since_its_best_is_told():
-    assert judge(curve([4.0, 1.0, 1.4, 1.9]), target=None).worsened.mean == pytest.approx(0.9, abs=0.02)
-    assert judge(curve([4.0, 2.0, 1.0]), target=None).worsened is None
+    assert assess_quality(curve([4.0, 1.0, 1.4, 1.9]), target=None).worsened.mean == pytest.approx(0.9, abs=0.02)
+    assert assess_quality(curve([4.0, 2.0, 1.0]), target=None).worsened is None
 
 
 def test_a_single_evaluation_says_what_it_can():
-    found = judge([evaluation(50, 1.0)], target=None)
+    found = assess_quality([evaluation(50, 1.0)], target=None)
     assert found.state == "still improving"
     assert found.projected is None
     assert "train.eval_steps" in found.said

@@ -9,10 +9,7 @@ from peftkit.diagnose.verdict import Action, Cost, Verdict
 
 def verdict(**more):
     action = Action(
-        "grow the adapter",
-        ("method.rank=16", "method.alpha=32"),
-        Interval(0.2, 0.1, 0.3, 40),
-        Cost(1000, 4096, 1.02),
+        "grow the adapter", ("method.rank=16", "method.alpha=32"), Interval(0.2, 0.1, 0.3, 40), Cost(1000, 4096, 1.02)
     )
     loss = Interval(2.0, 1.9, 2.1, 40)
     return Verdict(300, "lagging", "rank", "the larger one is better", action, loss, 40, 0.12, **more)
@@ -33,8 +30,8 @@ def test_bounds_of_one_document_are_json_too():
 def test_it_says_what_is_known_and_how_well():
     said = dict(verdict().rows())
     assert said["cause"] == "rank"
-    assert "only 40 rows" in said["loss"]
+    assert "only 40 held-out rows" in said["loss"]
     assert "1,000 trainable parameters" in said["cost"]
     assert "+0.2000 [+0.1000, +0.3000]" in said["expected gain"]
-    assert "12" in said["looking took"]
+    assert "12" in said["diagnosis cost"]
     assert "<table" in verdict()._repr_html_()

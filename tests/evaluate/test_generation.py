@@ -37,13 +37,7 @@ def greedy(model, tokenizer, prompt, count):
 def test_batches_answer_like_single_full_passes(parts):
     model, tokenizer = parts
     model.train()
-    answers = generate_answers(
-        model,
-        tokenizer,
-        PROMPTS,
-        max_new_tokens=8,
-        eos_token_ids=[tokenizer.eos_token_id],
-    )
+    answers = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, eos_token_ids=[tokenizer.eos_token_id])
     assert answers == [greedy(model.eval(), tokenizer, p, 8) for p in PROMPTS]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peftkit.data.tokens.mask import IGNORED, Tokenized
+from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.evaluate.losses import row_losses
 from tests.conformance.cells import rows_for
 from tests.rigs.tiny import tiny_model
@@ -28,5 +28,5 @@ def test_each_row_has_its_own_loss_whatever_stands_beside_it():
 
 
 def test_nothing_learnt_is_an_error():
-    with pytest.raises(ValueError, match="no learnt token"):
-        losses(tiny_model("llama"), [Tokenized([1, 2], [IGNORED, IGNORED], "masked")])
+    with pytest.raises(ValueError, match="no token in the loss"):
+        losses(tiny_model("llama"), [Tokenized([1, 2], [IGNORE_INDEX, IGNORE_INDEX], "masked")])

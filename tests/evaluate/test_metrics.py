@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftkit.evaluate.metrics import accuracy, entity_f1, exact_match, macro_f1, spans, token_f1
+from peftkit.evaluate.metrics import accuracy, entity_f1, entity_spans, exact_match, macro_f1, token_f1
 
 
 def test_exact_match_forgives_blanks_only():
@@ -30,10 +30,10 @@ def test_macro_f1_weighs_classes_alike():
 
 
 def test_spans_of_bio_tags():
-    assert spans(["B-PER", "I-PER", "O", "B-LOC"]) == {("PER", 0, 2), ("LOC", 3, 4)}
-    assert spans(["I-PER", "I-LOC", "B-LOC"]) == {("PER", 0, 1), ("LOC", 1, 2), ("LOC", 2, 3)}
-    assert spans(["NOUN", "O", "VERB"]) == {("NOUN", 0, 1), ("VERB", 2, 3)}
-    assert spans([]) == set()
+    assert entity_spans(["B-PER", "I-PER", "O", "B-LOC"]) == {("PER", 0, 2), ("LOC", 3, 4)}
+    assert entity_spans(["I-PER", "I-LOC", "B-LOC"]) == {("PER", 0, 1), ("LOC", 1, 2), ("LOC", 2, 3)}
+    assert entity_spans(["NOUN", "O", "VERB"]) == {("NOUN", 0, 1), ("VERB", 2, 3)}
+    assert entity_spans([]) == set()
 
 
 def test_entity_f1_wants_kind_and_borders():
@@ -51,5 +51,5 @@ def test_a_perfect_answer_is_one_and_scores_stay_between(labels):
 
 @given(st.lists(st.sampled_from(["O", "B-X", "I-X", "B-Y", "I-Y"]), min_size=1))
 def test_spans_never_overlap_and_cover_every_tag_but_o(tags):
-    covered = [i for _, start, end in spans(tags) for i in range(start, end)]
+    covered = [i for _, start, end in entity_spans(tags) for i in range(start, end)]
     assert sorted(covered) == [i for i, tag in enumerate(tags) if tag != "O"]

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftkit.experiments.forks import Start, at_rate, draw, fork, rate_at
-from peftkit.model.adapter.attach import attach, trainable_tensors
+from peftkit.evaluate.step import loss_from_logits
+from peftkit.experiments.forks import ForkStart, draw_fork_batches, fork_rate_factor, train_fork, with_learning_rate
+from peftkit.model.adapter.attach import attach_adapter, trainable_tensors
 from peftkit.train.checkpoint.snapshot import optimizer_state
-from peftkit.train.objectives import supervised
 from tests.conformance.cells import rows_for
 from tests.rigs.plans import plan_for
 from tests.rigs.tiny import tiny_config, tiny_model
@@ -22,10 +22,10 @@ ROWS = rows_for("causal-lm") * 6
 def made():
     """(plan, model, its start) of a tiny Llama with LoRA whose B has moved."""
     plan = plan_for(tiny_config("llama").to_dict(), {"name": "lora", "rank": 4, "dropout": 0.1})
-    plan = at_rate(
+    plan = with_learning_rate(
         replace(plan, train=replace(plan.train, micro_batch=2, accumulation=2, batch_size=4)), 1e-2
     )
-    model = attach(tiny_model("llama"), plan, tokenizer=None)
+    model = attach_adapter(tiny_model("llama"), plan, tokenizer=None)
     with torch.no_grad():
         for name, tensor in trainable_tensors(model).items():
             if "lora_B" in name:
@@ -35,15 +35,15 @@ def made():
 
 def start_of(model, optimizer=None):
     state = {k: v.clone() for k, v in optimizer_state(model, optimizer)[0].items()} if optimizer else {}
-    return Start({n: t.detach().clone() for n, t in trainable_tensors(model).items()}, state)
+    return ForkStart({n: t.detach().clone() for n, t in trainable_tensors(model).items()}, state)
 
 
 def batches(plan, num_steps=4):
-    return draw(plan, ROWS, num_steps, batch_size=4, seed=7)
+    return draw_fork_batches(plan, ROWS, num_steps, batch_size=4, seed=7)
 
 
 def run(model, plan, start, steps):
-    forked = fork(model, plan, start, steps, pad_id=0, loss=supervised.loss)
+    forked = train_fork(model, plan, start, steps, pad_id=0, loss=loss_from_logits)
     return forked, {n: t.detach().clone() for n, t in trainable_tensors(model).items()}
 
 
@@ -81,7 +81,7 @@ def test_the_optimizer_goes_on_from_the_state_that_was_kept(made):
     for tensor in trainable_tensors(model).values():
         tensor.grad = torch.ones_like(tensor)
     optimizer.step()
-    with_state = Start(start.trained, start_of(model, optimizer).optimizer)
+    with_state = ForkStart(start.trained, start_of(model, optimizer).optimizer)
     _, fresh = run(model, plan, start, batches(plan))
     _, carried = run(model, plan, with_state, batches(plan))
     assert any(not torch.allclose(fresh[name], carried[name]) for name in fresh)
@@ -90,21 +90,21 @@ def test_the_optimizer_goes_on_from_the_state_that_was_kept(made):
 def test_a_rate_that_leaves_the_road_is_told(made):
     plan, model, start = made
     broken = {n: torch.full_like(t, float("inf")) if "lora_A" in n else t for n, t in start.trained.items()}
-    forked, _ = run(model, plan, Start(broken, {}), batches(plan))
+    forked, _ = run(model, plan, ForkStart(broken, {}), batches(plan))
     assert not forked.is_finite
 
 
 def test_batches_are_drawn_alike_and_without_return(made):
     plan, _, _ = made
-    steps = draw(plan, ROWS, 5, batch_size=4, seed=7)
-    assert steps == draw(plan, ROWS, 5, batch_size=4, seed=7)
+    steps = draw_fork_batches(plan, ROWS, 5, batch_size=4, seed=7)
+    assert steps == draw_fork_batches(plan, ROWS, 5, batch_size=4, seed=7)
     assert [[len(micro) for micro in step] for step in steps] == [[2, 2]] * 5
-    assert steps != draw(plan, ROWS, 5, batch_size=4, seed=8)
+    assert steps != draw_fork_batches(plan, ROWS, 5, batch_size=4, seed=8)
 
 
 @given(st.integers(1, 300))
 def test_the_rate_goes_up_to_its_peak_and_stays(num_steps):
-    rates = [rate_at(step, num_steps) for step in range(num_steps)]
+    rates = [fork_rate_factor(step, num_steps) for step in range(num_steps)]
     assert all(0 < rate <= 1 for rate in rates)
     assert rates == sorted(rates)
 

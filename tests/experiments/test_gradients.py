@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peftkit.evaluate.losses import collate, summed_loss
-from peftkit.experiments.gradients import STREAMS, WIDTH, Looker
-from peftkit.model.adapter.attach import attach, trainable_tensors
+from peftkit.evaluate.losses import collate
+from peftkit.evaluate.step import summed_loss
+from peftkit.experiments.gradients import SKETCH_COLUMNS, STREAMS, GradientProbe
+from peftkit.model.adapter.attach import attach_adapter, trainable_tensors
 from tests.conformance.cells import rows_for
 from tests.rigs.plans import plan_for
 from tests.rigs.tiny import tiny_config, tiny_model
@@ -16,11 +17,9 @@ ROWS = rows_for("causal-lm") * 2
 
 
 def looked(model_type="llama", targets=("q", "v"), *, train_b=True, **method):
-    plan = plan_for(
-        tiny_config(model_type).to_dict(), {"name": "lora", "rank": 4, "targets": list(targets), **method}
-    )
+    plan = plan_for(tiny_config(model_type).to_dict(), {"name": "lora", "rank": 4, "targets": list(targets), **method})
     plan = replace(plan, train=replace(plan.train, micro_batch=2))
-    model = attach(tiny_model(model_type), plan, tokenizer=None)
+    model = attach_adapter(tiny_model(model_type), plan, tokenizer=None)
     if train_b:
         torch.manual_seed(0)
         with torch.no_grad():
@@ -29,8 +28,8 @@ def looked(model_type="llama", targets=("q", "v"), *, train_b=True, **method):
                     tensor.normal_(0, 0.02)
     from peftkit.archs import shape_from_config
 
-    modules = [m for m in shape_from_config(tiny_config(model_type).to_dict()).modules if not m.blocked]
-    looker = Looker(model, plan, modules, pad_id=0)
+    modules = [m for m in shape_from_config(tiny_config(model_type).to_dict()).modules if not m.blocked_reason]
+    looker = GradientProbe(model, plan, modules, pad_id=0)
     return looker, model, modules
 
 
@@ -51,9 +50,7 @@ def full_gradient(model, module, rows):
     weight.grad = None
     weight.requires_grad_(False)
     model.zero_grad(set_to_none=True)
-    return (
-        found if type(layer).__name__ != "Conv1D" and found.shape == (module.d_out, module.d_in) else found.T
-    )
+    return found if type(layer).__name__ != "Conv1D" and found.shape == (module.d_out, module.d_in) else found.T
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -66,8 +63,8 @@ def test_sketches_are_those_of_the_full_gradients(model_type):
     for module, found in zip(modules, signals.modules, strict=True):
         first, second = (full_gradient(model, module, streams()[name]) for name in STREAMS[:2])
         sketch = looker.sketches[module.name]
-        made = sketch.out["first"][:, :WIDTH]
-        expected = first @ sketch.right[:, :WIDTH]
+        made = sketch.out["first"][:, :SKETCH_COLUMNS]
+        expected = first @ sketch.right[:, :SKETCH_COLUMNS]
         assert torch.allclose(made, expected, atol=1e-5 * float(expected.abs().max())), module.name
         if found.is_adapted:
             inside, outside = sketch.rows_of_a, sketch.columns_of_b
@@ -75,7 +72,7 @@ def test_sketches_are_those_of_the_full_gradients(model_type):
             rest = rest - (rest @ inside) @ inside.T
             assert torch.allclose(
                 sketch.residual("first"),
-                rest @ sketch.right[:, :WIDTH],
+                rest @ sketch.right[:, :SKETCH_COLUMNS],
                 atol=1e-5 * float(first.abs().max()) * 10,
             )
         exact = float((first * second).sum())

@@ -23,10 +23,7 @@ WORDS = ("alpha", "beta", "gamma", "delta")
 @pytest.fixture
 def narrow(tmp_path):
     """q and v at rank 2 on a task that wants more, with a target that is out of reach and room to look."""
-    rows = [
-        chat(f"Say {WORDS[i * 7 % 4]} number {i}", f"{WORDS[i * 7 % 4]} {WORDS[i * 7 % 4]}")
-        for i in range(200)
-    ]
+    rows = [chat(f"Say {WORDS[i * 7 % 4]} number {i}", f"{WORDS[i * 7 % 4]} {WORDS[i * 7 % 4]}") for i in range(200)]
     return {
         "base": str(TINY_LLAMA),
         "method": {"name": "lora", "rank": 2, "targets": ["q", "v"], "dropout": 0.1},
@@ -35,13 +32,7 @@ def narrow(tmp_path):
             "eval": "30%",
             "waive": ["near-leakage", "near-duplicates"],
         },
-        "train": {
-            "max_steps": 100,
-            "batch_size": 4,
-            "micro_batch": 4,
-            "max_length": 64,
-            "learning_rate": 3e-3,
-        },
+        "train": {"max_steps": 100, "batch_size": 4, "micro_batch": 4, "max_length": 64, "learning_rate": 3e-3},
         "diagnose": {"target": {"value": 0.001}, "bounds": {"compute": "90%"}},
     }
 
@@ -149,19 +140,20 @@ def test_a_kill_in_the_middle_of_a_growth_loses_nothing(moment, grown, tmp_path,
     assert weights(peftkit.resume_run(tmp_path / "killed")) == weights(whole)
 
 
+@pytest.mark.slow
 def test_a_growth_that_does_not_pay_is_taken_back(narrow, tmp_path, monkeypatch):
     """At the end of the run, with what it brought judged as noise."""
     from peftkit.experiments import look as diagnose
 
     narrow["train"].update(max_steps=60, learning_rate=1e-2)
     narrow["diagnose"]["escalate"] = "auto"
-    real = diagnose.gain
+    real = diagnose.paired_gain
 
     def worthless(before, after, **more):
         found = real(before, after, **more)
         return type(found)(found.mean, -1.0, 1.0, found.num_documents)
 
-    monkeypatch.setattr(diagnose, "gain", worthless)
+    monkeypatch.setattr(diagnose, "paired_gain", worthless)
     summary = peftkit.finetune(narrow, out=tmp_path / "run")
     plan = read_plan(RunDir(tmp_path / "run"))
     assert [growth.kept for growth in plan.growths] == [False]
@@ -188,7 +180,7 @@ def test_a_reference_says_whether_a_narrow_adapter_lags(narrow, tmp_path):
         "lagging" if behind["low"] > 0 and behind["mean"] > 0.01 * verdict.loss.mean else "not lagging"
     )
     assert verdict.reference_overhead > verdict.overhead
-    assert "for the reference" in dict(verdict.rows())["looking took"]
+    assert "for the reference" in dict(verdict.rows())["diagnosis cost"]
 
 
 def test_an_adapter_from_elsewhere_with_its_recipe(narrow, tmp_path):
@@ -204,9 +196,7 @@ def test_an_adapter_from_elsewhere_with_its_recipe(narrow, tmp_path):
     assert verdict.state == "lagging"
     assert verdict.loss.mean == pytest.approx(summary.eval_loss_after, abs=0.5)
     with pytest.raises(UserError, match="other tensors than the recipe's"):
-        peftkit.diagnose_run(
-            tmp_path / "elsewhere", recipe=recipe, overrides=["method.rank=4"], out=tmp_path / "other"
-        )
+        peftkit.diagnose_run(tmp_path / "elsewhere", recipe=recipe, overrides=["method.rank=4"], out=tmp_path / "other")
 
 
 def test_what_cannot_be_judged_is_said(recipe, tmp_path):
@@ -251,7 +241,7 @@ def test_a_look_that_runs_out_of_memory_costs_the_verdict_and_not_the_run(narrow
 
     narrow["train"]["max_steps"] = 40
     blind = peftkit.finetune({**narrow, "diagnose": {"escalate": "off"}}, out=tmp_path / "blind")
-    monkeypatch.setattr(study, "fork", full)
+    monkeypatch.setattr(study, "train_fork", full)
     looked = peftkit.finetune(narrow, out=tmp_path / "looked")
     assert looked.verdict.cause == "undecided"
     assert "memory" in looked.verdict.said
@@ -268,7 +258,7 @@ def test_a_look_that_fails_costs_the_verdict_and_is_told(narrow, tmp_path, monke
 
     narrow["train"]["max_steps"] = 40
     blind = peftkit.finetune({**narrow, "diagnose": {"escalate": "off"}}, out=tmp_path / "blind")
-    monkeypatch.setattr(study, "grow", broken)
+    monkeypatch.setattr(study, "grow_adapter", broken)
     looked = peftkit.finetune(narrow, out=tmp_path / "looked")
     assert looked.verdict.cause == "undecided"
     assert "and then this" in looked.verdict.said
@@ -301,10 +291,10 @@ def test_a_verdict_is_of_the_whole_file_in_whatever_order(narrow, tmp_path):
 @pytest.mark.slow
 def test_a_rollback_to_before_a_growth_takes_it_back(grown, tmp_path, monkeypatch):
     """Nothing that was grown is left to go back to: the run goes on as it was before."""
-    from peftkit.train.guard import Diverged, Guard
+    from peftkit.train.guard import Diverged, StepGuard
 
     source, _, _ = grown
-    real, left = Guard.judge, [1]
+    real, left = StepGuard.check_step, [1]
 
     def judge(self, step, *arguments, **named):
         grown_now = self.plan.growths and self.plan.growths[-1].kept
@@ -314,7 +304,7 @@ def test_a_rollback_to_before_a_growth_takes_it_back(grown, tmp_path, monkeypatc
             raise Diverged("planted", first_step=step)
         return real(self, step, *arguments, **named)
 
-    monkeypatch.setattr(Guard, "judge", judge)
+    monkeypatch.setattr(StepGuard, "check_step", judge)
     summary = peftkit.finetune(source, out=tmp_path / "run")
     plan = read_plan(RunDir(tmp_path / "run"))
     assert not left

@@ -9,4 +9,4 @@ def _looks_fail_aloud(request, monkeypatch):
     if request.node.get_closest_marker("failing_look") is None:
         from peftkit.experiments import look as diagnose
 
-        monkeypatch.setattr(diagnose, "looked_at", diagnose.look)
+        monkeypatch.setattr(diagnose, "try_look", diagnose.run_look)

@@ -19,9 +19,7 @@ def test_notebook_runs(path, recipe, tmp_path):
     nbformat.validate(notebook)
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     parameters.source = f"recipe, overrides, out = {str(recipe_file)!r}, [], {str(tmp_path / 'run')!r}"
-    nbclient.NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}
-    ).execute()
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
     shown = json.dumps(notebook.cells)
     assert "trainable parameters" in shown
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,7 @@ def test_nothing_reads_or_writes_pickles():
     reader = PACKAGE / "model" / "base" / "unpickle.py"
     text = reader.read_text()
     assert text.count("torch.load(") == text.count("weights_only=True") == 1
-    assert not re.search(
-        r"torch\.save|pickle\.load|joblib|shelve|add_safe_globals|import peftkit|from peftkit", text
-    )
+    assert not re.search(r"torch\.save|pickle\.load|joblib|shelve|add_safe_globals|import peftkit|from peftkit", text)
     for path in MODULES:
         assert not re.search(r"import .*\bunpickle\b", path.read_text()), "it is started, never imported"
     for path in set(MODULES) - {reader}:
@@ -59,16 +58,14 @@ def test_no_exception_is_swallowed():
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ExceptHandler):
-                assert not all(isinstance(statement, ast.Pass) for statement in node.body), (
-                    f"{path}:{node.lineno}"
-                )
+                assert not all(isinstance(statement, ast.Pass) for statement in node.body), f"{path}:{node.lineno}"
 
 
-def test_functions_fit_a_screen_and_modules_stay_small():
+def test_functions_and_modules_stay_readable():
     for path in MODULES:
-        assert len(path.read_text().splitlines()) <= 420, path
+        assert len(path.read_text().splitlines()) <= 500, path
         for node in functions(path):
-            assert node.end_lineno - node.lineno < 65, f"{path}:{node.lineno} {node.name}"
+            assert node.end_lineno - node.lineno < 100, f"{path}:{node.lineno} {node.name}"
 
 
 def test_modules_and_public_functions_say_what_they_are():
@@ -86,8 +83,8 @@ def test_every_module_has_its_mirrored_test():
     """tests/ mirrors peftkit/: a package's modules are tested by files of the same folder."""
     modules = [path for path in MODULES if path.stem != "__init__"]
     for folder in sorted({path.parent.relative_to(PACKAGE) for path in modules}):
-        if str(folder) in {".", "train/objectives", "run", "prepare", "experiments", "results"}:
-            continue  # tests/*.py; run and the objectives are tested end to end in tests/flow
+        if folder == Path("cli/commands"):
+            continue  # one file per command, run by tests/cli
         assert list((ROOT / "tests" / folder).glob("test_*.py")), folder
 
 
@@ -104,9 +101,7 @@ def test_foreign_attributes_are_set_in_mends_only():
 
 
 def test_import_of_the_package_is_light():
-    program = (
-        "import sys, peftkit; print(sorted({'torch', 'pydantic', 'yaml', 'transformers'} & set(sys.modules)))"
-    )
+    program = "import sys, peftkit; print(sorted({'torch', 'pydantic', 'yaml', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -130,9 +125,31 @@ def test_commands_in_the_readme_exist():
 
 
 def test_extras_and_constraints_pin_what_is_imported():
-    pins = {
-        line.split("==")[0].lower()
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if "==" in line
-    }
+    pins = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert {"torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "datasets", "pydantic"} <= pins
+
+
+def test_functions_are_not_shredded():
+    """A private function that is used once carries a concept, or is inlined: at most 12 % of all functions."""
+    references, private, num_functions = Counter(), [], 0
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                num_functions += 1
+                if node.name.startswith("_") and not node.name.startswith("__"):
+                    private.append((path, node.name))
+            elif isinstance(node, ast.Name | ast.Attribute):
+                references[path, node.id if isinstance(node, ast.Name) else node.attr] += 1
+    share = sum(references[one] == 1 for one in private) / num_functions
+    print(f"private functions used once: {share:.1%} of {num_functions}")
+    assert share <= 0.12
+
+
+def test_no_two_public_classes_share_a_name():
+    names = Counter(
+        node.name
+        for path in MODULES
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in names.items() if count > 1] == []

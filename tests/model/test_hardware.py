@@ -5,7 +5,7 @@ import errno
 import pytest
 import torch
 
-from peftkit.model.hardware import detect_device_light, is_out_of_memory
+from peftkit.model.hardware import detect_device_without_torch, is_out_of_memory
 
 SHORT = [
     MemoryError(),
@@ -37,6 +37,6 @@ def test_a_real_one_is_known():
 
 
 def test_the_host_is_not_said_to_be_full_of_ourselves():
-    device = detect_device_light()
+    device = detect_device_without_torch()
     if device.kind == "cpu":
         assert 0 <= device.used_bytes < device.memory_bytes

@@ -4,20 +4,20 @@ import shutil
 import pytest
 
 from peftkit.errors import UserError
-from peftkit.model.base.locate import locate
-from peftkit.model.base.shape import shape_of_base
-from peftkit.model.load import eos_ids, load_model, load_tokenizer, loadable
+from peftkit.model.base.locate import locate_base
+from peftkit.model.base.shape import infer_base_shape
+from peftkit.model.load import load_model, load_tokenizer, model_stop_ids, resolve_source
 from tests.conftest import TINY_LLAMA
 from tests.rigs.plans import cpu_plan
 
 
 def find(name, **options):
-    return locate(str(name), revision=None, where="r.yaml:2 base.id", **options)
+    return locate_base(str(name), revision=None, where="r.yaml:2 base.id", **options)
 
 
 def shape(base, **options):
     options = {"task": "auto", "data_format": None, "num_labels": 0, "trust_remote_code": False, **options}
-    return shape_of_base(base, where="r.yaml:2 base.id", **options)
+    return infer_base_shape(base, where="r.yaml:2 base.id", **options)
 
 
 def refuse(name):
@@ -29,7 +29,7 @@ def refuse(name):
 def test_folder_is_found_with_its_shapes():
     base = find(TINY_LLAMA)
     assert (base.kind, shape(base).num_parameters) == ("folder", 1_049_728)
-    assert loadable(base, "w") == str(TINY_LLAMA)
+    assert resolve_source(base, "w") == str(TINY_LLAMA)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,7 @@ def test_broken_config_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
-    [("[]", "a JSON object"), ("{}", "no model_type"), ('{"model_type": 3}', "no model_type")],
+    ("text", "said"), [("[]", "a JSON object"), ("{}", "no model_type"), ('{"model_type": 3}', "no model_type")]
 )
 def test_config_without_model_type_is_told(tmp_path, text, said):
     (tmp_path / "config.json").write_text(text)
@@ -63,25 +62,25 @@ def test_config_without_model_type_is_told(tmp_path, text, said):
 def test_config_without_sizes_is_told(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="missing or absurd sizes"):
+    with pytest.raises(UserError, match="missing or invalid sizes"):
         shape(find(tmp_path))
 
 
 def test_a_hub_that_does_not_answer_is_told(monkeypatch):
-    from peftkit.model.base import locate as module
+    from peftkit.hub import hub_is_reachable
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    assert not module.hub_answers()
+    assert not hub_is_reachable()
     with pytest.raises(UserError, match="hub cannot be reached"):
         find("owner/name")
 
 
 def test_missing_paths_and_unknown_names(tmp_path):
-    assert "not there" in refuse(tmp_path / "none")
-    assert "not there" in refuse(tmp_path / "none.gguf")
+    assert "not exist" in refuse(tmp_path / "none")
+    assert "not exist" in refuse(tmp_path / "none.gguf")
     assert "did you mean smollm2-135m-instruct" in refuse("embedded:smollm2-135m-instrct")
     assert "neither a folder nor a hub id" in refuse("a/b/c")
 
@@ -112,7 +111,7 @@ def test_model_and_tokenizer_load():
         load_tokenizer(str(TINY_LLAMA), plan.base),
     )
     assert model.dtype == torch.float32
-    assert eos_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    assert model_stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
 
 
 def test_weights_that_do_not_load_are_the_users_to_mend(tmp_path):
@@ -127,7 +126,7 @@ def test_tokenizer_without_end_token_is_refused(tmp_path):
     config = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
     del config["eos_token"]
     (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="without an end token"):
+    with pytest.raises(UserError, match=r"without an end-of-sequence \(EOS\) token"):
         load_tokenizer(str(tmp_path / "m"), cpu_plan().base)
 
 
@@ -148,7 +147,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     shutil.copytree(TINY_LLAMA, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "intermediate_size": 256}))
-    with pytest.raises(UserError, match="weights of other shapes"):
+    with pytest.raises(UserError, match="weights whose shapes"):
         load_model(str(tmp_path / "m"), cpu_plan().base, device="cpu")
 
 
@@ -158,8 +157,8 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         ({"model_type": "vit", "image_size": 224}, "a model for vision"),
         ({"model_type": "gemma3", "vision_config": {}}, "its text part alone (gemma3_text)"),
         ({"model_type": "whisper", "num_mel_bins": 80}, "a model for audio"),
-        ({"model_type": "llama", "hidden_size": -4, "num_attention_heads": 2}, "missing or absurd sizes"),
-        ({"model_type": "bert", "hidden_size": 64, "vocab_size": "many"}, "missing or absurd sizes"),
+        ({"model_type": "llama", "hidden_size": -4, "num_attention_heads": 2}, "missing or invalid sizes"),
+        ({"model_type": "bert", "hidden_size": 64, "vocab_size": "many"}, "missing or invalid sizes"),
     ],
 )
 def test_models_that_are_not_for_text_or_absurd_are_refused(tmp_path, config, said):
@@ -175,10 +174,10 @@ def test_a_litgpt_checkpoint_is_refused_by_name(tmp_path):
 
 
 def test_rope_is_stretched_without_losing_its_base_frequency():
-    from peftkit.model.load import rope_values
+    from peftkit.model.load import rope_parameters
 
     old = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-    made = rope_values(old, {"kind": "yarn", "factor": 4, "trained": 128})
+    made = rope_parameters(old, {"kind": "yarn", "factor": 4, "trained": 128})
     assert made["rope_parameters"] == {
         "rope_theta": 5e5,
         "rope_type": "yarn",
@@ -188,7 +187,7 @@ def test_rope_is_stretched_without_losing_its_base_frequency():
     assert made["max_position_embeddings"] == 512
     sliding = {"rope_type": "default", "rope_theta": 1e4}
     nested = {"rope_parameters": {"sliding_attention": sliding, "full_attention": sliding}}
-    made = rope_values(nested, {"kind": "linear", "factor": 2, "trained": 128})["rope_parameters"]
+    made = rope_parameters(nested, {"kind": "linear", "factor": 2, "trained": 128})["rope_parameters"]
     assert made["sliding_attention"] == sliding
     assert made["full_attention"]["factor"] == 2.0
 
@@ -213,7 +212,7 @@ def test_an_untied_t5_is_counted_as_it_loads(tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
 
-    from peftkit.model.adapter.attach import attach, count_parameters
+    from peftkit.model.adapter.attach import attach_adapter, count_parameters
     from tests.conftest import save_tiny
     from tests.rigs.plans import plan_for
 
@@ -224,7 +223,7 @@ def test_an_untied_t5_is_counted_as_it_loads(tmp_path):
     config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config))
     plan = plan_for(config, "full", task="seq2seq")
-    model = attach(load_model(str(folder), plan.base, device="cpu"), plan, tokenizer=None)
+    model = attach_adapter(load_model(str(folder), plan.base, device="cpu"), plan, tokenizer=None)
     assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
     assert count_parameters(model) == (plan.method.num_trainable, plan.method.num_parameters)
 

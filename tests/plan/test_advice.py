@@ -1,15 +1,13 @@
 """Advice is told with its reason, and only where its rule holds."""
 
-from peftkit.plan import DataFacts, Facts, Lengths, ModelFacts, Row, make_plan
+from peftkit.plan import DataFacts, Facts, Lengths, ModelFacts, RowLengths, make_plan
 from peftkit.recipe import load
 from tests.plan.test_fit import LLAMA, gpu
 
 
 def advised(device, method, *, rows=1000, learnt=10_000, epochs=1.0):
-    loaded = load(
-        {"base": "o/m", "method": method, "data": {"train": "x.jsonl"}, "train": {"epochs": epochs}}
-    )
-    lengths = Lengths((Row(512, 0, 256),) * 64, (256,) * 11, 4 * learnt, learnt, "counted", 64)
+    loaded = load({"base": "o/m", "method": method, "data": {"train": "x.jsonl"}, "train": {"epochs": epochs}})
+    lengths = Lengths((RowLengths(512, 0, 256),) * 64, (256,) * 11, 4 * learnt, learnt, "counted", 64)
     facts = Facts(device, ModelFacts("o/m", "hub", LLAMA), DataFacts(rows, 10, "chat", lengths=lengths))
     plan = make_plan(loaded, facts)
     return {d.key: d for d in plan.decisions if d.key.startswith("advice.")}
@@ -32,7 +30,7 @@ def test_4_bits_are_not_needed_where_16_fit():
 
 
 def test_small_methods_name_the_next_rung():
-    assert "next rung" in advised(gpu("h100-80gb"), "ia3")["advice.method"].reason
+    assert "if quality lags, try" in advised(gpu("h100-80gb"), "ia3")["advice.method"].reason
 
 
 def test_many_epochs_and_more_tokens_than_parameters_are_told():

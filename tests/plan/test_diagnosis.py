@@ -4,9 +4,9 @@ import pytest
 
 from peftkit.errors import UserError
 from peftkit.plan import Plan
-from peftkit.plan.diagnosis import FIRST_LOOK
+from peftkit.plan.diagnosis import EARLY_LOOK_SHARE
 from peftkit.plan.plan import Growth
-from peftkit.recipe import check, load
+from peftkit.recipe import check_recipe, load
 from tests.rigs.plans import cpu_plan
 
 
@@ -22,7 +22,7 @@ def test_recommend_is_the_default_and_pauses_nowhere():
 
 def test_auto_looks_early_where_there_are_steps_enough():
     plan = cpu_plan(diagnose={"escalate": "auto"}, train={"max_steps": 500})
-    assert plan.diagnose.look_steps == (max(plan.train.num_warmup_steps + 1, round(FIRST_LOOK * 500)),)
+    assert plan.diagnose.look_steps == (max(plan.train.num_warmup_steps + 1, round(EARLY_LOOK_SHARE * 500)),)
     assert cpu_plan(diagnose={"escalate": "auto"}, train={"max_steps": 40}).diagnose.look_steps == ()
 
 
@@ -31,8 +31,8 @@ def test_auto_looks_early_where_there_are_steps_enough():
     [
         ("prefix", {}, "prefix has no rank"),
         ("ia3", {}, "LoRA, is recommended"),
-        ({"name": "lora", "init": "pissa"}, {}, "defined by its start"),
-        ({"name": "lora", "lr_ratio": 16.0}, {}, "a rate of its own"),
+        ({"name": "lora", "init": "pissa"}, {}, "defined by its initial weights"),
+        ({"name": "lora", "lr_ratio": 16.0}, {}, "its own learning rate"),
         ("lora", {"optimizer": "adafactor"}, "cannot be grown"),
     ],
 )
@@ -45,26 +45,22 @@ def test_what_cannot_grow_is_recommended_to_with_a_reason(method, train, why):
 
 def test_nothing_is_judged_without_held_out_rows():
     source = {"base": "org/model", "method": "lora", "data": {"train": "x.jsonl", "eval": None}}
-    assert check(load(source)) == []
+    assert check_recipe(load(source)) == []
     plan = cpu_plan(data={"train": "x.jsonl", "eval": None})
     assert plan.diagnose.escalate == "off"
     assert "data.eval: 5%" in decided(plan, "diagnose.escalate").reason
     wanted = {"escalate": "auto", "target": {"value": 1.0}, "reference": "full"}
-    problems = check(load({**source, "diagnose": wanted}))
-    assert [p.where.split()[-1] for p in problems] == [
-        "diagnose.escalate",
-        "diagnose.target",
-        "diagnose.reference",
-    ]
+    problems = check_recipe(load({**source, "diagnose": wanted}))
+    assert [p.where.split()[-1] for p in problems] == ["diagnose.escalate", "diagnose.target", "diagnose.reference"]
 
 
 def test_keys_beside_off_are_told():
     source = {"base": "org/model", "method": "lora", "data": {"train": "x.jsonl"}}
-    problems = check(load({**source, "diagnose": {"escalate": "off", "target": {"value": 1.0}}}))
+    problems = check_recipe(load({**source, "diagnose": {"escalate": "off", "target": {"value": 1.0}}}))
     assert [p.got for p in problems] == ["target with escalate: off"]
     bounded = {"bounds": {"max_escalations": 3}}
-    assert len(check(load({**source, "diagnose": bounded}))) == 1
-    assert check(load({**source, "diagnose": {**bounded, "escalate": "auto"}})) == []
+    assert len(check_recipe(load({**source, "diagnose": bounded}))) == 1
+    assert check_recipe(load({**source, "diagnose": {**bounded, "escalate": "auto"}})) == []
 
 
 @pytest.mark.parametrize(
@@ -72,13 +68,8 @@ def test_keys_beside_off_are_told():
     [({"value": 1.2}, True), ({"value": -1.0}, False), ({"metric": "accuracy", "value": 90.0}, False)],
 )
 def test_a_target_that_no_run_can_reach_or_miss_is_told(target, is_fine):
-    source = {
-        "base": "org/model",
-        "method": "lora",
-        "data": {"train": "x.jsonl"},
-        "diagnose": {"target": target},
-    }
-    assert (check(load(source)) == []) == is_fine
+    source = {"base": "org/model", "method": "lora", "data": {"train": "x.jsonl"}, "diagnose": {"target": target}}
+    assert (check_recipe(load(source)) == []) == is_fine
 
 
 def test_targets_and_bounds_that_mean_nothing_are_refused():

@@ -8,11 +8,11 @@ import pytest
 
 from peftkit.archs import KNOWN, shape_from_config
 from peftkit.errors import UserError
-from peftkit.plan import DataFacts, DeviceFacts, Facts, Lengths, ModelFacts, Row, make_plan
+from peftkit.plan import DataFacts, DeviceFacts, Facts, Lengths, ModelFacts, RowLengths, make_plan
 from peftkit.plan.changes import nearest_changes
-from peftkit.plan.devices import GPUS, device_of, teraflops_of
-from peftkit.plan.fit import judge, longest_batch
-from peftkit.plan.throughput import active_parameters, flops_per_token, speed_key, work_of
+from peftkit.plan.devices import GPUS, parse_device, teraflops_of
+from peftkit.plan.fit import check_fit, longest_batch
+from peftkit.plan.throughput import active_parameters, estimate_cost, flops_per_token, speed_key
 from peftkit.recipe import load
 
 LLAMA = shape_from_config(KNOWN["meta-llama/Llama-3.1-8B"])
@@ -20,7 +20,7 @@ HERE = DeviceFacts("cpu", "a CPU", 24 * 2**30, True, True)
 
 
 def gpu(name):
-    return device_of(name, HERE)[0]
+    return parse_device(name, HERE)[0]
 
 
 def planned(device, method="qlora", lengths=None, **sections):
@@ -42,13 +42,13 @@ def test_a_device_is_a_name_a_size_or_this():
     for unclear, told in {"h100": "h100-80gb or h100-pcie", "a100": "a100-80gb", "4090": "rtx4090"}.items():
         with pytest.raises(UserError, match=told):
             gpu(unclear)
-    assert "24 GiB" in device_of("24", HERE)[1]  # a bare number is ambiguous: it is said how it is read
+    assert "24 GiB" in parse_device("24", HERE)[1]  # a bare number is ambiguous: it is said how it is read
 
 
 @pytest.mark.parametrize("name", ["rtx4091", "0", "-3GiB", "h10", "24 parsecs", ""])
 def test_an_unknown_device_is_refused_with_the_nearest_names(name):
     with pytest.raises(UserError) as caught:
-        device_of(name, HERE)
+        parse_device(name, HERE)
     assert "this" in str(caught.value)
     if name == "rtx4091":
         assert "rtx4090" in str(caught.value)
@@ -70,7 +70,7 @@ def test_a_smaller_device_gets_smaller_pieces_and_then_recomputation():
 def test_what_is_chosen_fits_with_a_margin_and_says_so():
     for name in ("rtx4090", "a100-40gb", "h100-80gb"):
         _, facts, plan = planned(gpu(name), train={"max_length": 2048})
-        assert judge(plan.memory, facts.device).verdict == "fits"
+        assert check_fit(plan.memory, facts.device).verdict == "fits"
         why = next(d.reason for d in plan.decisions if d.key == "train.micro_batch")
         assert "fits" in why and "GiB" in why
 
@@ -78,14 +78,14 @@ def test_what_is_chosen_fits_with_a_margin_and_says_so():
 def test_a_device_that_is_half_full_has_half_its_memory():
     device = gpu("16GiB")
     _, _, plan = planned(device)
-    full = judge(plan.memory, device)
-    half = judge(plan.memory, replace(device, used_bytes=device.memory_bytes // 2))
+    full = check_fit(plan.memory, device)
+    half = check_fit(plan.memory, replace(device, used_bytes=device.memory_bytes // 2))
     assert half.free_bytes == full.free_bytes // 2
 
 
 def test_what_does_not_fit_names_changes_that_do():
     loaded, facts, plan = planned(gpu("rtx4090"), "full", train={"max_length": 2048})
-    assert judge(plan.memory, facts.device).verdict == "does not fit"
+    assert check_fit(plan.memory, facts.device).verdict == "does not fit"
     changes = nearest_changes(loaded, facts, plan)
     assert changes
     for change in changes:
@@ -94,7 +94,7 @@ def test_what_does_not_fit_names_changes_that_do():
 
 
 def test_the_longest_rows_are_those_of_the_data():
-    rows = tuple(Row(n, 0, n // 2) for n in (900, 300, 200, 100))
+    rows = tuple(RowLengths(n, 0, n // 2) for n in (900, 300, 200, 100))
     lengths = Lengths(rows, tuple(range(100, 1000, 80))[:11], 1500, 750, "counted", 4)
     given = {"train": {"max_length": 2048, "micro_batch": 2, "batch_size": 2}}
     _, facts, plan = planned(gpu("h100-80gb"), lengths=lengths, **given)
@@ -103,7 +103,7 @@ def test_the_longest_rows_are_those_of_the_data():
 
 
 def test_a_micro_batch_may_be_larger_than_the_rows_that_are_known_by_length():
-    rows = tuple(Row(100, 0, 50) for _ in range(64))
+    rows = tuple(RowLengths(100, 0, 50) for _ in range(64))
     lengths = Lengths(rows, (50,) * 11, 50 * 3000, 25 * 3000, "counted", 3000)
 
     def batch(micro):
@@ -116,7 +116,7 @@ def test_a_micro_batch_may_be_larger_than_the_rows_that_are_known_by_length():
 
 def test_held_out_rows_are_planned_by_their_own_length():
     _, facts, plan = planned(gpu("h100-80gb"), data={"train": "x.jsonl", "eval": "y.jsonl"})
-    long = replace(facts, data=replace(facts.data, num_eval=3, longest_eval=Row(1500, 0, 700)))
+    long = replace(facts, data=replace(facts.data, num_eval=3, longest_eval=RowLengths(1500, 0, 700)))
     none = replace(facts, data=replace(facts.data, num_eval=0))
     assert longest_batch(plan, none).eval_rows == 0
     batch = longest_batch(plan, long)
@@ -127,9 +127,9 @@ def test_work_follows_from_parameters_and_the_measured_speed():
     _, facts, plan = planned(gpu("h100-80gb"), train={"max_length": 2048, "max_steps": 100})
     per_token = flops_per_token(LLAMA, plan, 2048)
     assert 4 * LLAMA.num_parameters < 1.2 * per_token < 8 * LLAMA.num_parameters
-    unknown = work_of(LLAMA, plan, facts, {}, 2.0)
+    unknown = estimate_cost(LLAMA, plan, facts, {}, 2.0)
     assert unknown.seconds is None and unknown.price is None
-    known = work_of(LLAMA, plan, facts, {speed_key(plan): unknown.flops_per_step}, 3600.0)
+    known = estimate_cost(LLAMA, plan, facts, {speed_key(plan): unknown.flops_per_step}, 3600.0)
     assert known.seconds == pytest.approx(100)
     assert known.price == pytest.approx(100)
 

@@ -4,11 +4,11 @@ import pytest
 
 from peftkit.archs import KNOWN, shape_from_config
 from peftkit.methods import METHODS
-from peftkit.plan.inspection import inspect_shape_of
+from peftkit.plan.inspection import make_inspection
 
 
 def inspect(name):
-    return inspect_shape_of(name, shape_from_config(KNOWN[name]))
+    return make_inspection(name, shape_from_config(KNOWN[name]))
 
 
 @pytest.mark.parametrize("name", KNOWN)

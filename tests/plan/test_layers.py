@@ -2,7 +2,7 @@
 
 import pytest
 
-from peftkit.plan.method import OUTSIDE, SHARED
+from peftkit.plan.method import OUTSIDE_LAYERS, SHARED_BY_LAYERS
 from tests.rigs.plans import plan_for
 
 LLAMA = {
@@ -33,23 +33,23 @@ def test_the_ranges_sum_up_to_what_is_trained(config, name):
     data_format = "text" if config is LLAMA else "prompt-completion"
     method = plan_for(config, name, data_format=data_format).method
     assert sum(method.trainable_by_layers.values()) == method.num_trainable > 0
-    assert (SHARED in method.trainable_by_layers) == (name in {"prefix", "prompt"})  # nothing hides there
+    assert (SHARED_BY_LAYERS in method.trainable_by_layers) == (name in {"prefix", "prompt"})  # nothing hides there
     assert min(method.trainable_by_layers.values()) > 0
 
 
 def test_alike_layers_are_one_range():
     method = plan_for(LLAMA, {"name": "lora", "rank": 2, "also_train": ["embeddings"]}).method
     in_layers = 3 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
-    assert method.trainable_by_layers == {"model.layers 0-2": in_layers, OUTSIDE: 509 * 64}
+    assert method.trainable_by_layers == {"model.layers 0-2": in_layers, OUTSIDE_LAYERS: 509 * 64}
 
 
 def test_layers_of_their_own_kind_break_the_range():
     config = {**LLAMA, "model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
     whole = plan_for(config, "full").method.trainable_by_layers
-    assert set(whole) == {"model.layers 0-2", OUTSIDE}
+    assert set(whole) == {"model.layers 0-2", OUTSIDE_LAYERS}
 
 
 def test_what_every_layer_shares_is_said():
     assert set(plan_for(LLAMA, {"name": "prefix", "virtual_tokens": 4}).method.trainable_by_layers) == {
-        SHARED
+        SHARED_BY_LAYERS
     }

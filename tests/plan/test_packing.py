@@ -7,11 +7,11 @@ from random import Random
 import pytest
 
 from peftkit.archs import KNOWN, shape_from_config
-from peftkit.data.tokens.lengths import counted
+from peftkit.data.tokens.lengths import count_lengths
 from peftkit.data.tokens.mask import Tokenized
 from peftkit.errors import UserError
-from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Row, make_plan
-from peftkit.plan.packing import BY_LENGTH, RANDOM, padding
+from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, RowLengths, make_plan
+from peftkit.plan.packing import BY_LENGTH, RANDOM, padding_share
 from peftkit.recipe import load
 from tests.rigs.plans import plan_for
 from tests.rigs.tiny import tiny_config
@@ -23,16 +23,13 @@ CPU = DeviceFacts("cpu", "a CPU", 64 * 2**30, True, True)
 
 def rows(num=800, shortest=20, longest=200):
     draw = Random(0)
-    return [
-        Tokenized([5] * size, [5] * size, "")
-        for size in (draw.randint(shortest, longest) for _ in range(num))
-    ]
+    return [Tokenized([5] * size, [5] * size, "") for size in (draw.randint(shortest, longest) for _ in range(num))]
 
 
 def planned(device=GPU, method="lora", data=None, shape=LLAMA, **train):
     loaded = load({"base": "o/m", "method": method, "data": {"train": "x.jsonl"}, "train": train})
     found = rows() if data is None else data
-    lengths = counted(found, "causal-lm", train.get("max_length", 2048)) if found else None
+    lengths = count_lengths(found, "causal-lm", train.get("max_length", 2048)) if found else None
     facts = DataFacts(len(found) or 800, 10, "chat", lengths=lengths)
     plan = make_plan(loaded, Facts(device, ModelFacts("o/m", "hub", shape), facts))
     return plan, {decision.key: decision for decision in plan.decisions}
@@ -60,20 +57,16 @@ def num_steps(num_rows, step):
 @pytest.mark.parametrize(("num", "micro", "step"), [(800, 8, 8), (3000, 4, 16), (40, 4, 8), (20_000, 16, 64)])
 def test_the_padding_that_is_told_is_what_comes(num, micro, step):
     found = rows(num)
-    lengths = counted(found, "causal-lm")
+    lengths = count_lengths(found, "causal-lm")
     for sampling in (RANDOM, BY_LENGTH):
-        told = padding(lengths, 2048, micro=micro, step=step, sampling=sampling)
-        assert told == pytest.approx(
-            real_padding(found, micro, step, by_length=sampling == BY_LENGTH), abs=0.04
-        )
+        told = padding_share(lengths, 2048, micro=micro, step=step, sampling=sampling)
+        assert told == pytest.approx(real_padding(found, micro, step, by_length=sampling == BY_LENGTH), abs=0.04)
 
 
 def test_rows_of_like_length_are_taken_together_where_padding_would_be_much():
     plan, decided = planned(micro_batch=8, packing=False)
     assert plan.train.sampling == BY_LENGTH == decided["train.sampling"].value
-    assert decided["train.sampling"].reason == (
-        "about 40 % of a micro-batch is padding at random, 1 % by length"
-    )
+    assert decided["train.sampling"].reason == ("about 40 % of a micro-batch is padding at random, 1 % by length")
     assert planned(micro_batch=1, packing=False)[0].train.sampling == RANDOM
     assert planned(micro_batch=8, data=rows(shortest=195), packing=False)[0].train.sampling == RANDOM
     assert planned(micro_batch=8, data=())[0].train.sampling == RANDOM
@@ -92,7 +85,7 @@ def test_a_batch_stays_about_so_many_examples():
 def test_without_lengths_each_pack_has_one_example():
     plan, decided = planned(packing=True, data=())
     assert plan.train.batch_size == 16
-    assert "no lengths are known" in decided["train.packs_per_step"].reason
+    assert "the lengths are known" in decided["train.packs_per_step"].reason
 
 
 def test_auto_packs_on_no_cpu_and_on_a_gpu_only_where_padding_stays():
@@ -112,12 +105,7 @@ def test_auto_packs_on_no_cpu_and_on_a_gpu_only_where_padding_stays():
         ("llama", "prompt", {}, "virtual tokens"),
         ("llama", "prefix", {}, "virtual tokens"),
         ("llama", {"name": "lora", "also_train": [{"tokens": ["<x>"]}]}, {}, "another trainer"),
-        (
-            "bert",
-            "lora",
-            {"task": "classification", "labels": ("a", "b"), "data_format": "classification"},
-            "decoder",
-        ),
+        ("bert", "lora", {"task": "classification", "labels": ("a", "b"), "data_format": "classification"}, "decoder"),
     ],
 )
 def test_what_packing_does_not_go_with_is_refused(model_type, method, sections, said):
@@ -138,7 +126,7 @@ def test_a_model_of_no_known_family_is_not_packed():
 
 def test_the_fullest_packs_are_the_longest_batch():
     data = [Tokenized([5] * size, [5] * size, "") for size in (60, 40, 30, 30)]
-    lengths = counted(data, "causal-lm", 100)
+    lengths = count_lengths(data, "causal-lm", 100)
     assert lengths.packs.num == 2
-    assert lengths.packs.fullest == (Row(100, 0, 100), Row(60, 0, 60))
-    assert counted(data, "causal-lm", 50).packs is None
+    assert lengths.packs.fullest == (RowLengths(100, 0, 100), RowLengths(60, 0, 60))
+    assert count_lengths(data, "causal-lm", 50).packs is None

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkit.archs import KNOWN, shape_from_config
-from peftkit.data.rows.ingest import read
+from peftkit.data.rows.ingest import read_examples
 from peftkit.errors import UserError
 from peftkit.methods import METHODS
 from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Plan, make_plan
@@ -35,11 +35,11 @@ def refuse(*args, **kwargs):
 
 @pytest.mark.parametrize("shipped", list_shipped(), ids=lambda s: s.name)
 def test_every_shipped_recipe_resolves_without_weights_or_network(shipped):
-    from peftkit.model.base.locate import locate
+    from peftkit.model.base.locate import locate_base
 
     loaded = load(shipped.path)
-    base = locate(loaded.recipe.base.id, revision=None, where="base", need_weights=False)
-    examples = read(loaded)
+    base = locate_base(loaded.recipe.base.id, revision=None, where="base", need_weights=False)
+    examples = read_examples(loaded)
     model = model_facts(loaded, base, examples)
     made = make_plan(loaded, Facts(GPU, model, data_facts(examples, model.shape.task)))
     assert made.method.num_trainable > 0
@@ -78,9 +78,7 @@ def test_a_single_step_has_no_warm_up():
 
 
 def test_a_metric_on_raw_text_is_refused():
-    loaded = load(
-        {"base": "o/m", "method": "lora", "data": {"train": "x.txt"}, "evaluate": {"metric": "exact_match"}}
-    )
+    loaded = load({"base": "o/m", "method": "lora", "data": {"train": "x.txt"}, "evaluate": {"metric": "exact_match"}})
     with pytest.raises(UserError, match="raw text has no answer"):
         make_plan(loaded, Facts(GPU, LLAMA, DataFacts(10, 2, "text")))
 
@@ -216,7 +214,7 @@ def test_the_default_length_is_what_the_model_has_positions_for():
     gpt2 = ModelFacts("m", "hub", shape_from_config(KNOWN["openai-community/gpt2"]))
     said = refuse({"name": "prompt", "virtual_tokens": 10}, model=gpt2, train={"max_length": 1020})
     assert "at most 1014" in said
-    assert "behind 10 virtual tokens" in said
+    assert "after 10 virtual tokens" in said
 
 
 def test_one_class_is_no_task_and_a_classifier_writes_nothing():
@@ -224,7 +222,7 @@ def test_one_class_is_no_task_and_a_classifier_writes_nothing():
     source = {"base": "o/m", "method": "lora", "data": {"train": "x.csv"}}
     with pytest.raises(UserError, match="rows of the one class a"):
         make_plan(load(source), Facts(GPU, bert, DataFacts(10, 2, "classification", ("a",))))
-    with pytest.raises(UserError, match="a classifier writes nothing"):
+    with pytest.raises(UserError, match="a classifier generates no text"):
         make_plan(
             load({**source, "evaluate": {"max_new_tokens": 9}}),
             Facts(GPU, bert, DataFacts(10, 2, "classification", ("a", "b"))),

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from peftkit.archs import FAMILIES, KNOWN, shape_from_config, shortest_names
 from peftkit.methods import METHODS
-from peftkit.plan.targets import matches, resolve_targets, select, unmatched
+from peftkit.plan.targets import make_selection, matches_target, resolve_targets, unmatched_targets
 from tests.rigs.tiny import TINY
 
 LLAMA = shape_from_config(KNOWN["meta-llama/Llama-3.2-1B"])
@@ -18,7 +18,7 @@ JAMBA = shape_from_config(KNOWN["ai21labs/Jamba-v0.1"])
 def names(wanted, shape, method="lora"):
     modules, problems = resolve_targets(wanted, shape, METHODS[method], "recipe.yaml:5 method.targets")
     assert not problems
-    chosen = select(modules, shape, as_parameters=method == "lora")
+    chosen = make_selection(modules, shape, as_parameters=method == "lora")
     return chosen.names, chosen.parameters
 
 
@@ -81,9 +81,9 @@ def test_a_target_that_cannot_be_is_an_error_with_the_way_out(shape, wanted, sai
 def test_explicit_names_and_paths():
     assert names(["self_attn.q_proj"], LLAMA)[0] == ("q_proj",)
     assert names(["model.layers.1.self_attn.q_proj"], LLAMA)[0] == ("1.self_attn.q_proj",)
-    assert matches("model.layers.1.mlp.up_proj", "up_proj")
-    assert not matches("model.layers.1.mlp.gate_up_proj", "up_proj")
-    assert unmatched(["a.b.c"], ["b.c"], "w") == []
+    assert matches_target("model.layers.1.mlp.up_proj", "up_proj")
+    assert not matches_target("model.layers.1.mlp.gate_up_proj", "up_proj")
+    assert unmatched_targets(["a.b.c"], ["b.c"], "w") == []
 
 
 SHAPES = [
@@ -101,4 +101,4 @@ def test_shortest_names_match_exactly_what_is_chosen(data):
     chosen = data.draw(st.sets(st.sampled_from(everything), min_size=1))
     ordered = [name for name in everything if name in chosen]
     found = shortest_names(ordered, everything)
-    assert [n for n in everything if any(matches(n, ending) for ending in found)] == ordered
+    assert [n for n in everything if any(matches_target(n, ending) for ending in found)] == ordered

@@ -78,7 +78,7 @@ def test_a_row_of_one_token_teaches_nothing(recipe, tmp_path):
 def test_settings_of_chats_for_rows_without_turns_are_refused(recipe, tmp_path):
     rows = [{"prompt": f"Say {i}", "completion": str(i)} for i in range(4)]
     told = refused(given(recipe, write_jsonl(tmp_path / "d.jsonl", rows), chat={"system": "Be brief."}))
-    assert "data.chat.system: got a setting of chats, expected none, where no row has turns" in told
+    assert "data.chat.system: got a setting of chats, expected nothing, as no row is a chat" in told
 
 
 def test_one_row_trains_with_nothing_held_out(recipe, tmp_path):
@@ -99,13 +99,13 @@ def test_a_hub_dataset_while_offline_is_told_at_once(recipe):
 def test_a_url_that_hangs_is_given_up(recipe, monkeypatch):
     from peftkit.data.read import remote
 
-    monkeypatch.setattr(remote, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(remote, "STALL_TIMEOUT_SECONDS", 0.5)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
         port = server.getsockname()[1]
         said = refused(given(recipe, f"http://user:password@127.0.0.1:{port}/rows.jsonl?token=secret"))
-    assert "nothing came for" in said
+    assert "sent nothing for" in said
     assert "password" not in said and "secret" not in said
 
 

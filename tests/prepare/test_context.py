@@ -9,7 +9,7 @@ import peftkit
 from peftkit.errors import UserError
 from peftkit.plan import read_plan
 from peftkit.prepare.context import checkpoint_bytes, run_bytes
-from peftkit.rundir import RunDir, refuse_without_room, verify_folder
+from peftkit.rundir import RunDir, require_free_space, verify_folder
 
 
 def test_a_checkpoint_takes_what_was_said(recipe, tmp_path):
@@ -25,8 +25,8 @@ def test_a_checkpoint_takes_what_was_said(recipe, tmp_path):
 
 def test_too_little_room_is_refused_with_the_number(tmp_path):
     with pytest.raises(UserError, match=r"free for a checkpoint, expected .* free; make room"):
-        refuse_without_room(tmp_path / "to" / "come", 2**60, what="a checkpoint", fix="make room")
-    refuse_without_room(tmp_path / "to" / "come", 1, what="a checkpoint", fix="make room")
+        require_free_space(tmp_path / "to" / "come", 2**60, what="a checkpoint", fix="make room")
+    require_free_space(tmp_path / "to" / "come", 1, what="a checkpoint", fix="make room")
 
 
 @pytest.mark.parametrize("kibibytes", [200, pytest.param(20_000, marks=pytest.mark.slow)])

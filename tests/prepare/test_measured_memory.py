@@ -9,11 +9,7 @@ from peftkit.cli import main
 from peftkit.errors import UserError
 from tests.conftest import TINY_LLAMA
 
-METHODS = {
-    "lora": {"name": "lora", "rank": 8},
-    "qlora": {"name": "qlora", "rank": 8},
-    "full": {"name": "full"},
-}
+METHODS = {"lora": {"name": "lora", "rank": 8}, "qlora": {"name": "qlora", "rank": 8}, "full": {"name": "full"}}
 
 
 @pytest.fixture
@@ -34,10 +30,10 @@ def unseen(recipe, tmp_path):
 def test_measured_is_what_was_predicted(case, unseen):
     found = peftkit.plan_recipe({**unseen, "method": METHODS[case]}, measure=True)
     assert found.memory.depth == "traced"
-    assert found.trial is not None
-    assert found.trial.num_steps == 3
-    assert found.trial.step_seconds > 0
-    assert abs(found.trial.error_percent) < 2.0
+    assert found.measured_memory is not None
+    assert found.measured_memory.num_steps == 3
+    assert found.measured_memory.step_seconds > 0
+    assert abs(found.measured_memory.error_percent) < 2.0
     assert "base weights" in found._repr_html_()
 
 
@@ -46,7 +42,7 @@ def test_packs_are_measured_as_packs(unseen):
     unseen["train"].update(packing=True, batch_size=24, micro_batch=2)
     found = peftkit.plan_recipe(unseen, measure=True)
     assert found.plan.batch.is_packed and found.plan.batch.num_rows == 2
-    assert abs(found.trial.error_percent) < 2.0
+    assert abs(found.measured_memory.error_percent) < 2.0
 
 
 def test_a_trial_teaches_this_devices_speed(unseen, tmp_path, monkeypatch):
@@ -54,7 +50,7 @@ def test_a_trial_teaches_this_devices_speed(unseen, tmp_path, monkeypatch):
     found = peftkit.plan_recipe(unseen, measure=True)
     assert found.work.tokens_per_second
     kept = json.loads((tmp_path / "cache" / "calibration.json").read_text())
-    assert kept["memory"][-1]["measured_bytes"] == found.trial.measured_bytes
+    assert kept["memory"][-1]["measured_bytes"] == found.measured_memory.measured_bytes
 
 
 def test_a_trial_is_only_here(unseen):

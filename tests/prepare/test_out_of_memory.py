@@ -78,6 +78,7 @@ def run(recipe, out: Path, at: str, room: int = ROOM):
     )
 
 
+@pytest.mark.slow
 def test_a_run_without_memory_stops_whole_and_says_what_fits(wide, tmp_path):
     stopped = run(wide, tmp_path / "run", "checkpoint 2")
     assert stopped.returncode == 2, stopped.stderr
@@ -105,13 +106,9 @@ def test_adapting_goes_on_in_smaller_pieces_to_the_same_loss(wide, tmp_path):
     plan = json.loads((found.path / "plan.json").read_text())
     assert plan["train"]["micro_batch"] == told[-1]["next_micro_batch"] < 16
     assert plan["train"]["micro_batch"] * plan["train"]["accumulation"] == 16
-    assert (
-        "ran out of memory" in next(d for d in plan["decisions"] if d["key"] == "train.micro_batch")["reason"]
-    )
+    assert "ran out of memory" in next(d for d in plan["decisions"] if d["key"] == "train.micro_batch")["reason"]
     assert json.loads(adapted.stdout)["steps"] == 6
-    assert json.loads(adapted.stdout)["loss_last"] == pytest.approx(
-        json.loads(whole.stdout)["loss_last"], rel=1e-4
-    )
+    assert json.loads(adapted.stdout)["loss_last"] == pytest.approx(json.loads(whole.stdout)["loss_last"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -60,10 +60,7 @@ def test_numbers_round_trip(value):
         ("just text", "a single value"),
         ("a: 1\nb:\n\tc: 2\n", "r.yaml:3: got a tab"),
         ("a: 1\nb: 2\na: 3\n", "r.yaml:3: got the key a again"),
-        (
-            "a: !!python/object/apply:os.system [id]\n",
-            "r.yaml:1: got the tag !!python/object/apply:os.system",
-        ),
+        ("a: !!python/object/apply:os.system [id]\n", "r.yaml:1: got the tag !!python/object/apply:os.system"),
         ("a: &x {b: 1}\nc:\n  <<: *x\n", "merge key"),
         ("a: [1, 2\n", "not YAML"),
     ],
@@ -87,9 +84,7 @@ def test_self_reference_is_refused():
     assert refuse("a: &x [*x]\n")
 
 
-simple = (
-    st.text(max_size=12) | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
-)
+simple = st.text(max_size=12) | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=8), simple | st.lists(simple, max_size=3), max_size=5))
@@ -158,9 +153,7 @@ def test_a_quoted_merge_key_is_a_key():
     assert parse_text("'<<': 1", name="r.yaml").data == {"<<": 1}
 
 
-@pytest.mark.parametrize(
-    "text", ["a: [" + "b, " * 300_000 + "]", "".join(f"k{i}: 1\n" for i in range(90_000))]
-)
+@pytest.mark.parametrize("text", ["a: [" + "b, " * 300_000 + "]", "".join(f"k{i}: 1\n" for i in range(90_000))])
 def test_a_megabyte_of_values_is_refused_at_once(text):
     begin = time.monotonic()
     assert "more than 10000 values" in refuse(text)

@@ -1,7 +1,7 @@
 import pytest
 
 from peftkit.recipe import load
-from peftkit.recipe.paths import is_data_path, is_glob, is_url, shown
+from peftkit.recipe.paths import is_data_path, is_glob, is_url, redact_url
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_urls_and_globs():
     ],
 )
 def test_no_secret_is_shown(text, said):
-    assert shown(text) == said
+    assert redact_url(text) == said
 
 
 def recipe(tmp_path, data):

@@ -1,5 +1,6 @@
 from peftkit.report import read_summary
 from peftkit.rundir import RunDir, write_sealed
+from peftkit.rundir.events import DoneEvent, EvalEvent, StepEvent
 from tests.rigs.plans import cpu_plan
 
 
@@ -8,21 +9,21 @@ def made(tmp_path, *events):
     write_sealed(tmp_path / "plan.json", cpu_plan().to_json())
     write_sealed(tmp_path / "environment.json", {"device": {"name": "a CPU"}})
     for event in events:
-        run.emit(**event)
+        run.emit(event)
     return read_summary(run)
 
 
-def step(number, loss, **more):
-    return {
-        "event": "step",
-        "at_seconds": number,
-        "step": number,
-        "loss": loss,
-        "step_seconds": 1.0,
-        "tokens_per_second": 100.0,
-        "memory": {"peak_resident_bytes": 10},
-        **more,
-    }
+def step(number, loss):
+    return StepEvent(
+        at_seconds=number,
+        step=number,
+        loss=loss,
+        learning_rate=1e-3,
+        grad_norm=1.0,
+        step_seconds=1.0,
+        tokens_per_second=100.0,
+        memory={"peak_resident_bytes": 10},
+    )
 
 
 def test_unfinished_run_says_how_to_go_on(tmp_path):
@@ -40,18 +41,9 @@ def test_steps_trained_twice_count_once(tmp_path):
 
 
 def test_loss_after_is_that_of_what_was_published(tmp_path):
-    evals = [
-        {"event": "eval", "at_seconds": s, "step": s, "loss": loss, "best": True}
-        for s, loss in ((0, 5.0), (2, 1.0), (4, 3.0))
-    ]
-    done = {
-        "event": "done",
-        "at_seconds": 9.0,
-        "step": 4,
-        "published_step": 2,
-        "result": "adapter",
-        "memory": {},
-    }
+    losses = ((0, 5.0), (2, 1.0), (4, 3.0))
+    evals = [EvalEvent(at_seconds=step, step=step, loss=loss, best=True) for step, loss in losses]
+    done = DoneEvent(at_seconds=9.0, step=4, published_step=2, result="adapter", memory={})
     summary = made(tmp_path, *evals, step(4, 1.0), done)
     assert (summary.eval_loss_before, summary.eval_loss_after) == (5.0, 1.0)
     assert summary.total_seconds == 9.0

@@ -59,32 +59,22 @@ FLAVOURS = {
     "embeddings, kept tied": _lora(
         targets=["q_proj", "embed_tokens"], base=TIED, peft_is_wrong=True, ensure_weight_tying=True
     ),
-    "embeddings whole, tied": _lora(
-        targets=["q_proj"], modules_to_save=["embed_tokens"], base=TIED, unties=True
-    ),
+    "embeddings whole, tied": _lora(targets=["q_proj"], modules_to_save=["embed_tokens"], base=TIED, unties=True),
     "embeddings whole, kept tied": _lora(
         targets=["q_proj"], modules_to_save=["embed_tokens"], base=TIED, ensure_weight_tying=True
     ),
     "head whole, tied": _lora(targets=["q_proj"], modules_to_save=["lm_head"], base=TIED, unties=True),
     "rows of tokens": _lora(
-        targets=["q_proj"],
-        trainable_token_indices={"embed_tokens": [3, 7]},
-        base={"tie_word_embeddings": False},
+        targets=["q_proj"], trainable_token_indices={"embed_tokens": [3, 7]}, base={"tie_word_embeddings": False}
     ),
-    "rows of tokens, tied": _lora(
-        targets=["q_proj"], trainable_token_indices={"embed_tokens": [3, 7]}, base=TIED
-    ),
+    "rows of tokens, tied": _lora(targets=["q_proj"], trainable_token_indices={"embed_tokens": [3, 7]}, base=TIED),
     "experts of qwen3": _lora("qwen3_moe", ["q_proj"], target_parameters=EXPERTS),
     "experts of mixtral": _lora("mixtral", ["q_proj"], target_parameters=EXPERTS),
     "ia3": Flavour("llama", IA3, "IA3Config"),
     "ia3 with bias": Flavour("qwen2", IA3, "IA3Config"),
     "ia3 of gpt2": Flavour(
         "gpt2",
-        {
-            "target_modules": ["c_attn", "mlp.c_proj"],
-            "feedforward_modules": ["mlp.c_proj"],
-            "fan_in_fan_out": True,
-        },
+        {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"], "fan_in_fan_out": True},
         "IA3Config",
     ),
     "norms tuned": Flavour("llama", {"target_modules": ["norm", "input_layernorm"]}, "LNTuningConfig"),
@@ -130,29 +120,29 @@ def stir(wrapped: Any, size: float = 0.05) -> None:
 def base_plan(folder: Path, dtype: str = "float32", task: str = "causal-lm") -> Any:
     """How the base is held, unquantized."""
     from peftkit.archs import shape_from_config
-    from peftkit.plan.resolve import plain_base
+    from peftkit.plan.resolve import unquantized_base
 
     shape = shape_from_config(json.loads((folder / "config.json").read_text()), task=task)
     assert shape is not None
-    return plain_base(shape, id=str(folder), kind="folder", revision=None, dtype=dtype)
+    return unquantized_base(shape, id=str(folder), kind="folder", revision=None, dtype=dtype)
 
 
 def merge(base: Path, adapter: Path, out: Path, plan: Any, **how: Any) -> Any:
     """Write the merged model into `out`. Returns the plan of the merge."""
-    from peftkit.model.adapter.edits import edits_of
-    from peftkit.model.meta.skeleton import blank, skeleton
-    from peftkit.ship.files.tensors import read_all, weight_files
+    from peftkit.model.adapter.edits import read_edits
+    from peftkit.model.meta.skeleton import meta_model, read_base_layout
+    from peftkit.ship.files.tensors import read_all_entries, safetensors_files
     from peftkit.ship.merge.combine import Combination
     from peftkit.ship.merge.plan import plan_merge
-    from peftkit.ship.merge.write import Sources, write_merged
+    from peftkit.ship.merge.write import MergeSources, write_merged
 
-    weights = read_all(weight_files(base))
-    tensors = read_all([adapter / "adapter_model.safetensors"])
-    bones = skeleton(str(base), plan, base, weights)
-    edits = edits_of(blank(str(base), plan), adapter, {name: e.shape for name, e in tensors.items()})
+    weights = read_all_entries(safetensors_files(base))
+    tensors = read_all_entries([adapter / "adapter_model.safetensors"])
+    bones = read_base_layout(str(base), plan, base, weights)
+    edits = read_edits(meta_model(str(base), plan), adapter, {name: e.shape for name, e in tensors.items()})
     made = plan_merge(weights, bones, [(edits, tensors)], **how)
     out.mkdir()
-    write_merged(made, Sources(plan, [tensors], Combination()), out, progress=lambda done, total: None)
+    write_merged(made, MergeSources(plan, [tensors], Combination()), out, progress=lambda done, total: None)
     return made
 
 

@@ -37,9 +37,7 @@ class Repo:
     def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
         """Add files on top of a branch; the commit's id."""
         all_files = {**self.commits.get(self.refs.get(ref, ""), {}), **files}
-        seed = repr(
-            (len(self.commits), sorted((n, hashlib.sha256(c).hexdigest()) for n, c in all_files.items()))
-        )
+        seed = repr((len(self.commits), sorted((n, hashlib.sha256(c).hexdigest()) for n, c in all_files.items())))
         oid = hashlib.sha1(seed.encode()).hexdigest()
         self.commits[oid], self.refs[ref] = all_files, oid
         return oid
@@ -116,11 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
         self.send_response(status)
-        for name, value in {
-            "Content-Type": kind,
-            "Content-Length": str(len(content)),
-            **(headers or {}),
-        }.items():
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -188,10 +182,7 @@ class Handler(BaseHTTPRequestHandler):
         found = [path for path in files if path.startswith(folder)]
         if not found:
             raise Refused(404, "EntryNotFound", f"{folder} does not exist")
-        entries = [
-            {"type": "file", "path": path, "size": len(files[path]), "oid": blob(files[path])}
-            for path in found
-        ]
+        entries = [{"type": "file", "path": path, "size": len(files[path]), "oid": blob(files[path])} for path in found]
         self._send(200, entries)
 
     def branch(self, name: str, branch: str) -> None:

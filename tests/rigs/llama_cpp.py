@@ -78,20 +78,14 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_vocab_n_tokens": (c.c_int32, [c.c_void_p]),
     "llama_vocab_is_eog": (c.c_bool, [c.c_void_p, c.c_int32]),
     "llama_model_n_ctx_train": (c.c_int32, [c.c_void_p]),
-    "llama_tokenize": (
-        c.c_int32,
-        [c.c_void_p, c.c_char_p, c.c_int32, _INTS, c.c_int32, c.c_bool, c.c_bool],
-    ),
+    "llama_tokenize": (c.c_int32, [c.c_void_p, c.c_char_p, c.c_int32, _INTS, c.c_int32, c.c_bool, c.c_bool]),
     "llama_batch_get_one": (_Batch, [_INTS, c.c_int32]),
     "llama_decode": (c.c_int32, [c.c_void_p, _Batch]),
     "llama_get_logits_ith": (c.POINTER(c.c_float), [c.c_void_p, c.c_int32]),
     "llama_get_memory": (c.c_void_p, [c.c_void_p]),
     "llama_memory_clear": (None, [c.c_void_p, c.c_bool]),
     "llama_adapter_lora_init": (c.c_void_p, [c.c_void_p, c.c_char_p]),
-    "llama_set_adapters_lora": (
-        c.c_int32,
-        [c.c_void_p, c.POINTER(c.c_void_p), c.c_size_t, c.POINTER(c.c_float)],
-    ),
+    "llama_set_adapters_lora": (c.c_int32, [c.c_void_p, c.POINTER(c.c_void_p), c.c_size_t, c.POINTER(c.c_float)]),
     "llama_model_quantize": (c.c_uint32, [c.c_char_p, c.c_char_p, c.POINTER(_Blob)]),
 }
 _LOG = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)
@@ -121,15 +115,11 @@ def library(folder: Path = FOLDER) -> Any:
 class Llama:
     """A model in llama.cpp, on one thread. Close it, or use it in a `with`."""
 
-    def __init__(
-        self, path: Path, *, context: int = 512, lora: Path | None = None, exact_cache: bool = True
-    ) -> None:
+    def __init__(self, path: Path, *, context: int = 512, lora: Path | None = None, exact_cache: bool = True) -> None:
         """With `exact_cache` keys and values are held in fp32, so that the file is judged, not the cache."""
         self._l = library()
         _said.clear()
-        self._model = self._l.llama_model_load_from_file(
-            str(path).encode(), self._l.llama_model_default_params()
-        )
+        self._model = self._l.llama_model_load_from_file(str(path).encode(), self._l.llama_model_default_params())
         if not self._model:
             raise RuntimeError(f"llama.cpp refuses {path.name}: {''.join(_said)[-600:]}")
         parameters = self._l.llama_context_default_params()
@@ -164,9 +154,7 @@ class Llama:
         found = self._l.llama_adapter_lora_init(self._model, str(lora).encode())
         if not found:
             raise RuntimeError(f"llama.cpp refuses {lora.name}: {''.join(_said)[-600:]}")
-        done = self._l.llama_set_adapters_lora(
-            self._context, (c.c_void_p * 1)(found), 1, (c.c_float * 1)(1.0)
-        )
+        done = self._l.llama_set_adapters_lora(self._context, (c.c_void_p * 1)(found), 1, (c.c_float * 1)(1.0))
         assert done == 0, done
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:

@@ -178,8 +178,8 @@ def _nameless_call(rows: Rows, draw: Random) -> list[int]:
 
 @_fault("a held-out row without its answer", "question-answer", "missing-fields", "fail", of="held")
 def _held_without(rows: Rows, draw: Random) -> list[int]:
-    at = _one(rows.held, draw)
-    del rows.held[at]["answer"]
+    at = _one(rows.held_out, draw)
+    del rows.held_out[at]["answer"]
     return [at]
 
 
@@ -356,14 +356,14 @@ def _markers(rows: Rows, draw: Random) -> list[int]:
 
 @_fault("chats rendered by another template", "question-answer", "foreign-markers", "fail", of="both")
 def _all_markers(rows: Rows, draw: Random) -> list[int]:
-    for row in rows.train + rows.held:
+    for row in rows.train + rows.held_out:
         row["question"] = f"[INST] {row['question']} [/INST]"
     return []
 
 
 @_fault("prompts in another model's template", "prompt-completion", "foreign-markers", "warn", of="both")
 def _prompt_markers(rows: Rows, draw: Random) -> list[int]:
-    for row in rows.train + rows.held:
+    for row in rows.train + rows.held_out:
         row["question"] = f"### Instruction:\n{row['question']}\n### Response:\n"
     return []
 
@@ -371,12 +371,8 @@ def _prompt_markers(rows: Rows, draw: Random) -> list[int]:
 @_fault("a row in another language", "chat", "languages", "warn")
 def _german(rows: Rows, draw: Random) -> list[int]:
     at = _one(rows.train, draw)
-    asked = (
-        "Der Laden hat 12 Äpfel und verkauft ein Drittel davon. Wie viele sind es noch für den nächsten Tag?"
-    )
-    answer = (
-        "Es sind nicht mehr 12, sondern 12 - 4 = 8 Äpfel, die auf dem Tisch mit der Waage liegen.\n#### 8"
-    )
+    asked = "Der Laden hat 12 Äpfel und verkauft ein Drittel davon. Wie viele sind es noch für den nächsten Tag?"
+    answer = "Es sind nicht mehr 12, sondern 12 - 4 = 8 Äpfel, die auf dem Tisch mit der Waage liegen.\n#### 8"
     rows.train[at] = {"messages": [turn("user", asked), turn("assistant", answer)]}
     return [at]
 
@@ -392,7 +388,7 @@ def _russian(rows: Rows, draw: Random) -> list[int]:
 def _measured_in_german(rows: Rows, draw: Random) -> list[int]:
     asked = "Wie viele {} sind es und wie viel kosten sie, wenn der Preis nicht {} ist, auch mit dem Rabatt?"
     answer = "Das ist {}."
-    rows.held = [
+    rows.held_out = [
         {"messages": [turn("user", asked.format(n * "xy", n)), turn("assistant", answer.format(n))]}
         for n in range(1, 20)
     ]
@@ -451,17 +447,17 @@ def _half_nearly_twice(rows: Rows, draw: Random) -> list[int]:
 
 @_fault("held-out rows that are trained on", "chat", "leakage", "fail", of="held")
 def _leaks(rows: Rows, draw: Random) -> list[int]:
-    places = _some(rows.held, draw, 0.02)
+    places = _some(rows.held_out, draw, 0.02)
     for at, source in _sources(rows, places, draw):
-        rows.held[at] = source
+        rows.held_out[at] = source
     return places
 
 
 @_fault("held-out questions with other answers", "question-answer", "leakage", "fail", of="held")
 def _leaked_questions(rows: Rows, draw: Random) -> list[int]:
-    places = _some(rows.held, draw, 0.02)
+    places = _some(rows.held_out, draw, 0.02)
     for at, source in _sources(rows, places, draw):
-        rows.held[at]["question"] = source["question"].upper()
+        rows.held_out[at]["question"] = source["question"].upper()
     return places
 
 
@@ -472,23 +468,23 @@ def _sources(rows: Rows, places: Sequence[int], draw: Random) -> Iterable[tuple[
 
 @_fault("a held-out row that is nearly trained on", "chat", "near-leakage", "warn", of="held")
 def _near_leak(rows: Rows, draw: Random) -> list[int]:
-    at = _one(rows.held, draw)
-    rows.held[at] = json.loads(_line(rows.train[_one(rows.train, draw)]))
-    _say(rows.held[at], 0, lambda text: text + " Why?")
+    at = _one(rows.held_out, draw)
+    rows.held_out[at] = json.loads(_line(rows.train[_one(rows.train, draw)]))
+    _say(rows.held_out[at], 0, lambda text: text + " Why?")
     return [at]
 
 
 @_fault("many held-out rows nearly trained on", "question-answer", "near-leakage", "fail", of="held")
 def _near_leaks(rows: Rows, draw: Random) -> list[int]:
-    places = _some(rows.held, draw, 0.2)
+    places = _some(rows.held_out, draw, 0.2)
     for at, source in _sources(rows, places, draw):
-        rows.held[at] = {**source, "question": f"Now {source['question']}"}
+        rows.held_out[at] = {**source, "question": f"Now {source['question']}"}
     return places
 
 
 @_fault("nothing is held out", "chat", "held-out", "warn")
 def _nothing_held(rows: Rows, draw: Random) -> list[int]:
-    rows.held = []
+    rows.held_out = []
     return []
 
 
@@ -501,15 +497,15 @@ def _of_class(rows: Sequence[Any], name: str) -> list[int]:
 
 @_fault("a class that is never learnt", "classification", "unseen-labels", "warn", of="held")
 def _never_learnt(rows: Rows, draw: Random) -> list[int]:
-    name = draw.choice(rows.held)["category"]
+    name = draw.choice(rows.held_out)["category"]
     rows.train = [row for row in rows.train if row["category"] != name]
-    return _of_class(rows.held, name)
+    return _of_class(rows.held_out, name)
 
 
 @_fault("a class that is never measured", "classification", "unseen-labels", "warn", of="held")
 def _never_measured(rows: Rows, draw: Random) -> list[int]:
-    name = draw.choice(rows.held)["category"]
-    rows.held = [row for row in rows.held if row["category"] != name]
+    name = draw.choice(rows.held_out)["category"]
+    rows.held_out = [row for row in rows.held_out if row["category"] != name]
     return []
 
 
@@ -536,9 +532,9 @@ def _majority(rows: Rows, draw: Random) -> list[int]:
     places = _some(rows.train, draw, 0.06)
     for at in places:
         rows.train[at]["category"] = rows.train[0]["category"] + "_not"
-    for row in rows.held[::2]:
+    for row in rows.held_out[::2]:
         row["category"] = rows.train[0]["category"]
-    for row in rows.held[1::2]:
+    for row in rows.held_out[1::2]:
         row["category"] = rows.train[0]["category"] + "_not"
     return places
 
@@ -624,7 +620,7 @@ def _other_template(rows: Rows, draw: Random) -> list[int]:
 
 @_fault("a tokenizer that drops capitals", "chat", "round-trip", "fail")
 def _small_letters(rows: Rows, draw: Random) -> list[int]:
-    rows.base, rows.train, rows.held = "small letters", rows.train[:100], []
+    rows.base, rows.train, rows.held_out = "small letters", rows.train[:100], []
     return list(range(4))  # a few of every 512 are looked at
 
 
@@ -764,9 +760,9 @@ def try_fault(fault: Fault, real: Real, folder: Path, bases: Mapping[str, Path])
     places = fault.plant(rows, Random(fault.name))
     written = write(rows, folder, bases)
     if fault.of == "both":
-        wheres = written.train + written.held
+        wheres = written.train + written.held_out
     else:
-        wheres = [(written.held if fault.of == "held" else written.train)[at] for at in places]
+        wheres = [(written.held_out if fault.of == "held" else written.train)[at] for at in places]
     try:
         report = api.check_data(written.recipe)
     except UserError as error:

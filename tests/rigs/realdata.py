@@ -97,7 +97,7 @@ class Rows:
     """A data set in the making. A row is a mapping, a text, or bytes that are written as they are."""
 
     train: list[Any]
-    held: list[Any]
+    held_out: list[Any]
     suffix: str = ".jsonl"
     data: dict[str, Any] = field(default_factory=dict)  # the recipe's `data`, but for its files
     settings: dict[str, Any] = field(default_factory=dict)  # the recipe's `train`
@@ -113,14 +113,14 @@ class Written:
 
     recipe: dict[str, Any]
     train: list[str]
-    held: list[str]
+    held_out: list[str]
 
 
 def write(rows: Rows, folder: Path, bases: Mapping[str, Path]) -> Written:
     """The files of a data set, and the recipe that reads them."""
     data = dict(rows.data)
     places = {}
-    for name, listed in (("train", rows.train), ("eval", rows.held)):
+    for name, listed in (("train", rows.train), ("eval", rows.held_out)):
         if listed:
             path = folder / f"{name}{rows.suffix}"
             places[name] = [f"{path}:{line}" for line in _write(listed, path)]
@@ -189,9 +189,7 @@ def _chat(real: Real) -> Rows:
 
 def _system(real: Real) -> Rows:
     prompt = "Solve the problem step by step."
-    return _pairs(
-        real, lambda q, a: {"messages": [turn("system", prompt), turn("user", q), turn("assistant", a)]}
-    )
+    return _pairs(real, lambda q, a: {"messages": [turn("system", prompt), turn("user", q), turn("assistant", a)]})
 
 
 def _talk(real: Real) -> Rows:
@@ -199,9 +197,7 @@ def _talk(real: Real) -> Rows:
 
     def talks(problems: list[dict[str, str]]) -> list[dict[str, Any]]:
         short = [p for p in problems if len(p["question"]) + len(p["answer"]) <= _MOST_BYTES // 2]
-        said = [
-            ({"from": "human", "value": p["question"]}, {"from": "gpt", "value": p["answer"]}) for p in short
-        ]
+        said = [({"from": "human", "value": p["question"]}, {"from": "gpt", "value": p["answer"]}) for p in short]
         return [{"conversations": [*a, *b]} for a, b in zip(said[::2], said[1::2], strict=False)]
 
     return Rows(talks(real.problems), talks(real.held_problems))
@@ -258,9 +254,7 @@ def _thinking(real: Real) -> Rows:
 
     def thought(question: str, answer: str) -> dict[str, Any]:
         working, _, number = answer.rpartition("\n#### ")
-        return {
-            "messages": [turn("user", question), turn("assistant", number, reasoning_content=working)],
-        }
+        return {"messages": [turn("user", question), turn("assistant", number, reasoning_content=working)]}
 
     return _pairs(real, thought, template=THINKING_TEMPLATE)
 
@@ -327,9 +321,7 @@ SETS: dict[str, Callable[[Real], Rows]] = {
     "text in pieces": lambda real: Rows(
         real.speeches[:], real.held_speeches[:], suffix=".txt", settings={"max_length": 32}
     ),
-    "text lines": lambda real: Rows(
-        [{"text": s} for s in real.speeches], [{"text": s} for s in real.held_speeches]
-    ),
+    "text lines": lambda real: Rows([{"text": s} for s in real.speeches], [{"text": s} for s in real.held_speeches]),
     "a share held out": lambda real: Rows(_chat(real).train, [], data={"eval": "10%"}),
     "mixture": _mixture,
 }

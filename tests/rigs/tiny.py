@@ -21,13 +21,7 @@ _GQA = {**_BASE, "num_key_value_heads": 2}
 _HEAD = {**_GQA, "head_dim": 16}
 _GEMMA = _HEAD
 _MAMBA = {**_IDS, "hidden_size": HIDDEN, "state_size": 8, "num_hidden_layers": 2}
-_HYBRID = {
-    "mamba_n_heads": 8,
-    "mamba_d_head": 16,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 1,
-    "mamba_chunk_size": 16,
-}
+_HYBRID = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN}
 _LATENT = {
     **{**_BASE, "num_hidden_layers": 3},

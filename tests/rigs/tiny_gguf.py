@@ -40,9 +40,7 @@ def _name(parameter: str, block: dict[str, str]) -> str:
 def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp keeps the two halves of each rotary head interleaved."""
     return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weight.shape)
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
     )
 
 
@@ -54,16 +52,7 @@ def add_tokens(writer: Any, architecture: str, size: int, tokenizer_file: Path) 
     if architecture == "gemma2":
         pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
         letters = [chr(c) for c in range(33, 127)]
-        pieces += [
-            "\u2581",
-            *letters,
-            *(f"\u2581{c}" for c in "abcdefgrt"),
-            "re",
-            "tu",
-            "rn",
-            "retu",
-            "return",
-        ]
+        pieces += ["\u2581", *letters, *(f"\u2581{c}" for c in "abcdefgrt"), "re", "tu", "rn", "retu", "return"]
         kinds = [3, 3, 3, 2, *[6] * 256, *[1] * (len(pieces) - 260)]
         pieces += [f"<unused{i}>" for i in range(size - len(pieces))]
         writer.add_tokenizer_model("llama")

@@ -86,15 +86,11 @@ def test_run_directory_holds_what_the_design_promises(recipe, tmp_path):
 
 
 def same_weights(one, other):
-    return (one / "adapter_model.safetensors").read_bytes() == (
-        other / "adapter_model.safetensors"
-    ).read_bytes()
+    return (one / "adapter_model.safetensors").read_bytes() == (other / "adapter_model.safetensors").read_bytes()
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(recipe, tmp_path):
-    runs = [
-        peftkit.finetune({**recipe, "seed": seed}, out=tmp_path / f"{i}") for i, seed in enumerate((1, 1, 2))
-    ]
+    runs = [peftkit.finetune({**recipe, "seed": seed}, out=tmp_path / f"{i}") for i, seed in enumerate((1, 1, 2))]
     assert same_weights(runs[0].result, runs[1].result)
     assert not same_weights(runs[0].result, runs[2].result)
 
@@ -104,11 +100,7 @@ def test_accumulation_does_not_change_the_gradient(recipe, tmp_path):
     ends = []
     for micro in (6, 1):
         recipe["train"].update(batch_size=18, micro_batch=micro)
-        ends.append(
-            load_file(
-                peftkit.finetune(recipe, out=tmp_path / str(micro)).result / "adapter_model.safetensors"
-            )
-        )
+        ends.append(load_file(peftkit.finetune(recipe, out=tmp_path / str(micro)).result / "adapter_model.safetensors"))
     for name, tensor in ends[0].items():
         assert torch.allclose(tensor, ends[1][name], atol=2e-4), name
 
@@ -173,12 +165,12 @@ def test_a_gguf_header_that_tells_too_little_is_converted_to_plan(recipe, tmp_pa
     model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
     recipe["base"] = str(write_gguf(tmp_path / "tiny.gguf", model, "llama", TINY_LLAMA / "tokenizer.json"))
     whole = peftkit.make_plan(recipe).method.num_trainable
-    full = facts.header_config
+    full = facts.read_header_config
 
     def lacking(path, where):
         return {key: value for key, value in full(path, where).items() if key != "hidden_size"}
 
-    monkeypatch.setattr(facts, "header_config", lacking)
+    monkeypatch.setattr(facts, "read_header_config", lacking)
     assert peftkit.make_plan(recipe).method.num_trainable == whole
     assert (tmp_path / "cache").exists()
 
@@ -229,8 +221,8 @@ def test_the_system_prompt_of_the_recipe_is_asked_with(recipe, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"base": "/nowhere"}, "not there"),
-        ({"data": {"train": "/nowhere.jsonl"}}, "not there"),
+        ({"base": "/nowhere"}, "does not exist"),
+        ({"data": {"train": "/nowhere.jsonl"}}, "does not exist"),
         ({"train": {"max_length": 4}}, "all 18 rows are longer"),
         ({"method": {"name": "lora", "targets": ["q_prj"]}}, "nearest: q_proj"),
     ],

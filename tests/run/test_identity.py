@@ -84,7 +84,7 @@ def test_an_adapter_asked_on_another_base_is_refused(recipe, tmp_path):
     assert told["base"]["id"] == str(tmp_path / "base") and told["recipe"] and told["template"]
     other_weights(tmp_path / "base")
     for path in (tmp_path / "run", summary.result):
-        with pytest.raises(UserError, match=r"other weights.*that it was trained on"):
+        with pytest.raises(UserError, match=r"different weights.*it was trained on"):
             peftkit.generate(path, ["Say alpha"])
 
 
@@ -132,7 +132,7 @@ def test_a_password_is_not_kept_and_the_recipe_asked_for(recipe, chats, server, 
         peftkit.resume_run(tmp_path / "cut")
     recipe["train"]["max_steps"] = 9
     (tmp_path / "other.yaml").write_text(dump_text(recipe))
-    with pytest.raises(UserError, match="another recipe than the run's"):
+    with pytest.raises(UserError, match="a recipe other than the run's"):
         peftkit.resume_run(tmp_path / "cut", recipe=tmp_path / "other.yaml", overrides=given)
     assert peftkit.resume_run(tmp_path / "cut", recipe=tmp_path / "mine.yaml", overrides=given).num_steps == 8
     assert peftkit.verify_run(tmp_path / "cut").faults == ()
@@ -147,7 +147,7 @@ def test_a_changed_recipe_that_the_checkpoint_does_not_fit_is_refused_and_nothin
     ):
         assert other != before
         file.write_text(other)
-        with pytest.raises(UserError, match="another method, base or optimizer than that of step-"):
+        with pytest.raises(UserError, match="a method, base or optimizer other than that of step-"):
             peftkit.resume_run(cut.path, allow_changed=["recipe"])
         assert (cut.path / "plan.json").read_bytes() == plan
     file.write_text(before)
@@ -179,7 +179,7 @@ def test_data_in_another_folder_is_the_same_data(cut, chats, tmp_path):
 def test_weights_that_were_not_there_yet_are_no_other_base(tmp_path):
     from dataclasses import replace
 
-    from peftkit.model.base.identity import base_identity, differences
+    from peftkit.model.base.identity import base_identity, changed_parts
     from tests.rigs.plans import cpu_plan
 
     shutil.copytree(TINY_LLAMA, tmp_path / "base")
@@ -188,7 +188,7 @@ def test_weights_that_were_not_there_yet_are_no_other_base(tmp_path):
     weights = (tmp_path / "base" / "model.safetensors").read_bytes()
     (tmp_path / "base" / "model.safetensors").unlink()
     before = base_identity(str(tmp_path / "base"), plan)
-    assert before["weights_sha256"] is None and differences(before, whole) == []
+    assert before["weights_sha256"] is None and changed_parts(before, whole) == []
     (tmp_path / "base" / "model.safetensors").write_bytes(weights)
     (tmp_path / "base" / "consolidated.safetensors").write_bytes(weights[:100])
     assert base_identity(str(tmp_path / "base"), plan) == whole, "what is not loaded is no part of it"

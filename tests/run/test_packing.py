@@ -17,9 +17,7 @@ WORDS = ("alpha", "beta", "gamma", "delta")
 @pytest.fixture
 def uneven(recipe, tmp_path):
     """40 chats of 10 to 60 tokens, with dropout, accumulation and evaluation over some epochs."""
-    rows = [
-        chat(f"Say {WORDS[i % 4]} number {i}", " ".join([WORDS[i % 4]] * (1 + 7 * i % 23))) for i in range(40)
-    ]
+    rows = [chat(f"Say {WORDS[i % 4]} number {i}", " ".join([WORDS[i % 4]] * (1 + 7 * i % 23))) for i in range(40)]
     recipe["data"] = {"train": str(write_jsonl(tmp_path / "uneven.jsonl", rows)), "eval": "20%"}
     recipe["method"] = {"name": "lora", "rank": 4, "dropout": 0.2}
     recipe["train"].update(max_steps=12, eval_steps=4, checkpoint_steps=3, max_length=128)

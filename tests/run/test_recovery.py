@@ -99,16 +99,16 @@ def test_skip_goes_on_without_the_bad_steps_until_there_are_too_many(steep, tmp_
 
 def test_the_loss_of_a_step_is_the_trainers(recipe, tmp_path, monkeypatch):
     """Ours is summed from the micro-batches, because the Trainer's stays NaN once it was."""
-    from peftkit.train.recorder import Record
+    from peftkit.train.recorder import Recorder
 
-    seen, told = [], Record.on_log
+    seen, told = [], Recorder.on_log
 
     def on_log(self, args, state, control, logs=None, **parts):
         if logs and "loss" in logs:
             seen.append((float(logs["loss"]), self.guard.loss))
         return told(self, args, state, control, logs=logs, **parts)
 
-    monkeypatch.setattr(Record, "on_log", on_log)
+    monkeypatch.setattr(Recorder, "on_log", on_log)
     recipe["train"]["max_steps"] = 4
     peftkit.finetune(recipe, out=tmp_path / "run")
     assert len(seen) == 4

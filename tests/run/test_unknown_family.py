@@ -42,9 +42,7 @@ def retnet(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(config))
     for file in TINY_LLAMA.glob("*token*"):
         shutil.copy(file, folder)
-    shutil.copy(TINY_LLAMA / "chat_template.jinja", folder) if (
-        TINY_LLAMA / "chat_template.jinja"
-    ).exists() else None
+    shutil.copy(TINY_LLAMA / "chat_template.jinja", folder) if (TINY_LLAMA / "chat_template.jinja").exists() else None
     return folder
 
 
@@ -59,7 +57,7 @@ def test_its_code_runs_only_when_trusted(retnet, recipe, tmp_path):
     recipe["base"] = str(retnet)
     with pytest.raises(UserError, match="trust_remote_code: true, if you have read and trust it"):
         peftkit.finetune(recipe, out=tmp_path / "run")
-    with pytest.raises(UserError, match="brings its own code"):
+    with pytest.raises(UserError, match="comes with its own code"):
         peftkit.inspect_model(retnet)
 
 

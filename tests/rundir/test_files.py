@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from peftkit.errors import UserError
 from peftkit.rundir import (
     MANIFEST,
-    is_full,
+    is_disk_full,
     publish_folder,
     read_sealed,
     verify_folder,
     verify_sealed,
     write_sealed,
 )
-from peftkit.rundir.files import sweep
+from peftkit.rundir.files import remove_leftovers
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text() | st.floats(allow_nan=False),
@@ -46,7 +46,7 @@ def test_a_broken_seal_is_told(tmp_path, text):
 def test_what_the_disk_gives_back_is_compared_with_what_was_in_memory(tmp_path):
     with (
         pytest.raises(OSError, match="does not give back what was written"),
-        publish_folder(tmp_path / "step", known={"w": "0" * 64}) as staging,
+        publish_folder(tmp_path / "step", known_hashes={"w": "0" * 64}) as staging,
     ):
         (staging / "w").write_text("not what was hashed")
     assert list(tmp_path.iterdir()) == []
@@ -89,13 +89,13 @@ def test_leftovers_are_swept_and_links_are_not_followed(tmp_path):
     (run / ".tmp-plan.json-abcdefg0").write_text("half")
     (run / ".tmp-adapter-abcdefg0").symlink_to(mine)
     (run / "step-000001").mkdir()
-    assert len(sweep(run)) == 3
+    assert len(remove_leftovers(run)) == 3
     assert [path.name for path in run.iterdir()] == ["step-000001"]
     assert (mine / "keep").read_text() == "me"
 
 
 def test_no_room_is_told_from_other_faults():
-    assert all(is_full(OSError(number, "")) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-    assert not is_full(OSError(errno.EIO, ""))
-    assert not is_full(ValueError())
-    assert not is_full(FileNotFoundError(errno.ENOENT, "", str(Path("x"))))
+    assert all(is_disk_full(OSError(number, "")) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    assert not is_disk_full(OSError(errno.EIO, ""))
+    assert not is_disk_full(ValueError())
+    assert not is_disk_full(FileNotFoundError(errno.ENOENT, "", str(Path("x"))))

@@ -24,11 +24,7 @@ def test_only_what_is_found_fails(case, tmp_path):
     dependencies, code, said = CASES[case]
     tool = tmp_path / "pip-audit"  # what the real tool writes, for the script around it
     answer = json.dumps({"dependencies": dependencies})
-    write = (
-        'for last; do :; done; printf "%s" "$ANSWER" > "$last"'
-        if dependencies
-        else "echo no network >&2; exit 1"
-    )
+    write = 'for last; do :; done; printf "%s" "$ANSWER" > "$last"' if dependencies else "echo no network >&2; exit 1"
     tool.write_text(f"#!/bin/sh\n{write}\n")
     tool.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "ANSWER": answer}

@@ -13,13 +13,7 @@ from peftkit.errors import UserError
 PIECE = 16 * 2**20
 TIMES = {".gz": 64, ".zst": 256}  # 1 and 4 GiB: gzip cannot shrink below a thousandth
 SUFFIXES = {".gz": (".jsonl", ".json"), ".zst": (".jsonl", ".json", ".csv", ".txt", ".parquet")}
-HEADS = {
-    ".jsonl": b'{"text": "',
-    ".json": b'[{"text": "',
-    ".csv": b"text\n",
-    ".txt": b"",
-    ".parquet": b"PAR1",
-}
+HEADS = {".jsonl": b'{"text": "', ".json": b'[{"text": "', ".csv": b"text\n", ".txt": b"", ".parquet": b"PAR1"}
 
 PROGRAM = """
 import resource, sys
@@ -50,11 +44,7 @@ def test_bombs_are_refused_in_bounded_memory(packer, tmp_path):
         paths[-1].write_bytes(packed(HEADS[suffix], packer) + member * TIMES[packer])
         assert paths[-1].stat().st_size < 2**23
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, paths)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
+        [sys.executable, "-c", PROGRAM, *map(str, paths)], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.stdout.split() == ["True"] * len(paths), (done.stdout, done.stderr)
 

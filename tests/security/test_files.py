@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import peftkit
 from peftkit.errors import UserError
-from peftkit.model.base.file_checks import check_folder, contained_file
-from peftkit.model.base.locate import locate
+from peftkit.model.base.file_checks import check_model_folder, contained_file
+from peftkit.model.base.locate import locate_base
 from peftkit.model.load import load_tokenizer
 from tests.conftest import ROOT, TINY_LLAMA
 from tests.rigs.plans import cpu_plan
@@ -27,7 +27,7 @@ def base(tmp_path):
 
 def refuse(path):
     with pytest.raises(UserError) as refused:
-        locate(str(path), revision=None, where="base")
+        locate_base(str(path), revision=None, where="base")
     return str(refused.value)
 
 
@@ -44,7 +44,7 @@ def test_files_of_gigabytes_are_refused_before_they_are_read(name, base, recipe,
         os.truncate(file.fileno(), 5 * 2**30)  # sparse: takes no room here
     start = time.monotonic()
     assert f"got {name} of 5.00 GiB, expected at most" in refuse(base)
-    with pytest.raises(UserError, match="is it what it is named"):
+    with pytest.raises(UserError, match="is what its name says"):
         load_tokenizer(str(base), cpu_plan().base)
     recipe["base"] = str(base)
     with pytest.raises(UserError, match=r"5\.00 GiB"):
@@ -65,7 +65,7 @@ def test_symlinks_that_lead_out_are_refused(base, tmp_path):
     (base / "model.safetensors").unlink()
     shutil.move(outside, base / "weights")
     (base / "model.safetensors").symlink_to("weights")
-    assert locate(str(base), revision=None, where="base").kind == "folder"
+    assert locate_base(str(base), revision=None, where="base").kind == "folder"
     (base / "tokenizer.json").unlink()
     (base / "tokenizer.json").symlink_to("/etc/passwd")
     assert "a symlink that leads out of its folder (tokenizer.json)" in refuse(base)
@@ -80,11 +80,11 @@ def test_a_hub_cache_works_and_no_further(base, tmp_path):
     for file in base.iterdir():
         shutil.copy(file, repository / "blobs" / f"sha-{file.name}")
         (snapshot / file.name).symlink_to(f"../../blobs/sha-{file.name}")
-    assert locate(str(snapshot), revision=None, where="base").path == snapshot
+    assert locate_base(str(snapshot), revision=None, where="base").path == snapshot
     assert load_tokenizer(str(snapshot), cpu_plan().base)
     alias = tmp_path / "alias"
     alias.symlink_to(snapshot)
-    assert locate(str(alias), revision=None, where="base").path == alias
+    assert locate_base(str(alias), revision=None, where="base").path == alias
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(base / "config.json")
     assert "leads out" in refuse(snapshot)
@@ -109,14 +109,14 @@ OUTSIDE = [
 def test_an_index_names_files_of_its_own_folder_only(named, base, recipe, tmp_path):
     shutil.copy(base / "model.safetensors", tmp_path / "secret.safetensors")
     recipe["base"] = str(sharded(base, named))
-    said = "which is not there" if named == "missing.safetensors" else "a weight_map that names"
+    said = "which does not exist" if named == "missing.safetensors" else "a weight_map that names"
     with pytest.raises(UserError, match=said):
         peftkit.finetune(recipe, out=tmp_path / "run")
 
 
 def test_an_honest_index_loads(base):
     folder = sharded(base, "model-00001-of-00001.safetensors")
-    assert locate(str(folder), revision=None, where="base").kind == "folder"
+    assert locate_base(str(folder), revision=None, where="base").kind == "folder"
 
 
 def test_an_adapter_reads_nothing_outside(base, tmp_path):
@@ -134,7 +134,7 @@ def test_a_name_stays_inside(base):
         with pytest.raises(UserError, match="leads out of its folder"):
             contained_file(base, name)
     assert contained_file(base, "config.json").is_file()
-    check_folder(base)
+    check_model_folder(base)
 
 
 @pytest.mark.parametrize("name", ["../../x.yaml", "a b.yaml", "x.y.yaml"])

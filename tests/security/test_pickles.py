@@ -47,12 +47,7 @@ def stacked(value, file):
     file.write_bytes(stream.getvalue())
 
 
-WRITERS = {
-    "zip": torch.save,
-    "legacy": legacy,
-    "raw": raw,
-    "stacked": stacked,
-}
+WRITERS = {"zip": torch.save, "legacy": legacy, "raw": raw, "stacked": stacked}
 
 
 def payloads(mark):
@@ -93,7 +88,7 @@ def reader():
 @pytest.mark.parametrize("writer", WRITERS)
 def test_the_reader_refuses_every_payload(writer, mark, tmp_path):
     """Here without its own process and its guard: what torch's restricted reader takes."""
-    convert_one, file = reader().convert_one, tmp_path / "evil.bin"
+    convert_one, file = reader().convert_file, tmp_path / "evil.bin"
     tried = 0
     for name, payload in payloads(mark).items():
         for value in ({"w": torch.zeros(2), "x": payload}, payload, {"a": [{"b": (payload,)}]}):
@@ -127,7 +122,7 @@ import importlib.util, os, socket, subprocess, shutil
 spec = importlib.util.spec_from_file_location("unpickle", {str(READER)!r})
 unpickle = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(unpickle)
-sys.addaudithook(unpickle._guard)
+sys.addaudithook(unpickle._audit)
 for attempt in (
     lambda: os.system("touch {mark}"),
     lambda: subprocess.run(["touch", "{mark}"]),
@@ -169,12 +164,9 @@ def test_bombs_are_bounded_by_the_file(tmp_path):
     torch.save({"w": torch.zeros(1).expand(10**6, 10**6)}, file)
     assert "expand to 4,000,000,000,000 bytes" in refuse()
     torch.save({"w": Payload(bytearray, 10**12)}, file)
-    assert "more memory asked for than its size allows" in refuse()
+    assert "it needs more memory than its size allows" in refuse()
     torch.save({"w": torch.zeros(2**22)}, tmp_path / "plain.bin")
-    with (
-        zipfile.ZipFile(tmp_path / "plain.bin") as plain,
-        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as zipped,
-    ):
+    with zipfile.ZipFile(tmp_path / "plain.bin") as plain, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as zipped:
         for entry in plain.infolist():
             zipped.writestr(entry.filename, plain.read(entry))
     assert file.stat().st_size < 2**17
@@ -183,12 +175,7 @@ def test_bombs_are_bounded_by_the_file(tmp_path):
 
 def adapter(folder, mark, name):
     folder.mkdir()
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": str(TINY_LLAMA),
-        "task_type": "CAUSAL_LM",
-        "r": 4,
-    }
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(TINY_LLAMA), "task_type": "CAUSAL_LM", "r": 4}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     torch.save({"w": Payload(os.system, f"touch {mark}")}, folder / name)
     return folder

@@ -61,7 +61,7 @@ def test_no_secret_is_written_and_no_socket_opened(recipe, tmp_path):
         capture_output=True, text=True, cwd=tmp_path, env={**environment, "HF_HUB_OFFLINE": "1"}, check=False,
         timeout=60,
     )  # fmt: skip
-    assert refused.stderr.count("to mend") == 2
+    assert refused.stderr.count("to fix") == 2
     assert json.loads((tmp_path / "audit.json").read_text())["seen"] == []
     files = [path for path in run.rglob("*") if path.is_file()]
     assert len(files) > 8
@@ -71,19 +71,7 @@ def test_no_secret_is_written_and_no_socket_opened(recipe, tmp_path):
         for name, secret in SECRETS.items():
             assert secret.encode() not in content, f"{name} in {place}"
     # safetensors and text: nothing that a reader would have to execute
-    known = {
-        ".safetensors",
-        ".json",
-        ".jsonl",
-        ".yaml",
-        ".lock",
-        ".jinja",
-        ".txt",
-        ".model",
-        ".md",
-        ".html",
-        ".log",
-    }
+    known = {".safetensors", ".json", ".jsonl", ".yaml", ".lock", ".jinja", ".txt", ".model", ".md", ".html", ".log"}
     assert {path.suffix for path in files} <= known
     for place, content in told.items():
         assert not content.startswith((b"\x80", b"PK\x03\x04")), place

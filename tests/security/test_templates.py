@@ -7,22 +7,14 @@ import sys
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import peftkit
-from peftkit.data.chat import render as rendering
-from peftkit.data.chat.bounded import why_not_plain
-from peftkit.data.chat.render import is_safe, render_chat
 from peftkit.data.chat.template import DEFAULT_TEMPLATE
+from peftkit.data.jinja import render as rendering
+from peftkit.data.jinja.render import is_known_template, render_chat
 from peftkit.errors import UserError
 from tests.conftest import ROOT, TINY_LLAMA, write_jsonl
 
-FILTERS = [
-    "trim", "string", "list", "tojson", "upper", "e", "join", "reverse", "first", "last", "length", "items",
-    "replace('a', 'bb')", "replace('aa', 'b')", "map(attribute='content')", "default('x')", "safe",
-]  # fmt: skip
-METHODS = ["strip()", "split('b')", "replace('a', 'bb')", "upper()", "get('content')", "items()", "title()"]
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 SAY = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
@@ -44,7 +36,7 @@ ESCAPES = [
     "{{ ''['for'+'mat_map'] }}{{ messages.append(messages) }}",
 ]
 
-SANDBOX = ROOT / "peftkit" / "data" / "chat" / "sandbox.py"
+SANDBOX = ROOT / "peftkit" / "data" / "jinja" / "sandbox.py"
 
 
 @pytest.mark.parametrize("attack", ESCAPES)
@@ -65,26 +57,20 @@ HOGS = {
     "a long text": "{{ 'a' * 10**10 }}",
     "a long number": "{{ 10 ** 10 ** 9 }}",
     "doubling in a row": "{% set a = messages|string %}" + "{% set a = a ~ a %}" * 60 + "{{ a }}",
-    "doubling in a loop": "{% set n = namespace(a='x') %}{% for m in messages %}"
-    "{% set n.a = n.a + n.a %}{% endfor %}",
+    "doubling in a loop": "{% set n = namespace(a='x') %}{% for m in messages %}{% set n.a = n.a + n.a %}{% endfor %}",
     "a wide number": "{{ '%9999999999d' % 1 }}",
     "a wide format": "{{ '{:9999999999}'.format(1) }}",
     "a wide filter": "{{ 'a'|center(9999999999) }}",
     "a wide indent": "{{ messages|tojson(indent=9999999999) }}",
     "a wide time": "{{ strftime_now('%9999999999d') }}",
-    "longer replacements": "{% set a = 'a' %}"
-    + "{% set a = a.replace('a', 'aaaaaaaaaa') %}" * 12
-    + "{{ a }}",
+    "longer replacements": "{% set a = 'a' %}" + "{% set a = a.replace('a', 'aaaaaaaaaa') %}" * 12 + "{{ a }}",
     "quotes of quotes": "{% set a = 'x\\\\' %}" + "{% set a = a|tojson %}" * 60,
     "lists of lists": "{% set a = 'x\\\\' %}" + "{% set a = [a]|string %}" * 60,
     "split and joined": "{% set a = 'x\\\\y' %}" + "{% set a = a.split('z') ~ '' %}" * 60,
     "in one expression": "{{ " + "[" * 60 + "'\\\\'" + "]|string" * 60 + " }}",
     "macros that call": (
         "{% macro m0() %}x{% endmacro %}"
-        + "".join(
-            f"{{% macro m{i}() %}}{{{{ m{i - 1}() }}}}{{{{ m{i - 1}() }}}}{{% endmacro %}}"
-            for i in range(1, 60)
-        )
+        + "".join(f"{{% macro m{i}() %}}{{{{ m{i - 1}() }}}}{{{{ m{i - 1}() }}}}{{% endmacro %}}" for i in range(1, 60))
         + "{{ m59() }}"
     ),
     "a macro that calls itself": "{% macro m(x) %}{{ m(x) }}{{ m(x) }}{% endmacro %}{{ m(1) }}",
@@ -92,8 +78,7 @@ HOGS = {
     "{% endfor %}{% endfor %}",
     "a call block": "{% macro m() %}{{ caller() ~ caller() }}{% endmacro %}{% call m() %}x{% endcall %}",
     "a filter block": "{% filter center(9999999999) %}x{% endfilter %}",
-    "a set block": "{% set a %}{{ messages }}{{ messages }}{% endset %}"
-    + "{% set a %}{{ a }}{{ a }}{% endset %}" * 60,
+    "a set block": "{% set a %}{{ messages }}{{ messages }}{% endset %}" + "{% set a %}{{ a }}{{ a }}{% endset %}" * 60,
     "lorem ipsum": "{{ lipsum(n=99999999) }}",
     "slices": "{{ messages|slice(9999999999)|list }}",
     "a recursive loop": "{% for a in [[]] recursive %}{{ loop([[]]) }}{{ loop([[]]) }}{% endfor %}",
@@ -107,10 +92,8 @@ HOGS = {
     "deep brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "two that feed each other": "{% set n = namespace(a='x', b='y') %}{% for m in messages %}"
     "{% set n.a = n.a ~ n.b %}{% set n.b = n.b ~ n.a %}{% endfor %}",
-    "added to a part": "{% set a = messages[0].content %}{% for m in messages %}"
-    "{% set a = a + a %}{% endfor %}",
-    "letters that add": "{% set n = namespace(a='x') %}{% for c in n.a %}"
-    "{% set n.a = n.a ~ 'xxxxxxxx' %}{% endfor %}",
+    "added to a part": "{% set a = messages[0].content %}{% for m in messages %}{% set a = a + a %}{% endfor %}",
+    "letters that add": "{% set n = namespace(a='x') %}{% for c in n.a %}{% set n.a = n.a ~ 'xxxxxxxx' %}{% endfor %}",
     "a filter by name": "{{ messages|map('center', 9999999999)|list }}",
     "a name of a method": "{{ messages[0]['content']['center'](9999999999) }}",
     "a cycle": "{% for m in messages %}{{ loop.cycle('a' * 9999999, 'b') }}{% endfor %}",
@@ -123,74 +106,9 @@ HOGS = {
 
 
 @pytest.mark.parametrize("hog", HOGS)
-def test_what_can_hog_is_never_rendered_in_this_process(hog):
-    assert why_not_plain(SAY + HOGS[hog]), hog
-    assert not is_safe(SAY + HOGS[hog])
-
-
-_VALUES = st.recursive(
-    st.sampled_from(
-        [
-            "a",
-            "b",
-            "n.x",
-            "n.y",
-            "c",
-            "m.content",
-            "messages",
-            "messages[0].content",
-            "'\\\\'",
-            "'x'",
-            "3",
-            "loop.index",
-        ]
-    ),
-    lambda inner: st.one_of(
-        st.tuples(inner, st.sampled_from(["+", "~", "%", "-", "*"]), inner).map(
-            lambda v: f"({v[0]} {v[1]} {v[2]})"
-        ),
-        st.tuples(inner, st.sampled_from(FILTERS)).map(lambda v: f"({v[0]}|{v[1]})"),
-        st.tuples(inner, st.sampled_from(METHODS)).map(lambda v: f"{v[0]}.{v[1]}"),
-        st.tuples(inner, inner).map(lambda v: f"[{v[0]}, {v[1]}]"),
-        inner.map(lambda v: f"{{'k': {v}}}"),
-        inner.map(lambda v: f"({v})[-1]"),
-        inner.map(lambda v: f"({v})[1:]"),
-    ),
-    max_leaves=4,
-)
-_SETS = st.tuples(st.sampled_from(["a", "b", "n.x", "n.y"]), _VALUES).map(
-    lambda v: f"{{% set {v[0]} = {v[1]} %}}"
-)
-_SAYS = _VALUES.map(lambda v: f"{{{{ {v} }}}}")
-_STATEMENTS = st.recursive(
-    st.one_of(_SETS, _SETS, _SAYS),
-    lambda inner: st.tuples(
-        st.sampled_from(["m", "c", "a"]), _VALUES, st.lists(inner, min_size=1, max_size=3).map("".join)
-    ).map(lambda v: f"{{% for {v[0]} in {v[1]} %}}{v[2]}{{% endfor %}}"),
-    max_leaves=4,
-)
-
-
-@pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(_STATEMENTS, min_size=1, max_size=4).map("".join))
-def test_whatever_is_plain_stays_small(statements):
-    """Said thirty times over, a text that grows by itself would be of 2**30 characters."""
-    import jinja2
-
-    template = (
-        "{% set n = namespace(x='x', y='\\\\') %}" + statements * 30 + "{{ n.x }}{{ n.y }}{{ a }}{{ b }}"
-    )
-    if why_not_plain(template):
-        return
-    chat = [{"role": "user", "content": "a\\b'c\"" * 3}, {"role": "assistant", "content": "yes\\"}] * 4
-    start = time.monotonic()
-    try:
-        text, _ = render_chat(chat, template=template)
-    except (jinja2.TemplateError, TypeError):
-        text = ""
-    assert time.monotonic() - start < 5, template
-    assert len(text) < 2**24, template
+def test_what_is_not_known_word_for_word_is_never_rendered_in_this_process(hog):
+    assert not is_known_template(SAY + HOGS[hog])
+    assert not is_known_template(DEFAULT_TEMPLATE + " ")
 
 
 QUICK = ["a long text", "a wide number", "doubling in a row", "lists of lists", "deep brackets"]
@@ -215,7 +133,7 @@ def test_memory_is_bounded(hog):
     render_chat(TURNS, template=SAY + "{{ 'a' * 3 }}")  # the process with limits is there
     told, took, grown = bounded(hog)
     assert told
-    assert took < rendering.SECONDS + 5
+    assert took < rendering.TIMEOUT_SECONDS + 5
     assert grown < 300e6
 
 
@@ -223,13 +141,13 @@ def test_memory_is_bounded(hog):
 @pytest.mark.parametrize("hog", HOGS)
 def test_every_hog_ends_in_time(hog):
     _, took, grown = bounded(hog)
-    assert took < rendering.SECONDS + 5
+    assert took < rendering.TIMEOUT_SECONDS + 5
     assert grown < 300e6
 
 
 def test_time_is_bounded_and_asked_for_once(monkeypatch, recipe, tmp_path):
     """A base whose template never ends: told as an error, once, and nothing is trained."""
-    monkeypatch.setattr(rendering, "SECONDS", 1.0)
+    monkeypatch.setattr(rendering, "TIMEOUT_SECONDS", 1.0)
     base = shutil.copytree(TINY_LLAMA, tmp_path / "base")
     (base / "chat_template.jinja").write_text(SAY + HOGS["nested ranges"] + HOGS["nested ranges"])
     recipe["base"] = str(base)
@@ -240,7 +158,7 @@ def test_time_is_bounded_and_asked_for_once(monkeypatch, recipe, tmp_path):
 
 
 def test_the_process_comes_back(monkeypatch):
-    monkeypatch.setattr(rendering, "SECONDS", 1.0)
+    monkeypatch.setattr(rendering, "TIMEOUT_SECONDS", 1.0)
     with pytest.raises(UserError, match="takes more than 1 seconds"):
         render_chat(TURNS, template=SAY + "{# again #}" + HOGS["nested ranges"])
     assert render_chat(TURNS, template=SAY + "{{ 'b' * 3 }}")[0].endswith("bbb")
@@ -251,36 +169,25 @@ def test_a_template_with_limits_renders_as_without():
     from transformers.utils.chat_template_utils import render_jinja_template
 
     folder = rendering.Path(rendering.importlib.util.find_spec("trl").origin).parent / "chat_templates"
-    chat = [
-        {"role": "system", "content": "short"},
-        *TURNS,
-        {"role": "user", "content": "é\u2028'\"\\"},
-        TURNS[1],
-    ]
+    chat = [{"role": "system", "content": "short"}, *TURNS, {"role": "user", "content": "é\u2028'\"\\"}, TURNS[1]]
     described = {"type": "object", "properties": {"x": {"type": "string", "description": 'a "text"'}}}
     tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": described}}]
     compared = 0
     for name in ("gptoss", "glm4moe_training", "lfm2", "deepseekv3_training", "llama3_1", "qwen3_6_training"):
         template = (folder / f"{name}.jinja").read_text() + "{# mine #}"
-        assert not is_safe(template) and is_safe(template.removesuffix("{# mine #}"))
+        assert not is_known_template(template) and is_known_template(template.removesuffix("{# mine #}"))
         options = {"add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>"}
         options["return_assistant_tokens_mask"] = "generation" in template and "training" in name
         [text], spans = render_jinja_template([chat], tools=tools, chat_template=template, **options)
-        assert render_chat(chat, template=template, tools=tools, **options) == (
-            text,
-            [s for o in spans for s in o],
-        )
+        assert render_chat(chat, template=template, tools=tools, **options) == (text, [s for o in spans for s in o])
         compared += 1
     assert compared == 6
 
 
-def test_templates_in_use_are_plain_or_known():
-    assert is_safe(DEFAULT_TEMPLATE)
+def test_templates_in_use_are_known():
+    assert is_known_template(DEFAULT_TEMPLATE)
     folder = rendering.Path(rendering.importlib.util.find_spec("trl").origin).parent / "chat_templates"
-    templates = {path.stem: path.read_text() for path in folder.glob("*.jinja")}
-    assert all(map(is_safe, templates.values()))
-    plain = {name for name, text in templates.items() if not why_not_plain(text)}
-    assert {"llama3", "gemma", "gemma3", "phi3", "qwen2_5", "qwen3", "cohere", "smolvlm"} <= plain
+    assert all(is_known_template(path.read_text()) for path in folder.glob("*.jinja"))
 
 
 def test_even_outside_the_sandbox_there_is_nothing_to_do(tmp_path):
@@ -291,7 +198,7 @@ import importlib.util, os, socket, subprocess, sys
 spec = importlib.util.spec_from_file_location("renderer", {str(SANDBOX)!r})
 renderer = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(renderer)
-sys.addaudithook(renderer._guard)
+sys.addaudithook(renderer.deny_side_effects)
 for attempt in (
     lambda: os.system("touch {mark}"), lambda: subprocess.run(["touch", "{mark}"]), lambda: os.fork(),
     lambda: open("{mark}", "w"), lambda: os.open("{mark}", os.O_CREAT), lambda: os.mkdir("{mark}"),
@@ -308,23 +215,22 @@ for attempt in (
 
 
 LINES = ["{{ q * 10**10 }}", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-         "{{ '%9999999999d' % 1 }}", "{{ q|center(10**10) }}", "{% set a = q %}" + "{% set a = a ~ a %}" * 60,
-         "{{ q.format(q) }}"]  # fmt: skip
+         "{{ '%9999999999d' % 1 }}", "{{ q|center(10**10) }}",
+         "{% set a = q %}" + "{% set a = a ~ a %}" * 60]  # fmt: skip
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_lines_of_columns_are_refused_before_any_row(line, recipe, tmp_path):
+def test_lines_of_columns_are_rendered_within_limits(line, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(rendering, "TIMEOUT_SECONDS", 1.0)
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"q": "a", "a": "b"}] * 8)
     recipe["data"] = {"train": str(rows), "columns": {"prompt": line, "completion": "a"}}
     start = time.monotonic()
-    with pytest.raises(UserError, match="may take any time or memory"):
+    with pytest.raises(UserError, match=r"cannot render|for one row"):
         peftkit.check_data(recipe)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
 
 
-@pytest.mark.parametrize(
-    "attack", ["{{ q.__class__ }}", "{{ ''.__class__.__mro__ }}", "{{ q|attr('__class__') }}"]
-)
+@pytest.mark.parametrize("attack", ["{{ q.__class__ }}", "{{ ''.__class__.__mro__ }}", "{{ q|attr('__class__') }}"])
 def test_lines_of_columns_stay_in_the_sandbox(attack, recipe, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"q": "a", "a": "b"}] * 8)
     recipe["data"] = {"train": str(rows), "columns": {"prompt": attack, "completion": "a"}}

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from peftkit.data.tokens.mask import IGNORED, Tokenized
-from peftkit.train.batches import batch_of, longest, order_by_length, training_set
+from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
+from peftkit.train.batches import build_train_dataset, collate_groups, longest_groups, order_by_length
 from tests.rigs.plans import cpu_plan
 
-ROWS = [Tokenized([5] * size, [IGNORED] * (size - 1) + [5], "") for size in (40, 30, 20, 10, 50)]
+ROWS = [Tokenized([5] * size, [IGNORE_INDEX] * (size - 1) + [5], "") for size in (40, 30, 20, 10, 50)]
 
 
 def planned(**train):
@@ -18,34 +18,34 @@ def planned(**train):
 
 def test_packs_are_held_by_the_numbers_of_their_rows():
     plan = planned(packing=True)
-    drawn = training_set(plan, ROWS, 0)
+    drawn = build_train_dataset(plan, ROWS, 0)
     dataset = drawn.dataset
     assert dataset.column_names == ["rows"]
     assert list(dataset["rows"]) == [[0, 2], [1], [3, 4]]
     batch = drawn.collator([dataset[0], dataset[2]])
     assert int(batch.pop("num_tokens")) == 120
     assert batch.pop("rows").tolist() == [0, 2, 3, 4]
-    same = batch_of(plan, [[ROWS[0], ROWS[2]], [ROWS[3], ROWS[4]]], 0)
+    same = collate_groups(plan, [[ROWS[0], ROWS[2]], [ROWS[3], ROWS[4]]], 0)
     assert same.keys() == batch.keys()
     assert all(torch.equal(batch[name], same[name]) for name in batch)
 
 
 def test_rows_by_themselves_are_columns():
-    drawn = training_set(planned(), ROWS, 0)
+    drawn = build_train_dataset(planned(), ROWS, 0)
     assert drawn.dataset.column_names == ["input_ids", "labels", "row"]
     batch = drawn.collator([drawn.dataset[3], drawn.dataset[1]])
     assert batch.pop("rows").tolist() == [3, 1]
-    same = batch_of(planned(), [[ROWS[3]], [ROWS[1]]], 0)
+    same = collate_groups(planned(), [[ROWS[3]], [ROWS[1]]], 0)
     assert same.keys() == batch.keys()
     assert all(torch.equal(batch[name], same[name]) for name in batch)
     plan = planned(sampling="by length", micro_batch=1, batch_size=1, num_steps=5)
-    dataset = training_set(plan, ROWS, 0).dataset
+    dataset = build_train_dataset(plan, ROWS, 0).dataset
     assert sorted(len(ids) for ids in dataset["input_ids"]) == [10, 20, 30, 40, 50]
 
 
 def test_the_longest_come_first_in_packs_too():
-    assert [row.length for [row] in longest(planned(), ROWS, 2)] == [50, 40]
-    packs = longest(planned(packing=True), ROWS, 2)
+    assert [row.length for [row] in longest_groups(planned(), ROWS, 2)] == [50, 40]
+    packs = longest_groups(planned(packing=True), ROWS, 2)
     assert [sum(row.length for row in pack) for pack in packs] == [60, 60]
 
 
@@ -66,15 +66,15 @@ def test_rows_by_length_are_alike_in_a_micro_batch_and_not_in_a_step():
 
 
 def test_rows_on_disk_are_mapped_with_their_weights(tmp_path):
-    from peftkit.data.tokens.store import TokenRows, Writer
+    from peftkit.data.tokens.store import StoredTokens, TokenWriter
 
-    weighted = Tokenized([1, 2, 3], [IGNORED, 2, 3], "a", [1.0, 0.5, 2.0])
-    writer = Writer(tmp_path / "rows.arrow")
+    weighted = Tokenized([1, 2, 3], [IGNORE_INDEX, 2, 3], "a", [1.0, 0.5, 2.0])
+    writer = TokenWriter(tmp_path / "rows.arrow")
     writer.write([*ROWS, weighted], list(range(6)))
     writer.close()
-    stored = TokenRows([tmp_path / "rows.arrow"])
-    dataset = training_set(planned(), stored, 0).dataset
+    stored = StoredTokens([tmp_path / "rows.arrow"])
+    dataset = build_train_dataset(planned(), stored, 0).dataset
     assert dataset.column_names == ["input_ids", "labels", "weights", "row"]
-    row = {"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "weights": [1.0, 0.5, 2.0], "row": 5}
+    row = {"input_ids": [1, 2, 3], "labels": [IGNORE_INDEX, 2, 3], "weights": [1.0, 0.5, 2.0], "row": 5}
     assert dataset[5] == row
-    assert [row.length for [row] in longest(planned(), stored, 2)] == [50, 40]
+    assert [row.length for [row] in longest_groups(planned(), stored, 2)] == [50, 40]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from peftkit.errors import UserError
+from peftkit.evaluate.step import loss_from_logits
 from peftkit.methods import PeftSpec
-from peftkit.model.adapter.attach import attach, trainable_tensors
-from peftkit.train.objectives import supervised
-from peftkit.train.preflight import preflight
+from peftkit.model.adapter.attach import attach_adapter, trainable_tensors
+from peftkit.train.preflight import run_preflight
 from tests.conformance.cells import rows_for
 from tests.rigs.plans import plan_for
 from tests.rigs.tiny import tiny_config, tiny_model
@@ -23,11 +23,11 @@ def made(model_type, method, **arguments):
         spec = PeftSpec(plan.method.peft.class_name, changed)
         names = tuple(changed["target_modules"])
         plan = replace(plan, method=replace(plan.method, peft=spec, target_modules=names))
-    return plan, attach(tiny_model(model_type), plan, tokenizer=None)
+    return plan, attach_adapter(tiny_model(model_type), plan, tokenizer=None)
 
 
 def fly(plan, model):
-    return preflight(model, plan, [[row] for row in rows_for("causal-lm")], pad_id=0, loss=supervised.loss)
+    return run_preflight(model, plan, [[row] for row in rows_for("causal-lm")], pad_id=0, loss=loss_from_logits)
 
 
 def test_a_sound_adapter_passes_and_nothing_is_left_behind():
@@ -82,11 +82,11 @@ def test_a_rank_of_experts_that_no_token_visits_is_not_a_fault():
 
 
 def test_checksums_see_swapped_rows_and_single_bits():
-    from peftkit.train.preflight import checksums
+    from peftkit.train.preflight import frozen_checksums
 
     model = torch.nn.Linear(64, 64).requires_grad_(False)
-    before = checksums(model)
+    before = frozen_checksums(model)
     with torch.no_grad():
         model.weight[[0, 1]] = model.weight[[1, 0]]
-    assert checksums(model)["weight"] != before["weight"]
-    assert checksums(model)["bias"] == before["bias"]
+    assert frozen_checksums(model)["weight"] != before["weight"]
+    assert frozen_checksums(model)["bias"] == before["bias"]

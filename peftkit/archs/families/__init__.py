@@ -1,4 +1,4 @@
-"""The table of families. Adding one is adding an entry to the file of its kind."""
+"""The table of model families. To add one, add an entry to the file of its kind."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROLES: dict[str, str] = {
     "experts_gate_up": "fused gate and up projections of all routed experts",
     "experts_up": "up projections of all routed experts",
     "experts_down": "down projections of all routed experts",
-    "other": "a linear layer whose part could not be told",
+    "other": "a linear layer whose role is unknown",
 }
 ATTENTION_ROLES = ("q", "k", "v", "o", "qkv", "q_a", "kv_a", "kv_b")
 EXPERT_ROLES = ("experts_gate_up", "experts_up", "experts_down")

@@ -1,4 +1,4 @@
-"""Decoders whose every layer attends and has one feed-forward."""
+"""Decoders with attention and one feed-forward in every layer."""
 
 from __future__ import annotations
 
@@ -10,34 +10,31 @@ from peftkit.archs.families.pieces import (
     attention,
     decoder,
     fused_qkv,
-    gated,
+    gated_ffn,
     layer_norm,
     norms,
     rms,
-    two_layer,
+    two_layer_ffn,
 )
-from peftkit.archs.family import Family, Linear, Part, Weight
+from peftkit.archs.family import BlockPart, Family, Linear, Weight
 from peftkit.archs.sizes import Sizes
 
-_LEAKS = "packed documents see each other in this family"
+_PACKING_NOTE = "packed documents see each other in this family"
 _BIASED_NORM = (layer_norm("model.norm"),)
-_GATE_UP = Part(
-    (
-        Linear("mlp.gate_up_proj", "gate_up", "hidden", "2*ffn"),
-        Linear("mlp.down_proj", "down", "ffn", "hidden"),
-    )
+_GATE_UP = BlockPart(
+    (Linear("mlp.gate_up_proj", "gate_up", "hidden", "2*ffn"), Linear("mlp.down_proj", "down", "ffn", "hidden"))
 )
 
 
-def _falcon_kv_heads(sizes: Sizes) -> int:
-    """Falcon's switches: grouped in the new architecture, else one head or all of them."""
+def falcon_kv_heads(sizes: Sizes) -> int:
+    """Return Falcon's key/value heads: grouped in the new architecture, else one head or all of them."""
     if sizes.flag("new_decoder_architecture"):
         return sizes["num_kv_heads"]
     return 1 if sizes.flag("multi_query") else sizes["heads"]
 
 
-def _falcon_norms(sizes: Sizes) -> list[frozenset[str]]:
-    """Which norms a Falcon block has."""
+def falcon_kinds(sizes: Sizes) -> list[frozenset[str]]:
+    """Return the kind of every Falcon block by its norms: one, two, or sequential."""
     if sizes.flag("new_decoder_architecture") and sizes.key("num_ln_in_parallel_attn") != 1:
         kind = "two norms"
     else:
@@ -50,16 +47,16 @@ FAMILIES: tuple[Family, ...] = (
         "Llama",
         ("llama",),
         attention(bias="attention_bias", o_bias="attention_bias"),
-        gated(bias="mlp_bias"),
+        gated_ffn(bias="mlp_bias"),
         PRE_NORMS,
     ),
-    decoder("Mistral", ("mistral",), attention(), gated(), PRE_NORMS, window=0),
-    decoder("Qwen2", ("qwen2",), attention(bias=True), gated(), PRE_NORMS),
+    decoder("Mistral", ("mistral",), attention(), gated_ffn(), PRE_NORMS, window=0),
+    decoder("Qwen2", ("qwen2",), attention(bias=True), gated_ffn(), PRE_NORMS),
     decoder(
         "Qwen3",
         ("qwen3",),
         attention(bias="attention_bias", o_bias="attention_bias"),
-        gated(),
+        gated_ffn(),
         PRE_NORMS,
         QK_NORM,
         defaults={"head_dim": 128},
@@ -68,7 +65,7 @@ FAMILIES: tuple[Family, ...] = (
         "SmolLM3",
         ("smollm3",),
         attention(bias="attention_bias", o_bias="attention_bias"),
-        gated(bias="mlp_bias"),
+        gated_ffn(bias="mlp_bias"),
         PRE_NORMS,
         tied_by_default=True,
     ),
@@ -76,7 +73,7 @@ FAMILIES: tuple[Family, ...] = (
         "Granite",
         ("granite",),
         attention(bias="attention_bias", o_bias="attention_bias"),
-        gated(bias="mlp_bias"),
+        gated_ffn(bias="mlp_bias"),
         PRE_NORMS,
         heads=LM,
     ),
@@ -84,16 +81,16 @@ FAMILIES: tuple[Family, ...] = (
         "OLMo 2",
         ("olmo2",),
         attention(bias="attention_bias", o_bias="attention_bias"),
-        gated(),
+        gated_ffn(),
         norms("post_attention_layernorm", "post_feedforward_layernorm"),
-        Part(weights=(rms("self_attn.q_norm", "q"), rms("self_attn.k_norm", "kv"))),
+        BlockPart(weights=(rms("self_attn.q_norm", "q"), rms("self_attn.k_norm", "kv"))),
         norm_place="post",
     ),
     decoder(
         "Cohere",
         ("cohere", "cohere2"),
         attention(bias="attention_bias", o_bias="attention_bias"),
-        gated(),
+        gated_ffn(),
         norms("input_layernorm"),
         heads=LM,
         window=4,
@@ -122,7 +119,7 @@ FAMILIES: tuple[Family, ...] = (
         "StarCoder2",
         ("starcoder2",),
         attention(bias="use_bias", o_bias="use_bias"),
-        two_layer("mlp", "c_fc", "c_proj", bias="use_bias"),
+        two_layer_ffn("mlp", "c_fc", "c_proj", bias="use_bias"),
         norms("input_layernorm", "post_attention_layernorm", biased=True),
         outside=_BIASED_NORM,
         defaults={"use_bias": True},
@@ -135,7 +132,7 @@ FAMILIES: tuple[Family, ...] = (
         "Gemma",
         ("gemma",),
         attention(bias="attention_bias", o_bias="attention_bias"),
-        gated(),
+        gated_ffn(),
         PRE_NORMS,
         defaults={"head_dim": 256},
         tied_by_default=True,
@@ -145,7 +142,7 @@ FAMILIES: tuple[Family, ...] = (
         "Gemma 2",
         ("gemma2",),
         attention(bias="attention_bias", o_bias="attention_bias"),
-        gated(),
+        gated_ffn(),
         GEMMA_NORMS,
         defaults={"head_dim": 256},
         window=2,
@@ -158,7 +155,7 @@ FAMILIES: tuple[Family, ...] = (
         "Gemma 3",
         ("gemma3_text",),
         attention(bias="attention_bias", o_bias="attention_bias"),
-        gated(),
+        gated_ffn(),
         GEMMA_NORMS,
         QK_NORM,
         defaults={"head_dim": 256},
@@ -171,7 +168,7 @@ FAMILIES: tuple[Family, ...] = (
         "Phi",
         ("phi",),
         attention(bias=True, o_bias=True, o="dense"),
-        two_layer("mlp", "fc1", "fc2"),
+        two_layer_ffn("mlp", "fc1", "fc2"),
         norms("input_layernorm", biased=True),
         outside=(layer_norm("model.final_layernorm"),),
         head_bias=True,
@@ -181,11 +178,8 @@ FAMILIES: tuple[Family, ...] = (
     decoder(
         "Phi-3",
         ("phi3",),
-        Part(
-            (
-                Linear("self_attn.qkv_proj", "qkv", "hidden", "q+2*kv"),
-                Linear("self_attn.o_proj", "o", "q", "hidden"),
-            ),
+        BlockPart(
+            (Linear("self_attn.qkv_proj", "qkv", "hidden", "q+2*kv"), Linear("self_attn.o_proj", "o", "q", "hidden")),
             cache="2*kv",
         ),
         _GATE_UP,
@@ -196,13 +190,10 @@ FAMILIES: tuple[Family, ...] = (
         "GPT-2",
         ("gpt2",),
         fused_qkv("attn", "c_attn", "c_proj"),
-        two_layer("mlp", "c_fc", "c_proj"),
+        two_layer_ffn("mlp", "c_fc", "c_proj"),
         norms("ln_1", "ln_2", biased=True),
         block="transformer.h.{i}",
-        outside=(
-            Weight("transformer.wpe", "positions*hidden", "positions"),
-            layer_norm("transformer.ln_f"),
-        ),
+        outside=(Weight("transformer.wpe", "positions*hidden", "positions"), layer_norm("transformer.ln_f")),
         embeddings="wte",
         tied_by_default=True,
         sizes={
@@ -221,14 +212,14 @@ FAMILIES: tuple[Family, ...] = (
     decoder(
         "GPT-NeoX",
         ("gpt_neox",),
-        Part(
+        BlockPart(
             (
                 Linear("attention.query_key_value", "qkv", "hidden", "3*hidden", "attention_bias"),
                 Linear("attention.dense", "o", "hidden", "hidden", "attention_bias"),
             ),
             cache="2*hidden",
         ),
-        two_layer("mlp", "dense_h_to_4h", "dense_4h_to_h"),
+        two_layer_ffn("mlp", "dense_h_to_4h", "dense_4h_to_h"),
         norms("input_layernorm", "post_attention_layernorm", biased=True),
         block="gpt_neox.layers.{i}",
         outside=(layer_norm("gpt_neox.final_layer_norm"),),
@@ -241,15 +232,15 @@ FAMILIES: tuple[Family, ...] = (
     decoder(
         "Falcon",
         ("falcon",),
-        Part(
+        BlockPart(
             (
                 Linear("self_attention.query_key_value", "qkv", "hidden", "q+2*kv", "bias"),
                 Linear("self_attention.dense", "o", "q", "hidden", "bias"),
             ),
             cache="2*kv",
         ),
-        two_layer("mlp", "dense_h_to_4h", "dense_4h_to_h", bias="bias"),
-        Part(weights=(layer_norm("input_layernorm"),), kind="one norm"),
+        two_layer_ffn("mlp", "dense_h_to_4h", "dense_4h_to_h", bias="bias"),
+        BlockPart(weights=(layer_norm("input_layernorm"),), kind="one norm"),
         norms("input_layernorm", "post_attention_layernorm", biased=True, kind="sequential"),
         norms("ln_attn", "ln_mlp", biased=True, kind="two norms"),
         block="transformer.h.{i}",
@@ -257,27 +248,24 @@ FAMILIES: tuple[Family, ...] = (
         embeddings="word_embeddings",
         tied_by_default=True,
         sizes={
-            "kv_heads": _falcon_kv_heads,
+            "kv_heads": falcon_kv_heads,
             "head_dim": "hidden//heads",
             "ffn": ("ffn_hidden_size", "4*hidden"),
             "positions": ("max_position_embeddings", "2048"),
         },
         defaults={"multi_query": True, "parallel_attn": True},
-        kinds=_falcon_norms,
+        kinds=falcon_kinds,
         positions=lambda sizes: "alibi" if sizes.flag("alibi") else "rope",
         norm="LayerNorm",
         activation=("activation", "gelu"),
         packs=False,
-        mind=(
-            _LEAKS,
-            "its linear layers are a subclass that transformers would leave out of 4-bit: mended here",
-        ),
+        mind=(_PACKING_NOTE, "its linear layers are a subclass that transformers would leave out of 4-bit: fixed here"),
     ),
     decoder(
         "BLOOM",
         ("bloom",),
         fused_qkv("self_attention", "query_key_value", "dense"),
-        two_layer("mlp", "dense_h_to_4h", "dense_4h_to_h"),
+        two_layer_ffn("mlp", "dense_h_to_4h", "dense_4h_to_h"),
         norms("input_layernorm", "post_attention_layernorm", biased=True),
         block="transformer.h.{i}",
         outside=(layer_norm("transformer.word_embeddings_layernorm"), layer_norm("transformer.ln_f")),
@@ -296,19 +284,16 @@ FAMILIES: tuple[Family, ...] = (
         norm="LayerNorm",
         activation=("hidden_act", "gelu"),
         packs=False,
-        mind=(_LEAKS,),
+        mind=(_PACKING_NOTE,),
     ),
     decoder(
         "MPT",
         ("mpt",),
-        Part(
-            (
-                Linear("attn.Wqkv", "qkv", "hidden", "3*hidden"),
-                Linear("attn.out_proj", "o", "hidden", "hidden"),
-            ),
+        BlockPart(
+            (Linear("attn.Wqkv", "qkv", "hidden", "3*hidden"), Linear("attn.out_proj", "o", "hidden", "hidden")),
             cache="2*hidden",
         ),
-        two_layer("ffn", "up_proj", "down_proj", bias=False),
+        two_layer_ffn("ffn", "up_proj", "down_proj", bias=False),
         norms("norm_1", "norm_2"),
         block="transformer.blocks.{i}",
         outside=(rms("transformer.norm_f"),),
@@ -328,6 +313,6 @@ FAMILIES: tuple[Family, ...] = (
         norm="LayerNorm",
         activation=("hidden_act", "gelu"),
         packs=False,
-        mind=(_LEAKS,),
+        mind=(_PACKING_NOTE,),
     ),
 )

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peftkit.archs.families.pieces import layer_norm, norms, rms, two_layer
-from peftkit.archs.family import Family, Head, LayerKinds, Linear, Part, Stack, Task, Weight
+from peftkit.archs.families.pieces import layer_norm, norms, rms, two_layer_ffn
+from peftkit.archs.family import BlockPart, Family, LayerKinds, Linear, Stack, Task, TaskHead, Weight
 from peftkit.archs.sizes import Sizes
 
-_SEQ2SEQ: Mapping[Task, Head] = {"seq2seq": Head((), ())}
-_WHOLE = "packing is for decoders: an encoder reads whole examples"
+_SEQ2SEQ: Mapping[Task, TaskHead] = {"seq2seq": TaskHead((), ())}
+_PACKING_NOTE = "packing is for decoders: an encoder reads whole examples"
 
 
-def _t5_attention(place: str, *, cache: bool) -> Part:
-    return Part(
+def _t5_attention(place: str, *, cache: bool) -> BlockPart:
+    return BlockPart(
         (
             Linear(f"{place}.q", "q", "hidden", "q"),
             Linear(f"{place}.k", "k", "hidden", "q"),
@@ -25,48 +25,42 @@ def _t5_attention(place: str, *, cache: bool) -> Part:
     )
 
 
-def _t5_feedforward(place: str) -> tuple[Part, ...]:
+def _t5_feedforward(place: str) -> tuple[BlockPart, ...]:
     down = Linear(f"{place}.wo", "down", "ffn", "hidden")
     return (
-        Part((Linear(f"{place}.wi", "up", "hidden", "ffn"), down), kind="plain"),
-        Part(
-            (
-                Linear(f"{place}.wi_0", "gate", "hidden", "ffn"),
-                Linear(f"{place}.wi_1", "up", "hidden", "ffn"),
-                down,
-            ),
+        BlockPart((Linear(f"{place}.wi", "up", "hidden", "ffn"), down), kind="plain"),
+        BlockPart(
+            (Linear(f"{place}.wi_0", "gate", "hidden", "ffn"), Linear(f"{place}.wi_1", "up", "hidden", "ffn"), down),
             kind="gated",
         ),
     )
 
 
-def _t5_kinds(layers: str, *, every: bool) -> LayerKinds:
-    """T5's relative positions stand in the first layer, umT5's in every one."""
+def _t5_kinds(layers: str, *, in_every_layer: bool) -> LayerKinds:
+    """Return the layer kinds of T5: relative positions in its first layer, in umT5 in every layer."""
 
     def kinds(sizes: Sizes) -> list[frozenset[str]]:
-        gated = str(sizes.key("feed_forward_proj")).startswith("gated")
-        shape = "gated" if gated else "plain"
-        return [frozenset({shape, "positions"} if every or i == 0 else {shape}) for i in range(sizes[layers])]
+        is_gated = str(sizes.key("feed_forward_proj")).startswith("gated")
+        shape = "gated" if is_gated else "plain"
+        return [frozenset({shape, "positions"} if in_every_layer or i == 0 else {shape}) for i in range(sizes[layers])]
 
     return kinds
 
 
-def _t5(name: str, model_type: str, *, every: bool, feed_forward: str) -> Family:
+def _t5(name: str, model_type: str, *, positions_in_every_layer: bool, feed_forward: str) -> Family:
     table = "relative_attention_num_buckets*heads"
     encoder = (
         _t5_attention("layer.0.SelfAttention", cache=False),
-        Part(
-            weights=(Weight("layer.0.SelfAttention.relative_attention_bias", table, "positions"),),
-            kind="positions",
+        BlockPart(
+            weights=(Weight("layer.0.SelfAttention.relative_attention_bias", table, "positions"),), kind="positions"
         ),
         *_t5_feedforward("layer.1.DenseReluDense"),
         norms("layer.0.layer_norm", "layer.1.layer_norm"),
     )
     decoder = (
         _t5_attention("layer.0.SelfAttention", cache=True),
-        Part(
-            weights=(Weight("layer.0.SelfAttention.relative_attention_bias", table, "positions"),),
-            kind="positions",
+        BlockPart(
+            weights=(Weight("layer.0.SelfAttention.relative_attention_bias", table, "positions"),), kind="positions"
         ),
         _t5_attention("layer.1.EncDecAttention", cache=False),
         *_t5_feedforward("layer.2.DenseReluDense"),
@@ -76,8 +70,13 @@ def _t5(name: str, model_type: str, *, every: bool, feed_forward: str) -> Family
         name,
         (model_type,),
         (
-            Stack("encoder.block.{i}", encoder, "num_layers", _t5_kinds("num_layers", every=every)),
-            Stack("decoder.block.{i}", decoder, "layers", _t5_kinds("layers", every=every)),
+            Stack(
+                "encoder.block.{i}",
+                encoder,
+                "num_layers",
+                _t5_kinds("num_layers", in_every_layer=positions_in_every_layer),
+            ),
+            Stack("decoder.block.{i}", decoder, "layers", _t5_kinds("layers", in_every_layer=positions_in_every_layer)),
         ),
         _SEQ2SEQ,
         (rms("encoder.final_layer_norm"), rms("decoder.final_layer_norm")),
@@ -97,12 +96,12 @@ def _t5(name: str, model_type: str, *, every: bool, feed_forward: str) -> Family
         activation=("feed_forward_proj", feed_forward),
         packs=False,
         skip_4bit=("wo",),
-        mind=(_WHOLE, "transformers keeps `wo` out of 4-bit: it overflows in fp16"),
+        mind=(_PACKING_NOTE, "transformers keeps `wo` out of 4-bit: it overflows in fp16"),
     )
 
 
-def _bart_attention(place: str, *, cache: bool) -> Part:
-    return Part(
+def _bart_attention(place: str, *, cache: bool) -> BlockPart:
+    return BlockPart(
         (
             Linear(f"{place}.q_proj", "q", "hidden", "hidden", True),
             Linear(f"{place}.k_proj", "k", "hidden", "hidden", True),
@@ -113,29 +112,28 @@ def _bart_attention(place: str, *, cache: bool) -> Part:
     )
 
 
-def _bert_blocks(ffn: str = "ffn") -> tuple[Part, ...]:
-    return (
-        Part(
-            (
-                Linear("attention.self.query", "q", "hidden", "hidden", True),
-                Linear("attention.self.key", "k", "hidden", "hidden", True),
-                Linear("attention.self.value", "v", "hidden", "hidden", True),
-                Linear("attention.output.dense", "o", "hidden", "hidden", True),
-                Linear("intermediate.dense", "up", "hidden", ffn, True),
-                Linear("output.dense", "down", ffn, "hidden", True),
-            )
-        ),
-        norms("attention.output.LayerNorm", "output.LayerNorm", biased=True),
-    )
-
-
-def _bert(
-    name: str, model_types: tuple[str, ...], place: str, heads: Mapping[Task, Head], **more: Any
-) -> Family:
+def _bert(name: str, model_types: tuple[str, ...], place: str, heads: Mapping[Task, TaskHead], **fields: Any) -> Family:
     return Family(
         name,
         model_types,
-        (Stack(f"{place}.encoder.layer.{{i}}", _bert_blocks()),),
+        (
+            Stack(
+                f"{place}.encoder.layer.{{i}}",
+                (
+                    BlockPart(
+                        (
+                            Linear("attention.self.query", "q", "hidden", "hidden", True),
+                            Linear("attention.self.key", "k", "hidden", "hidden", True),
+                            Linear("attention.self.value", "v", "hidden", "hidden", True),
+                            Linear("attention.output.dense", "o", "hidden", "hidden", True),
+                            Linear("intermediate.dense", "up", "hidden", "ffn", True),
+                            Linear("output.dense", "down", "ffn", "hidden", True),
+                        )
+                    ),
+                    norms("attention.output.LayerNorm", "output.LayerNorm", biased=True),
+                ),
+            ),
+        ),
         heads,
         (
             Weight(f"{place}.embeddings.position_embeddings", "max_position_embeddings*hidden", "positions"),
@@ -149,8 +147,8 @@ def _bert(
         norm_place="post",
         activation=("hidden_act", "gelu"),
         packs=False,
-        mind=(_WHOLE,),
-        **more,
+        mind=(_PACKING_NOTE,),
+        **fields,
     )
 
 
@@ -158,8 +156,8 @@ _CLASSIFIER = Weight("classifier", "num_labels*hidden+num_labels", "head")
 _DENSE = "hidden*hidden+hidden"
 
 FAMILIES: tuple[Family, ...] = (
-    _t5("T5", "t5", every=False, feed_forward="relu"),
-    _t5("umT5", "umt5", every=True, feed_forward="gated-gelu"),
+    _t5("T5", "t5", positions_in_every_layer=False, feed_forward="relu"),
+    _t5("umT5", "umt5", positions_in_every_layer=True, feed_forward="gated-gelu"),
     Family(
         "BART",
         ("bart",),
@@ -168,7 +166,7 @@ FAMILIES: tuple[Family, ...] = (
                 "model.encoder.layers.{i}",
                 (
                     _bart_attention("self_attn", cache=False),
-                    two_layer("", "fc1", "fc2", ffn="encoder_ffn_dim"),
+                    two_layer_ffn("", "fc1", "fc2", ffn="encoder_ffn_dim"),
                     norms("self_attn_layer_norm", "final_layer_norm", biased=True),
                 ),
                 "encoder_layers",
@@ -178,7 +176,7 @@ FAMILIES: tuple[Family, ...] = (
                 (
                     _bart_attention("self_attn", cache=True),
                     _bart_attention("encoder_attn", cache=False),
-                    two_layer("", "fc1", "fc2", ffn="decoder_ffn_dim"),
+                    two_layer_ffn("", "fc1", "fc2", ffn="decoder_ffn_dim"),
                     norms("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm", biased=True),
                 ),
             ),
@@ -205,17 +203,17 @@ FAMILIES: tuple[Family, ...] = (
         norm_place="post",
         activation=("activation_function", "gelu"),
         packs=False,
-        mind=(_WHOLE,),
+        mind=(_PACKING_NOTE,),
     ),
     _bert(
         "BERT",
         ("bert",),
         "bert",
         {
-            "classification": Head(
+            "classification": TaskHead(
                 (Weight("bert.pooler.dense", _DENSE, "head"), _CLASSIFIER), ("pooler.dense", "classifier")
             ),
-            "token-classification": Head((_CLASSIFIER,), ("classifier",)),
+            "token-classification": TaskHead((_CLASSIFIER,), ("classifier",)),
         },
     ),
     _bert(
@@ -223,15 +221,12 @@ FAMILIES: tuple[Family, ...] = (
         ("roberta", "xlm-roberta"),
         "roberta",
         {
-            "classification": Head(
-                (
-                    Weight("classifier.dense", _DENSE, "head"),
-                    Weight("classifier.out_proj", _CLASSIFIER.size, "head"),
-                ),
+            "classification": TaskHead(
+                (Weight("classifier.dense", _DENSE, "head"), Weight("classifier.out_proj", _CLASSIFIER.size, "head")),
                 ("classifier",),
                 container=True,
             ),
-            "token-classification": Head((_CLASSIFIER,), ("classifier",)),
+            "token-classification": TaskHead((_CLASSIFIER,), ("classifier",)),
         },
         sizes={"positions": "max_position_embeddings-pad_token_id-1"},  # the first stand for padding
     ),
@@ -242,7 +237,7 @@ FAMILIES: tuple[Family, ...] = (
             Stack(
                 "distilbert.transformer.layer.{i}",
                 (
-                    Part(
+                    BlockPart(
                         (
                             Linear("attention.q_lin", "q", "hidden", "hidden", True),
                             Linear("attention.k_lin", "k", "hidden", "hidden", True),
@@ -250,36 +245,30 @@ FAMILIES: tuple[Family, ...] = (
                             Linear("attention.out_lin", "o", "hidden", "hidden", True),
                         )
                     ),
-                    two_layer("ffn", "lin1", "lin2"),
+                    two_layer_ffn("ffn", "lin1", "lin2"),
                     norms("sa_layer_norm", "output_layer_norm", biased=True),
                 ),
             ),
         ),
         {
-            "classification": Head(
+            "classification": TaskHead(
                 (Weight("pre_classifier", _DENSE, "head"), _CLASSIFIER), ("pre_classifier", "classifier")
             ),
-            "token-classification": Head((_CLASSIFIER,), ("classifier",)),
+            "token-classification": TaskHead((_CLASSIFIER,), ("classifier",)),
         },
         (
             Weight("distilbert.embeddings.position_embeddings", "positions*hidden", "positions"),
             layer_norm("distilbert.embeddings.LayerNorm"),
         ),
         embeddings="word_embeddings",
-        sizes={
-            "layers": "n_layers",
-            "hidden": "dim",
-            "heads": "n_heads",
-            "kv_heads": "heads",
-            "ffn": "hidden_dim",
-        },
+        sizes={"layers": "n_layers", "hidden": "dim", "heads": "n_heads", "kv_heads": "heads", "ffn": "hidden_dim"},
         positions="learned",
         norm="LayerNorm",
         norm_place="post",
         activation=("activation", "gelu"),
         refuses={"prefix": "transformers gives it no past keys and values"},
         packs=False,
-        mind=(_WHOLE,),
+        mind=(_PACKING_NOTE,),
     ),
     Family(
         "ModernBERT",
@@ -288,7 +277,7 @@ FAMILIES: tuple[Family, ...] = (
             Stack(
                 "model.layers.{i}",
                 (
-                    Part(
+                    BlockPart(
                         (
                             Linear("attn.Wqkv", "qkv", "hidden", "3*hidden", "attention_bias"),
                             Linear("attn.Wo", "o", "hidden", "hidden", "attention_bias"),
@@ -298,20 +287,14 @@ FAMILIES: tuple[Family, ...] = (
                     ),
                     norms("mlp_norm"),
                     norms("attn_norm", kind="later"),
-                    Part(weights=(Weight("attn_norm", "0", "identity"),), kind="first"),
+                    BlockPart(weights=(Weight("attn_norm", "0", "identity"),), kind="first"),
                 ),
-                kinds=lambda sizes: [
-                    frozenset({"later"} if i else {"first"}) for i in range(sizes["layers"])
-                ],
+                kinds=lambda sizes: [frozenset({"later"} if i else {"first"}) for i in range(sizes["layers"])],
             ),
         ),
         {
-            task: Head(
-                (
-                    Weight("head.dense", "hidden*hidden", "head"),
-                    Weight("head.norm", "hidden", "head"),
-                    _CLASSIFIER,
-                ),
+            task: TaskHead(
+                (Weight("head.dense", "hidden*hidden", "head"), Weight("head.norm", "hidden", "head"), _CLASSIFIER),
                 ("head.dense", "head.norm", "classifier"),
             )
             for task in ("classification", "token-classification")
@@ -322,6 +305,6 @@ FAMILIES: tuple[Family, ...] = (
         activation=("hidden_activation", "gelu"),
         refuses={"prefix": "transformers gives it no past keys and values"},
         packs=False,
-        mind=(_WHOLE,),
+        mind=(_PACKING_NOTE,),
     ),
 )

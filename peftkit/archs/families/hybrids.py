@@ -1,23 +1,13 @@
-"""Hybrids of state layers with attention."""
+"""Hybrids of state-space layers and attention."""
 
 from __future__ import annotations
 
-from peftkit.archs.families.mixers import IN_ONLY, KERNELS, LEAKS, dt_rank, mamba, mamba2
-from peftkit.archs.families.pieces import (
-    LM,
-    MIXED_CACHE,
-    PRE_NORMS,
-    attention,
-    decoder,
-    experts,
-    gated,
-    norms,
-    rms,
-)
-from peftkit.archs.family import SHARED, Family, Linear, Part, Weight
+from peftkit.archs.families.mixers import IN_PROJ_NOTE, KERNELS, PACKING_NOTE, dt_rank, mamba, mamba2
+from peftkit.archs.families.pieces import LM, MIXED_CACHE, PRE_NORMS, attention, decoder, experts, gated_ffn, norms, rms
+from peftkit.archs.family import SHARED_WEIGHT, BlockPart, Family, Linear, Weight
 from peftkit.archs.sizes import Sizes
 
-_MIXED = {"prefix": MIXED_CACHE}
+_NO_PREFIX = {"prefix": MIXED_CACHE}
 _DEFAULTS: dict[str, object] = {
     "mamba_expand": 2,
     "mamba_n_heads": 128,
@@ -39,55 +29,55 @@ _PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 _NEWER_NAMES = {"linear_attention": "mamba", "full_attention": "attention"}
 
 
-def _bamba(sizes: Sizes) -> list[frozenset[str]]:
-    attends = sizes.key("attn_layer_indices") or ()
-    return [frozenset({"attention" if i in attends else "mamba"}) for i in range(sizes["layers"])]
+def bamba_kinds(sizes: Sizes) -> list[frozenset[str]]:
+    """Return the parts of each layer, first to last."""
+    attention_layers = sizes.key("attn_layer_indices") or ()
+    return [frozenset({"attention" if i in attention_layers else "mamba"}) for i in range(sizes["layers"])]
 
 
-def _jamba(sizes: Sizes) -> list[frozenset[str]]:
+def jamba_kinds(sizes: Sizes) -> list[frozenset[str]]:
+    """Return the parts of each layer, first to last."""
+
     def kinds(i: int) -> frozenset[str]:
-        attends = i % sizes["attn_layer_period"] == sizes["attn_layer_offset"]
-        mixes = i % sizes["expert_layer_period"] == sizes["expert_layer_offset"] and sizes["num_experts"] > 1
-        return frozenset({"attention" if attends else "mamba", "moe" if mixes else "dense"})
+        is_attention = i % sizes["attn_layer_period"] == sizes["attn_layer_offset"]
+        is_mixture = i % sizes["expert_layer_period"] == sizes["expert_layer_offset"] and sizes["num_experts"] > 1
+        return frozenset({"attention" if is_attention else "mamba", "moe" if is_mixture else "dense"})
 
     return [kinds(i) for i in range(sizes["layers"])]
 
 
-def _zamba2(sizes: Sizes) -> list[frozenset[str]]:
-    """Plain state layers, and hybrid ones; the first hybrids hold the weights that the later ones share."""
-    found: list[frozenset[str]] = []
+def zamba2_kinds(sizes: Sizes) -> list[frozenset[str]]:
+    """Return Zamba2's layer kinds; its first hybrid layers hold the weights that later ones share."""
+    layer_kinds: list[frozenset[str]] = []
     num_shared, adapts_attention = sizes["num_mem_blocks"], sizes.flag("use_shared_attention_adapter")
     for kind in sizes.names("layers_block_type"):
         if kind != "hybrid":
-            found.append(frozenset({_NEWER_NAMES.get(kind, kind)}))
+            layer_kinds.append(frozenset({_NEWER_NAMES.get(kind, kind)}))
             continue
-        seen = sum("hybrid" in kinds for kinds in found)
-        new = {"shared"} if seen < num_shared else set()
-        if seen == 0:
-            new |= {"adapters", "attention adapters"} if adapts_attention else {"adapters"}
-        found.append(frozenset({"hybrid", *new}))
-    return found
+        num_hybrids = sum("hybrid" in kinds for kinds in layer_kinds)
+        extra_kinds = {"shared"} if num_hybrids < num_shared else set()
+        if num_hybrids == 0:
+            extra_kinds |= {"adapters", "attention adapters"} if adapts_attention else {"adapters"}
+        layer_kinds.append(frozenset({"hybrid", *extra_kinds}))
+    return layer_kinds
 
 
-def _nemotron(sizes: Sizes) -> list[frozenset[str]]:
-    """Each layer is one mixer; hub files write the pattern as a string."""
+def nemotron_kinds(sizes: Sizes) -> list[frozenset[str]]:
+    """Return Nemotron-H's layer kinds, one mixer each; hub files write the pattern as a string."""
     pattern = sizes.key("hybrid_override_pattern")
-    if pattern:
-        kinds = [_PATTERN.get(letter, letter) for letter in str(pattern)]
-    else:
-        kinds = sizes.names("layers_block_type")
+    kinds = [_PATTERN.get(letter, letter) for letter in str(pattern)] if pattern else sizes.names("layers_block_type")
     return [frozenset({_NEWER_NAMES.get(kind, str(kind))}) for kind in kinds]
 
 
-def _qwen3_next(sizes: Sizes) -> list[frozenset[str]]:
-    every, listed = sizes["full_attention_interval"], sizes.names("layer_types")
-    types = listed or [
-        "full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(sizes["layers"])
+def qwen3_next_kinds(sizes: Sizes) -> list[frozenset[str]]:
+    """Return the parts of each layer, first to last."""
+    interval, listed_types = sizes["full_attention_interval"], sizes.names("layer_types")
+    types = listed_types or [
+        "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(sizes["layers"])
     ]
     dense, step = sizes.key("mlp_only_layers") or (), sizes["decoder_sparse_step"]
     return [
-        frozenset({kind, "moe" if i not in dense and (i + 1) % step == 0 else "dense"})
-        for i, kind in enumerate(types)
+        frozenset({kind, "moe" if i not in dense and (i + 1) % step == 0 else "dense"}) for i, kind in enumerate(types)
     ]
 
 
@@ -96,10 +86,10 @@ FAMILIES: tuple[Family, ...] = (
         "Jamba",
         ("jamba",),
         attention(kind="attention"),
-        mamba("mamba", kind="mamba", normed=True),
-        gated("feed_forward", kind="dense"),
+        mamba("mamba", kind="mamba", has_norms=True),
+        gated_ffn("feed_forward", kind="dense"),
         experts("feed_forward.experts", "num_experts", "ffn", kind="moe"),
-        Part(weights=(Weight("feed_forward.router", "num_experts*hidden", "router"),), kind="moe"),
+        BlockPart(weights=(Weight("feed_forward.router", "num_experts*hidden", "router"),), kind="moe"),
         norms("input_layernorm", "pre_ff_layernorm"),
         outside=(rms("model.final_layernorm"),),
         sizes={
@@ -118,11 +108,11 @@ FAMILIES: tuple[Family, ...] = (
             "mamba_d_state": 16,
             "mamba_d_conv": 4,
         },
-        kinds=_jamba,
+        kinds=jamba_kinds,
         positions="none",
-        refuses=_MIXED,
+        refuses=_NO_PREFIX,
         packs=False,
-        mind=(LEAKS, IN_ONLY),
+        mind=(PACKING_NOTE, IN_PROJ_NOTE),
         kernels=KERNELS,
     ),
     decoder(
@@ -130,17 +120,17 @@ FAMILIES: tuple[Family, ...] = (
         ("bamba",),
         attention(kind="attention"),
         mamba2("mamba", kind="mamba"),
-        gated("feed_forward"),
+        gated_ffn("feed_forward"),
         norms("input_layernorm", "pre_ff_layernorm"),
         heads=LM,
         outside=(rms("model.final_layernorm"),),
         sizes=_HYBRID_SIZES,
         defaults={**_DEFAULTS, "mamba_d_head": 64},
-        kinds=_bamba,
-        refuses=_MIXED,
+        kinds=bamba_kinds,
+        refuses=_NO_PREFIX,
         packs=False,
         cached_prompts=False,
-        mind=(LEAKS, IN_ONLY),
+        mind=(PACKING_NOTE, IN_PROJ_NOTE),
         kernels=KERNELS,
     ),
     decoder(
@@ -148,17 +138,17 @@ FAMILIES: tuple[Family, ...] = (
         ("falcon_h1",),
         attention(bias="attention_bias", o_bias="attention_bias"),
         mamba2("mamba", norm=False),
-        gated("feed_forward", bias="mlp_bias"),
+        gated_ffn("feed_forward", bias="mlp_bias"),
         norms("input_layernorm", "pre_ff_layernorm"),
-        Part(weights=(Weight("mamba.norm", "inner", "gated norms"),), kind="normed"),
+        BlockPart(weights=(Weight("mamba.norm", "inner", "gated norms"),), kind="normed"),
         heads=LM,
         outside=(rms("model.final_layernorm"),),
         sizes={**_HYBRID_SIZES, "inner": ("mamba_d_ssm", "mamba_expand*hidden")},
         defaults={**_DEFAULTS, "mamba_d_head": 8},
         kinds=lambda sizes: [frozenset({"normed"} if sizes.flag("mamba_rms_norm") else ())] * sizes["layers"],
-        refuses=_MIXED,
+        refuses=_NO_PREFIX,
         packs=False,
-        mind=(LEAKS, IN_ONLY),
+        mind=(PACKING_NOTE, IN_PROJ_NOTE),
         kernels=KERNELS,
     ),
     decoder(
@@ -168,29 +158,28 @@ FAMILIES: tuple[Family, ...] = (
         norms("input_layernorm", kind="mamba"),
         mamba2("mamba_decoder.mamba", kind="hybrid"),
         norms("mamba_decoder.input_layernorm", kind="hybrid"),
-        Part((Linear("linear", "mix", "hidden", "hidden"),), kind="hybrid", cache="2*kv"),
-        Part(
+        BlockPart((Linear("linear", "mix", "hidden", "hidden"),), kind="hybrid", cache="2*kv"),
+        BlockPart(
             (
-                Linear("shared_transformer.self_attn.q_proj", "q", "2*hidden", "q", blocked=SHARED),
-                Linear("shared_transformer.self_attn.k_proj", "k", "2*hidden", "kv", blocked=SHARED),
-                Linear("shared_transformer.self_attn.v_proj", "v", "2*hidden", "kv", blocked=SHARED),
-                Linear("shared_transformer.self_attn.o_proj", "o", "q", "hidden", blocked=SHARED),
+                Linear("shared_transformer.self_attn.q_proj", "q", "2*hidden", "q", blocked_reason=SHARED_WEIGHT),
+                Linear("shared_transformer.self_attn.k_proj", "k", "2*hidden", "kv", blocked_reason=SHARED_WEIGHT),
+                Linear("shared_transformer.self_attn.v_proj", "v", "2*hidden", "kv", blocked_reason=SHARED_WEIGHT),
+                Linear("shared_transformer.self_attn.o_proj", "o", "q", "hidden", blocked_reason=SHARED_WEIGHT),
                 Linear(
                     "shared_transformer.feed_forward.gate_up_proj",
                     "gate_up",
                     "hidden",
                     "2*ffn",
-                    blocked=SHARED,
+                    blocked_reason=SHARED_WEIGHT,
                 ),
-                Linear("shared_transformer.feed_forward.down_proj", "down", "ffn", "hidden", blocked=SHARED),
+                Linear(
+                    "shared_transformer.feed_forward.down_proj", "down", "ffn", "hidden", blocked_reason=SHARED_WEIGHT
+                ),
             ),
-            (
-                rms("shared_transformer.input_layernorm", "2*hidden"),
-                rms("shared_transformer.pre_ff_layernorm"),
-            ),
+            (rms("shared_transformer.input_layernorm", "2*hidden"), rms("shared_transformer.pre_ff_layernorm")),
             kind="shared",
         ),
-        Part(
+        BlockPart(
             weights=(
                 Weight(
                     "shared_transformer.feed_forward.gate_up_proj_adapter_list",
@@ -200,7 +189,7 @@ FAMILIES: tuple[Family, ...] = (
             ),
             kind="adapters",
         ),
-        Part(
+        BlockPart(
             weights=(
                 Weight(
                     "shared_transformer.self_attn.adapter_lists",
@@ -230,11 +219,11 @@ FAMILIES: tuple[Family, ...] = (
             "num_mem_blocks": 1,
             "adapter_rank": 128,
         },
-        kinds=_zamba2,
+        kinds=zamba2_kinds,
         positions=lambda sizes: "rope" if sizes.flag("use_mem_rope") else "none",
-        refuses={**_MIXED, "ln": f"its attention blocks share their norms: {SHARED}"},
+        refuses={**_NO_PREFIX, "ln": f"its attention blocks share their norms: {SHARED_WEIGHT}"},
         packs=False,
-        mind=(LEAKS, IN_ONLY, f"its attention blocks are shared: {SHARED}"),
+        mind=(PACKING_NOTE, IN_PROJ_NOTE, f"its attention blocks share their weights: {SHARED_WEIGHT}"),
         kernels=KERNELS,
     ),
     decoder(
@@ -243,20 +232,15 @@ FAMILIES: tuple[Family, ...] = (
         norms("norm"),
         mamba2("mixer", kind="mamba"),
         attention("mixer", kind="attention"),
-        Part(
-            (
-                Linear("mixer.up_proj", "up", "hidden", "ffn"),
-                Linear("mixer.down_proj", "down", "ffn", "hidden"),
-            ),
+        BlockPart(
+            (Linear("mixer.up_proj", "up", "hidden", "ffn"), Linear("mixer.down_proj", "down", "ffn", "hidden")),
             kind="mlp",
         ),
         experts("mixer.experts", "n_routed_experts", "moe_intermediate_size", kind="moe", fused=False),
-        Part(
+        BlockPart(
             (
                 Linear("mixer.shared_experts.up_proj", "up", "hidden", "moe_shared_expert_intermediate_size"),
-                Linear(
-                    "mixer.shared_experts.down_proj", "down", "moe_shared_expert_intermediate_size", "hidden"
-                ),
+                Linear("mixer.shared_experts.down_proj", "down", "moe_shared_expert_intermediate_size", "hidden"),
             ),
             (Weight("mixer.gate", "n_routed_experts*hidden", "router"),),
             kind="moe",
@@ -265,7 +249,7 @@ FAMILIES: tuple[Family, ...] = (
         outside=(rms("model.norm_f"),),
         embeddings="embeddings",
         sizes={
-            "layers": lambda sizes: len(_nemotron(sizes)),
+            "layers": lambda sizes: len(nemotron_kinds(sizes)),
             "inner": "ssm_heads*ssm_head_dim",
             "state": "ssm_state_size",
             "groups": "n_groups",
@@ -281,18 +265,18 @@ FAMILIES: tuple[Family, ...] = (
             "n_groups": 8,
             "conv_kernel": 4,
         },
-        kinds=_nemotron,
+        kinds=nemotron_kinds,
         positions="none",
-        refuses=_MIXED,
+        refuses=_NO_PREFIX,
         packs=False,
         activation=("mlp_hidden_act", "relu2"),
-        mind=(LEAKS, IN_ONLY),
+        mind=(PACKING_NOTE, IN_PROJ_NOTE),
         kernels=KERNELS,
     ),
     decoder(
         "Qwen3-Next",
         ("qwen3_next",),
-        Part(
+        BlockPart(
             (
                 Linear("self_attn.q_proj", "q", "hidden", "2*q", "attention_bias"),
                 Linear("self_attn.k_proj", "k", "hidden", "kv", "attention_bias"),
@@ -303,7 +287,7 @@ FAMILIES: tuple[Family, ...] = (
             kind="full_attention",
             cache="2*kv",
         ),
-        Part(
+        BlockPart(
             (
                 Linear("linear_attn.in_proj_qkvz", "ssm_in", "hidden", "2*linear_k+2*linear_v"),
                 Linear("linear_attn.in_proj_ba", "ssm_ba", "hidden", "2*linear_num_value_heads"),
@@ -319,10 +303,10 @@ FAMILIES: tuple[Family, ...] = (
             state="linear_k*linear_value_head_dim*linear_num_value_heads//linear_num_key_heads"
             "+(2*linear_k+linear_v)*linear_conv_kernel_dim",
         ),
-        gated(kind="dense", by_parameter=True),
+        gated_ffn(kind="dense", by_parameter=True),
         experts("mlp.experts", "num_experts", "moe_intermediate_size", kind="moe"),
-        gated("mlp.shared_expert", ffn="shared_expert_intermediate_size", kind="moe", by_parameter=True),
-        Part(
+        gated_ffn("mlp.shared_expert", ffn="shared_expert_intermediate_size", kind="moe", by_parameter=True),
+        BlockPart(
             (Linear("mlp.shared_expert_gate", "router", "hidden", "1"),),
             (Weight("mlp.gate", "num_experts*hidden", "router"),),
             kind="moe",
@@ -332,16 +316,11 @@ FAMILIES: tuple[Family, ...] = (
             "linear_k": "linear_num_key_heads*linear_key_head_dim",
             "linear_v": "linear_num_value_heads*linear_value_head_dim",
         },
-        defaults={
-            "full_attention_interval": 4,
-            "decoder_sparse_step": 1,
-            "linear_conv_kernel_dim": 4,
-            "head_dim": 256,
-        },
-        kinds=_qwen3_next,
-        refuses=_MIXED,
+        defaults={"full_attention_interval": 4, "decoder_sparse_step": 1, "linear_conv_kernel_dim": 4, "head_dim": 256},
+        kinds=qwen3_next_kinds,
+        refuses=_NO_PREFIX,
         packs=False,
-        mind=(LEAKS,),
+        mind=(PACKING_NOTE,),
         kernels=("fla", "causal_conv1d"),
     ),
 )

@@ -1,21 +1,12 @@
-"""Decoders with mixtures of experts; their experts are 3-D parameters since transformers 5."""
+"""Decoders with mixtures of experts, whose experts are 3-D parameters since transformers 5."""
 
 from __future__ import annotations
 
-from peftkit.archs.families.pieces import (
-    LM,
-    PRE_NORMS,
-    QK_NORM,
-    attention,
-    decoder,
-    experts,
-    gated,
-    rms,
-)
-from peftkit.archs.family import Family, Linear, Part, Weight
+from peftkit.archs.families.pieces import LM, PRE_NORMS, QK_NORM, attention, decoder, experts, gated_ffn, rms
+from peftkit.archs.family import BlockPart, Family, Linear, Weight
 from peftkit.archs.sizes import Sizes
 
-_ROUTED = (
+_ROUTED_EXPERTS_NOTE = (
     "routed experts are 3-D parameters: LoRA reaches them by name (targets: [experts]), other methods do not"
 )
 
@@ -26,39 +17,37 @@ def _router(name: str, num: str, extra: str = "") -> Weight:
 
 def _dense_then_moe(sizes: Sizes) -> list[frozenset[str]]:
     """DeepSeek: the first layers are dense."""
-    dense = sizes["first_k_dense_replace"]
-    return [frozenset({"dense" if i < dense else "moe"}) for i in range(sizes["layers"])]
+    num_dense = sizes["first_k_dense_replace"]
+    return [frozenset({"dense" if i < num_dense else "moe"}) for i in range(sizes["layers"])]
 
 
-def _qwen_moe(sizes: Sizes) -> list[frozenset[str]]:
-    """Qwen3-MoE: every `decoder_sparse_step`-th layer is a mixture, unless listed as dense."""
-    step, listed = sizes["decoder_sparse_step"], sizes.key("mlp_only_layers") or ()
+def qwen3_moe_kinds(sizes: Sizes) -> list[frozenset[str]]:
+    """Return Qwen3-MoE's layer kinds: each `decoder_sparse_step`-th is a mixture, unless listed as dense."""
+    step, dense_layers = sizes["decoder_sparse_step"], sizes.key("mlp_only_layers") or ()
     return [
-        frozenset(
-            {"moe" if i not in listed and sizes["num_experts"] > 0 and (i + 1) % step == 0 else "dense"}
-        )
+        frozenset({"moe" if i not in dense_layers and sizes["num_experts"] > 0 and (i + 1) % step == 0 else "dense"})
         for i in range(sizes["layers"])
     ]
 
 
-def _llama4(sizes: Sizes) -> list[frozenset[str]]:
-    """Llama 4: every `interleave_moe_layer_step`-th layer is a mixture."""
+def llama4_kinds(sizes: Sizes) -> list[frozenset[str]]:
+    """Return Llama 4's layer kinds: every `interleave_moe_layer_step`-th layer is a mixture."""
     step = sizes["interleave_moe_layer_step"]
-    listed = sizes.key("moe_layers") or range(step - 1, sizes["layers"], step)
-    return [frozenset({"moe" if i in listed else "dense"}) for i in range(sizes["layers"])]
+    moe_layers = sizes.key("moe_layers") or range(step - 1, sizes["layers"], step)
+    return [frozenset({"moe" if i in moe_layers else "dense"}) for i in range(sizes["layers"])]
 
 
-def _latent_attention(sizes: Sizes) -> frozenset[str]:
-    return frozenset({"q low rank" if sizes.key("q_lora_rank") else "q direct"})
-
-
-def _deepseek(sizes: Sizes) -> list[frozenset[str]]:
-    return [kinds | _latent_attention(sizes) for kinds in _dense_then_moe(sizes)]
+def deepseek_kinds(sizes: Sizes) -> list[frozenset[str]]:
+    """Return the parts of each layer, first to last."""
+    return [
+        kinds | frozenset({"q low rank" if sizes.key("q_lora_rank") else "q direct"})
+        for kinds in _dense_then_moe(sizes)
+    ]
 
 
 _Q_HEAD = "(qk_nope_head_dim+qk_rope_head_dim)"
 _LATENT = (
-    Part(
+    BlockPart(
         (
             Linear("self_attn.q_a_proj", "q_a", "hidden", "q_lora_rank", "attention_bias"),
             Linear("self_attn.q_b_proj", "q", "q_lora_rank", f"heads*{_Q_HEAD}"),
@@ -66,16 +55,10 @@ _LATENT = (
         (rms("self_attn.q_a_layernorm", "q_lora_rank"),),
         kind="q low rank",
     ),
-    Part((Linear("self_attn.q_proj", "q", "hidden", f"heads*{_Q_HEAD}"),), kind="q direct"),
-    Part(
+    BlockPart((Linear("self_attn.q_proj", "q", "hidden", f"heads*{_Q_HEAD}"),), kind="q direct"),
+    BlockPart(
         (
-            Linear(
-                "self_attn.kv_a_proj_with_mqa",
-                "kv_a",
-                "hidden",
-                "kv_lora_rank+qk_rope_head_dim",
-                "attention_bias",
-            ),
+            Linear("self_attn.kv_a_proj_with_mqa", "kv_a", "hidden", "kv_lora_rank+qk_rope_head_dim", "attention_bias"),
             Linear("self_attn.kv_b_proj", "kv_b", "kv_lora_rank", "heads*(qk_nope_head_dim+v_head_dim)"),
             Linear("self_attn.o_proj", "o", "heads*v_head_dim", "hidden", "attention_bias"),
         ),
@@ -90,22 +73,20 @@ def _deepseek_family(name: str, model_type: str, **defaults: object) -> Family:
         name,
         (model_type,),
         *_LATENT,
-        gated(kind="dense", by_parameter=True),
+        gated_ffn(kind="dense", by_parameter=True),
         experts("mlp.experts", "n_routed_experts", "moe_intermediate_size", kind="moe"),
-        Part(weights=(_router("mlp.gate", "n_routed_experts"),), kind="moe"),
-        gated(
-            "mlp.shared_experts", ffn="moe_intermediate_size*n_shared_experts", kind="moe", by_parameter=True
-        ),
+        BlockPart(weights=(_router("mlp.gate", "n_routed_experts"),), kind="moe"),
+        gated_ffn("mlp.shared_experts", ffn="moe_intermediate_size*n_shared_experts", kind="moe", by_parameter=True),
         PRE_NORMS,
         heads=LM,
-        kinds=_deepseek,
+        kinds=deepseek_kinds,
         defaults=defaults,
         sizes={"head_dim": _Q_HEAD, "kv": "heads*head_dim", "kv_heads": "heads"},
         refuses={
             "prefix": "its cache holds latents, and PEFT prepends keys and values",
             "oft": "its cache makes empty inputs, which PEFT's OFT cannot reshape",
         },
-        mind=(_ROUTED,),
+        mind=(_ROUTED_EXPERTS_NOTE,),
     )
 
 
@@ -115,24 +96,24 @@ FAMILIES: tuple[Family, ...] = (
         ("mixtral",),
         attention(),
         experts("mlp.experts", "num_local_experts", "ffn"),
-        Part(weights=(_router("mlp.gate", "num_local_experts"),)),
+        BlockPart(weights=(_router("mlp.gate", "num_local_experts"),)),
         PRE_NORMS,
         window=0,
-        mind=(_ROUTED,),
+        mind=(_ROUTED_EXPERTS_NOTE,),
     ),
     decoder(
         "Qwen3-MoE",
         ("qwen3_moe",),
         attention(bias="attention_bias", o_bias="attention_bias"),
-        gated(kind="dense", by_parameter=True),
+        gated_ffn(kind="dense", by_parameter=True),
         experts("mlp.experts", "num_experts", "moe_intermediate_size", kind="moe"),
-        Part(weights=(_router("mlp.gate", "num_experts"),), kind="moe"),
+        BlockPart(weights=(_router("mlp.gate", "num_experts"),), kind="moe"),
         PRE_NORMS,
         QK_NORM,
-        kinds=_qwen_moe,
+        kinds=qwen3_moe_kinds,
         sizes={"num_experts": ("num_local_experts", "num_experts")},
         defaults={"decoder_sparse_step": 1, "num_experts": 128},
-        mind=(_ROUTED,),
+        mind=(_ROUTED_EXPERTS_NOTE,),
     ),
     _deepseek_family("DeepSeek-V2", "deepseek_v2", first_k_dense_replace=0),
     _deepseek_family("DeepSeek-V3", "deepseek_v3", first_k_dense_replace=3),
@@ -140,22 +121,10 @@ FAMILIES: tuple[Family, ...] = (
         "GPT-OSS",
         ("gpt_oss",),
         attention(bias="attention_bias", o_bias="attention_bias"),
-        Part(
+        BlockPart(
             (
-                Linear(
-                    "mlp.experts.gate_up_proj",
-                    "experts_gate_up",
-                    "hidden",
-                    "2*ffn",
-                    num="num_local_experts",
-                ),
-                Linear(
-                    "mlp.experts.down_proj",
-                    "experts_down",
-                    "ffn",
-                    "hidden",
-                    num="num_local_experts",
-                ),
+                Linear("mlp.experts.gate_up_proj", "experts_gate_up", "hidden", "2*ffn", num="num_local_experts"),
+                Linear("mlp.experts.down_proj", "experts_down", "ffn", "hidden", num="num_local_experts"),
             ),
             (
                 Weight("self_attn.sinks", "heads", "sinks"),
@@ -168,20 +137,20 @@ FAMILIES: tuple[Family, ...] = (
         defaults={"attention_bias": True, "head_dim": 64},
         window=2,
         packs=False,
-        mind=(_ROUTED, "packed documents see each other in this family"),
+        mind=(_ROUTED_EXPERTS_NOTE, "packed documents see each other in this family"),
     ),
     decoder(
         "Llama 4 (text)",
         ("llama4_text",),
         attention(bias="attention_bias", o_bias="attention_bias"),
-        gated("feed_forward", ffn="intermediate_size_mlp", kind="dense"),
+        gated_ffn("feed_forward", ffn="intermediate_size_mlp", kind="dense"),
         experts("feed_forward.experts", "num_local_experts", "ffn", kind="moe"),
-        gated("feed_forward.shared_expert", kind="moe"),
-        Part(weights=(_router("feed_forward.router", "num_local_experts"),), kind="moe"),
+        gated_ffn("feed_forward.shared_expert", kind="moe"),
+        BlockPart(weights=(_router("feed_forward.router", "num_local_experts"),), kind="moe"),
         PRE_NORMS,
         heads=LM,
-        kinds=_llama4,
+        kinds=llama4_kinds,
         defaults={"interleave_moe_layer_step": 1},
-        mind=(_ROUTED,),
+        mind=(_ROUTED_EXPERTS_NOTE,),
     ),
 )

@@ -1,17 +1,17 @@
-"""Pieces that many families share: attention, feed-forwards, norms, heads."""
+"""Building blocks shared by families: attention, feed-forwards, norms, heads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from peftkit.archs.family import Family, Head, LayerKinds, Linear, Part, Stack, Task, Weight
+from peftkit.archs.family import BlockPart, Family, LayerKinds, Linear, Stack, Task, TaskHead, Weight
 
 Bias = bool | str
-LM: Mapping[Task, Head] = {"causal-lm": Head((), ())}
-LM_AND_SCORE: Mapping[Task, Head] = {
+LM: Mapping[Task, TaskHead] = {"causal-lm": TaskHead((), ())}
+LM_AND_SCORE: Mapping[Task, TaskHead] = {
     **LM,
-    "classification": Head((Weight("score", "num_labels*hidden", "head"),), ("score",)),
+    "classification": TaskHead((Weight("score", "num_labels*hidden", "head"),), ("score",)),
 }
 NO_KEY_VALUES = "it has no attention, so there are no keys and values to prepend"
 MIXED_CACHE = "PEFT builds a cache of attention layers only, which a model with state layers cannot read"
@@ -20,20 +20,20 @@ FUSED_KERNEL = "the fused kernel reads its weight on a GPU and would bypass an a
 
 
 def rms(name: str, size: str = "hidden") -> Weight:
-    """A norm with a weight."""
+    """Build a norm with a weight only."""
     return Weight(name, size)
 
 
 def layer_norm(name: str) -> Weight:
-    """A norm with weight and bias."""
+    """Build a norm with weight and bias."""
     return Weight(name, "2*hidden")
 
 
 def attention(
     place: str = "self_attn", *, bias: Bias = False, o_bias: Bias = False, o: str = "o_proj", kind: str = ""
-) -> Part:
-    """Separate query, key, value and output projections; grouped where kv is narrower than q."""
-    return Part(
+) -> BlockPart:
+    """Build separate query, key, value and output projections; grouped if kv is narrower than q."""
+    return BlockPart(
         (
             Linear(f"{place}.q_proj", "q", "hidden", "q", bias),
             Linear(f"{place}.k_proj", "k", "hidden", "kv", bias),
@@ -45,11 +45,11 @@ def attention(
     )
 
 
-def gated(
+def gated_ffn(
     place: str = "mlp", *, bias: Bias = False, ffn: str = "ffn", kind: str = "", by_parameter: bool = False
-) -> Part:
-    """A gated feed-forward: down(act(gate(x)) * up(x))."""
-    return Part(
+) -> BlockPart:
+    """Build a gated feed-forward: down(act(gate(x)) * up(x))."""
+    return BlockPart(
         (
             Linear(f"{place}.gate_proj", "gate", "hidden", ffn, bias, by_parameter=by_parameter),
             Linear(f"{place}.up_proj", "up", "hidden", ffn, bias, by_parameter=by_parameter),
@@ -59,63 +59,54 @@ def gated(
     )
 
 
-def two_layer(place: str, up: str, down: str, *, bias: Bias = True, ffn: str = "ffn") -> Part:
-    """A plain feed-forward: down(act(up(x)))."""
+def two_layer_ffn(place: str, up: str, down: str, *, bias: Bias = True, ffn: str = "ffn") -> BlockPart:
+    """Build a plain feed-forward: down(act(up(x)))."""
     dot = f"{place}." if place else ""
-    return Part(
-        (
-            Linear(f"{dot}{up}", "up", "hidden", ffn, bias),
-            Linear(f"{dot}{down}", "down", ffn, "hidden", bias),
-        )
+    return BlockPart(
+        (Linear(f"{dot}{up}", "up", "hidden", ffn, bias), Linear(f"{dot}{down}", "down", ffn, "hidden", bias))
     )
 
 
-def fused_qkv(place: str, qkv: str, o: str, *, bias: Bias = True, d_out: str = "q+2*kv") -> Part:
-    """One projection for queries, keys and values."""
-    return Part(
-        (
-            Linear(f"{place}.{qkv}", "qkv", "hidden", d_out, bias),
-            Linear(f"{place}.{o}", "o", "q", "hidden", bias),
-        ),
+def fused_qkv(place: str, qkv: str, o: str, *, bias: Bias = True, d_out: str = "q+2*kv") -> BlockPart:
+    """Build attention with one projection for queries, keys and values."""
+    return BlockPart(
+        (Linear(f"{place}.{qkv}", "qkv", "hidden", d_out, bias), Linear(f"{place}.{o}", "o", "q", "hidden", bias)),
         cache="2*kv",
     )
 
 
-def experts(place: str, num: str, ffn: str, *, kind: str = "", fused: bool = True) -> Part:
-    """The routed experts of a mixture, each projection one 3-D parameter for all of them."""
-    first = (
+def experts(place: str, num: str, ffn: str, *, kind: str = "", fused: bool = True) -> BlockPart:
+    """Build the routed experts of a mixture: one 3-D parameter per projection for all experts."""
+    up = (
         Linear(f"{place}.gate_up_proj", "experts_gate_up", "hidden", f"2*{ffn}", num=num)
         if fused
         else Linear(f"{place}.up_proj", "experts_up", "hidden", ffn, num=num)
     )
-    return Part((first, Linear(f"{place}.down_proj", "experts_down", ffn, "hidden", num=num)), kind=kind)
+    return BlockPart((up, Linear(f"{place}.down_proj", "experts_down", ffn, "hidden", num=num)), kind=kind)
 
 
-def norms(*names: str, biased: bool = False, kind: str = "") -> Part:
-    """Norms of the hidden size."""
+def norms(*names: str, biased: bool = False, kind: str = "") -> BlockPart:
+    """Build norms of the hidden size."""
     make = layer_norm if biased else rms
-    return Part(weights=tuple(make(name) for name in names), kind=kind)
+    return BlockPart(weights=tuple(make(name) for name in names), kind=kind)
 
 
 PRE_NORMS = norms("input_layernorm", "post_attention_layernorm")
 GEMMA_NORMS = norms(
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
 )
-QK_NORM = Part(weights=(rms("self_attn.q_norm", "head_dim"), rms("self_attn.k_norm", "head_dim")))
+QK_NORM = BlockPart(weights=(rms("self_attn.q_norm", "head_dim"), rms("self_attn.k_norm", "head_dim")))
 
 
 def decoder(
     name: str,
     model_types: tuple[str, ...],
-    *parts: Part,
+    *parts: BlockPart,
     block: str = "model.layers.{i}",
-    heads: Mapping[Task, Head] = LM_AND_SCORE,
+    heads: Mapping[Task, TaskHead] = LM_AND_SCORE,
     outside: tuple[Weight, ...] = (Weight("model.norm", "hidden"),),
     kinds: LayerKinds | None = None,
-    **more: Any,
+    **fields: Any,
 ) -> Family:
-    """A family that is one stack of blocks with a language-model head."""
-    return Family(name, model_types, (Stack(block, parts, kinds=kinds),), heads, outside, **more)
+    """Build a family that is one stack of blocks with a language-model head."""
+    return Family(name, model_types, (Stack(block, parts, kinds=kinds),), heads, outside, **fields)

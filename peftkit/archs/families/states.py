@@ -1,10 +1,10 @@
-"""Families that keep a state and attend to nothing: RWKV, Mamba and its kin."""
+"""State-space families without attention: RWKV, Mamba and its kin."""
 
 from __future__ import annotations
 
-from peftkit.archs.families.mixers import IN_ONLY, KERNELS, LEAKS, dt_rank, mamba, mamba2
+from peftkit.archs.families.mixers import IN_PROJ_NOTE, KERNELS, PACKING_NOTE, dt_rank, mamba, mamba2
 from peftkit.archs.families.pieces import LM, NO_KEY_VALUES, decoder, layer_norm, norms, rms
-from peftkit.archs.family import Family, Linear, Part, Weight
+from peftkit.archs.family import BlockPart, Family, Linear, Weight
 
 _NO_PREFIX = {"prefix": NO_KEY_VALUES}
 _MAMBA_SIZES = {
@@ -23,7 +23,7 @@ FAMILIES: tuple[Family, ...] = (
     decoder(
         "RWKV",
         ("rwkv",),
-        Part(
+        BlockPart(
             (
                 Linear("attention.key", "k", "hidden", "attention_hidden"),
                 Linear("attention.value", "v", "hidden", "attention_hidden"),
@@ -41,7 +41,7 @@ FAMILIES: tuple[Family, ...] = (
             ),
             state="5*hidden",
         ),
-        Part(weights=(layer_norm("pre_ln"),), kind="first"),
+        BlockPart(weights=(layer_norm("pre_ln"),), kind="first"),
         block="rwkv.blocks.{i}",
         heads=LM,
         outside=(layer_norm("rwkv.ln_out"),),
@@ -63,9 +63,9 @@ FAMILIES: tuple[Family, ...] = (
         batches_generation=False,
         overrides={"rescale_every": 0},
         mind=(
-            LEAKS,
+            PACKING_NOTE,
             "its step-by-step decoding is wrong for several prompts at once: prompts are answered one by one",
-            "rescale_every is set to 0: it would halve weights at evaluation, and adapters beside them not",
+            "rescale_every is set to 0: it would halve the weights at evaluation, but not the adapters beside them",
             "training runs a loop over tokens where its CUDA kernel is missing: slow",
         ),
     ),
@@ -86,7 +86,7 @@ FAMILIES: tuple[Family, ...] = (
             refuses=_NO_PREFIX,
             packs=False,
             cached_prompts=False,
-            mind=(LEAKS, IN_ONLY),
+            mind=(PACKING_NOTE, IN_PROJ_NOTE),
             kernels=KERNELS,
             skip_4bit=skip,
         )
@@ -120,7 +120,7 @@ FAMILIES: tuple[Family, ...] = (
         refuses=_NO_PREFIX,
         packs=False,
         cached_prompts=False,
-        mind=(LEAKS, IN_ONLY),
+        mind=(PACKING_NOTE, IN_PROJ_NOTE),
         kernels=KERNELS,
     ),
 )

@@ -1,6 +1,6 @@
-"""How chats are rendered: which template, and what tells where answers stand, proven on a sample.
+"""Choice of how chats are rendered: which template, and what locates the answers, verified on a sample.
 
-The only home of TRL in `data/`: its training templates carry generation markers.
+The only user of TRL in `data/`: its training templates carry generation markers.
 """
 
 from __future__ import annotations
@@ -10,66 +10,67 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peftkit.data.chat.render import is_safe, render_chat
 from peftkit.data.chat.template import (
     NO_CHATS,
     Style,
-    apply,
-    by_markers,
-    by_prefixes,
-    ensure_template,
-    misplaced,
-    takes_default,
-    template_of,
+    apply_template,
+    ensure_chat_template,
+    has_misplaced_answer,
+    render_by_markers,
+    render_by_prefixes,
+    select_template,
+    uses_main_template,
 )
 from peftkit.data.formats import Example
+from peftkit.data.jinja.render import is_known_template, render_chat
 from peftkit.errors import Problem, UserError
 from peftkit.units import show_bytes
 
-_SAMPLE = 24
-_LONGEST_BYTES = 16 * 2**20
-_ASKED, _SAID = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
-_CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+_SAMPLE_CHATS = 24
+_MAX_TEMPLATE_BYTES = 16 * 2**20
+_USER_TURN, _ASSISTANT_TURN = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+_TOOL_CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 # turns that the sample may lack: the prompt for an answer may be another after a tool's turn
-_PROBES = (
-    Example("", messages=(_ASKED, _SAID)),
+_PROBE_CHATS = (
+    Example("", messages=(_USER_TURN, _ASSISTANT_TURN)),
     Example(
         "",
         messages=(
-            _ASKED,
-            {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+            _USER_TURN,
+            {"role": "assistant", "content": "", "tool_calls": [_TOOL_CALL]},
             {"role": "tool", "name": "f", "content": "1"},
-            _SAID,
+            _ASSISTANT_TURN,
         ),
     ),
 )
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION_TAG = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
 
-def _proves(examples: Sequence[Example], tokenizer: Any, marked: str, *, same_text: bool) -> bool:
-    """Whether a template's markers give whole answers of chats that the model's own template takes as well.
+def _markers_are_valid(examples: Sequence[Example], tokenizer: Any, template: str, *, same_text: bool) -> bool:
+    """Return True where a template's markers cover whole answers, on chats that the model's own takes too.
 
-    With `same_text`, whether it writes them alike.
+    With `same_text`, also only where it renders the same text.
     """
     try:
         for example in examples:
-            made = by_markers(example, tokenizer, marked, within=True)
-            own = apply(tokenizer, example.messages, example.tools, ask=False, where="")
-            if (same_text and made.text != own) or misplaced(example, made):
+            rendered = render_by_markers(example, tokenizer, template, within=True)
+            own_text = apply_template(tokenizer, example.messages, example.tools, add_generation_prompt=False, where="")
+            if (same_text and rendered.text != own_text) or has_misplaced_answer(example, rendered):
                 return False
     except UserError:
         return False
     return True
 
 
-def _within(examples: Sequence[Example], tokenizer: Any, marked: str) -> bool:
+def _markers_include_prompt(examples: Sequence[Example], tokenizer: Any, template: str) -> bool:
     """Whether spans that a template marks begin before the prompt for the answer ends."""
     for example in examples:
         try:
-            exact, as_marked = (by_markers(example, tokenizer, marked, within=w) for w in (True, False))
+            trimmed, as_marked = (render_by_markers(example, tokenizer, template, within=w) for w in (True, False))
         except UserError:  # a probe that this template does not take
             continue
-        if exact.answers != as_marked.answers:
+        if trimmed.answers != as_marked.answers:
             return True
     return False
 
@@ -77,41 +78,41 @@ def _within(examples: Sequence[Example], tokenizer: Any, marked: str) -> bool:
 def _prefixes_hold(examples: Sequence[Example], tokenizer: Any, mask: str) -> bool:
     try:
         for example in examples:
-            by_prefixes(example, tokenizer, last_only=mask == "last-turn")
+            render_by_prefixes(example, tokenizer, last_only=mask == "last-turn")
     except UserError:
         return False
     return True
 
 
-def _training_template(tokenizer: Any) -> str | None:
-    """TRL's template with generation markers for the model's own one, where it knows it.
+def _find_training_template(tokenizer: Any) -> str | None:
+    """Return TRL's template with generation markers for the model's own one; None where TRL knows none.
 
-    TRL tries the model's own template for that: one that is not safe here, TRL does not know either.
+    TRL renders the model's own template to compare it: one that is not known is not tried.
     """
-    if not is_safe(template_of(tokenizer)):
+    if not is_known_template(select_template(tokenizer)):
         return None
     from trl.chat_template_utils import get_training_chat_template
 
     try:
-        found: str | None = get_training_chat_template(processing_class=tokenizer)
-        return found
+        template: str | None = get_training_chat_template(processing_class=tokenizer)
+        return template
     except Exception:  # noqa: BLE001  whatever its probes raise, there is another way
         return None
 
 
 def read_template(path: Path) -> str:
-    """A chat template from a file. Raises UserError where there is none, or it is no Jinja template."""
+    """Read a chat template from a file. Raises UserError where it cannot be read, or is no Jinja template."""
     import jinja2
 
-    from peftkit.data.chat.bounded import Generation
-
     try:
-        if path.stat().st_size > _LONGEST_BYTES:
+        if path.stat().st_size > _MAX_TEMPLATE_BYTES:
             got = f"{path} of {show_bytes(path.stat().st_size)}"
-            raise UserError(Problem("data.chat.template", got, f"at most {show_bytes(_LONGEST_BYTES)}"))
+            raise UserError(Problem("data.chat.template", got, f"at most {show_bytes(_MAX_TEMPLATE_BYTES)}"))
         text = path.read_text(encoding="utf-8")
-        jinja2.Environment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(text)
-        render_chat([_ASKED], template=text)
+        # transformers' {% generation %} tag is a scope to the parser
+        plain = _GENERATION_TAG.sub(lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}", text)
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        render_chat([_USER_TURN], template=text)
     except OSError as error:
         got = f"{path}, which cannot be read ({error.strerror})"
         raise UserError(Problem("data.chat.template", got, "a file with a Jinja template")) from None
@@ -125,32 +126,39 @@ def read_template(path: Path) -> str:
 
 
 def choose_style(examples: Sequence[Example], tokenizer: Any, *, mask: str, source: str = "") -> Style:
-    """How the chats among `examples` are rendered, proven on a sample of them.
+    """Choose how the chats among `examples` are rendered, verified on a sample of them.
 
-    Markers of the model's own template serve first, TRL's training templates next, prefixes last. The
-    tokenizer gets the default template where it has none, and nothing where there are no chats.
+    Markers of the model's own template come first, TRL's training templates next, rendering prefixes last. A
+    tokenizer without a template gets the default one; nothing changes where there are no chats.
     """
-    chats = next((i for i, example in enumerate(examples) if example.messages), None)
-    if chats is None:
+    first_chat = next((i for i, example in enumerate(examples) if example.messages), None)
+    if first_chat is None:
         return NO_CHATS
-    default = ensure_template(tokenizer)
-    source = source or ("the default" if default else "the model's own")
-    step = max(1, len(examples) // _SAMPLE)
-    spread = [examples[i] for i in (chats, *range(0, len(examples), step))]
-    sample = [example for example in spread if example.messages][: _SAMPLE + 1]
-    own = template_of(tokenizer)
-    plain = [e for e in sample if takes_default(e, tokenizer)]
+    used_default = ensure_chat_template(tokenizer)
+    source = source or ("the default" if used_default else "the model's own")
+    step = max(1, len(examples) // _SAMPLE_CHATS)
+    spaced_examples = [examples[i] for i in (first_chat, *range(0, len(examples), step))]
+    sample = [example for example in spaced_examples if example.messages][: _SAMPLE_CHATS + 1]
+    own_template = select_template(tokenizer)
+    main_template_chats = [e for e in sample if uses_main_template(e, tokenizer)]
 
-    def by(marked: str, reason: str) -> Style:
-        return Style(source, marked, reason, _within([*plain, *_PROBES], tokenizer, marked))
+    def by(template: str, reason: str) -> Style:
+        return Style(
+            source,
+            template,
+            reason,
+            _markers_include_prompt([*main_template_chats, *_PROBE_CHATS], tokenizer, template),
+        )
 
-    if _MARKER.search(own) and _proves(plain, tokenizer, own, same_text=False):
-        return by(own, "its generation markers")
-    training = None if default else _training_template(tokenizer)
-    if training and _proves(plain, tokenizer, training, same_text=True):
-        return by(training, "TRL's training template, which renders the same text")
+    if _GENERATION_MARKER.search(own_template) and _markers_are_valid(
+        main_template_chats, tokenizer, own_template, same_text=False
+    ):
+        return by(own_template, "its generation markers")
+    training_template = None if used_default else _find_training_template(tokenizer)
+    if training_template and _markers_are_valid(main_template_chats, tokenizer, training_template, same_text=True):
+        return by(training_template, "TRL's training template, which renders the same text")
     if _prefixes_hold(sample, tokenizer, mask):
         return Style(source, None, "what is added beyond the prompt for an answer")
-    if training and _proves(plain, tokenizer, training, same_text=False):
-        return by(training, "TRL's training template: the model's own rewrites earlier turns")
+    if training_template and _markers_are_valid(main_template_chats, tokenizer, training_template, same_text=False):
+        return by(training_template, "TRL's training template: the model's own rewrites earlier turns")
     return Style(source, None, "what is added beyond the prompt for an answer")

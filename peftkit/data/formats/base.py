@@ -1,4 +1,4 @@
-"""What every format of data is brought to: an `Example`. And what a row that does not fit raises."""
+"""`Example`, the value that every data format is converted to, and the error of a row that does not fit."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from peftkit.data.read import Row
-from peftkit.units import clipped
+from peftkit.units import shorten
 
 Message = Mapping[str, Any]
-_MOST = 300  # characters that are told of a row
+_MAX_CHARS = 300  # characters that are told of a row
 
 
 @dataclass(frozen=True)
@@ -35,58 +35,71 @@ class Example:
 
     @property
     def key(self) -> str:
-        """What makes two examples the same for splitting: their input."""
+        """Return the input of the example: equal inputs go to the same side of a split."""
         if self.words:
             return " ".join(self.words)
         if self.messages:
-            asked = "\n".join(m["content"] for m in self.messages if m["role"] in {"user", "tool"})
-            return asked or self.messages[0]["content"]
+            user_text = "\n".join(
+                message["content"] for message in self.messages if message["role"] in {"user", "tool"}
+            )
+            return user_text or self.messages[0]["content"]
         return self.prompt or self.completion
 
     @property
     def answer(self) -> str:
-        """What is to be learnt, as text."""
+        """Return the text that the model is trained to write."""
         if self.messages:
-            return "\n".join(
-                m["content"] for m in self.messages[self.num_given :] if m["role"] == "assistant"
-            )
+            return "\n".join(m["content"] for m in self.messages[self.num_given :] if m["role"] == "assistant")
         return self.completion or self.label or " ".join(self.tags)
 
     def to_json(self) -> dict[str, Any]:
-        """Only what is not as usual: rows are kept by the hundred thousand."""
-        return {name: value for name, usual in _USUAL if (value := getattr(self, name)) != usual}
+        """Return the fields that differ from their defaults: rows are stored by the hundred thousand."""
+        return {name: value for name, default in _DEFAULTS if (value := getattr(self, name)) != default}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Example:
-        """The example that `to_json` wrote."""
+        """Restore the example that `to_json` wrote."""
         for name in _TUPLES & value.keys():
             if isinstance(value[name], list):
                 value[name] = tuple(value[name])
         return cls(**value)
 
 
-_USUAL = [(field.name, field.default) for field in fields(Example)]
+_DEFAULTS = [(field.name, field.default) for field in fields(Example)]
 _TUPLES = {"messages", "words", "tags", "tools", "rejected"}
 
 
 class BadRow(ValueError):
-    """Why a row does not fit its format. `check` is the name of the check of the data that it fails."""
+    """A row that does not fit its format. `check` is the name of the data check that it fails."""
 
     def __init__(self, got: str, expected: str, *, check: str = "missing-fields") -> None:
         super().__init__(got)
-        self.got, self.expected, self.check = clipped(got, _MOST), expected, check
+        self.got, self.expected, self.check = shorten(got, _MAX_CHARS), expected, check
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format: the columns that mark it, and the function that reads it."""
+    """One format: the columns that identify it, and the function that reads a row of it."""
 
     columns: tuple[tuple[str, ...], ...]  # alternatives
     read: Callable[[Row], Example]
 
 
-def string(values: Mapping[str, Any], name: str, *, answer: bool = False) -> str:
-    """The text of a field. Raises BadRow where there is none; an empty `answer` is a check of its own."""
+READERS: dict[str, Format] = {}
+
+
+def reads(name: str, *columns: tuple[str, ...]) -> Callable[[Callable[[Row], Example]], Callable[[Row], Example]]:
+    """Register the function that reads a row of a format; any of `columns` marks the format."""
+
+    def register(function: Callable[[Row], Example]) -> Callable[[Row], Example]:
+        READERS[name] = Format(columns, function)
+        return function
+
+    return register
+
+
+def required_text(values: Mapping[str, Any], name: str, *, answer: bool = False) -> str:
+    """Return the text of a field. Raises BadRow if it has none; an empty `answer` fails `empty-answers`."""
     value = values.get(name)
     if not isinstance(value, str):
         raise BadRow(f"{name} is {'missing' if value is None else type(value).__name__}", f"text in {name}")
@@ -96,8 +109,8 @@ def string(values: Mapping[str, Any], name: str, *, answer: bool = False) -> str
     return value
 
 
-def optional(values: Mapping[str, Any], name: str) -> str:
-    """The text of a field that may be missing or empty. Raises BadRow for anything but text."""
+def optional_text(values: Mapping[str, Any], name: str) -> str:
+    """Return the text of a field that may be missing or empty. Raises BadRow for anything but text."""
     value = values.get(name)
     if value is None:
         return ""
@@ -106,8 +119,11 @@ def optional(values: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def weight_of(values: Mapping[str, Any]) -> float:
-    """The row's `weight` in the loss: a number of at least 0, else 1."""
+def loss_weight(values: Mapping[str, Any]) -> float:
+    """Return the `weight` of a row or turn in the loss, 1 if it has none.
+
+    Raises BadRow for anything but a number of at least 0.
+    """
     value = values.get("weight")
     if value is None or value == "":
         return 1.0

@@ -1,4 +1,4 @@
-"""Chats: OpenAI's `messages`, ShareGPT's `conversations`, turns as prompt and completion, preferences."""
+"""Chat formats: OpenAI's `messages`, ShareGPT's `conversations`, prompt and completion, preferences."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from peftkit.data.formats.base import BadRow, Example, Format, Message, string, weight_of
+from peftkit.data.formats.base import BadRow, Example, Message, loss_weight, reads, required_text
 from peftkit.data.read import Row
 
 _ROLES = {
@@ -24,28 +24,28 @@ _ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
-_PASSED_ON = ("name", "tool_call_id", "weight")
+_COPIED_KEYS = ("name", "tool_call_id", "weight")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-def _content(value: Any) -> str:
-    """Text, or a list of parts that are all text."""
+def _content_text(value: Any) -> str:
+    """Return the text of a turn's content: text, or a list of parts that are all text. Raises BadRow."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
         kinds = {str(part.get("type")) for part in value} - {"text"}
         if kinds:
-            raise BadRow(f"a turn with {', '.join(sorted(kinds))}", "text alone")
+            raise BadRow(f"a turn with {', '.join(sorted(kinds))}", "text only")
         return "".join(str(part.get("text") or "") for part in value)
     raise BadRow(f"a turn whose content is {type(value).__name__}", "text")
 
 
-def _arguments(call: Any) -> Mapping[str, Any]:
-    """A call as templates want it: arguments as a mapping, where OpenAI's format has JSON text."""
-    inner = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+def _parse_tool_call(call: Any) -> Mapping[str, Any]:
+    """Return a tool call as templates expect it: arguments as a mapping, not as OpenAI's JSON text."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow("a tool call without a name", "name and arguments in tool_calls")
-    arguments = inner.get("arguments", inner.get("parameters", {}))
+    arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
@@ -53,44 +53,44 @@ def _arguments(call: Any) -> Mapping[str, Any]:
             raise BadRow("a tool call whose arguments are not JSON", "a JSON object") from None
     if not isinstance(arguments, Mapping):
         raise BadRow(f"a tool call whose arguments are {type(arguments).__name__}", "a JSON object")
-    made = {"type": "function", "function": {"name": inner["name"], "arguments": dict(arguments)}}
-    return {"id": call["id"], **made} if isinstance(call.get("id"), str) else made
+    tool_call = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    return {"id": call["id"], **tool_call} if isinstance(call.get("id"), str) else tool_call
 
 
-def _turn(turn: Any) -> Message:
+def _parse_turn(turn: Any) -> Message:
     if not isinstance(turn, Mapping):
         raise BadRow(f"a turn that is {type(turn).__name__}", "turns with role and content")
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRow(f"the role {role!r}", f"one of {', '.join(sorted(_ROLES))}", check="roles")
     value = turn.get("content", turn.get("value"))
-    made: dict[str, Any] = {"role": _ROLES[role]}
+    message: dict[str, Any] = {"role": _ROLES[role]}
     if role == "function_call":
-        calls = json_of(value, "a function_call")
-        made["content"] = ""
-        made["tool_calls"] = [_arguments(call) for call in (calls if isinstance(calls, list) else [calls])]
+        calls = parse_json(value, "a function_call")
+        message["content"] = ""
+        message["tool_calls"] = [_parse_tool_call(call) for call in (calls if isinstance(calls, list) else [calls])]
         if turn.get("weight") is not None:
-            made["weight"] = weight_of(turn)
-        return made
+            message["weight"] = loss_weight(turn)
+        return message
     calls = turn.get("tool_calls")
-    made["content"] = "" if value is None and calls else _content(value)
+    message["content"] = "" if value is None and calls else _content_text(value)
     if len(turn) == 2:  # the usual turn, at once
-        return made
+        return message
     if calls:
         if not isinstance(calls, list):
             raise BadRow(f"tool_calls that are {type(calls).__name__}", "a list of calls")
-        made["tool_calls"] = [_arguments(call) for call in calls]
-    made.update({name: turn[name] for name in _PASSED_ON if turn.get(name) is not None})
-    if "weight" in made:
-        made["weight"] = weight_of(made)
+        message["tool_calls"] = [_parse_tool_call(call) for call in calls]
+    message.update({name: turn[name] for name in _COPIED_KEYS if turn.get(name) is not None})
+    if "weight" in message:
+        message["weight"] = loss_weight(message)
     for name in _REASONING:
         if isinstance(turn.get(name), str) and turn[name]:
-            made["reasoning_content"] = turn[name]
-    return made
+            message["reasoning_content"] = turn[name]
+    return message
 
 
-def json_of(value: Any, what: str) -> Any:
-    """A value that may be given as JSON text."""
+def parse_json(value: Any, what: str) -> Any:
+    """Return a value, parsed if it is given as JSON text. Raises BadRow."""
     if not isinstance(value, str):
         return value
     try:
@@ -99,87 +99,79 @@ def json_of(value: Any, what: str) -> Any:
         raise BadRow(f"{what} that is not JSON", "JSON") from None
 
 
-def listed(value: Any, what: str) -> Any:
-    """A list that may be given as JSON text: CSV has no lists."""
-    return json_of(value, what) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
+def parse_list(value: Any, what: str) -> Any:
+    """Return a list, parsed if it is given as JSON text: CSV has no lists. Raises BadRow."""
+    return parse_json(value, what) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
 
 
-def turns_of(turns: Any, name: str) -> tuple[Message, ...]:
-    """A list of turns. Raises BadRow for one that is none, or whose turns are none."""
-    turns = listed(turns, name)
+def parse_turns(turns: Any, name: str) -> tuple[Message, ...]:
+    """Parse a list of turns. Raises BadRow if it is not a list of turns."""
+    turns = parse_list(turns, name)
     if not isinstance(turns, list) or not turns:
         got = f"{name} is {'empty' if turns == [] else type(turns).__name__}"
         raise BadRow(got, f"a list of turns in {name}")
-    return tuple(_turn(turn) for turn in turns)
+    return tuple(_parse_turn(turn) for turn in turns)
 
 
-def _checked(found: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Turns that end in an answer. Raises BadRow for a chat that has nothing to learn at its end."""
-    if found[0]["role"] == "assistant":
+def _check_turns(turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return turns that end in an answer. Raises BadRow for a chat without an assistant turn at its end."""
+    if turns[0]["role"] == "assistant":
         raise BadRow("a chat that begins with assistant", "a user or system turn first", check="roles")
-    if found[-1]["role"] != "assistant":
-        got = f"a chat that ends with {found[-1]['role']}"
-        raise BadRow(got, "an assistant turn to learn at the end", check="roles")
-    if not found[-1]["content"].strip() and not found[-1].get("tool_calls"):
+    if turns[-1]["role"] != "assistant":
+        got = f"a chat that ends with {turns[-1]['role']}"
+        raise BadRow(got, "an assistant turn at the end", check="roles")
+    if not turns[-1]["content"].strip() and not turns[-1].get("tool_calls"):
         raise BadRow("an empty answer", "text in the last assistant turn", check="empty-answers")
-    return found
-
-
-def _tools(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    tools = json_of(values.get("tools") or [], "tools")
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise BadRow("tools that are no list of mappings", "JSON Schemas of functions in tools")
-    return tuple(tools)
-
-
-def _system(values: Mapping[str, Any], turns: tuple[Message, ...]) -> tuple[Message, ...]:
-    """ShareGPT keeps the system prompt in a column of its own."""
-    system = values.get("system")
-    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
-        return ({"role": "system", "content": system}, *turns)
     return turns
 
 
+def _parse_tools(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    tools = parse_json(values.get("tools") or [], "tools")
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRow("tools that are not a list of mappings", "JSON Schemas of functions in tools")
+    return tuple(tools)
+
+
+@reads("chat", ("messages",), ("conversations",))
 def _chat(row: Row) -> Example:
     values = row.fields
     name = "messages" if "messages" in values else "conversations"
-    turns = _system(values, _checked(turns_of(values.get(name), name)))
-    tools = _tools(values) if values.get("tools") else ()
-    return Example(row.where, messages=turns, tools=tools, weight=weight_of(values))
+    # shareGPT keeps the system prompt in a column of its own
+    prompt_turns = _check_turns(parse_turns(values.get(name), name))
+    system = values.get("system")
+    if isinstance(system, str) and system.strip() and prompt_turns[0]["role"] != "system":
+        turns = ({"role": "system", "content": system}, *prompt_turns)
+    else:
+        turns = prompt_turns
+    tools = _parse_tools(values) if values.get("tools") else ()
+    return Example(row.where, messages=turns, tools=tools, weight=loss_weight(values))
 
 
+@reads("prompt-completion", ("prompt", "completion"))
 def _prompt_completion(row: Row) -> Example:
     values = row.fields
     prompt, completion = values.get("prompt"), values.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        turns = _checked(turns_of([*prompt, *completion], "prompt and completion"))
-        tools = _tools(values) if values.get("tools") else ()
-        return Example(
-            row.where, messages=turns, num_given=len(prompt), tools=tools, weight=weight_of(values)
-        )
-    asked, answered = string(values, "prompt"), string(values, "completion", answer=True)
-    return Example(row.where, prompt=asked, completion=answered, weight=weight_of(values))
+        turns = _check_turns(parse_turns([*prompt, *completion], "prompt and completion"))
+        tools = _parse_tools(values) if values.get("tools") else ()
+        return Example(row.where, messages=turns, num_given=len(prompt), tools=tools, weight=loss_weight(values))
+    prompt_text, completion_text = (required_text(values, "prompt"), required_text(values, "completion", answer=True))
+    return Example(row.where, prompt=prompt_text, completion=completion_text, weight=loss_weight(values))
 
 
+@reads("preference", ("chosen", "rejected"))
 def _preference(row: Row) -> Example:
-    """A chosen and a rejected answer, as text or turns; the prompt may be told apart or stand in both."""
+    """Read a chosen and a rejected answer, as text or turns; the prompt has its own column or starts both."""
     values = row.fields
     chosen, rejected, prompt = values.get("chosen"), values.get("rejected"), values.get("prompt")
     if isinstance(chosen, list) and isinstance(rejected, list):
-        given = turns_of(prompt, "prompt") if isinstance(prompt, list) else ()
+        prompt_turns = parse_turns(prompt, "prompt") if isinstance(prompt, list) else ()
         if isinstance(prompt, str) and prompt.strip():
-            given = ({"role": "user", "content": prompt},)
-        first = turns_of(chosen, "chosen")
-        given = () if first[: len(given)] == given else given
-        turns = _checked((*given, *first))
-        return Example(row.where, messages=turns, rejected=turns_of(rejected, "rejected"))
-    asked = prompt if isinstance(prompt, str) else ""
-    answered = string(values, "chosen", answer=True)
-    return Example(row.where, prompt=asked, completion=answered, rejected=string(values, "rejected"))
-
-
-FORMATS = {
-    "preference": Format((("chosen", "rejected"),), _preference),
-    "chat": Format((("messages",), ("conversations",)), _chat),
-    "prompt-completion": Format((("prompt", "completion"),), _prompt_completion),
-}
+            prompt_turns = ({"role": "user", "content": prompt},)
+        chosen_turns = parse_turns(chosen, "chosen")
+        prompt_turns = () if chosen_turns[: len(prompt_turns)] == prompt_turns else prompt_turns
+        turns = _check_turns((*prompt_turns, *chosen_turns))
+        return Example(row.where, messages=turns, rejected=parse_turns(rejected, "rejected"))
+    prompt_text = prompt if isinstance(prompt, str) else ""
+    chosen_text = required_text(values, "chosen", answer=True)
+    return Example(row.where, prompt=prompt_text, completion=chosen_text, rejected=required_text(values, "rejected"))

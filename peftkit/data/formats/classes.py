@@ -1,4 +1,4 @@
-"""Classified text and tagged words."""
+"""Formats with classes: classified texts and tagged words."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from peftkit.data.formats.base import BadRow, Example, Format, string, weight_of
-from peftkit.data.formats.chat import listed
+from peftkit.data.formats.base import BadRow, Example, loss_weight, reads, required_text
+from peftkit.data.formats.chat import parse_list
 from peftkit.data.read import Row
 
 
-def _class(value: Any, name: str) -> str:
-    """A class as text: whole numbers and text are classes, nothing else is."""
+def _parse_class(value: Any, name: str) -> str:
+    """Return a class as text: only whole numbers and texts are classes. Raises BadRow."""
     empty = value is None or (isinstance(value, str) and not value.strip())
     if empty or isinstance(value, bool) or not isinstance(value, str | int):
         check = "empty-answers" if empty else "missing-fields"
@@ -20,39 +20,35 @@ def _class(value: Any, name: str) -> str:
     return str(value)
 
 
+@reads("classification", ("text", "label"))
 def _classification(row: Row) -> Example:
-    text = string(row.fields, "text")
+    text = required_text(row.fields, "text")
     return Example(
-        row.where, prompt=text, label=_class(row.fields.get("label"), "label"), weight=weight_of(row.fields)
+        row.where, prompt=text, label=_parse_class(row.fields.get("label"), "label"), weight=loss_weight(row.fields)
     )
 
 
+@reads("token-classification", ("tokens", "tags"), ("tokens", "ner_tags"))
 def _token_classification(row: Row) -> Example:
     name = "tags" if "tags" in row.fields else "ner_tags"
-    words, tags = (listed(row.fields.get(key), key) for key in ("tokens", name))
+    words, tags = (parse_list(row.fields.get(key), key) for key in ("tokens", name))
     if not isinstance(words, list) or not isinstance(tags, list) or not words:
         raise BadRow(f"tokens and {name} that are not lists", f"a list of words and a list of {name}")
     if len(words) != len(tags):
         raise BadRow(f"{len(words)} tokens with {len(tags)} {name}", "one tag for each token")
     if not all(isinstance(word, str) and word.strip() for word in words):
-        raise BadRow("a token that is empty or no text", "words as text")
+        raise BadRow("a token that is empty or not text", "words as text")
     return Example(
         row.where,
         words=tuple(words),
-        tags=tuple(_class(tag, name) for tag in tags),
-        weight=weight_of(row.fields),
+        tags=tuple(_parse_class(tag, name) for tag in tags),
+        weight=loss_weight(row.fields),
     )
 
 
-def sorted_labels(found: Iterable[str]) -> tuple[str, ...]:
-    """Classes in order: numbers by value, text by alphabet."""
-    labels = set(found)
+def sorted_labels(classes: Iterable[str]) -> tuple[str, ...]:
+    """Return the distinct classes in order: numbers by value, text by alphabet."""
+    labels = set(classes)
     if labels and all(re.fullmatch(r"-?\d+", label, re.ASCII) for label in labels):
         return tuple(sorted(labels, key=lambda label: (int(label), label)))
     return tuple(sorted(labels))
-
-
-FORMATS = {
-    "token-classification": Format((("tokens", "tags"), ("tokens", "ner_tags")), _token_classification),
-    "classification": Format((("text", "label"),), _classification),
-}

@@ -1,50 +1,44 @@
-"""Questions with answers, instructions with outputs, sources with targets, and raw text."""
+"""Formats of pairs: questions with answers, instructions with outputs, sources with targets; and raw text."""
 
 from __future__ import annotations
 
-from peftkit.data.formats.base import Example, Format, optional, string, weight_of
+from peftkit.data.formats.base import Example, loss_weight, optional_text, reads, required_text
 from peftkit.data.read import Row
 
 
-def _asked(row: Row, asked: str, answer: str) -> Example:
-    """A single question as a chat, so that the model's own template serves."""
+def _single_turn_chat(row: Row, question: str, answer: str) -> Example:
+    """Return a chat of one question and its answer, so that the model's own template applies."""
     system = row.fields.get("system")
-    first = ({"role": "system", "content": system},) if isinstance(system, str) and system.strip() else ()
-    turns = (*first, {"role": "user", "content": asked}, {"role": "assistant", "content": answer})
-    return Example(row.where, messages=turns, weight=weight_of(row.fields))
+    system_turns = ({"role": "system", "content": system},) if isinstance(system, str) and system.strip() else ()
+    turns = (*system_turns, {"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    return Example(row.where, messages=turns, weight=loss_weight(row.fields))
 
 
+@reads("instruction", ("instruction", "output"))
 def _instruction(row: Row) -> Example:
-    """Alpaca: instruction, optional input, output."""
-    instruction = string(row.fields, "instruction")
-    context = optional(row.fields, "input")
-    asked = f"{instruction}\n\n{context}" if context else instruction
-    return _asked(row, asked, string(row.fields, "output", answer=True))
+    """Read an Alpaca row: instruction, optional input, output."""
+    instruction = required_text(row.fields, "instruction")
+    context = optional_text(row.fields, "input")
+    prompt = f"{instruction}\n\n{context}" if context else instruction
+    return _single_turn_chat(row, prompt, required_text(row.fields, "output", answer=True))
 
 
+@reads("question-answer", ("question", "answer"))
 def _question_answer(row: Row) -> Example:
-    """A question with its answer, and perhaps the context that it is about."""
-    question = string(row.fields, "question")
-    context = optional(row.fields, "context")
-    asked = f"{context}\n\n{question}" if context else question
-    return _asked(row, asked, string(row.fields, "answer", answer=True))
+    """Read a question with its answer, and the optional context that it is about."""
+    question = required_text(row.fields, "question")
+    context = optional_text(row.fields, "context")
+    prompt = f"{context}\n\n{question}" if context else question
+    return _single_turn_chat(row, prompt, required_text(row.fields, "answer", answer=True))
 
 
+@reads("seq2seq", ("source", "target"))
 def _seq2seq(row: Row) -> Example:
-    """One text to read and one to write."""
-    source, target = string(row.fields, "source"), string(row.fields, "target", answer=True)
-    return Example(row.where, prompt=source, completion=target, weight=weight_of(row.fields))
+    """Read a source text and a target text."""
+    source, target = required_text(row.fields, "source"), required_text(row.fields, "target", answer=True)
+    return Example(row.where, prompt=source, completion=target, weight=loss_weight(row.fields))
 
 
+@reads("text", ("text",))
 def _text(row: Row) -> Example:
-    return Example(
-        row.where, completion=string(row.fields, "text", answer=True), weight=weight_of(row.fields)
-    )
-
-
-FORMATS = {
-    "instruction": Format((("instruction", "output"),), _instruction),
-    "question-answer": Format((("question", "answer"),), _question_answer),
-    "seq2seq": Format((("source", "target"),), _seq2seq),
-}
-TEXT = {"text": Format((("text",),), _text)}
+    return Example(row.where, completion=required_text(row.fields, "text", answer=True), weight=loss_weight(row.fields))

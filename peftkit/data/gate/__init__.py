@@ -1,1 +1,1 @@
-"""The data gate: what is learnt, shown token by token, and checks that pass, warn or fail."""
+"""Checks of the training data that pass, warn or fail, and samples of it, token by token."""

@@ -1,4 +1,4 @@
-"""All checks by name, and what they say together. A new check is a row of one of the tables."""
+"""The table of all checks by name, and the function that runs them. A new check is a row of a table."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from peftkit.data.gate import balance
 from peftkit.data.gate import counted as noticed
 from peftkit.data.gate import duplicates as alike
 from peftkit.data.gate import learnable as learning
-from peftkit.data.gate.finding import Data, Finding
+from peftkit.data.gate.finding import CheckInputs, DataFinding
 
 # in the order in which they are told: rows, then what they say, then tokens
-CHECKS: Mapping[str, Callable[[Data], Finding]] = {
+CHECKS: Mapping[str, Callable[[CheckInputs], DataFinding]] = {
     **noticed.checks(),
     **alike.CHECKS,
     **balance.CHECKS,
@@ -19,12 +19,12 @@ CHECKS: Mapping[str, Callable[[Data], Finding]] = {
 }
 
 
-def judge(data: Data, waived: Sequence[str]) -> tuple[Finding, ...]:
-    """What every check says. One that fails and is waived says so."""
-    found = [check(data) for check in CHECKS.values()]
+def run_checks(data: CheckInputs, waived: Sequence[str]) -> tuple[DataFinding, ...]:
+    """Run every check and return the findings; a failed check that is in `waived` gets the status waived."""
+    findings = [check(data) for check in CHECKS.values()]
     return tuple(
-        Finding(f.check, "waived", f.said, f.num_rows, f.rows, f.fix)
+        DataFinding(f.check, "waived", f.said, f.num_rows, f.rows, f.fix)
         if f.status == "fail" and f.check in waived
         else f
-        for f in found
+        for f in findings
     )

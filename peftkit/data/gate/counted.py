@@ -1,16 +1,16 @@
-"""Checks that count rows as they pass: what each means, how bad it is, and how it is mended. One row each."""
+"""Checks over counted rows: the message, the severity and the fix of each, one table row per check."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peftkit.data.gate.finding import Data, Finding, Status, of_rows, share
+from peftkit.data.gate.finding import CheckInputs, DataFinding, Status, finding_from_counts, show_share
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How a count becomes a finding: it warns until so large a share of the rows, then it fails."""
+class CountedCheck:
+    """The messages and thresholds of one counted check: it warns below `fails_from` (a share), then fails."""
 
     good: str
     bad: str
@@ -20,83 +20,78 @@ class Kind:
 
 
 _NEVER = 2.0
-KINDS: dict[str, Kind] = {
-    "malformed-rows": Kind("every row can be read", "rows that cannot be read", "mend the file"),
-    "encoding": Kind("all text is UTF-8", "rows that are not UTF-8", "convert the file to UTF-8"),
-    "missing-fields": Kind(
-        "every row has its fields",
-        "rows without a field, or with the wrong kind",
-        "mend the rows or map columns",
+COUNTED_CHECKS: dict[str, CountedCheck] = {
+    "malformed-rows": CountedCheck("every row can be read", "rows that cannot be read", "fix the file"),
+    "encoding": CountedCheck("all text is UTF-8", "rows that are not UTF-8", "convert the file to UTF-8"),
+    "missing-fields": CountedCheck(
+        "every row has its fields", "rows without a field, or with the wrong kind", "fix the rows or map columns"
     ),
-    "empty-answers": Kind(
-        "every answer says something", "rows with an empty answer", "give an answer, or take the rows out"
+    "empty-answers": CountedCheck(
+        "no answer is empty", "rows with an empty answer", "give an answer, or remove the rows"
     ),
-    "roles": Kind(
+    "roles": CountedCheck(
         "turns are in order",
         "rows with turns out of order",
-        "user and assistant take turns, an answer comes last, a system turn first",
+        "alternate user and assistant turns, a system turn only first, an answer last",
     ),
-    "chosen-equals-rejected": Kind(
-        "chosen and rejected answers differ", "rows whose answers are the same", "take the rows out"
+    "chosen-equals-rejected": CountedCheck(
+        "chosen and rejected answers differ", "rows whose answers are the same", "remove the rows"
     ),
-    "secrets": Kind(
-        "no keys or tokens were found", "rows with what looks like a secret", "take it out, and revoke it"
+    "secrets": CountedCheck(
+        "no keys or tokens were found", "rows with what looks like a secret", "remove it, and revoke it"
     ),
-    "emails": Kind(
+    "emails": CountedCheck(
         "no e-mail addresses were found",
         "rows with an e-mail address",
         "replace addresses: a model may repeat them",
         _NEVER,
     ),
-    "control-characters": Kind(
-        "no control characters", "rows with control characters", "strip them when the data is made", _NEVER
+    "control-characters": CountedCheck(
+        "no control characters", "rows with control characters", "strip them when you build the data", _NEVER
     ),
-    "mojibake": Kind(
+    "mojibake": CountedCheck(
         "no text was decoded wrongly",
         "rows whose text was decoded wrongly on the way",
         "decode the source as UTF-8",
         0.05,
     ),
-    "special-tokens": Kind(
-        "no special token is typed as text",
-        "rows in which people typed a special token",
-        "take it out: it would be read as the token itself",
+    "special-tokens": CountedCheck(
+        "no special token in the text",
+        "rows whose text contains a special token",
+        "remove it: it would be tokenized as the special token",
     ),
-    "foreign-markers": Kind(
+    "foreign-markers": CountedCheck(
         "no other model's markers in the text",
         "rows with the markers of another chat template in their text",
         "give the turns as messages: the template writes the markers",
         0.5,
         templated=True,
     ),
-    "template": Kind(
-        "every turn stands in the rendered text",
-        "rows of which the template leaves something out",
+    "template": CountedCheck(
+        "every turn is in the rendered text",
+        "rows from which the template drops something",
         "use a template that fits: data.chat.template",
     ),
-    "reasoning": Kind(
+    "reasoning": CountedCheck(
         "the template keeps the reasoning",
-        "rows whose reasoning the template leaves out",
+        "rows whose reasoning the template drops",
         "set data.chat.thinking: drop, or use another template",
         _NEVER,
     ),
-    "unknown-tokens": Kind(
-        "the tokenizer knows all text",
-        "rows with unknown tokens",
-        "use a base whose tokenizer knows the text",
-        0.1,
+    "unknown-tokens": CountedCheck(
+        "no unknown tokens", "rows with unknown tokens", "use a base whose tokenizer covers the text", 0.1
     ),
-    "double-bos": Kind(
-        "no row starts twice",
+    "double-bos": CountedCheck(
+        "no row has two start tokens",
         "rows with two start tokens",
-        "the template writes one and the text another: take one out",
+        "the template writes one and the text another: remove one",
     ),
-    "masked-rows": Kind(
-        "something is learnt from every row",
-        "rows from which nothing is learnt",
+    "masked-rows": CountedCheck(
+        "every row has tokens in the loss",
+        "rows without tokens in the loss",
         "see data.mask, data.truncation and train.max_length; waived, they are left out",
     ),
-    "end-token": Kind(
+    "end-token": CountedCheck(
         "every answer ends in an end token",
         "rows whose answer does not end in an end token",
         "use a chat template that ends turns: without it the model never stops",
@@ -104,21 +99,21 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def checks() -> dict[str, Callable[[Data], Finding]]:
-    """A function for each kind."""
-    return {name: _check(name, kind) for name, kind in KINDS.items()}
+def checks() -> dict[str, Callable[[CheckInputs], DataFinding]]:
+    """Return the check function of each counted check, by name."""
+    return {name: _make_check(name, kind) for name, kind in COUNTED_CHECKS.items()}
 
 
-def _check(name: str, kind: Kind) -> Callable[[Data], Finding]:
-    def look(data: Data) -> Finding:
-        noticed = data.tally.of(name)
-        if not noticed.count:
-            return Finding(name, "pass", kind.good)
-        whole = data.num_rows
-        fails = noticed.count >= kind.fails_from * whole
+def _make_check(name: str, kind: CountedCheck) -> Callable[[CheckInputs], DataFinding]:
+    def check_rows(data: CheckInputs) -> DataFinding:
+        counted = data.tally.of(name)
+        if not counted.count:
+            return DataFinding(name, "pass", kind.good)
+        total = data.num_rows
+        fails = counted.count >= kind.fails_from * total
         if kind.templated and data.prepared.style.source == "none":
             fails = False
         status: Status = "fail" if fails else "warn"
-        return of_rows(name, status, noticed, f"{kind.bad}: {share(noticed.count, whole)}", kind.fix)
+        return finding_from_counts(name, status, counted, f"{kind.bad}: {show_share(counted.count, total)}", kind.fix)
 
-    return look
+    return check_rows

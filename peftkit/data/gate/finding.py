@@ -1,4 +1,4 @@
-"""What a check says: pass, warn or fail, the rows that it is about, and how to mend them."""
+"""The outcome of a check (pass, warn, fail or waived) with its rows and fix; and the inputs of checks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from peftkit.data.rows.examples import Examples
-from peftkit.data.rows.tally import Noticed, Tally
-from peftkit.data.tokens.prepare import Prepared
+from peftkit.data.rows.tally import CountedRows, Tally
+from peftkit.data.tokens.prepare import TokenizedData
 from peftkit.plan.facts import Facts
 from peftkit.plan.plan import Plan
 
@@ -16,7 +16,7 @@ Status = Literal["pass", "warn", "fail", "waived"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class DataFinding:
     """The outcome of one check. `rows` are the first few of `num_rows`: (where, what)."""
 
     check: str
@@ -28,11 +28,11 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Data:
-    """What checks look at; with `full` every row is searched for near duplicates."""
+class CheckInputs:
+    """The inputs of every check; with `full`, near duplicates are searched in all rows."""
 
     examples: Examples
-    prepared: Prepared
+    prepared: TokenizedData
     plan: Plan
     tokenizer: Any
     facts: Facts
@@ -41,28 +41,28 @@ class Data:
 
     @property
     def tally(self) -> Tally:
-        """What was noticed in reading and in tokenizing."""
+        """Return the rows counted by check while reading and while tokenizing."""
         return self.examples.tally.joined(self.prepared.seen.tally)
 
     @property
     def num_rows(self) -> int:
-        """Rows that were read and could be used."""
+        """Return the number of rows that were read and could be used."""
         return len(self.examples.train) + len(self.examples.eval)
 
 
-def of_rows(check: str, status: Status, noticed: Noticed, said: str, fix: str) -> Finding:
-    """A finding about the rows that were noticed."""
-    return Finding(check, status, said, noticed.count, tuple(noticed.rows), fix)
+def finding_from_counts(check: str, status: Status, counted: CountedRows, message: str, fix: str) -> DataFinding:
+    """Return a finding about rows that were counted while they were read or tokenized."""
+    return DataFinding(check, status, message, counted.count, tuple(counted.rows), fix)
 
 
-def of_pairs(
-    check: str, status: Status, rows: Sequence[tuple[str, str]], said: str, fix: str, *, shown: int = 20
-) -> Finding:
-    """A finding about rows that were gathered in a list."""
-    return Finding(check, status, said, len(rows), tuple(rows[:shown]), fix)
+def finding_from_rows(
+    check: str, status: Status, rows: Sequence[tuple[str, str]], message: str, fix: str, *, max_rows: int = 20
+) -> DataFinding:
+    """Return a finding about a list of (where, what) rows."""
+    return DataFinding(check, status, message, len(rows), tuple(rows[:max_rows]), fix)
 
 
-def share(part: int, whole: int) -> str:
-    """'3 of 200 (1.5 %)'."""
-    percent = 100 * part / max(1, whole)
-    return f"{part:,} of {whole:,} ({percent:.{2 if percent < 10 else 3}g} %)"
+def show_share(part: int, total: int) -> str:
+    """Return '3 of 200 (1.5 %)'."""
+    percent = 100 * part / max(1, total)
+    return f"{part:,} of {total:,} ({percent:.{2 if percent < 10 else 3}g} %)"

@@ -1,4 +1,4 @@
-"""The language of a text, by its script and its commonest small words: enough to see a stray one."""
+"""Language detection by script and by frequent short words: enough to find rows in a stray language."""
 
 from __future__ import annotations
 
@@ -29,28 +29,35 @@ _WORDS = {
     "Turkish": "ve bir bu için ile çok var mı değil olarak nasıl kadar daha gibi olan",
 }
 _LOOKUP: dict[str, list[str]] = {}
-for _name, _listed in _WORDS.items():
-    for _word in _listed.split():
+for _name, _text in _WORDS.items():
+    for _word in _text.split():
         _LOOKUP.setdefault(_word, []).append(_name)
 _WORD = re.compile(r"[^\W\d_]+")
-_LOOKED_AT = 600  # characters
-_FEWEST_HITS = 4  # different words
+_MAX_CHARS = 600  # characters
+_MIN_HITS = 4  # different words
 
 
 def language_of(text: str) -> str:
-    """The likeliest language, or "" where a text has too little to tell."""
-    text = text[:_LOOKED_AT]
+    """Return the likeliest language of a text, or "" if it is too short to tell.
+
+    A script wins if more than a third of the letters are in its range. Otherwise each of the text's distinct
+    frequent words adds 1 / (languages that share it) to each of them; the best language wins with at least
+    _MIN_HITS words and 1.5 times the score of the next.
+
+    Example: language_of("what is the name of this city") == "English"
+    """
+    text = text[:_MAX_CHARS]
     if not text.isascii():
         letters = sum(char.isalpha() for char in text)
-        for name, first, last in _SCRIPTS:
-            if sum(first <= char <= last for char in text) * 3 > letters:
+        for name, low, high in _SCRIPTS:
+            if sum(low <= char <= high for char in text) * 3 > letters:
                 return name
     scores: dict[str, float] = {}
     hits = {word for word in _WORD.findall(text.lower()) if word in _LOOKUP}
     for word in hits:
         for name in _LOOKUP[word]:
             scores[name] = scores.get(name, 0.0) + 1 / len(_LOOKUP[word])
-    if len(hits) < _FEWEST_HITS:
+    if len(hits) < _MIN_HITS:
         return ""
-    (best, top), *rest = sorted(scores.items(), key=lambda item: -item[1])
-    return best if not rest or top >= 1.5 * rest[0][1] else ""
+    (best, best_score), *rest = sorted(scores.items(), key=lambda item: -item[1])
+    return best if not rest or best_score >= 1.5 * rest[0][1] else ""

@@ -1,4 +1,4 @@
-"""Hub datasets: the only home of `datasets`. No code of a dataset is ever run."""
+"""Hub datasets: the only place that imports `datasets`. No code of a dataset is ever run."""
 
 from __future__ import annotations
 
@@ -10,79 +10,76 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.data.read.rows import Fault, File, Row
-from peftkit.data.read.tables import rows_of
+from peftkit.data.read.tables import rows_of_batches
 from peftkit.errors import Problem, UserError, did_you_mean
-from peftkit.hub import hub_answers, hub_is_off
+from peftkit.hub import hub_is_offline, probe_hub
 from peftkit.recipe.schema import Source
 
-_BATCH = 128
-_KNOWN = re.compile(
+_BATCH_ROWS = 128
+_AVAILABLE = re.compile(
     r"(?:available configs|Available configs in the cache|Available|Should be one of):? (\[[^\]]*\])"
 )
 
 
-def dataset(source: Source, where: str) -> Any:
-    """The `datasets.Dataset` behind a hub id, loaded once. Raises UserError where it cannot be had."""
-    if not hub_is_off() and not hub_answers():
+def load_hub_dataset(source: Source, where: str) -> Any:
+    """Load the `datasets.Dataset` of a hub id, once per process. Raises UserError if it cannot be loaded."""
+    if not hub_is_offline() and not probe_hub():
         got = f"the hub dataset {source.path!r} while the hub cannot be reached"
         fix = "give a file, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
-        raise UserError(Problem(where, got, "data at hand", fix))
-    return _loaded(source.path, source.config, source.split, source.revision, where)
+        raise UserError(Problem(where, got, "data that is available", fix))
+    return _load_cached(source.path, source.config, source.split, source.revision, where)
 
 
 @lru_cache(maxsize=8)
-def _loaded(name: str, config: str | None, split: str, revision: str | None, where: str) -> Any:
+def _load_cached(name: str, config: str | None, split: str, revision: str | None, where: str) -> Any:
     import datasets
 
     try:
         return datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:
         # datasets raises a dozen unrelated types for the same thing: it cannot be had
-        raise UserError(_problem(name, config, split, where, error)) from error
-
-
-def _problem(name: str, config: str | None, split: str, where: str, error: Exception) -> Problem:
-    """Why a dataset cannot be had, with the configs or splits there are where the library tells them."""
-    said = str(error)
-    if known := _KNOWN.search(said):
-        names = re.findall(r"'([^']*)'", known[1])
-        is_split = said.startswith("Unknown split")
-        asked, key = (split, "split") if is_split else (config, "config")
-        got = f"the hub dataset {name!r} with {'no' if asked is None else 'the'} {key} {asked or ''}".rstrip()
-        fix = did_you_mean(asked, names) if asked else f"for example config: {names[0]}" if names else ""
-        return Problem(where, got, f"a {key} of {', '.join(names)}", fix)
-    if hub_is_off() and isinstance(error, ConnectionError):
-        got = f"the hub dataset {name!r} while HF_HUB_OFFLINE is set"
-        return Problem(where, got, "data at hand", "give a file, or unset HF_HUB_OFFLINE")
-    first = (said.splitlines() or [type(error).__name__])[0][:160]
-    got = f"the hub dataset {name!r} [{split}] ({first})"
-    return Problem(where, got, "a dataset that can be read", "check the name and split, or give a file")
+        message = str(error)
+        if match := _AVAILABLE.search(message):
+            names = re.findall(r"'([^']*)'", match[1])
+            is_split = message.startswith("Unknown split")
+            value, key = (split, "split") if is_split else (config, "config")
+            got = f"the hub dataset {name!r} with {'no' if value is None else 'the'} {key} {value or ''}".rstrip()
+            fix = did_you_mean(value, names) if value else f"for example config: {names[0]}" if names else ""
+            load_problem = Problem(where, got, f"a {key} of {', '.join(names)}", fix)
+        elif hub_is_offline() and isinstance(error, ConnectionError):
+            got = f"the hub dataset {name!r} while HF_HUB_OFFLINE is set"
+            load_problem = Problem(where, got, "data that is available", "give a file, or unset HF_HUB_OFFLINE")
+        else:
+            reason = (message.splitlines() or [type(error).__name__])[0][:160]
+            got = f"the hub dataset {name!r} [{split}] ({reason})"
+            load_problem = Problem(where, got, "a dataset that can be read", "check the name and split, or give a file")
+        raise UserError(load_problem) from error
 
 
 def hub_rows(source: Source, where: str) -> Iterator[Row | Fault]:
-    """The rows of a hub dataset, batch by batch from its Arrow files."""
-    found = dataset(source, where).with_format("arrow")
+    """Yield the rows of a hub dataset, batch by batch from its Arrow files."""
+    arrow_dataset = load_hub_dataset(source, where).with_format("arrow")
     file = File(Path(), f"{source.path}[{source.split}]")
-    return rows_of(file, found.features.arrow_schema, found.iter(_BATCH))
+    return rows_of_batches(file, arrow_dataset.features.arrow_schema, arrow_dataset.iter(_BATCH_ROWS))
 
 
 def hub_key(source: Source, where: str) -> str:
-    """A digest of a hub dataset's content: of what `datasets` knows it by, with its config and split."""
-    parts = (dataset(source, where)._fingerprint, source.config or "", source.split)
+    """Return a sha256 of the fingerprint that `datasets` gives the content, with config and split."""
+    parts = (load_hub_dataset(source, where)._fingerprint, source.config or "", source.split)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def mapped_dataset(paths: Sequence[Path], columns: Sequence[str]) -> Any:
-    """A `datasets.Dataset` of some columns of Arrow streams, mapped: nothing is read into memory."""
+    """Return a `datasets.Dataset` of some columns of Arrow streams, memory-mapped: nothing is read."""
     import datasets
 
     parts = [datasets.Dataset.from_file(str(path)) for path in paths]
-    found = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    return found.select_columns(list(columns))
+    combined = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    return combined.select_columns(list(columns))
 
 
-def to_dataset(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """A `datasets.Dataset` of tokenized rows, as the trainer wants it."""
+def dataset_from_rows(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return tokenized rows as a `datasets.Dataset`, as the trainer expects them."""
     import datasets
 
     return datasets.Dataset.from_list([dict(row) for row in rows])

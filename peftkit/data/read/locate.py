@@ -1,4 +1,4 @@
-"""Which files stand behind a path, a folder or a glob. None is passed over in silence."""
+"""The data files of a path, a folder or a glob. No file is skipped silently."""
 
 from __future__ import annotations
 
@@ -10,109 +10,106 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePath
 
 from peftkit.data.read.rows import MAX_PROBLEMS, Fault, File, Row
-from peftkit.data.read.streams import MAX_LINE_BYTES, reading, suffixes
-from peftkit.data.read.tables import arrow, parquet
-from peftkit.data.read.texts import json_array, json_lines, paragraphs, tabbed, table
+from peftkit.data.read.streams import MAX_LINE_BYTES, split_suffixes, translate_read_errors
+from peftkit.data.read.tables import read_arrow, read_parquet
+from peftkit.data.read.texts import read_csv, read_json_array, read_json_lines, read_paragraphs, read_tsv
 from peftkit.errors import Problem, UserError, did_you_mean
-from peftkit.recipe.paths import COMPRESSED_SUFFIXES, is_glob, stands
+from peftkit.recipe.paths import COMPRESSED_SUFFIXES, is_glob, path_exists
 
 READERS: dict[str, Callable[[File, int], Iterator[Row | Fault]]] = {
-    ".jsonl": json_lines,
-    ".ndjson": json_lines,
-    ".json": json_array,
-    ".csv": table,
-    ".tsv": tabbed,
-    ".parquet": parquet,
-    ".arrow": arrow,
-    ".txt": paragraphs,
-    ".md": paragraphs,
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json_array,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".txt": read_paragraphs,
+    ".md": read_paragraphs,
 }
-KNOWN = f"{', '.join(READERS)}; each also with {' or '.join(COMPRESSED_SUFFIXES)}"
-_BESIDE_DATA = ("README*", "LICENSE*", "*.md5")
-_SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # what datasets.save_to_disk writes
+KNOWN_KINDS = f"{', '.join(READERS)}; each also with {' or '.join(COMPRESSED_SUFFIXES)}"
+_IGNORED_FILES = ("README*", "LICENSE*", "*.md5")
+_SAVED_STATE, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # what datasets.save_to_disk writes
 
 
 def rows_of_file(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]:
-    """The rows of one file of a known kind."""
-    with reading(file):
-        yield from READERS[suffixes(file.path)[0]](file, limit)
+    """Yield the rows of one file of a known kind."""
+    with translate_read_errors(file):
+        yield from READERS[split_suffixes(file.path)[0]](file, limit)
 
 
-def chosen(names: Iterable[str], shown: str, where: str, *, hidden: bool = False) -> list[str]:
-    """The data files among a folder's, sorted. Raises UserError for files of unknown kind, and for none."""
-    known: list[str] = []
-    strays: list[str] = []
+def select_data_files(names: Iterable[str], source_name: str, where: str, *, include_hidden: bool = False) -> list[str]:
+    """Return the data files of a folder's files, sorted. Raises UserError for unknown kinds and for none."""
+    data_files: list[str] = []
+    unknown_files: list[str] = []
     for name in sorted(names, key=lambda name: PurePath(name).parts):
         path = PurePath(name)
-        beside = any(fnmatch(path.name, pattern) for pattern in _BESIDE_DATA)
-        if not beside and (hidden or not any(part.startswith(".") for part in path.parts)):
-            (known if suffixes(Path(name))[0] in READERS else strays).append(name)
-    if strays:
-        more = [f"{len(strays) - MAX_PROBLEMS} more"] if len(strays) > MAX_PROBLEMS else []
-        listed = ", ".join([*strays[:MAX_PROBLEMS], *more])
+        is_ignored = any(fnmatch(path.name, pattern) for pattern in _IGNORED_FILES)
+        if not is_ignored and (include_hidden or not any(part.startswith(".") for part in path.parts)):
+            (data_files if split_suffixes(Path(name))[0] in READERS else unknown_files).append(name)
+    if unknown_files:
+        more = [f"{len(unknown_files) - MAX_PROBLEMS} more"] if len(unknown_files) > MAX_PROBLEMS else []
+        listed = ", ".join([*unknown_files[:MAX_PROBLEMS], *more])
         raise UserError(
             Problem(
-                where, f"{shown} with {listed}", f"data files alone: {KNOWN}", "move the others elsewhere"
+                where, f"{source_name} with {listed}", f"only data files: {KNOWN_KINDS}", "move the others elsewhere"
             )
         )
-    if not known:
-        raise UserError(Problem(where, f"{shown}, in which there is no data file", f"files of {KNOWN}"))
-    return known
+    if not data_files:
+        raise UserError(Problem(where, f"{source_name}, which has no data file", f"files of {KNOWN_KINDS}"))
+    return data_files
 
 
 def local_files(path: str, split: str, where: str) -> list[File]:
-    """The files behind a local path. Raises UserError where there are none, or some of unknown kind."""
-    place = Path(path)
-    there = bool(path) and stands(place)
-    if there and place.is_file():
-        if suffixes(place)[0] not in READERS:
-            raise UserError(Problem(where, path, f"a file of a known kind: {KNOWN}"))
-        return [File(place, path)]
-    if there and place.is_dir():
-        return _of_folder(place, split, where)
-    if there:
+    """Return the files of a local path. Raises UserError if there are none, or some of unknown kind."""
+    location = Path(path)
+    exists = bool(path) and path_exists(location)
+    if exists and location.is_file():
+        if split_suffixes(location)[0] not in READERS:
+            raise UserError(Problem(where, path, f"a file of a known kind: {KNOWN_KINDS}"))
+        return [File(location, path)]
+    if exists and location.is_dir():
+        return _folder_files(location, split, where)
+    if exists:
         raise UserError(Problem(where, f"{path}, which is a pipe or a device", "a data file"))
     if is_glob(path):
-        found = {match for match in glob.glob(path, recursive=True) if Path(match).is_file()}  # noqa: PTH207
-        if not found:
+        matches = {match for match in glob.glob(path, recursive=True) if Path(match).is_file()}  # noqa: PTH207
+        if not matches:
             fix = "paths in a recipe are relative to the recipe's folder"
             raise UserError(Problem(where, f"{path}, which matches no file", "a glob that matches", fix))
-        return [File(Path(name), name) for name in chosen(found, path, where, hidden=True)]
-    raise _not_there(path, where)
-
-
-def _not_there(path: str, where: str) -> UserError:
-    here = Path.cwd() / Path(path).name
+        return [File(Path(name), name) for name in select_data_files(matches, path, where, include_hidden=True)]
+    candidate = Path.cwd() / Path(path).name
     fix = (
-        f"there is {here}: paths in a recipe are relative to the recipe"
-        if stands(here)
+        f"there is {candidate}: paths in a recipe are relative to the recipe"
+        if path_exists(candidate)
         else "paths in a recipe are relative to the recipe's folder"
     )
-    return UserError(Problem(where, f"{path}, which is not there", "a data file", fix))
+    missing_path = UserError(Problem(where, f"{path}, which does not exist", "a data file", fix))
+    raise missing_path
 
 
-def _of_folder(folder: Path, split: str, where: str) -> list[File]:
-    """The files of a folder; of one by datasets.save_to_disk, those of the split."""
+def _folder_files(folder: Path, split: str, where: str) -> list[File]:
+    """Return the files of a folder; of one written by datasets.save_to_disk, those of the split."""
     if (folder / _SAVED_SPLITS).is_file():
-        splits = sorted(path.parent.name for path in folder.glob(f"*/{_SAVED}"))
+        splits = sorted(path.parent.name for path in folder.glob(f"*/{_SAVED_STATE}"))
         if split not in splits:
             got = f"the split {split!r} of {folder}"
             raise UserError(Problem(where, got, f"one of {', '.join(splits)}", did_you_mean(split, splits)))
-        return _of_folder(folder / split, split, where)
-    if (folder / _SAVED).is_file() and any(folder.glob("*.arrow")):
-        state = json.loads((folder / _SAVED).read_text(encoding="utf-8"))
+        return _folder_files(folder / split, split, where)
+    if (folder / _SAVED_STATE).is_file() and any(folder.glob("*.arrow")):
+        state = json.loads((folder / _SAVED_STATE).read_text(encoding="utf-8"))
         paths = [folder / entry["filename"] for entry in state["_data_files"]]
         return [File(path, str(path)) for path in paths]
-    names = chosen(_below(folder), str(folder), where)
+    names = select_data_files(_walk_files(folder), str(folder), where)
     return [File(folder / name, str(folder / name)) for name in names]
 
 
-def _below(folder: Path) -> Iterator[str]:
-    """Every file below a folder, through links too but never in a circle, relative to it."""
-    seen = {folder.resolve()}
-    for place, folders, names in os.walk(folder, followlinks=True):
-        here = Path(place)
-        yield from (str((here / name).relative_to(folder)) for name in names)
-        inner = {name: (here / name).resolve() for name in folders}
-        folders[:] = [name for name in folders if inner[name] not in seen]
-        seen.update(inner.values())
+def _walk_files(folder: Path) -> Iterator[str]:
+    """Yield every file below a folder, relative to it; links are followed, but no folder is visited twice."""
+    visited = {folder.resolve()}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        current = Path(root)
+        yield from (str((current / name).relative_to(folder)) for name in names)
+        targets = {name: (current / name).resolve() for name in folders}
+        folders[:] = [name for name in folders if targets[name] not in visited]
+        visited.update(targets.values())

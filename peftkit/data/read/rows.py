@@ -1,4 +1,4 @@
-"""What reading gives: rows, and faults where a row cannot be had."""
+"""The results of reading: rows, and faults in place of rows that cannot be read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_PROBLEMS = 20
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it was read. `where` is 'file:line', or 'name row N' where lines mean nothing."""
+    """One row as it was read. `where` is 'file:line', or 'name row N' for files without lines."""
 
     fields: Mapping[str, Any]
     where: str
@@ -22,7 +22,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fault:
-    """One row that could not be read, to be counted: reading goes on behind it."""
+    """One row that could not be read; it is counted, and reading continues after it."""
 
     kind: Literal["malformed-rows", "encoding"]
     problem: Problem
@@ -36,26 +36,26 @@ class File:
     name: str
 
     def refuse(self, got: str, expected: str, fix: str = "", *, line: int | None = None) -> UserError:
-        """The error of a file that cannot be read at all."""
+        """Return the error of a file that cannot be read at all."""
         where = self.name if line is None else f"{self.name}:{line}"
         return UserError(Problem(where, got, expected, fix))
 
 
-def twice(names: Iterable[str]) -> str | None:
-    """The first name that comes again; None where each comes once."""
-    seen: set[str] = set()
+def first_duplicate(names: Iterable[str]) -> str | None:
+    """Return the first name that occurs twice; None if all are distinct."""
+    earlier: set[str] = set()
     for name in names:
-        if name in seen:
+        if name in earlier:
             return name
-        seen.add(name)
+        earlier.add(name)
     return None
 
 
-def malformed(where: str, got: str, expected: str, fix: str = "") -> Fault:
-    """A row that is not what it should be."""
+def malformed_fault(where: str, got: str, expected: str, fix: str = "") -> Fault:
+    """Return the fault of a row that has the wrong form."""
     return Fault("malformed-rows", Problem(where, got, expected, fix))
 
 
-def misencoded(where: str, got: str, fix: str = "convert the file to UTF-8") -> Fault:
-    """A row whose text is not Unicode."""
+def encoding_fault(where: str, got: str, fix: str = "convert the file to UTF-8") -> Fault:
+    """Return the fault of a row whose text is not valid UTF-8."""
     return Fault("encoding", Problem(where, got, "UTF-8 text", fix))

@@ -1,4 +1,4 @@
-"""Bytes of a file: decompressed, found to be what the name says, and cut into lines of bounded length."""
+"""The bytes of a file: decompressed, checked against its name, and split into lines of bounded length."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from peftkit.data.read.rows import Fault, File, malformed, misencoded
+from peftkit.data.read.rows import Fault, File, encoding_fault, malformed_fault
 from peftkit.recipe.paths import COMPRESSED_SUFFIXES
 
 MAX_LINE_BYTES = 64 * 2**20
-_PIECE = 2**20
-_EXPANDS = 200  # times: texts compress to a third to a twentieth, very repetitive ones to a hundredth
-_EXPANDS_FREELY = 256 * 2**20  # bytes
+_CHUNK_BYTES = 2**20
+_MAX_EXPANSION = 200  # times: texts compress to a third to a twentieth, very repetitive ones to a hundredth
+_FREE_EXPANSION_BYTES = 256 * 2**20  # bytes
 
 # how files begin that are not text
 _MAGIC = {
@@ -32,7 +32,7 @@ _MAGIC = {
     b"%PDF-": "PDF",
     b"SQLite format 3\x00": "SQLite",
 }
-_WIDE_MARKS = {
+_BYTE_ORDER_MARKS = {
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
     b"\xff\xfe": "UTF-16",
@@ -41,7 +41,7 @@ _WIDE_MARKS = {
 
 
 class Line(NamedTuple):
-    """A line with its end. `fault` says why its text must not be used; `text` is then a stand-in."""
+    """A line with its end. `fault` says why its text must not be used; `text` is then a placeholder."""
 
     number: int
     text: str
@@ -49,15 +49,15 @@ class Line(NamedTuple):
     fault: Fault | None = None
 
 
-def suffixes(path: Path) -> tuple[str, str]:
-    """(what it holds, how it is compressed): 'rows.JSONL.gz' -> ('.jsonl', '.gz')."""
+def split_suffixes(path: Path) -> tuple[str, str]:
+    """Return (data suffix, compression suffix): 'rows.JSONL.gz' -> ('.jsonl', '.gz')."""
     name = path.name.lower()
-    packed = next((suffix for suffix in COMPRESSED_SUFFIXES if name.endswith(suffix)), "")
-    return Path(name.removesuffix(packed)).suffix, packed
+    compression = next((suffix for suffix in COMPRESSED_SUFFIXES if name.endswith(suffix)), "")
+    return Path(name.removesuffix(compression)).suffix, compression
 
 
-def seems(head: bytes) -> str:
-    """What a file is by its first bytes, in words; empty where they tell nothing."""
+def detect_binary(head: bytes) -> str:
+    """Return what a binary file is by its first bytes, in words; empty if they match no known format."""
     for magic, kind in _MAGIC.items():
         if head.startswith(magic):
             return f"{kind} (it begins with {' '.join(f'0x{byte:02x}' for byte in magic[:4])})"
@@ -65,8 +65,8 @@ def seems(head: bytes) -> str:
 
 
 @contextlib.contextmanager
-def reading(file: File) -> Iterator[None]:
-    """Tell what the system and the decompressors raise as an error of the file."""
+def translate_read_errors(file: File) -> Iterator[None]:
+    """Turn the errors of the system and of decompressors into a UserError of the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -75,106 +75,102 @@ def reading(file: File) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(file: File) -> Iterator[io.BufferedReader]:
-    """The file's bytes, decompressed as its suffix says."""
-    packed = suffixes(file.path)[1]
+def open_decompressed(file: File) -> Iterator[io.BufferedReader]:
+    """Open the file's bytes, decompressed as its suffix says. Raises UserError if the content is another."""
+    compression = split_suffixes(file.path)[1]
     with contextlib.ExitStack() as stack:
-        raw: io.BufferedReader = stack.enter_context(io.BufferedReader(io.FileIO(file.path), _PIECE))
-        if not packed:
+        raw: io.BufferedReader = stack.enter_context(io.BufferedReader(io.FileIO(file.path), _CHUNK_BYTES))
+        if not compression:
             yield raw
             return
         head = raw.peek(8)[:8]
-        kind = {".gz": "gzip", ".zst": "zstd"}[packed]
-        if head and not seems(head).startswith(kind):
+        kind = {".gz": "gzip", ".zst": "zstd"}[compression]
+        if head and not detect_binary(head).startswith(kind):
             got = f"content that is not {kind}"
             raise file.refuse(
-                f"{got} but {seems(head)}" if seems(head) else got,
+                f"{got} but {detect_binary(head)}" if detect_binary(head) else got,
                 f"{kind}, as the name says",
-                f"was it decompressed already? drop {packed} from its name",
+                f"was it decompressed already? drop {compression} from its name",
             )
-        yield io.BufferedReader(_Measured(stack.enter_context(_decompressed(raw, packed)), file), _PIECE)
+        if compression == ".gz":
+            decompressor = gzip.GzipFile(fileobj=raw)
+        else:
+            import pyarrow
+
+            decompressor = pyarrow.CompressedInputStream(raw, "zstd")
+        yield io.BufferedReader(_BoundedReader(stack.enter_context(decompressor), file), _CHUNK_BYTES)
 
 
-class _Measured(io.RawIOBase):
-    """What is decompressed, as long as it does not expand beyond all that data does."""
+class _BoundedReader(io.RawIOBase):
+    """A stream of decompressed bytes that refuses to expand more than data does (decompression bombs)."""
 
     def __init__(self, inner: Any, file: File) -> None:
         self._inner, self._file, self._num_bytes = inner, file, 0
-        self._most = max(_EXPANDS_FREELY, _EXPANDS * file.path.stat().st_size)
+        self._max_bytes = max(_FREE_EXPANSION_BYTES, _MAX_EXPANSION * file.path.stat().st_size)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """As the standard library asks. Raises UserError where the file expands too far."""
-        found = self._inner.read(min(len(buffer), _PIECE))
-        self._num_bytes += len(found)
-        if self._num_bytes > self._most:
-            packed = self._file.path.stat().st_size
-            got = f"{packed:,} bytes that expand to more than {self._most:,}"
+        """Fill `buffer` and return the number of bytes. Raises UserError if the file expands too far."""
+        chunk = self._inner.read(min(len(buffer), _CHUNK_BYTES))
+        self._num_bytes += len(chunk)
+        if self._num_bytes > self._max_bytes:
+            num_compressed = self._file.path.stat().st_size
+            got = f"{num_compressed:,} bytes that expand to more than {self._max_bytes:,}"
             fix = "if this is right, decompress it yourself and name the file that comes out"
-            raise self._file.refuse(got, f"data that expands {_EXPANDS} times at most", fix)
-        buffer[: len(found)] = found
-        return len(found)
-
-
-def _decompressed(raw: BinaryIO, packed: str) -> Any:
-    if packed == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    import pyarrow
-
-    return pyarrow.CompressedInputStream(raw, "zstd")
+            raise self._file.refuse(got, f"data that expands {_MAX_EXPANSION} times at most", fix)
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
 
 
 @contextlib.contextmanager
-def unpacked(file: File) -> Iterator[Path]:
-    """A file that can be read at any place: of a compressed one, its content in a temporary file."""
-    if not suffixes(file.path)[1]:
+def seekable_path(file: File) -> Iterator[Path]:
+    """Return the path of a seekable file; a compressed one is unpacked to a temporary file."""
+    if not split_suffixes(file.path)[1]:
         yield file.path
         return
-    with opened(file) as stream, tempfile.NamedTemporaryFile() as whole:
-        shutil.copyfileobj(stream, whole, _PIECE)
-        whole.flush()
-        yield Path(whole.name)
+    with open_decompressed(file) as stream, tempfile.NamedTemporaryFile() as temporary:
+        shutil.copyfileobj(stream, temporary, _CHUNK_BYTES)
+        temporary.flush()
+        yield Path(temporary.name)
 
 
-def wide(file: File, stream: io.BufferedReader) -> Fault | None:
-    """The one fault of a text file that is UTF-16 or UTF-32. Raises UserError where it is no text at all."""
+def check_encoding(file: File, stream: io.BufferedReader) -> Fault | None:
+    """Return the fault of a UTF-16 or UTF-32 text file, else None. Raises UserError for a binary file."""
     head = stream.peek(16)[:16]
-    kind = next((kind for mark, kind in _WIDE_MARKS.items() if head.startswith(mark)), "")
+    kind = next((kind for mark, kind in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), "")
     if kind:
         fix = f"convert it: iconv -f {kind} -t UTF-8 IN > OUT"
-        return misencoded(f"{file.name}:1", f"a file in {kind}", fix)
-    if binary := seems(head):
-        suffix = suffixes(file.path)[0]
-        raise file.refuse(
-            f"content that is {binary}", f"text, as {suffix} says", "name the file for what it holds"
-        )
+        return encoding_fault(f"{file.name}:1", f"a file in {kind}", fix)
+    if binary := detect_binary(head):
+        suffix = split_suffixes(file.path)[0]
+        raise file.refuse(f"content that is {binary}", f"text, as {suffix} says", "name the file for what it holds")
     return None
 
 
-def lines(stream: io.BufferedReader, name: str, limit: int) -> Iterator[Line]:
-    """Every line, in flat memory: what is longer than `limit` bytes is passed over in pieces."""
+def read_lines(stream: io.BufferedReader, name: str, limit: int) -> Iterator[Line]:
+    """Yield every line, in bounded memory: a line longer than `limit` bytes has a fault and no text."""
     number = 0
     while raw := stream.readline(limit + 1):
         number += 1
         num_bytes = len(raw)
         if num_bytes > limit and not raw.endswith(b"\n"):
             del raw
-            while piece := stream.readline(_PIECE):
-                num_bytes += len(piece)
-                if piece.endswith(b"\n"):
+            while chunk := stream.readline(_CHUNK_BYTES):
+                num_bytes += len(chunk)
+                if chunk.endswith(b"\n"):
                     break
             got, expected = f"a line of {num_bytes:,} bytes", f"at most {limit:,} bytes"
             fix = "break it up; is it one record a line?"
-            yield Line(number, "", num_bytes, malformed(f"{name}:{number}", got, expected, fix))
+            yield Line(number, "", num_bytes, malformed_fault(f"{name}:{number}", got, expected, fix))
             continue
-        line = decoded(raw, number, name)
+        line = decode_line(raw, number, name)
         yield line._replace(text=line.text.removeprefix("\ufeff")) if number == 1 else line
 
 
-def decoded(raw: bytes, number: int, name: str) -> Line:
-    """The text that begins on a line; with a fault, on its own line, for wrong UTF-8 and for NUL bytes."""
+def decode_line(raw: bytes, number: int, name: str) -> Line:
+    """Decode text that begins on line `number`; wrong UTF-8 and NUL bytes give a fault, on its own line."""
 
     def where(at: int) -> str:
         return f"{name}:{number + raw[:at].count(10)}"
@@ -183,9 +179,9 @@ def decoded(raw: bytes, number: int, name: str) -> Line:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        fault = misencoded(where(error.start), f"the byte 0x{raw[error.start]:02x}")
+        fault = encoding_fault(where(error.start), f"the byte 0x{raw[error.start]:02x}")
         text = raw.decode(errors="replace")
     if (at := raw.find(0)) >= 0:
         fix = "remove it; if every second byte is one, convert the file from UTF-16 to UTF-8"
-        fault = misencoded(where(at), "a NUL byte", fix)
+        fault = encoding_fault(where(at), "a NUL byte", fix)
     return Line(number, text, len(raw), fault)

@@ -1,4 +1,4 @@
-"""Text files: JSON lines and arrays, tables, paragraphs. All but JSON arrays are streamed."""
+"""Readers of text files: JSON lines and arrays, CSV, paragraphs. All but JSON arrays are streamed."""
 
 from __future__ import annotations
 
@@ -10,160 +10,159 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NoReturn
 
-from peftkit.data.read.rows import Fault, File, Row, malformed, misencoded, twice
-from peftkit.data.read.streams import MAX_LINE_BYTES, Line, decoded, lines, opened, suffixes, wide
+from peftkit.data.read.rows import Fault, File, Row, encoding_fault, first_duplicate, malformed_fault
+from peftkit.data.read.streams import (
+    MAX_LINE_BYTES,
+    Line,
+    check_encoding,
+    decode_line,
+    open_decompressed,
+    read_lines,
+    split_suffixes,
+)
 from peftkit.errors import UserError
-from peftkit.units import clipped
+from peftkit.units import shorten
 
-MAX_PACKED_ARRAY_BYTES = 512 * 2**20  # a file that is not compressed shows its size
+MAX_COMPRESSED_ARRAY_BYTES = 512 * 2**20  # a file that is not compressed shows its size
 MAX_RECORD_BYTES = 16 * 2**20  # of a table: the csv module takes four bytes and more for each
-_GAP = re.compile(r"[ \t\r\n]*")
+_BLANKS = re.compile(r"[ \t\r\n]*")
 
 
-class _RefusedError(ValueError):
-    """What Python's json takes and a row must not hold."""
+class _InvalidValueError(ValueError):
+    """A value that Python's json accepts and a row must not hold: NaN, infinity, a repeated key."""
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise _RefusedError(f"the number {name}")
+def _reject_constant(name: str) -> NoReturn:
+    raise _InvalidValueError(f"the number {name}")
 
 
-def _finite(text: str) -> float:
+def _parse_finite(text: str) -> float:
     value = float(text)
-    return value if math.isfinite(value) else _refuse_constant(clipped(text))
+    return value if math.isfinite(value) else _reject_constant(shorten(text))
 
 
-def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise _RefusedError(f"the key {clipped(twice(name for name, _ in pairs) or '')!r} twice")
+        raise _InvalidValueError(f"the key {shorten(first_duplicate(name for name, _ in pairs) or '')!r} twice")
     return value
 
 
-_STRICT = json.JSONDecoder(
-    object_pairs_hook=_unlike_keys, parse_constant=_refuse_constant, parse_float=_finite
-)
+_STRICT = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_reject_constant, parse_float=_parse_finite)
 _LENIENT = json.JSONDecoder()
 
 
-def _checked(value: Any, text: str, where: str) -> Row | Fault:
-    """The row of a parsed value; a fault where it is no object or holds what UTF-8 has no bytes for."""
+def _row_or_fault(value: Any, text: str, where: str) -> Row | Fault:
+    """Return the row of a parsed value; a fault if it is not an object or holds half of a surrogate pair."""
     if not isinstance(value, dict):
-        return malformed(where, f"a {type(value).__name__}", "one JSON object")
+        return malformed_fault(where, f"a {type(value).__name__}", "one JSON object")
     if "\\ud" in text or "\\uD" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            return misencoded(where, f"half of a surrogate pair ({half})", "write the character itself")
+            surrogate = f"\\u{ord(error.object[error.start]):04x}"
+            return encoding_fault(where, f"half of a surrogate pair ({surrogate})", "write the character itself")
     return Row(value, where)
 
 
-def _record(text: str, where: str) -> Row | Fault:
-    try:
-        return _checked(_STRICT.decode(text), text, where)
-    except _RefusedError as error:
-        return malformed(where, str(error), "one JSON object", "JSON has no NaN, and a key once")
-    except (ValueError, RecursionError) as error:
-        return malformed(where, f"a line that is not JSON ({error})", "one JSON object")
-
-
-def json_lines(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]:
-    """One object a line."""
-    with opened(file) as stream:
-        if fault := wide(file, stream):
+def read_json_lines(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]:
+    """Yield the rows of a JSON lines file: one object per line."""
+    with open_decompressed(file) as stream:
+        if fault := check_encoding(file, stream):
             yield fault
             return
-        for line in lines(stream, file.name, limit):
+        for line in read_lines(stream, file.name, limit):
             if line.fault is not None:
                 yield line.fault
             elif not line.text.isspace():
-                yield _record(line.text, f"{file.name}:{line.number}")
+                where = f"{file.name}:{line.number}"
+                try:
+                    parse_line = _row_or_fault(_STRICT.decode(line.text), line.text, where)
+                except _InvalidValueError as error:
+                    parse_line = malformed_fault(
+                        where, str(error), "one JSON object", "JSON has no NaN, and each key only once"
+                    )
+                except (ValueError, RecursionError) as error:
+                    parse_line = malformed_fault(where, f"a line that is not JSON ({error})", "one JSON object")
+                yield parse_line
 
 
-def json_array(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]:
-    """A list of objects. The text is loaded whole; its rows are parsed one by one."""
-    with opened(file) as stream:
-        if fault := wide(file, stream):
+def read_json_array(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]:
+    """Yield the rows of a JSON array of objects. The text is loaded whole; its rows are parsed one by one."""
+    with open_decompressed(file) as stream:
+        if fault := check_encoding(file, stream):
             yield fault
             return
-        packed = suffixes(file.path)[1]
-        raw = stream.read(MAX_PACKED_ARRAY_BYTES + 1) if packed else stream.read()
-        if packed and len(raw) > MAX_PACKED_ARRAY_BYTES:
-            got = f"one JSON array that expands to more than {MAX_PACKED_ARRAY_BYTES:,} bytes"
+        compression = split_suffixes(file.path)[1]
+        raw = stream.read(MAX_COMPRESSED_ARRAY_BYTES + 1) if compression else stream.read()
+        if compression and len(raw) > MAX_COMPRESSED_ARRAY_BYTES:
+            got = f"one JSON array that expands to more than {MAX_COMPRESSED_ARRAY_BYTES:,} bytes"
             raise file.refuse(got, "less, or JSON lines, which are read one by one", "decompress it yourself")
-        whole = decoded(raw, 1, file.name)
+        document = decode_line(raw, 1, file.name)
         del raw
-    if whole.fault is not None:
-        yield whole.fault
+    if document.fault is not None:
+        yield document.fault
         return
-    yield from _elements(file, whole.text.removeprefix("\ufeff"))
-
-
-def _elements(file: File, text: str) -> Iterator[Row | Fault]:
-    at = _gap(text, 0)
-    if text[at : at + 1] != "[":
+    text = document.text.removeprefix("\ufeff")
+    position = _skip_blanks(text, 0)
+    if text[position : position + 1] != "[":
         fix = "one object a line? name it .jsonl"
-        raise file.refuse(_instead(text), "a list of objects", fix)
-    at, number = _gap(text, at + 1), 0
-    more = text[at : at + 1] != "]"
-    while more:
+        try:
+            kind_of_json = f"a {type(_LENIENT.decode(text)).__name__}"
+        except (ValueError, RecursionError) as error:
+            kind_of_json = f"text that is not JSON ({error})"
+        raise file.refuse(kind_of_json, "a list of objects", fix)
+    position, number = _skip_blanks(text, position + 1), 0
+    has_more = text[position : position + 1] != "]"
+    while has_more:
         number += 1
-        row, end = _element(file, text, at, f"{file.name} row {number}")
+        row, end = _array_element(file, text, position, f"{file.name} row {number}")
         yield row
-        at = _gap(text, end)
-        more = text[at : at + 1] == ","
-        at = _gap(text, at + 1) if more else at
-    if text[at : at + 1] != "]" or _gap(text, at + 1) != len(text):
-        line = text.count("\n", 0, at) + 1
-        raise file.refuse("text that is not JSON (the list ends otherwise)", "a list of objects", line=line)
+        position = _skip_blanks(text, end)
+        has_more = text[position : position + 1] == ","
+        position = _skip_blanks(text, position + 1) if has_more else position
+    if text[position : position + 1] != "]" or _skip_blanks(text, position + 1) != len(text):
+        line = text.count("\n", 0, position) + 1
+        raise file.refuse("text that is not JSON (the list is not closed)", "a list of objects", line=line)
 
 
-def _element(file: File, text: str, at: int, where: str) -> tuple[Row | Fault, int]:
-    """(the row that begins there, where it ends)."""
+def _array_element(file: File, text: str, position: int, where: str) -> tuple[Row | Fault, int]:
+    """Return (the row that begins at `position`, its end). Raises UserError if the rest cannot be parsed."""
     try:
-        value, end = _STRICT.raw_decode(text, at)
-        return _checked(value, text[at:end], where), end
-    except _RefusedError as error:
-        fault = malformed(where, str(error), "one JSON object", "JSON has no NaN, and a key once")
+        value, end = _STRICT.raw_decode(text, position)
+        return _row_or_fault(value, text[position:end], where), end
+    except _InvalidValueError as error:
+        fault = malformed_fault(where, str(error), "one JSON object", "JSON has no NaN, and each key only once")
     except (ValueError, RecursionError) as error:
         raise file.refuse(f"text that is not JSON ({error})", "a list of objects") from None
     try:
-        return fault, _LENIENT.raw_decode(text, at)[1]
+        return fault, _LENIENT.raw_decode(text, position)[1]
     except (ValueError, RecursionError) as error:
         raise file.refuse(f"text that is not JSON ({error})", "a list of objects") from None
 
 
-def _gap(text: str, at: int) -> int:
-    found = _GAP.match(text, at)
-    return found.end() if found else at
+def _skip_blanks(text: str, position: int) -> int:
+    match = _BLANKS.match(text, position)
+    return match.end() if match else position
 
 
-def _instead(text: str) -> str:
-    """What stands where a list should."""
-    try:
-        return f"a {type(_LENIENT.decode(text)).__name__}"
-    except (ValueError, RecursionError) as error:
-        return f"text that is not JSON ({error})"
+class _RecordTooLongError(Exception):
+    """A record of more bytes than the limit."""
 
 
-class _TooLongError(Exception):
-    """A record that took more bytes than it may."""
-
-
-class _Feed:
-    """Lines for csv.reader, which asks for one at a time: what a record took is known when it ends."""
+class _RecordLines:
+    """Lines for csv.reader, which asks for one at a time: the bytes of a record are known when it ends."""
 
     def __init__(self, source: Iterator[Line], limit: int) -> None:
         self._source, self._limit = source, limit
         self.begin()
 
     def begin(self) -> None:
-        """A new record: nothing was taken for it yet."""
+        """Start a new record with zero bytes."""
         self.first = self.last = self._num_bytes = 0
         self.fault: Fault | None = None
 
-    def __iter__(self) -> _Feed:
+    def __iter__(self) -> _RecordLines:
         return self
 
     def __next__(self) -> str:
@@ -172,13 +171,13 @@ class _Feed:
         self.fault = self.fault or line.fault
         self._num_bytes += line.num_bytes
         if self._num_bytes > self._limit:
-            raise _TooLongError
+            raise _RecordTooLongError
         return line.text
 
 
-def _records(source: Iterator[Line], delimiter: str, name: str, limit: int) -> Iterator[tuple[Any, str]]:
-    """(cells or a fault, where the record begins)."""
-    feed = _Feed(source, limit)
+def _csv_records(source: Iterator[Line], delimiter: str, name: str, limit: int) -> Iterator[tuple[Any, str]]:
+    """Yield (cells or a fault, where the record begins)."""
+    feed = _RecordLines(source, limit)
     reader = csv.reader(feed, delimiter=delimiter, strict=True)  # lax, it drops quotes and swallows files
     while True:
         feed.begin()
@@ -187,64 +186,64 @@ def _records(source: Iterator[Line], delimiter: str, name: str, limit: int) -> I
             cells = next(reader)
         except StopIteration:
             return
-        except _TooLongError:
+        except _RecordTooLongError:
             got = f"a record of more than {limit:,} bytes, up to line {feed.last}"
-            fault = malformed(f"{name}:{feed.first}", got, "a quote that closes", fix)
+            fault = malformed_fault(f"{name}:{feed.first}", got, "a quote that closes", fix)
         except csv.Error as error:
             got = f"quotes that do not match ({error}), up to line {feed.last}"
             if "new-line" in str(error):
                 got, fix = "a carriage return that ends no line", "quote the cell, or end lines by line feeds"
-            fault = malformed(f"{name}:{feed.first}", got, "cells that can be told apart", fix)
+            fault = malformed_fault(f"{name}:{feed.first}", got, "matching quotes", fix)
         yield feed.fault or fault or cells, f"{name}:{feed.first}"
 
 
-def _header(file: File, records: Iterator[tuple[Any, str]]) -> list[str]:
+def _read_header(file: File, records: Iterator[tuple[Any, str]]) -> list[str]:
     """The names of the columns: the first record that is not blank."""
     for cells, where in records:
         if isinstance(cells, Fault):
             raise UserError(cells.problem)
         if cells:
-            if (name := twice(cells)) is not None:
+            if (name := first_duplicate(cells)) is not None:
                 line = int(where.rpartition(":")[2])
-                raise file.refuse(f"the column {clipped(name)!r} twice", "columns of unlike names", line=line)
+                raise file.refuse(f"the column {shorten(name)!r} twice", "unique column names", line=line)
             return list(cells)
     return []
 
 
-def table(file: File, limit: int = MAX_LINE_BYTES, *, delimiter: str = ",") -> Iterator[Row | Fault]:
-    """Comma-separated cells below a header; cells may be quoted and then hold anything."""
+def read_csv(file: File, limit: int = MAX_LINE_BYTES, *, delimiter: str = ",") -> Iterator[Row | Fault]:
+    """Yield the rows of a CSV file: cells below a header; quoted cells may hold anything."""
     csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
-    with opened(file) as stream:
-        if fault := wide(file, stream):
+    with open_decompressed(file) as stream:
+        if fault := check_encoding(file, stream):
             yield fault
             return
         limit = min(limit, MAX_RECORD_BYTES)
-        records = _records(lines(stream, file.name, limit), delimiter, file.name, limit)
-        header = _header(file, records)
+        records = _csv_records(read_lines(stream, file.name, limit), delimiter, file.name, limit)
+        header = _read_header(file, records)
         for cells, where in records:
             if isinstance(cells, Fault):
                 yield cells
             elif cells and len(cells) != len(header):
                 fix = "quote cells that hold a comma or a line break"
-                yield malformed(where, f"{len(cells)} cells", f"{len(header)}, as in the header", fix)
+                yield malformed_fault(where, f"{len(cells)} cells", f"{len(header)}, as in the header", fix)
             elif cells:
                 yield Row(dict(zip(header, cells, strict=True)), where)
 
 
-def tabbed(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]:
-    """A table with tabs between its cells."""
-    return table(file, limit, delimiter="\t")
+def read_tsv(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]:
+    """Yield the rows of a TSV file."""
+    return read_csv(file, limit, delimiter="\t")
 
 
-def paragraphs(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]:
-    """Raw text: paragraphs (blocks between blank lines) are rows."""
-    with opened(file) as stream:
-        if fault := wide(file, stream):
+def read_paragraphs(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]:
+    """Yield the paragraphs of raw text (blocks between blank lines) as rows with the field `text`."""
+    with open_decompressed(file) as stream:
+        if fault := check_encoding(file, stream):
             yield fault
             return
         block: list[str] = []
         start = num_bytes = 0  # start: the paragraph's first line, 0 between paragraphs
-        for line in chain(lines(stream, file.name, limit), [Line(0, "", 0)]):
+        for line in chain(read_lines(stream, file.name, limit), [Line(0, "", 0)]):
             if line.fault is None and not line.text.strip():
                 if start:
                     yield fault or Row({"text": "\n".join(block)}, f"{file.name}:{start}")
@@ -256,7 +255,7 @@ def paragraphs(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]
             fault = fault or line.fault
             if num_bytes > limit and fault is None:
                 got, fix = f"a paragraph of more than {limit:,} bytes", "put blank lines between paragraphs"
-                fault = malformed(f"{file.name}:{start}", got, "paragraphs between blank lines", fix)
+                fault = malformed_fault(f"{file.name}:{start}", got, "paragraphs between blank lines", fix)
             if fault:
                 block.clear()
             else:

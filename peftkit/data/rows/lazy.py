@@ -1,4 +1,4 @@
-"""Sequences whose items are made when they are asked for: nothing holds all of them."""
+"""Lazy sequences: items are made on access, and nothing holds all of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Generic, TypeVar, overload
 T = TypeVar("T")
 
 
-class Lazy(Sequence[T], Generic[T]):
-    """A sequence that knows how to make one item by its number; slices are lists."""
+class LazySequence(Sequence[T], Generic[T]):
+    """A sequence that makes one item by its number; slices are lists."""
 
     @abstractmethod
-    def _make(self, number: int) -> T:
-        """The item of a number from 0 to the length less 1."""
+    def _load(self, number: int) -> T:
+        """Return the item of a number from 0 to the length less 1."""
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -22,15 +22,15 @@ class Lazy(Sequence[T], Generic[T]):
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
         if isinstance(index, slice):
-            return [self._make(number) for number in range(*index.indices(len(self)))]
+            return [self._load(number) for number in range(*index.indices(len(self)))]
         number = index + len(self) if index < 0 else index
         if not 0 <= number < len(self):
             raise IndexError(index)
-        return self._make(number)
+        return self._load(number)
 
 
-class Picked(Lazy[T]):
-    """Some of a sequence's items, by number, in the order of the numbers."""
+class Subset(LazySequence[T]):
+    """A subset of a sequence's items by number, in the order of the numbers."""
 
     def __init__(self, items: Sequence[T], numbers: Sequence[int]) -> None:
         self._items, self.numbers = items, numbers
@@ -38,12 +38,12 @@ class Picked(Lazy[T]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def _make(self, number: int) -> T:
+    def _load(self, number: int) -> T:
         return self._items[self.numbers[number]]
 
 
-class Mapped(Lazy[T]):
-    """What a function makes of each of a sequence's items."""
+class MappedSequence(LazySequence[T]):
+    """A function applied to each item of a sequence on access."""
 
     def __init__(self, items: Sequence[Any], function: Callable[[Any], T]) -> None:
         self._items, self._function = items, function
@@ -51,5 +51,5 @@ class Mapped(Lazy[T]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def _make(self, number: int) -> T:
+    def _load(self, number: int) -> T:
         return self._function(self._items[number])

@@ -1,4 +1,4 @@
-"""Which rows of which sources make up the data: shares, counts, splits. Pure but for the seed."""
+"""The mixture of a recipe's sources: shares, row counts, splits. Pure but for the seed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from peftkit.data.formats import CLASSES
 from peftkit.errors import Problem, UserError
-from peftkit.recipe.paths import is_data_path, shown
+from peftkit.recipe.paths import is_data_path, redact_url
 from peftkit.recipe.schema import Data, Source
 
-Where = Callable[[tuple[str, ...]], str]
+KeyLocator = Callable[[tuple[str, ...]], str]
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one source gave: rows [start, stop) of the spill."""
+class SourceRows:
+    """Rows [start, stop) of the rows on disk that came from one source."""
 
     source: Source
     format: str
@@ -24,8 +24,11 @@ class Part:
     stop: int
 
 
-def drawn(parts: Sequence[Part], seed: int, where: str) -> Iterator[Iterable[int]]:
-    """The rows of each source that go into the mixture: as many as asked, none twice."""
+def sample_mixture(parts: Sequence[SourceRows], seed: int, where: str) -> Iterator[Iterable[int]]:
+    """Yield the row numbers of each source that go into the mixture, none twice.
+
+    Raises UserError for weights on only some sources, and for more rows than a source has.
+    """
     weights = [part.source.weight for part in parts]
     if any(weights) and not all(weights):
         got = f"weights for {sum(w is not None for w in weights)} of {len(parts)} sources"
@@ -35,30 +38,36 @@ def drawn(parts: Sequence[Part], seed: int, where: str) -> Iterator[Iterable[int
         scale = min(size / (weight or 1) for size, weight in zip(sizes, weights, strict=True))
         sizes = [max(1, round(scale * (weight or 1))) for weight in weights]
     for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-        there, wanted = part.stop - part.start, part.source.rows
-        if wanted is not None and wanted > there:
-            got = f"rows: {wanted} of {shown(part.source.path)}, which has {there:,}"
+        num_rows, num_requested = part.stop - part.start, part.source.rows
+        if num_requested is not None and num_requested > num_rows:
+            got = f"rows: {num_requested} of {redact_url(part.source.path)}, which has {num_rows:,}"
             fix = "no row is taken twice: raise train.epochs"
-            raise UserError(Problem(where, got, f"at most {there}", fix))
-        everything = range(part.start, part.stop)
-        yield (everything if size == there else sorted(_random(seed, number).sample(everything, size)))
+            raise UserError(Problem(where, got, f"at most {num_rows}", fix))
+        row_numbers = range(part.start, part.stop)
+        yield (
+            row_numbers
+            if size == num_rows
+            else sorted(random.Random(f"{seed} of source {number}").sample(row_numbers, size))
+        )
 
 
-def _random(seed: int, number: int) -> random.Random:
-    return random.Random(f"{seed} of source {number}")
+def common_format(parts: Sequence[SourceRows], where: str) -> str:
+    """Return the format of all parts, or "mixed" where several kinds of text are trained on together.
 
-
-def format_of(parts: Sequence[Part], where: str) -> str:
-    """The one format, or "mixed" where rows of several kinds of text are learnt together."""
+    Raises UserError for formats of different tasks.
+    """
     names = list(dict.fromkeys(part.format for part in parts))
     if len(names) > 1 and any(name in CLASSES or name == "preference" for name in names):
         got = f"rows of the formats {', '.join(names)}"
-        raise UserError(Problem(where, got, "one task for all", "train them apart, or map their columns"))
+        raise UserError(Problem(where, got, "one task for all sources", "train them separately, or map their columns"))
     return names[0] if len(names) == 1 else "mixed"
 
 
-def held_sources(data: Data, where: Where) -> list[Source]:
-    """Sources of held-out rows: a file, or another split of the hub datasets that are trained on."""
+def held_out_sources(data: Data, where: KeyLocator) -> list[Source]:
+    """Return the sources of held-out rows: a file, or another split of the hub datasets that are trained on.
+
+    Raises UserError for a split where some source is a file.
+    """
     if isinstance(data.eval, Source):
         return [data.eval]
     if not isinstance(data.eval, str):

@@ -1,9 +1,9 @@
-"""Which texts are nearly the same: MinHash with one permutation, bands, and a count of what they share.
+"""Near duplicates of texts: MinHash with one permutation, banded LSH, then exact Jaccard similarity.
 
-Texts are compared as sets of runs of eight bytes, without case, punctuation and repeated blanks; what a fifth
-of them share, such as a fixed instruction, is left out. One permutation gives all minima (Li, Owen, Zhang
-2012), empty bins borrow from their neighbours (Shrivastava, Li 2014). Bands that agree name candidates
-(Broder 1997), which are then compared exactly.
+Texts are compared as sets of shingles of eight bytes, without case, punctuation and repeated blanks; shingles
+that a fifth of the texts share, such as a fixed instruction, are left out. One permutation gives all minima
+(Li, Owen, Zhang 2012), empty bins borrow from their neighbours (Shrivastava, Li 2014). Equal bands name
+candidates (Broder 1997), which are then compared exactly: |A & B| / |A | B|.
 """
 
 from __future__ import annotations
@@ -14,182 +14,186 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-SAME = 0.8  # Jaccard similarity from which two texts are near duplicates
-_RUN = 8  # bytes
-_FEWEST = 12  # runs that a text must have to be compared: shorter ones are alike by chance
+DUPLICATE_SIMILARITY = 0.8  # Jaccard similarity from which two texts are near duplicates
+_SHINGLE_BYTES = 8  # bytes
+_MIN_SHINGLES = 12  # runs that a text must have to be compared: shorter ones are alike by chance
 _BINS, _BANDS = 32, 8
-_WORTH = 0.6  # of the minima: of texts that are SAME, one in five hundred has fewer in common
-_CHUNK = 512
-_SHARED = 0.2
-_SAMPLE = 1024
-_FEW = 64
+_MIN_EQUAL_MINIMA = 0.6  # of the minima: of texts that are SAME, one in five hundred has fewer in common
+_CHUNK_TEXTS = 512
+_COMMON_SHARE = 0.2
+_SAMPLE_TEXTS = 1024
+_MAX_HITS = 64
 _EMPTY = np.uint32(0xFFFFFFFF)
-_PLAIN = np.array(
+_NORMALIZED_BYTES = np.array(
     [0, *(ord(chr(b).lower()) if b >= 128 or chr(b).isalnum() else 32 for b in range(1, 256))], np.uint64
 )
 
 Hashes = NDArray[np.uint64]
 
 
-def _runs(texts: Sequence[str]) -> tuple[Hashes, NDArray[np.int64]]:
-    """(a hash of every run, the number of the text that it is of)."""
-    raw = [b"\0" * (_RUN - 1) + text.encode() for text in texts]
-    row = np.repeat(np.arange(len(raw)), [len(text) for text in raw])
-    plain = _PLAIN[np.frombuffer(b"".join(raw), np.uint8)]
-    blank = plain == 32
-    kept = ~(blank & np.concatenate(([False], blank[:-1])))
-    plain, row = plain[kept], row[kept]
-    num = len(plain) - _RUN + 1
-    if num <= 0:
+def _shingle_hashes(texts: Sequence[str]) -> tuple[Hashes, NDArray[np.int64]]:
+    """Hash every shingle of the texts. Returns (hashes, number of the text of each), both 1-D."""
+    raw = [b"\0" * (_SHINGLE_BYTES - 1) + text.encode() for text in texts]
+    text_numbers = np.repeat(np.arange(len(raw)), [len(text) for text in raw])
+    normalized = _NORMALIZED_BYTES[np.frombuffer(b"".join(raw), np.uint8)]
+    blank = normalized == 32
+    keep_mask = ~(blank & np.concatenate(([False], blank[:-1])))
+    normalized, text_numbers = normalized[keep_mask], text_numbers[keep_mask]
+    num_windows = len(normalized) - _SHINGLE_BYTES + 1
+    if num_windows <= 0:
         return np.empty(0, np.uint64), np.empty(0, np.int64)
-    found = plain[:num].copy()
-    for place in range(1, _RUN):
-        found |= plain[place : place + num] << np.uint64(8 * place)
-    inside = row[:num] == row[_RUN - 1 :]
-    found, row = found[inside], row[:num][inside]
-    found ^= found >> np.uint64(33)
-    found *= np.uint64(0xFF51AFD7ED558CCD)
-    found ^= found >> np.uint64(33)
-    return found, row
+    hashes = normalized[:num_windows].copy()
+    for offset in range(1, _SHINGLE_BYTES):
+        hashes |= normalized[offset : offset + num_windows] << np.uint64(8 * offset)
+    within_text = text_numbers[:num_windows] == text_numbers[_SHINGLE_BYTES - 1 :]
+    hashes, text_numbers = hashes[within_text], text_numbers[:num_windows][within_text]
+    hashes ^= hashes >> np.uint64(33)
+    hashes *= np.uint64(0xFF51AFD7ED558CCD)
+    hashes ^= hashes >> np.uint64(33)
+    return hashes, text_numbers
 
 
-def common_runs(texts: Sequence[str]) -> Hashes:
-    """Runs that a fifth of the texts share, sorted: what is said in every row tells nothing."""
-    step = max(1, len(texts) // _SAMPLE)
-    sample = [texts[i] for i in range(0, len(texts), step)][:_SAMPLE]
+def common_shingles(texts: Sequence[str]) -> Hashes:
+    """Return the shingles that a fifth of the texts share, sorted: they tell nothing about likeness."""
+    step = max(1, len(texts) // _SAMPLE_TEXTS)
+    sample = [texts[i] for i in range(0, len(texts), step)][:_SAMPLE_TEXTS]
     if len(sample) < 10:
         return np.empty(0, np.uint64)
-    runs, row = _runs(sample)
-    order = np.lexsort((row, runs))
-    runs, row = runs[order], row[order]
-    first = np.ones(len(runs), bool)
-    first[1:] = (runs[1:] != runs[:-1]) | (row[1:] != row[:-1])
-    values, counts = np.unique(runs[first], return_counts=True)
-    return values[counts > _SHARED * len(sample)]
+    shingles, text_numbers = _shingle_hashes(sample)
+    order = np.lexsort((text_numbers, shingles))
+    shingles, text_numbers = shingles[order], text_numbers[order]
+    is_first = np.ones(len(shingles), bool)
+    is_first[1:] = (shingles[1:] != shingles[:-1]) | (text_numbers[1:] != text_numbers[:-1])
+    values, counts = np.unique(shingles[is_first], return_counts=True)
+    return values[counts > _COMMON_SHARE * len(sample)]
 
 
-def _without(runs: Hashes, row: NDArray[np.int64], common: Hashes) -> tuple[Hashes, NDArray[np.int64]]:
+def _without_common(
+    shingles: Hashes, text_numbers: NDArray[np.int64], common: Hashes
+) -> tuple[Hashes, NDArray[np.int64]]:
     if not len(common):
-        return runs, row
-    place = np.searchsorted(common, runs)
-    kept = common[np.minimum(place, len(common) - 1)] != runs
-    return runs[kept], row[kept]
+        return shingles, text_numbers
+    index = np.searchsorted(common, shingles)
+    keep_mask = common[np.minimum(index, len(common) - 1)] != shingles
+    return shingles[keep_mask], text_numbers[keep_mask]
 
 
 @dataclass(frozen=True)
 class Signatures:
-    """Of some texts: `minima` of shape (texts, bins), and `bands` of shape (texts, bands).
+    """MinHash signatures of texts: `minima` of shape (texts, bins), `bands` of shape (texts, bands).
 
-    Equal numbers in a column of `bands` name candidates; 0 stands for a text that is too short to compare.
+    Equal numbers in a column of `bands` name candidates; 0 marks a text that is too short to compare.
     """
 
     minima: NDArray[np.uint32]
     bands: Hashes
 
-    def alike(self, number: int, other: Signatures, place: int) -> bool:
-        """Whether so many minima agree that an exact comparison is worth its time."""
-        return bool((self.minima[number] == other.minima[place]).mean() >= _WORTH)
+    def is_candidate(self, number: int, other: Signatures, other_number: int) -> bool:
+        """Return True where enough minima agree to make an exact comparison worth its time."""
+        return bool((self.minima[number] == other.minima[other_number]).mean() >= _MIN_EQUAL_MINIMA)
 
 
-def signatures(texts: Sequence[str], common: Hashes) -> Signatures:
-    """The signatures of texts, without what is common."""
-    runs, row = _without(*_runs(texts), common)
+def compute_signatures(texts: Sequence[str], common: Hashes) -> Signatures:
+    """Compute the MinHash signatures of texts, without `common` shingles."""
+    shingles, text_numbers = _without_common(*_shingle_hashes(texts), common)
     flat = np.full(len(texts) * _BINS, _EMPTY, np.uint32)
-    np.minimum.at(flat, row * _BINS + (runs & np.uint64(_BINS - 1)).astype(np.int64), _upper(runs))
+    np.minimum.at(
+        flat,
+        text_numbers * _BINS + (shingles & np.uint64(_BINS - 1)).astype(np.int64),
+        (shingles >> np.uint64(32)).astype(np.uint32),
+    )
     minima = flat.reshape(len(texts), _BINS)
-    short = np.bincount(row, minlength=len(texts)) < _FEWEST
+    is_short = np.bincount(text_numbers, minlength=len(texts)) < _MIN_SHINGLES
     for _ in range(_BINS - 1):
-        empty = minima == _EMPTY
-        if not empty[~short].any():
+        is_empty = minima == _EMPTY
+        if not is_empty[~is_short].any():
             break
-        minima = np.where(empty, np.roll(minima, -1, axis=1), minima)
-    wide = minima.astype(np.uint64).reshape(len(texts), _BANDS, _BINS // _BANDS)
-    found = np.full((len(texts), _BANDS), 0x9E3779B97F4A7C15, np.uint64)
-    for place in range(_BINS // _BANDS):
-        found = (found ^ wide[:, :, place]) * np.uint64(0xC4CEB9FE1A85EC53)
-        found ^= found >> np.uint64(29)
-    found[short] = 0
-    return Signatures(minima, found)
+        minima = np.where(is_empty, np.roll(minima, -1, axis=1), minima)
+    band_minima = minima.astype(np.uint64).reshape(len(texts), _BANDS, _BINS // _BANDS)
+    bands = np.full((len(texts), _BANDS), 0x9E3779B97F4A7C15, np.uint64)
+    for column in range(_BINS // _BANDS):
+        bands = (bands ^ band_minima[:, :, column]) * np.uint64(0xC4CEB9FE1A85EC53)
+        bands ^= bands >> np.uint64(29)
+    bands[is_short] = 0
+    return Signatures(minima, bands)
 
 
-def _all(texts: Iterable[str], common: Hashes) -> Signatures:
-    made = [signatures(chunk, common) for chunk in _chunks(texts)]
-    return Signatures(np.concatenate([s.minima for s in made]), np.concatenate([s.bands for s in made]))
+def _chunked_signatures(texts: Iterable[str], common: Hashes) -> Signatures:
+    chunk_signatures = [compute_signatures(chunk, common) for chunk in _chunks(texts)]
+    return Signatures(
+        np.concatenate([s.minima for s in chunk_signatures]), np.concatenate([s.bands for s in chunk_signatures])
+    )
 
 
-def _upper(runs: Hashes) -> NDArray[np.uint32]:
-    return (runs >> np.uint64(32)).astype(np.uint32)
-
-
-def similarity(one: str, other: str, common: Hashes) -> float:
-    """Jaccard similarity of two texts, without what is common: 0 to 1."""
-    runs, row = _without(*_runs([one, other]), common)
-    a, b = np.unique(runs[row == 0]), np.unique(runs[row == 1])
-    both = len(np.intersect1d(a, b, assume_unique=True))
-    return both / max(1, len(a) + len(b) - both)
+def jaccard_similarity(one: str, other: str, common: Hashes) -> float:
+    """Compute the Jaccard similarity of two texts, 0 to 1, without `common` shingles."""
+    shingles, text_numbers = _without_common(*_shingle_hashes([one, other]), common)
+    a, b = np.unique(shingles[text_numbers == 0]), np.unique(shingles[text_numbers == 1])
+    num_shared = len(np.intersect1d(a, b, assume_unique=True))
+    return num_shared / max(1, len(a) + len(b) - num_shared)
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     chunk: list[str] = []
     for text in texts:
         chunk.append(text)
-        if len(chunk) == _CHUNK:
+        if len(chunk) == _CHUNK_TEXTS:
             yield chunk
             chunk = []
     if chunk:
         yield chunk
 
 
-def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int, float]]:
-    """(number, number of an earlier one, similarity) for every text that nearly repeats another."""
-    common = common_runs(texts)
+def find_near_duplicates(texts: Sequence[str]) -> list[tuple[int, int, float]]:
+    """Find texts that nearly repeat an earlier one. Returns (number, earlier number, similarity), sorted."""
+    common = common_shingles(texts)
     if not len(texts):
         return []
-    made = _all(texts, common)
-    found: dict[int, tuple[int, int, float]] = {}
+    text_signatures = _chunked_signatures(texts, common)
+    duplicates: dict[int, tuple[int, int, float]] = {}
     for band in range(_BANDS):
-        order = np.argsort(made.bands[:, band], kind="stable")
-        column = made.bands[order, band]
+        order = np.argsort(text_signatures.bands[:, band], kind="stable")
+        column = text_signatures.bands[order, band]
         repeats = np.flatnonzero((column[1:] == column[:-1]) & (column[1:] != 0)) + 1
         leaders = np.searchsorted(column, column[repeats])
         for number, earlier in zip(order[repeats], order[leaders], strict=True):
-            if int(number) in found or not made.alike(number, made, earlier):
+            if int(number) in duplicates or not text_signatures.is_candidate(number, text_signatures, earlier):
                 continue
-            same = similarity(texts[number], texts[earlier], common)
-            if same >= SAME:
-                found[int(number)] = (int(number), int(earlier), same)
-    return [found[number] for number in sorted(found)]
+            score = jaccard_similarity(texts[number], texts[earlier], common)
+            if score >= DUPLICATE_SIMILARITY:
+                duplicates[int(number)] = (int(number), int(earlier), score)
+    return [duplicates[number] for number in sorted(duplicates)]
 
 
-def near_in(held: Sequence[str], others: Iterable[str], common: Hashes) -> dict[int, tuple[int, float]]:
-    """For each of `held` that one of `others` nearly repeats: (number of that other, similarity).
+def match_near_duplicates(texts: Sequence[str], others: Iterable[str], common: Hashes) -> dict[int, tuple[int, float]]:
+    """Find one of `others` that nearly repeats each text. Returns number -> (other number, similarity).
 
-    Only the bands of `held` are kept: `others` may be of any length.
+    Only the bands of `texts` are held in memory: `others` may be of any length.
     """
-    if not len(held):
+    if not len(texts):
         return {}
-    made = _all(held, common)
-    order = np.argsort(made.bands, axis=0, kind="stable")
-    columns = np.take_along_axis(made.bands, order, axis=0)
-    found: dict[int, tuple[int, float]] = {}
+    text_signatures = _chunked_signatures(texts, common)
+    order = np.argsort(text_signatures.bands, axis=0, kind="stable")
+    columns = np.take_along_axis(text_signatures.bands, order, axis=0)
+    matches: dict[int, tuple[int, float]] = {}
     start = 0
     for chunk in _chunks(others):
-        chunked = signatures(chunk, common)
-        theirs = chunked.bands
+        chunk_signatures = compute_signatures(chunk, common)
+        chunk_bands = chunk_signatures.bands
         for band in range(_BANDS):
-            place = np.searchsorted(columns[:, band], theirs[:, band])
-            place = np.minimum(place, len(held) - 1)
-            hits = np.flatnonzero((columns[place, band] == theirs[:, band]) & (theirs[:, band] != 0))
-            if len(hits) > _FEW:  # rows made from one mould: one of each stands for all
-                hits = hits[np.unique(place[hits], return_index=True)[1]]
+            index = np.searchsorted(columns[:, band], chunk_bands[:, band])
+            index = np.minimum(index, len(texts) - 1)
+            hits = np.flatnonzero((columns[index, band] == chunk_bands[:, band]) & (chunk_bands[:, band] != 0))
+            if len(hits) > _MAX_HITS:  # rows made from one mould: one of each stands for all
+                hits = hits[np.unique(index[hits], return_index=True)[1]]
             for hit in hits:
-                at = int(place[hit])
-                while at < len(held) and columns[at, band] == theirs[hit, band]:
-                    number = int(order[at, band])
-                    if number not in found and made.alike(number, chunked, int(hit)):
-                        same = similarity(held[number], chunk[hit], common)
-                        if same >= SAME:
-                            found[number] = (start + int(hit), same)
-                    at += 1
+                position = int(index[hit])
+                while position < len(texts) and columns[position, band] == chunk_bands[hit, band]:
+                    number = int(order[position, band])
+                    if number not in matches and text_signatures.is_candidate(number, chunk_signatures, int(hit)):
+                        score = jaccard_similarity(texts[number], chunk[hit], common)
+                        if score >= DUPLICATE_SIMILARITY:
+                            matches[number] = (start + int(hit), score)
+                    position += 1
         start += len(chunk)
-    return found
+    return matches

@@ -1,4 +1,4 @@
-"""Tokens and labels of tasks other than language modelling: targets, classes, tags."""
+"""Token ids and labels of seq2seq, classification and token classification."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from peftkit.archs import Task
 from peftkit.data.chat.template import render_prompt
 from peftkit.data.formats import Example
-from peftkit.data.tokens.mask import IGNORED, Tokenized
+from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 
 Encoder = Callable[[Sequence[Example], Any, Mapping[str, int]], list[Tokenized]]
 
 
-def source_and_target(example: Example, tokenizer: Any) -> tuple[str, str]:
-    """What an encoder-decoder reads and what it is to write.
+def seq2seq_texts(example: Example, tokenizer: Any) -> tuple[str, str]:
+    """Return (source text, target text) of an example for an encoder-decoder.
 
-    A chat is read through the tokenizer's template where it has one; a single question goes in as it is.
+    A chat is rendered with the tokenizer's template where it has one; a single question is taken as it is.
     """
     if example.messages and tokenizer.chat_template:
         return render_prompt(example, tokenizer)
@@ -26,61 +26,58 @@ def source_and_target(example: Example, tokenizer: Any) -> tuple[str, str]:
     return example.prompt, example.completion
 
 
-def _seq2seq(examples: Sequence[Example], tokenizer: Any, ids: Mapping[str, int]) -> list[Tokenized]:
-    """Source ids as the tokenizer ends them, and target ids as labels, which end in its end token."""
-    pairs = [source_and_target(example, tokenizer) for example in examples]
+def _encode_seq2seq(examples: Sequence[Example], tokenizer: Any, label_ids: Mapping[str, int]) -> list[Tokenized]:
+    """Encode sources as the tokenizer ends them, and targets as labels that end in the eos token."""
+    pairs = [seq2seq_texts(example, tokenizer) for example in examples]
     sources = tokenizer([source for source, _ in pairs])["input_ids"]
     targets = tokenizer(text_target=[target for _, target in pairs])["input_ids"]
     end = tokenizer.eos_token_id
     return [
-        _weighted(Tokenized(list(s), list(t) if t and t[-1] == end else [*t, end], e.where), _last_weight(e))
+        _with_weight(
+            Tokenized(list(s), list(t) if t and t[-1] == end else [*t, end], e.where),
+            (e.weight * float((e.messages[-1] if e.messages else {}).get("weight", 1.0))),
+        )
         for s, t, e in zip(sources, targets, examples, strict=True)
     ]
 
 
-def _last_weight(example: Example) -> float:
-    """The weight of what is written: the row's, times that of its last turn."""
-    turn = example.messages[-1] if example.messages else {}
-    return example.weight * float(turn.get("weight", 1.0))
-
-
-def _weighted(row: Tokenized, weight: float) -> Tokenized:
-    """The row with its weight at every label, where it has one of its own; of weight 0 nothing is learnt."""
+def _with_weight(row: Tokenized, weight: float) -> Tokenized:
+    """Return the row with its weight at every label; without labels in the loss where the weight is 0."""
     if weight == 0.0:
-        return replace(row, labels=[IGNORED] * len(row.labels))
+        return replace(row, labels=[IGNORE_INDEX] * len(row.labels))
     return row if weight == 1.0 else replace(row, weights=[weight] * len(row.labels))
 
 
-def _classes(examples: Sequence[Example], tokenizer: Any, ids: Mapping[str, int]) -> list[Tokenized]:
-    """The text's ids; the label is the class alone."""
+def _encode_classes(examples: Sequence[Example], tokenizer: Any, label_ids: Mapping[str, int]) -> list[Tokenized]:
+    """Encode texts; the only label of a row is its class id."""
     texts = tokenizer([example.prompt for example in examples])["input_ids"]
     return [
-        _weighted(Tokenized(list(text), [ids[example.label]], example.where), example.weight)
+        _with_weight(Tokenized(list(text), [label_ids[example.label]], example.where), example.weight)
         for text, example in zip(texts, examples, strict=True)
     ]
 
 
-def needs_template(examples: Sequence[Example]) -> bool:
-    """Whether some chat has more than a question and its answer, so that turns have to be told apart."""
+def has_several_turns(examples: Sequence[Example]) -> bool:
+    """Return True where some chat has more than one question and answer, so that turns need a template."""
     return any(len(example.messages) > 2 for example in examples)
 
 
-def _tags(examples: Sequence[Example], tokenizer: Any, ids: Mapping[str, int]) -> list[Tokenized]:
-    """The words' ids; a word's tag is learnt at its first token, its other tokens count nothing."""
+def _encode_tags(examples: Sequence[Example], tokenizer: Any, label_ids: Mapping[str, int]) -> list[Tokenized]:
+    """Encode words; a word's tag is the label of its first token, its other tokens are ignored."""
     encoded = tokenizer([list(example.words) for example in examples], is_split_into_words=True)
-    found = []
+    rows = []
     for number, example in enumerate(examples):
-        labels, last = [], None
+        labels, last_word = [], None
         for word in encoded.word_ids(number):
-            labels.append(ids[example.tags[word]] if word is not None and word != last else IGNORED)
-            last = word
+            labels.append(label_ids[example.tags[word]] if word is not None and word != last_word else IGNORE_INDEX)
+            last_word = word
         row = Tokenized(list(encoded["input_ids"][number]), labels, example.where)
-        found.append(_weighted(row, example.weight))
-    return found
+        rows.append(_with_weight(row, example.weight))
+    return rows
 
 
 ENCODERS: Mapping[Task, Encoder] = {
-    "seq2seq": _seq2seq,
-    "classification": _classes,
-    "token-classification": _tags,
+    "seq2seq": _encode_seq2seq,
+    "classification": _encode_classes,
+    "token-classification": _encode_tags,
 }

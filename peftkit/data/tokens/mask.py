@@ -1,4 +1,4 @@
-"""Tokens and labels: which tokens count in the loss, decided by position in the text, never by token id."""
+"""Labels and loss mask: which tokens are in the loss, decided by position in the text, never by token id."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
-from peftkit.data.chat.template import Rendered, Span, adds_bos, turn_end
+from peftkit.data.chat.template import Rendered, Span, adds_bos, text_after_answer
 from peftkit.errors import Problem, UserError
 
-IGNORED = -100  # torch's cross entropy leaves these labels out
+IGNORE_INDEX = -100  # torch's cross entropy leaves these labels out
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """One example as ids and labels: of equal length for decoders and tags, a target or a class otherwise.
+    """Token ids and labels of one example: of equal length for decoders and tags, else a target or a class.
 
-    `weights` has one number per label where rows or turns do not weigh alike.
+    `weights` has one number per label where rows or turns have different weights in the loss.
     """
 
     input_ids: list[int]
@@ -28,21 +28,22 @@ class Tokenized:
 
     @property
     def length(self) -> int:
-        """Tokens on the longer side."""
+        """Return the number of tokens of the longer side."""
         return max(len(self.input_ids), len(self.labels))
 
     @property
     def num_learnt(self) -> int:
-        return len(self.labels) - self.labels.count(IGNORED)
+        """Return the number of labels in the loss."""
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
     def cut(self, start: int, stop: int) -> Tokenized:
-        """Tokens [start, stop) of a decoder's row."""
+        """Return tokens [start, stop) of a decoder's row."""
         weights = None if self.weights is None else self.weights[start:stop]
         return Tokenized(self.input_ids[start:stop], self.labels[start:stop], self.where, weights)
 
 
-class Encoded(Protocol):
-    """A text's tokens and the characters that they stand for, as the tokenizers library has them."""
+class Encoding(Protocol):
+    """A text's token ids with their character offsets, as `tokenizers.Encoding` has them."""
 
     ids: list[int]
 
@@ -50,74 +51,77 @@ class Encoded(Protocol):
     def token_to_chars(self, token_index: int) -> tuple[int, int] | None: ...
 
 
-class _Pieces:
-    """A text that was encoded in pieces, put together."""
+class _JoinedEncoding:
+    """Encoding of a text that was encoded in pieces."""
 
     def __init__(self, ids: list[int], offsets: list[tuple[int, int]]) -> None:
         self.ids, self._offsets = ids, offsets
         self._starts = [start for start, _ in offsets]
 
     def char_to_token(self, char_pos: int) -> int | None:
-        place = bisect_right(self._starts, char_pos) - 1
-        while place > 0 and self._starts[place - 1] == self._starts[place]:
-            place -= 1
-        return place if place >= 0 and char_pos < self._offsets[place][1] else None
+        token = bisect_right(self._starts, char_pos) - 1
+        while token > 0 and self._starts[token - 1] == self._starts[token]:
+            token -= 1
+        return token if token >= 0 and char_pos < self._offsets[token][1] else None
 
     def token_to_chars(self, token_index: int) -> tuple[int, int] | None:
         return self._offsets[token_index]
 
 
-def encode(batch: Sequence[Rendered], tokenizer: Any) -> list[Encoded]:
-    """The tokens of each text. It holds no lock while it works, on all cores."""
+def encode(batch: Sequence[Rendered], tokenizer: Any) -> list[Encoding]:
+    """Encode texts with a fast tokenizer, on all cores and without the GIL.
+
+    Raises UserError for a tokenizer without character offsets (one written in Python).
+    """
     if not tokenizer.is_fast:
-        got = f"{type(tokenizer).__name__}, which is written in Python"
-        fix = "it cannot tell which characters a token stands for; save the base with a tokenizer.json"
-        raise UserError(Problem("base", got, "a tokenizer of the tokenizers library", fix))
+        got = f"{type(tokenizer).__name__}, a slow tokenizer (written in Python)"
+        fix = "it has no character offsets; save the base with a tokenizer.json"
+        raise UserError(Problem("base", got, "a fast tokenizer (tokenizers library)", fix))
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # a tokenizer.json may bring either
     backend.no_padding()
     return list(backend.encode_batch([r.text for r in batch], add_special_tokens=False))
 
 
-def _without_prefix(piece: str, tokenizer: Any, where: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """(ids, characters) of a text in the middle of another.
+def _encode_continuation(piece: str, tokenizer: Any, where: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Encode a text that continues another one. Returns (ids, character offsets).
 
-    Tokenizers after SentencePiece's manner put a blank before whatever they are given. It goes to a
-    character that is put there first and taken off again.
+    SentencePiece-style tokenizers put a blank before any text. It goes to a guard character that is put first
+    and taken off again. Raises UserError where every guard merges with the text.
     """
-    for guard in ("\n", "0", "a"):
-        made = tokenizer.backend_tokenizer.encode(guard + piece, add_special_tokens=False)
-        place = made.char_to_token(1)
-        if place is not None and made.token_to_chars(place)[0] == 1:
-            return made.ids[place:], [(a - 1, b - 1) for a, b in made.offsets[place:]]
-    got, expected = "an answer that begins inside a token", "a prompt that is tokens of its own"
+    for prefix in ("\n", "0", "a"):
+        encoding = tokenizer.backend_tokenizer.encode(prefix + piece, add_special_tokens=False)
+        token = encoding.char_to_token(1)
+        if token is not None and encoding.token_to_chars(token)[0] == 1:
+            return encoding.ids[token:], [(a - 1, b - 1) for a, b in encoding.offsets[token:]]
+    got, expected = "an answer that begins inside a token", "a prompt that ends at a token boundary"
     raise UserError(Problem(where, got, expected, "use a template with a line break before answers"))
 
 
-def _in_pieces(batch: Sequence[tuple[Rendered, list[int]]], tokenizer: Any) -> list[_Pieces]:
-    """Texts encoded in pieces that end where answers begin."""
+def _encode_in_pieces(batch: Sequence[tuple[Rendered, list[int]]], tokenizer: Any) -> list[_JoinedEncoding]:
+    """Encode texts in pieces that end where answers begin."""
     backend = tokenizer.backend_tokenizer
-    prefixed = backend.encode("a", add_special_tokens=False).tokens[:1] != ["a"]
+    adds_prefix = backend.encode("a", add_special_tokens=False).tokens[:1] != ["a"]
     cuts = [sorted({0, *starts, len(rendered.text)}) for rendered, starts in batch]
-    texts = [r.text[a:b] for (r, _), places in zip(batch, cuts, strict=True) for a, b in pairwise(places)]
+    texts = [r.text[a:b] for (r, _), edges in zip(batch, cuts, strict=True) for a, b in pairwise(edges)]
     encoded = iter(backend.encode_batch(texts, add_special_tokens=False))
-    found = []
-    for (rendered, _), places in zip(batch, cuts, strict=True):
+    encodings = []
+    for (rendered, _), edges in zip(batch, cuts, strict=True):
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
-        for start, end in pairwise(places):
-            made = next(encoded)
-            piece, chars = made.ids, made.offsets
-            if start and prefixed:
-                piece, chars = _without_prefix(rendered.text[start:end], tokenizer, rendered.where)
-            ids.extend(piece)
-            offsets.extend((a + start, b + start) for a, b in chars)
-        found.append(_Pieces(ids, offsets))
-    return found
+        for start, end in pairwise(edges):
+            encoding = next(encoded)
+            piece_ids, piece_offsets = encoding.ids, encoding.offsets
+            if start and adds_prefix:
+                piece_ids, piece_offsets = _encode_continuation(rendered.text[start:end], tokenizer, rendered.where)
+            ids.extend(piece_ids)
+            offsets.extend((a + start, b + start) for a, b in piece_offsets)
+        encodings.append(_JoinedEncoding(ids, offsets))
+    return encodings
 
 
-def _token_at(encoded: Encoded, char: int, length: int, num_tokens: int) -> int:
-    """The first token that stands for `char` or for what follows it."""
+def _token_at(encoded: Encoding, char: int, length: int, num_tokens: int) -> int:
+    """Return the first token that covers `char` or a later character."""
     while char < length:
         token = encoded.char_to_token(char)
         if token is not None:
@@ -126,22 +130,20 @@ def _token_at(encoded: Encoded, char: int, length: int, num_tokens: int) -> int:
     return num_tokens
 
 
-def _straddles(encoded: Encoded, char: int, length: int) -> bool:
-    """Whether a token stands for characters on both sides of `char`."""
-    if not 0 < char < length:
-        return False
-    token = encoded.char_to_token(char)
-    chars = None if token is None else encoded.token_to_chars(token)
-    return chars is not None and chars[0] < char
-
-
-def _other_alone(encoded: Encoded, start: int, text: str) -> bool:
-    """Whether the text before an answer, encoded alone, is other tokens.
+def _tokenizes_differently(encoded: Encoding, start: int, text: str) -> bool:
+    """Return True where the text before an answer gives other tokens when it is encoded alone.
 
     A token may straddle the start; and many tokenizers split the blanks before a word, but not those at the
     end of a text.
     """
-    if _straddles(encoded, start, len(text)):
+    length = len(text)
+    if not 0 < start < length:
+        straddles = False
+    else:
+        token = encoded.char_to_token(start)
+        chars = None if token is None else encoded.token_to_chars(token)
+        straddles = chars is not None and chars[0] < start
+    if straddles:
         return True
     if not text[max(0, start - 2) : start].isspace() or start < 2:
         return False
@@ -149,100 +151,112 @@ def _other_alone(encoded: Encoded, start: int, text: str) -> bool:
     return chars is not None and chars[1] < start
 
 
-def _learnt_spans(rendered: Rendered, mask: str) -> tuple[Span, ...]:
-    if mask == "all":  # and answers that weigh otherwise than the row
-        others = [span for span in rendered.answers if span.weight != rendered.weight]
-        return (Span(0, len(rendered.text), rendered.weight), *others)
-    return rendered.answers[-1:] if mask == "last-turn" else rendered.answers
-
-
 @dataclass(frozen=True)
-class _Ends:
-    """What may end a turn: tokens at which generation stops, and those that `close` a turn in the template.
+class _EndTokens:
+    """Tokens that may end a turn: `stops` end generation, `turn_ends` end a turn in the template.
 
-    `added` are all that stand beside the vocabulary of words.
+    `added_tokens` are all that stand beside the tokenizer's vocabulary of words.
     """
 
     stops: frozenset[int]
     close: frozenset[int]
-    added: frozenset[int]
+    added_tokens: frozenset[int]
 
     @classmethod
-    def of(cls, tokenizer: Any, stops: frozenset[int]) -> _Ends:
-        """What the template writes after an answer closes turns; without one, any special token does."""
-        added = tokenizer.added_tokens_decoder
+    def of(cls, tokenizer: Any, stops: frozenset[int]) -> _EndTokens:
+        """Find the end tokens of a tokenizer.
+
+        With a chat template, the added tokens that it writes after an answer end a turn; without one, any
+        special token.
+        """
+        added_tokens = tokenizer.added_tokens_decoder
         if tokenizer.chat_template:
-            ids = tokenizer.backend_tokenizer.encode(turn_end(tokenizer), add_special_tokens=False).ids
-            close = added.keys() & set(ids)
+            ids = tokenizer.backend_tokenizer.encode(text_after_answer(tokenizer), add_special_tokens=False).ids
+            turn_ends = added_tokens.keys() & set(ids)
         else:
-            close = {number for number, token in added.items() if token.special}
+            turn_ends = {token_id for token_id, token in added_tokens.items() if token.special}
         stops = stops | ({tokenizer.eos_token_id} - {None})
-        return cls(stops, stops | close, stops | added.keys() | set(tokenizer.all_special_ids))
+        return cls(stops, stops | turn_ends, stops | added_tokens.keys() | set(tokenizer.all_special_ids))
 
 
-def _is_blank(encoded: Encoded, token: int, text: str) -> bool:
+def _is_blank(encoded: Encoding, token: int, text: str) -> bool:
     chars = encoded.token_to_chars(token)
     return chars is not None and not text[slice(*chars)].strip()
 
 
-def _range(rendered: Rendered, encoded: Encoded, ids: list[int], span: Span, ends: _Ends) -> tuple[int, int]:
-    """Tokens [first, stop) to learn: those whose characters overlap the span, up to the end of the turn.
+def _loss_range(rendered: Rendered, encoded: Encoding, ids: list[int], span: Span, ends: _EndTokens) -> tuple[int, int]:
+    """Return the tokens [first, stop) of a span that are in the loss.
 
-    What the template puts after the end token is not learnt: the model stops before it. An end token that
-    stands right after the span is. So is a token that has more of the answer than blanks.
+    Those are the tokens whose characters overlap the span, up to the end of the turn: also an end token right
+    after the span, and a token that straddles the span's end with more than blanks of the answer in it. Not
+    what the template writes after the end token: the model stops before it.
+
+    Example, ChatML, with the span of the answer "Four." or of "Four.<|im_end|>" and a line break:
+
+    token     <|im_start|>  assistant  LF  Four  .   <|im_end|>  LF
+    position  7             8          9   10    11  12          13
+
+    -> (10, 13): "Four", "." and <|im_end|> are in the loss, the line break after it is not
     """
-    text, size = rendered.text, len(ids)
+    text, num_tokens = rendered.text, len(ids)
     length = len(text)
-    first = _token_at(encoded, span.start, length, size)
-    stop = _token_at(encoded, span.end, length, size)
-    chars = encoded.token_to_chars(stop) if stop < size else None
+    first = _token_at(encoded, span.start, length, num_tokens)
+    stop = _token_at(encoded, span.end, length, num_tokens)
+    chars = encoded.token_to_chars(stop) if stop < num_tokens else None
     if chars is not None and text[chars[0] : span.end].strip():  # it straddles the end
         stop += 1
     tail = stop
-    while tail > first and (ids[tail - 1] in ends.added or _is_blank(encoded, tail - 1, text)):
+    while tail > first and (ids[tail - 1] in ends.added_tokens or _is_blank(encoded, tail - 1, text)):
         tail -= 1
-    closing = [place for place in range(tail, stop) if ids[place] in ends.close]
-    if closing:
-        halts = [place for place in closing if ids[place] in ends.stops]
-        return first, (halts[0] if halts else closing[-1]) + 1
-    if stop < size and ids[stop] in ends.close:
+    end_positions = [position for position in range(tail, stop) if ids[position] in ends.close]
+    if end_positions:
+        stop_positions = [position for position in end_positions if ids[position] in ends.stops]
+        return first, (stop_positions[0] if stop_positions else end_positions[-1]) + 1
+    if stop < num_tokens and ids[stop] in ends.close:
         stop += 1
     return first, stop
 
 
-def _is_open(rendered: Rendered, encoded: Encoded, ids: list[int], stop: int, ends: _Ends) -> bool:
-    """Whether a text ends, but for blanks, in what is learnt up to `stop`, and no token closes it."""
+def _lacks_end_token(rendered: Rendered, encoded: Encoding, ids: list[int], stop: int, ends: _EndTokens) -> bool:
+    """Return True where the loss reaches the text's end, but for blanks, and no end token closes it."""
     text = rendered.text
-    if not stop or not all(_is_blank(encoded, place, text) for place in range(stop, len(ids))):
+    if not stop or not all(_is_blank(encoded, position, text) for position in range(stop, len(ids))):
         return False
-    last = stop - 1
-    while last > 0 and ids[last] not in ends.close and _is_blank(encoded, last, text):
-        last -= 1
-    return ids[last] not in ends.close
+    last_position = stop - 1
+    while last_position > 0 and ids[last_position] not in ends.close and _is_blank(encoded, last_position, text):
+        last_position -= 1
+    return ids[last_position] not in ends.close
 
 
-def _labelled(rendered: Rendered, encoded: Encoded, mask: str, ends: _Ends, eos: int | None) -> Tokenized:
-    """A row before a start token is added."""
+def _label_row(rendered: Rendered, encoded: Encoding, mask: str, ends: _EndTokens, eos: int | None) -> Tokenized:
+    """Label one encoded text, and add the eos token where an answer lacks its end. Adds no bos token."""
     ids = encoded.ids
-    labels, weights, end = [IGNORED] * len(ids), None, 0
-    for span in _learnt_spans(rendered, mask):
-        whole = mask == "all" and span.end - span.start == len(rendered.text)
-        first, stop = (0, len(ids)) if whole else _range(rendered, encoded, ids, span, ends)
+    labels, weights, loss_end = [IGNORE_INDEX] * len(ids), None, 0
+    if mask == "all":  # and answers that weigh otherwise than the row
+        reweighted = [span for span in rendered.answers if span.weight != rendered.weight]
+        learnt_spans = (Span(0, len(rendered.text), rendered.weight), *reweighted)
+    else:
+        learnt_spans = rendered.answers[-1:] if mask == "last-turn" else rendered.answers
+    for span in learnt_spans:
+        is_whole_text = mask == "all" and span.end - span.start == len(rendered.text)
+        first, stop = (0, len(ids)) if is_whole_text else _loss_range(rendered, encoded, ids, span, ends)
         if first == stop:
             continue
         if span.weight == 0.0:
-            labels[first:stop] = [IGNORED] * (stop - first)
+            labels[first:stop] = [IGNORE_INDEX] * (stop - first)
             continue
-        end = max(end, stop)
+        loss_end = max(loss_end, stop)
         labels[first:stop] = ids[first:stop]
         if span.weight != 1.0 or weights is not None:
             weights = [1.0] * len(ids) if weights is None else weights
             weights[first:stop] = [span.weight] * (stop - first)
-    if (not end or labels[end - 1] != IGNORED) and _is_open(rendered, encoded, ids, end, ends):
+    if (not loss_end or labels[loss_end - 1] != IGNORE_INDEX) and _lacks_end_token(
+        rendered, encoded, ids, loss_end, ends
+    ):
         if eos is None:
-            got, fix = "a tokenizer without an end token", "set eos_token in tokenizer_config.json"
-            raise UserError(Problem(rendered.where, got, "a token that ends answers", fix))
-        weights = None if weights is None else [*weights, weights[end - 1]]
+            got, fix = "a tokenizer without an eos token", "set eos_token in tokenizer_config.json"
+            raise UserError(Problem(rendered.where, got, "an eos token to end answers", fix))
+        weights = None if weights is None else [*weights, weights[loss_end - 1]]
         ids, labels = [*ids, eos], [*labels, eos]
     return Tokenized(ids, labels, rendered.where, weights)
 
@@ -253,34 +267,34 @@ def tokenize(
     *,
     mask: str,
     stops: frozenset[int] = frozenset(),
-    encoded: Sequence[Encoded] | None = None,
+    encoded: Sequence[Encoding] | None = None,
 ) -> list[Tokenized]:
-    """Ids and labels of rendered examples.
+    """Tokenize and label rendered examples.
 
-    A token is learnt where its characters overlap an answer span. Each answer ends in an end-of-turn or end
-    token that is learnt too; where the text brings none, the tokenizer's end token is added. `stops` are
-    tokens at which generation stops, `encoded` what `encode` gave for the batch.
+    A token is in the loss where its characters overlap an answer span. Each answer ends in an end-of-turn or
+    eos token that is in the loss too; where the text has none, the tokenizer's eos token is added. `stops`
+    are tokens at which generation stops, `encoded` the result of `encode` for the batch.
 
-    Where the prompt alone would be other tokens, a text is encoded in pieces that end there: at inference
+    Where the prompt alone would give other tokens, a text is encoded in pieces that end there: at inference
     the prompt is encoded alone, and training must see the same tokens.
     """
-    ends, eos = _Ends.of(tokenizer, stops), tokenizer.eos_token_id
+    ends, eos = _EndTokens.of(tokenizer, stops), tokenizer.eos_token_id
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    made = list(encoded or encode(batch, tokenizer))
-    cuts = {}
-    for number, (rendered, whole) in enumerate(zip(batch, made, strict=True)):
+    encodings = list(encoded or encode(batch, tokenizer))
+    split_texts = {}
+    for number, (rendered, encoding) in enumerate(zip(batch, encodings, strict=True)):
         answers = rendered.answers[-1:] if mask == "last-turn" else rendered.answers
         starts = [span.start for span in answers]
-        if any(_other_alone(whole, start, rendered.text) for start in starts):
-            cuts[number] = rendered, starts
-    if cuts:
-        for number, pieces in zip(cuts, _in_pieces(list(cuts.values()), tokenizer), strict=True):
-            made[number] = pieces
-    found = []
-    for rendered, tokens in zip(batch, made, strict=True):
-        row = _labelled(rendered, tokens, mask, ends, eos)
+        if any(_tokenizes_differently(encoding, start, rendered.text) for start in starts):
+            split_texts[number] = rendered, starts
+    if split_texts:
+        for number, pieces in zip(split_texts, _encode_in_pieces(list(split_texts.values()), tokenizer), strict=True):
+            encodings[number] = pieces
+    rows = []
+    for rendered, row_encoding in zip(batch, encodings, strict=True):
+        row = _label_row(rendered, row_encoding, mask, ends, eos)
         if bos and row.input_ids[:1] != bos:
             weights = None if row.weights is None else [1.0, *row.weights]
-            row = Tokenized([*bos, *row.input_ids], [IGNORED, *row.labels], row.where, weights)
-        found.append(row)
-    return found
+            row = Tokenized([*bos, *row.input_ids], [IGNORE_INDEX, *row.labels], row.where, weights)
+        rows.append(row)
+    return rows

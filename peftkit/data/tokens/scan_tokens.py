@@ -1,4 +1,4 @@
-"""What tokens and labels of a row show, looked at while it is tokenized: every row."""
+"""Checks of a row's tokens and labels while it is tokenized: every row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from peftkit.data.formats.base import Example
 from peftkit.data.rows.scan_text import text_of
 from peftkit.data.rows.tally import Tally
-from peftkit.data.tokens.mask import IGNORED, Tokenized
+from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 
 # what other models' templates write: as text it teaches nothing but how to write it
 _FOREIGN = re.compile(
@@ -19,22 +19,22 @@ _FOREIGN = re.compile(
 )
 
 
-def ends_of(row: Tokenized) -> list[int]:
-    """The last token of every stretch that is learnt."""
-    num_masked = row.labels.count(IGNORED)
-    if num_masked < len(row.labels) and IGNORED not in row.labels[num_masked:]:
+def span_end_tokens(row: Tokenized) -> list[int]:
+    """Return the last token of every span that is in the loss."""
+    num_masked = row.labels.count(IGNORE_INDEX)
+    if num_masked < len(row.labels) and IGNORE_INDEX not in row.labels[num_masked:]:
         return [row.labels[-1]]  # the usual row: one answer, at its end
-    following = [*row.labels[1:], IGNORED]
-    return [a for a, b in zip(row.labels, following, strict=True) if b == IGNORED and a != IGNORED]
+    next_labels = [*row.labels[1:], IGNORE_INDEX]
+    return [a for a, b in zip(row.labels, next_labels, strict=True) if b == IGNORE_INDEX and a != IGNORE_INDEX]
 
 
-def _plain(text: str) -> str:
-    """A text without what tokenizers may change: blanks, and how a character is composed."""
+def _without_blanks(text: str) -> str:
+    """Return a text without what tokenizers may change: blanks, and how a character is composed (NFKC)."""
     return "".join(unicodedata.normalize("NFKC", text).split())
 
 
-class Watch:
-    """Looks at texts and rows as they pass, and counts what is odd in `tally`."""
+class TokenScanner:
+    """The checks of texts and rows as they are tokenized; they count rows in `tally`."""
 
     def __init__(self, tokenizer: Any, task: str) -> None:
         self.tally = Tally()
@@ -42,29 +42,29 @@ class Watch:
         self._decode = tokenizer.decode
         self._bos, self._unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
         self.special = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
-        typed = sorted(
+        special_texts = sorted(
             {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 2}
         )
-        self._typed = re.compile("|".join(map(re.escape, typed))) if typed else None
-        self._typed_marks = tuple({text[:2] for text in typed})
+        self._special_pattern = re.compile("|".join(map(re.escape, special_texts))) if special_texts else None
+        self._special_prefixes = tuple({text[:2] for text in special_texts})
         self.ends: Counter[int] = Counter()
         self.largest_id = 0
 
     def text(self, example: Example) -> None:
-        """Special tokens that stand in what people wrote."""
+        """Count special tokens, or another template's markers, that are typed in a row's text."""
         text = text_of(example)
-        if self._typed is not None and any(mark in text for mark in self._typed_marks):
-            found = self._typed.search(text)
-            if found:
-                self.tally.add("special-tokens", example.where, f"{found[0]} at character {found.start()}")
+        if self._special_pattern is not None and any(mark in text for mark in self._special_prefixes):
+            match = self._special_pattern.search(text)
+            if match:
+                self.tally.add("special-tokens", example.where, f"{match[0]} at character {match.start()}")
                 return
         if "<" in text or "INST]" in text or "### " in text:
-            found = _FOREIGN.search(text)
-            if found:
-                self.tally.add("foreign-markers", example.where, f"{found[0]} at character {found.start()}")
+            match = _FOREIGN.search(text)
+            if match:
+                self.tally.add("foreign-markers", example.where, f"{match[0]} at character {match.start()}")
 
-    def row(self, row: Tokenized, *, whole: bool) -> None:
-        """A row before it is fitted to the length; where it is learnt `whole`, only its end has to end."""
+    def row(self, row: Tokenized, *, all_trained: bool) -> None:
+        """Check a row before it is truncated; if it is `all_trained`, only its last token must be an end."""
         ids = row.input_ids
         self.largest_id = max(self.largest_id, max(ids, default=0))
         if self._unknown is not None and self._unknown in ids:
@@ -73,39 +73,38 @@ class Watch:
             self.tally.add("double-bos", row.where, "two start tokens")
         if self.task not in {"causal-lm", "seq2seq"}:
             return
-        ends = self._end_of(row) if whole else ends_of(row)
+        ends = span_end_tokens(row)
+        if all_trained:  # the last trained token, less the blanks that templates put after an end token
+            labels = reversed(row.labels)
+            end = next((t for t in labels if t == IGNORE_INDEX or self._decode([t]).strip()), IGNORE_INDEX)
+            ends = [] if end == IGNORE_INDEX else [end]
         self.ends.update(ends[-1:])
-        number = next((n for n, token in enumerate(ends, start=1) if token not in self.special), None)
-        if number is not None:
-            self.tally.add("end-token", row.where, f"answer {number} does not end in an end token")
+        answer = next((n for n, token in enumerate(ends, start=1) if token not in self.special), None)
+        if answer is not None:
+            self.tally.add("end-token", row.where, f"answer {answer} does not end in an end token")
 
-    def _end_of(self, row: Tokenized) -> list[int]:
-        """The last token learnt of a row, less the blanks that templates put after an end token."""
-        end = next((t for t in reversed(row.labels) if t == IGNORED or self._decode([t]).strip()), IGNORED)
-        return [] if end == IGNORED else [end]
-
-    def round_trip(self, row: Tokenized, text: str) -> None:
-        """Whether a row's tokens give back its text."""
+    def check_round_trip(self, row: Tokenized, text: str) -> None:
+        """Check that a row's tokens decode to its text."""
         if self._unknown in row.input_ids:
             return  # told by a check of its own
-        found, wanted = _plain(self._decode(row.input_ids)), _plain(text)
-        if wanted not in found:
-            place = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), 0)
-            got = f"{found[place : place + 20]!r} for {wanted[place : place + 20]!r}"
-            self.tally.add("round-trip", row.where, got)
+        decoded, expected = _without_blanks(self._decode(row.input_ids)), _without_blanks(text)
+        if expected not in decoded:
+            position = next((i for i, (a, b) in enumerate(zip(decoded, expected, strict=False)) if a != b), 0)
+            difference = f"{decoded[position : position + 20]!r} for {expected[position : position + 20]!r}"
+            self.tally.add("round-trip", row.where, difference)
 
     def state(self) -> dict[str, Any]:
-        """All that was seen, to go on from."""
+        """Return the full state, to resume from with `restore`."""
         return {**self.to_json(), "ends": [*self.ends.items()]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` returned."""
         self.tally = Tally.from_json(state["tally"])
         self.ends = Counter(dict(state["ends"]))
         self.largest_id = state["largest_id"]
 
     def to_json(self) -> dict[str, Any]:
-        """What was seen, as plain values."""
+        """Return the tally, the eight most frequent end tokens and the largest id as plain JSON values."""
         return {
             "tally": self.tally.to_json(),
             "ends": [[token, count] for token, count in self.ends.most_common(8)],

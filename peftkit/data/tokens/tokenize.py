@@ -1,4 +1,4 @@
-"""Tokenize examples on all cores, in pieces that an interruption does not lose."""
+"""Tokenization of examples on all cores, file by file, so that an interruption loses at most one file."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from peftkit.data.chat.template import Rendered, Style, render
 from peftkit.data.formats import Example
 from peftkit.data.rows import cache
 from peftkit.data.rows.examples import Examples
-from peftkit.data.rows.lazy import Picked
+from peftkit.data.rows.lazy import Subset
 from peftkit.data.tokens.encode import ENCODERS
-from peftkit.data.tokens.mask import IGNORED, Tokenized, encode, tokenize
-from peftkit.data.tokens.scan_tokens import Watch
-from peftkit.data.tokens.truncate import Fitted, fit
+from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized, encode, tokenize
+from peftkit.data.tokens.scan_tokens import TokenScanner
+from peftkit.data.tokens.truncate import TruncationCounts, truncate
 from peftkit.plan.plan import DataPlan
 from peftkit.rundir import write_json
 
-_CHUNK = 512
-PART_ROWS = 40_000  # examples to a file: what is done again at most after an interruption
-_POSITION = "position.json"
-_DECODED = 4  # rows of a chunk
+_CHUNK_EXAMPLES = 512
+FILE_EXAMPLES = 40_000  # examples to a file: what is done again at most after an interruption
+_POSITION_FILE = "position.json"
+_ROUND_TRIP_ROWS = 4  # rows of a chunk
 
 
 @dataclass(frozen=True)
-class Work:
-    """All that tokens depend on beside the examples."""
+class TokenizeJob:
+    """A tokenization job: all that tokens depend on beside the examples."""
 
     tokenizer: Any
     plan: DataPlan
@@ -44,8 +44,8 @@ class Work:
     stops: frozenset[int]
 
     def key(self, examples: Examples) -> str:
-        """The content hash under which tokens are kept."""
-        return cache.key_of(
+        """Return the content hash under which tokens are cached."""
+        return cache.content_key(
             rows=examples.key,
             tokenizer=tokenizer_sha256(self.tokenizer),
             plan={k: v for k, v in asdict(self.plan).items() if k in {"mask", "truncation", "max_length"}},
@@ -54,139 +54,145 @@ class Work:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """A hash of all that a tokenizer does; one in Python is told by its class, vocabulary and settings."""
-    known = (
+    """Hash all that a tokenizer does; a slow one by its class, vocabulary and settings."""
+    definition = (
         tokenizer.backend_tokenizer.to_str()
         if tokenizer.is_fast
         else repr((type(tokenizer), sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
     )
-    text = [known, repr(tokenizer.special_tokens_map), str(tokenizer.chat_template)]
-    return hashlib.sha256("\0".join(text).encode()).hexdigest()
+    parts = [definition, repr(tokenizer.special_tokens_map), str(tokenizer.chat_template)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _chunks(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    for start in range(0, len(examples), _CHUNK):
+def _example_chunks(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    for start in range(0, len(examples), _CHUNK_EXAMPLES):
         interrupt.stop_if_requested(
-            "interrupted while tokenizing: run it again, it goes on from the last whole part"
+            "interrupted while tokenizing: run it again to continue after the last finished file"
         )
-        yield list(examples[start : start + _CHUNK])
+        yield list(examples[start : start + _CHUNK_EXAMPLES])
 
 
-def _tokenized(examples: Sequence[Example], work: Work, watch: Watch) -> Iterator[list[Tokenized]]:
-    """Rows in chunks. While one chunk is encoded on all cores, the next one is rendered."""
-    if work.task != "causal-lm":
-        ids = {label: number for number, label in enumerate(work.labels)}
-        for chunk in _chunks(examples):
+def _tokenize_chunks(examples: Sequence[Example], job: TokenizeJob, scanner: TokenScanner) -> Iterator[list[Tokenized]]:
+    """Tokenize examples in chunks: while one chunk is encoded on all cores, the next one is rendered."""
+    if job.task != "causal-lm":
+        ids = {label: number for number, label in enumerate(job.labels)}
+        for chunk in _example_chunks(examples):
             for example in chunk:
-                watch.text(example)
-            yield ENCODERS[work.task](chunk, work.tokenizer, ids)
+                scanner.text(example)
+            yield ENCODERS[job.task](chunk, job.tokenizer, ids)
         return
     with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for chunk in _chunks(examples):
-            rendered = [render(e, work.tokenizer, work.style, mask=work.plan.mask) for e in chunk]
-            for example, made in zip(chunk, rendered, strict=True):
-                watch.text(example)
-                if made.lost:
-                    watch.tally.add("template", made.where, f"not in the rendered text: {made.lost}")
-                if made.lost_reasoning:
-                    watch.tally.add("reasoning", made.where, made.lost_reasoning)
-            following = (rendered, pool.submit(encode, rendered, work.tokenizer))
-            if waiting is not None:
-                yield _labelled(*waiting, work, watch)
-            waiting = following
-        if waiting is not None:
-            yield _labelled(*waiting, work, watch)
+        pending = None
+        for chunk in _example_chunks(examples):
+            rendered = [render(e, job.tokenizer, job.style, mask=job.plan.mask) for e in chunk]
+            for example, rendered_row in zip(chunk, rendered, strict=True):
+                scanner.text(example)
+                if rendered_row.lost:
+                    scanner.tally.add("template", rendered_row.where, f"not in the rendered text: {rendered_row.lost}")
+                if rendered_row.missing_reasoning:
+                    scanner.tally.add("reasoning", rendered_row.where, rendered_row.missing_reasoning)
+            next_chunk = (rendered, pool.submit(encode, rendered, job.tokenizer))
+            if pending is not None:
+                yield _finish_chunk(*pending, job, scanner)
+            pending = next_chunk
+        if pending is not None:
+            yield _finish_chunk(*pending, job, scanner)
 
 
-def _labelled(rendered: Sequence[Rendered], encoding: Any, work: Work, watch: Watch) -> list[Tokenized]:
-    """The rows of a chunk. Of the first few it is seen whether their tokens give back the text."""
-    rows = tokenize(
-        rendered, work.tokenizer, mask=work.plan.mask, stops=work.stops, encoded=encoding.result()
-    )
-    for row, made in zip(rows[:_DECODED], rendered, strict=False):
-        watch.round_trip(row, made.text)
+def _finish_chunk(
+    rendered: Sequence[Rendered], future: Any, job: TokenizeJob, scanner: TokenScanner
+) -> list[Tokenized]:
+    """Label the rows of an encoded chunk, and check that the tokens of the first few decode to the text."""
+    rows = tokenize(rendered, job.tokenizer, mask=job.plan.mask, stops=job.stops, encoded=future.result())
+    for row, rendered_row in zip(rows[:_ROUND_TRIP_ROWS], rendered, strict=False):
+        scanner.check_round_trip(row, rendered_row.text)
     return rows
 
 
-class InMemory:
-    """Rows made by hand stay in memory; otherwise as a store's writer."""
+class MemoryWriter:
+    """Writer that keeps rows in memory, for examples built by hand; same interface as `TokenWriter`."""
 
     def __init__(self) -> None:
         self.rows: list[Tokenized] = []
         self.examples: list[int] = []
 
     def write(self, rows: Sequence[Tokenized], examples: Sequence[int]) -> None:
-        """Keep a batch."""
+        """Keep a batch of rows."""
         self.rows.extend(rows)
         self.examples.extend(examples)
 
     def close(self) -> None:
-        """Nothing to finish."""
+        """Do nothing: there is nothing to finish."""
 
 
-def _teaches(row: Tokenized, work: Work, watch: Watch) -> bool:
+def _has_loss_tokens(row: Tokenized, job: TokenizeJob, scanner: TokenScanner) -> bool:
     """Whether something is learnt from a row; one from which nothing is, is noted and left out."""
-    learnt = row.num_learnt
-    if work.task == "causal-lm" and learnt and row.labels[0] != IGNORED:
-        learnt -= 1  # nothing predicts the first token
-        if not learnt:
-            watch.tally.add("masked-rows", row.where, "a row of one token: there is nothing to predict")
-    elif not learnt:
-        watch.tally.add("masked-rows", row.where, "a row in which no token is learnt")
-    return learnt > 0
+    num_loss_tokens = row.num_learnt
+    if job.task == "causal-lm" and num_loss_tokens and row.labels[0] != IGNORE_INDEX:
+        num_loss_tokens -= 1  # nothing predicts the first token
+        if not num_loss_tokens:
+            scanner.tally.add("masked-rows", row.where, "a row of one token: there is nothing to predict")
+    elif not num_loss_tokens:
+        scanner.tally.add("masked-rows", row.where, "a row without a token in the loss")
+    return num_loss_tokens > 0
 
 
-def fill(
-    examples: Sequence[Example], work: Work, writer: Any, watch: Watch, found: Fitted, *, start: int = 0
+def write_rows(
+    examples: Sequence[Example],
+    job: TokenizeJob,
+    writer: Any,
+    scanner: TokenScanner,
+    counts: TruncationCounts,
+    *,
+    start: int = 0,
 ) -> None:
-    """Tokenize examples, fit them, look at them, and write those from which something is learnt.
+    """Tokenize, scan and truncate examples, and write the rows that have tokens in the loss.
 
-    `found` counts what becomes of them, `start` is the number of the first one.
+    `counts` counts what truncation does to them, `start` is the number of the first example.
     """
-    for rows in _tokenized(examples, work, watch):
-        kept: list[Tokenized] = []
+    for rows in _tokenize_chunks(examples, job, scanner):
+        output_rows: list[Tokenized] = []
         numbers: list[int] = []
         for number, row in enumerate(rows, start=start):
-            watch.row(row, whole=work.task == "causal-lm" and work.plan.mask == "all")
-            pieces = [piece for piece in fit(row, work.plan, found) if _teaches(piece, work, watch)]
-            kept.extend(pieces)
+            scanner.row(row, all_trained=job.task == "causal-lm" and job.plan.mask == "all")
+            pieces = [piece for piece in truncate(row, job.plan, counts) if _has_loss_tokens(piece, job, scanner)]
+            output_rows.extend(pieces)
             numbers.extend([number] * len(pieces))
-        writer.write(kept, numbers)
+        writer.write(output_rows, numbers)
         start += len(rows)
     writer.close()
 
 
-def write(examples: Examples, work: Work, folder: Path) -> dict[str, Any]:
-    """Fill a folder with tokenized sets, file by file, from where an earlier try stopped.
+def write_token_files(examples: Examples, job: TokenizeJob, folder: Path) -> dict[str, Any]:
+    """Write tokenized sets to a folder, file by file, continuing where an earlier try stopped.
 
-    Returns what is to be known of them. The position is written after each whole file.
+    Returns the entry's meta values. The position is written after each whole file.
     """
-    from peftkit.data.tokens.store import Writer, content_sha256
+    from peftkit.data.tokens.store import TokenWriter, content_sha256
 
-    watch, files = Watch(work.tokenizer, work.task), []
-    fitted = {"train": Fitted(), "eval": Fitted()}
-    done = _position(folder)
-    if done:
-        watch.restore(done["watch"])
-        fitted = {name: Fitted.from_json(value) for name, value in done["fitted"].items()}
-        files = done["files"]
+    scanner, files = TokenScanner(job.tokenizer, job.task), []
+    truncation = {"train": TruncationCounts(), "eval": TruncationCounts()}
+    position = _position(folder)
+    if position:
+        scanner.restore(position["watch"])
+        truncation = {name: TruncationCounts.from_json(value) for name, value in position["fitted"].items()}
+        files = position["files"]
     for name, rows in (("train", examples.train), ("eval", examples.eval)):
-        for start in range(0, max(1, len(rows)), PART_ROWS):
-            file = f"{name}-{start // PART_ROWS:05}.arrow"
+        for start in range(0, max(1, len(rows)), FILE_EXAMPLES):
+            file = f"{name}-{start // FILE_EXAMPLES:05}.arrow"
             if file in files:
                 continue
-            part = Picked(rows, range(start, min(len(rows), start + PART_ROWS)))
+            part = Subset(rows, range(start, min(len(rows), start + FILE_EXAMPLES)))
             with _frozen():
-                fill(part, work, Writer(folder / file), watch, fitted[name], start=start)
+                write_rows(part, job, TokenWriter(folder / file), scanner, truncation[name], start=start)
             files.append(file)
-            counts = {name: asdict(one) for name, one in fitted.items()}
-            write_json(folder / _POSITION, {"files": files, "watch": watch.state(), "fitted": counts})
-    (folder / _POSITION).unlink()
+            counts = {name: asdict(set_counts) for name, set_counts in truncation.items()}
+            write_json(folder / _POSITION_FILE, {"files": files, "watch": scanner.state(), "fitted": counts})
+    (folder / _POSITION_FILE).unlink()
     return {
         "files": files,
-        "seen": watch.to_json(),
-        "fitted": [asdict(fitted["train"]), asdict(fitted["eval"])],
+        "seen": scanner.to_json(),
+        "fitted": [asdict(truncation["train"]), asdict(truncation["eval"])],
         "fingerprint": content_sha256([folder / file for file in files]),
     }
 
@@ -204,7 +210,7 @@ def _frozen() -> Iterator[None]:
 def _position(folder: Path) -> dict[str, Any] | None:
     """How far an earlier try came; None where there was none, or its files are not whole."""
     try:
-        found: dict[str, Any] = json.loads((folder / _POSITION).read_text(encoding="utf-8"))
+        position: dict[str, Any] = json.loads((folder / _POSITION_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if all((folder / file).is_file() for file in found["files"]) else None
+    return position if all((folder / file).is_file() for file in position["files"]) else None

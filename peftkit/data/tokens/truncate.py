@@ -1,4 +1,4 @@
-"""Rows longer than the model is to see: dropped, cut at the front, split, or refused. All are counted."""
+"""Truncation of rows beyond `max_length`: dropped, cut to their end, split, or refused. All are counted."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from peftkit.data.rows.tally import SHOWN
-from peftkit.data.tokens.mask import IGNORED, Tokenized
+from peftkit.data.rows.tally import MAX_NAMED_ROWS
+from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.errors import Problem, UserError
 from peftkit.plan.plan import DataPlan
 
 
 @dataclass
-class Fitted:
-    """What became of rows: of `num_learnt` tokens that were to be learnt, `num_learnt_lost` no longer are."""
+class TruncationCounts:
+    """Counts of what truncation did to rows.
+
+    Of `num_learnt` tokens in the loss before, `num_learnt_lost` are no longer in it.
+    """
 
     num_dropped: int = 0
     num_cut: int = 0
@@ -27,68 +30,70 @@ class Fitted:
     num_rows: int = 0
     too_long: list[tuple[str, int]] = field(default_factory=list)
 
-    def joined(self, other: Fitted) -> Fitted:
-        """Both together: rows to train on, and rows held out."""
-        mine, others = asdict(self), asdict(other)
-        made = {name: value + others[name] for name, value in mine.items() if name.startswith("num_")}
-        shortest = min((one for one in (self.shortest, other.shortest) if one), default=0)
-        too_long = (self.too_long + other.too_long)[:SHOWN]
-        return Fitted(**made, longest=max(self.longest, other.longest), shortest=shortest, too_long=too_long)
+    def joined(self, other: TruncationCounts) -> TruncationCounts:
+        """Add up two counts, such as those of training rows and of held-out rows."""
+        own_values, other_values = asdict(self), asdict(other)
+        totals = {name: value + other_values[name] for name, value in own_values.items() if name.startswith("num_")}
+        shortest = min((length for length in (self.shortest, other.shortest) if length), default=0)
+        too_long = (self.too_long + other.too_long)[:MAX_NAMED_ROWS]
+        return TruncationCounts(
+            **totals, longest=max(self.longest, other.longest), shortest=shortest, too_long=too_long
+        )
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Fitted:
-        """What `asdict` gave."""
+    def from_json(cls, value: Mapping[str, Any]) -> TruncationCounts:
+        """Restore counts from the values of `asdict`."""
         return cls(**{**value, "too_long": [(where, length) for where, length in value["too_long"]]})
 
 
-def _split(row: Tokenized, room: int) -> Iterator[Tokenized]:
+def _split_row(row: Tokenized, max_length: int) -> Iterator[Tokenized]:
     """A row in pieces that fit, none of them one token; those that nothing is learnt from are left out.
 
     Nothing predicts the first token of a piece.
     """
     length = len(row.input_ids)
-    cuts = [*range(0, length, room), length]
-    if cuts[-1] - cuts[-2] == 1 and room > 2:
+    cuts = [*range(0, length, max_length), length]
+    if cuts[-1] - cuts[-2] == 1 and max_length > 2:
         cuts[-2] -= 1
     for start, stop in pairwise(cuts):
         piece = row.cut(start, stop)
-        if piece.num_learnt > (piece.labels[0] != IGNORED):
+        if piece.num_learnt > (piece.labels[0] != IGNORE_INDEX):
             yield piece
 
 
-def fit(row: Tokenized, plan: DataPlan, found: Fitted) -> list[Tokenized]:
-    """The row, or what the truncation policy makes of it; `found` counts it."""
-    length, learnt = row.length, row.num_learnt
-    found.num_rows += 1
-    found.num_learnt += learnt
-    found.longest = max(found.longest, length)
-    found.shortest = min(found.shortest or length, length)
+def truncate(row: Tokenized, plan: DataPlan, counts: TruncationCounts) -> list[Tokenized]:
+    """Apply the truncation policy to a row, and count it in `counts`. Returns the rows that are left."""
+    length, num_loss_tokens = row.length, row.num_learnt
+    counts.num_rows += 1
+    counts.num_learnt += num_loss_tokens
+    counts.longest = max(counts.longest, length)
+    counts.shortest = min(counts.shortest or length, length)
     if length <= plan.max_length:
         return [row]
-    if len(found.too_long) < SHOWN:
-        found.too_long.append((row.where, length))
+    if len(counts.too_long) < MAX_NAMED_ROWS:
+        counts.too_long.append((row.where, length))
     if plan.truncation == "split":
-        found.num_split += 1
-        return [*_split(row, plan.max_length)]
+        counts.num_split += 1
+        return [*_split_row(row, plan.max_length)]
     if plan.truncation == "keep_end":
-        cut = row.cut(len(row.input_ids) - plan.max_length, len(row.input_ids))
-        found.num_cut += 1
-        found.num_learnt_lost += learnt - cut.num_learnt
-        return [cut]
-    found.num_dropped += 1
-    found.num_learnt_lost += learnt
+        tail = row.cut(len(row.input_ids) - plan.max_length, len(row.input_ids))
+        counts.num_cut += 1
+        counts.num_learnt_lost += num_loss_tokens - tail.num_learnt
+        return [tail]
+    counts.num_dropped += 1
+    counts.num_learnt_lost += num_loss_tokens
     return []
 
 
-def refuse_long(found: Sequence[Fitted], plan: DataPlan) -> None:
-    """Raises UserError for rows that are too long, where the recipe asks for that."""
+def refuse_long_rows(counts_of_sets: Sequence[TruncationCounts], plan: DataPlan) -> None:
+    """Raise UserError for rows that are too long, where data.truncation is `error`."""
     if plan.truncation != "error":
         return
     fix = "raise train.max_length or set data.truncation: drop"
     problems = [
         Problem(where, f"{length} tokens", f"at most {plan.max_length}", fix)
-        for one in found
-        for where, length in one.too_long
+        for counts in counts_of_sets
+        for where, length in counts.too_long
     ]
     if problems:
         raise UserError(problems)

@@ -9,15 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftkit.archs import place_of
+from peftkit.archs import wildcard_name
 from peftkit.errors import PeftkitError, Problem, UserError
-from peftkit.methods.lora import CHANGES_BASE
-from peftkit.plan.plan import MethodPlan, Plan
-from peftkit.plan.targets import unmatched
+from peftkit.methods.lora import BASE_CHANGING_INITS
+from peftkit.plan.plan import Plan
+from peftkit.plan.targets import unmatched_targets
 from peftkit.rundir import publish_folder, verify_folder
 
 
 def _token_ids(tokenizer: Any, tokens: Iterable[str]) -> list[int]:
+    """Return the sorted ids of `tokens`. Raises UserError for those outside the vocabulary."""
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in tokens if token not in vocabulary]
     if missing:
@@ -35,16 +36,6 @@ def _token_ids(tokenizer: Any, tokens: Iterable[str]) -> list[int]:
     return sorted(vocabulary[token] for token in tokens)
 
 
-def _check_targets(model: Any, method: MethodPlan) -> None:
-    """Every named target must match a module of the real model: PEFT drops those that match nothing."""
-    parameters = [name for name, _ in model.named_parameters()]
-    modules = [name for name, _ in model.named_modules() if name]
-    problems = unmatched(modules, method.target_modules, "method.targets")
-    problems += unmatched(parameters, method.target_parameters, "method.targets", what="parameter")
-    if problems:
-        raise UserError(problems)
-
-
 PEFT_TASKS = {
     "causal-lm": "CAUSAL_LM",
     "seq2seq": "SEQ_2_SEQ_LM",
@@ -53,67 +44,70 @@ PEFT_TASKS = {
 }
 
 
-def _peft_config(model: Any, plan: Plan, tokenizer: Any) -> Any:
-    import peft
-
-    spec = plan.method.peft
-    assert spec is not None
-    arguments = deepcopy(dict(spec.arguments))  # PEFT writes into lists that it is given
-    if plan.method.token_rows:
-        rows = plan.method.token_rows
-        # without a tokenizer (to see shapes) any rows stand for them
-        ids = list(range(len(rows))) if tokenizer is None else _token_ids(tokenizer, rows)
-        arguments["trainable_token_indices"] = {_embedding_name(model): ids}
-    if arguments.get("init_lora_weights") == "eva":
-        # rho 1 keeps every rank as planned; PEFT's default would move rank between layers
-        arguments["eva_config"] = peft.EvaConfig(rho=1.0)
-    return getattr(peft, spec.class_name)(task_type=PEFT_TASKS[plan.base.task], **arguments)
-
-
 def _embedding_name(model: Any) -> str:
+    """Return the last part of the input embedding's module name."""
     embedding = model.get_input_embeddings()
-    full = next(str(name) for name, module in model.named_modules() if module is embedding)
-    return full.rsplit(".", 1)[-1]
+    full_name = next(str(name) for name, module in model.named_modules() if module is embedding)
+    return full_name.rsplit(".", 1)[-1]
 
 
-def attach(model: Any, plan: Plan, tokenizer: Any, *, eva_batches: Iterable[Mapping[str, Any]] = ()) -> Any:
-    """Wrap the base as the plan says; the base itself for full fine-tuning.
+def attach_adapter(model: Any, plan: Plan, tokenizer: Any, *, eva_batches: Iterable[Mapping[str, Any]] = ()) -> Any:
+    """Wrap the base in the plan's adapter.
 
-    `eva_batches` are tokenized batches for EVA's initialisation, used by no other method. Without a
-    `tokenizer` the model has shapes only, and nothing is initialised by data.
-    Raises UserError where a target matches no module.
+    For full fine-tuning the base itself is returned, with every parameter trainable. `eva_batches` are
+    tokenized batches for EVA's initialisation, used by no other method. Without a `tokenizer` only shapes
+    matter, and no initialisation from data is run. Raises UserError where a target matches no module.
     """
     if plan.method.peft is None:
         model.requires_grad_(True)
         return model
     import peft
 
-    _check_targets(model, plan.method)
-    config = _peft_config(model, plan, tokenizer)
-    wrapped = peft.get_peft_model(model, config)
-    in_fp32(wrapped)
-    for name, parameter in wrapped.named_parameters():
+    # raise UserError for targets that match no module or parameter:
+    parameters = [name for name, _ in model.named_parameters()]
+    modules = [name for name, _ in model.named_modules() if name]
+    problems = unmatched_targets(modules, plan.method.target_modules, "method.targets")
+    problems += unmatched_targets(parameters, plan.method.target_parameters, "method.targets", what="parameter")
+    if problems:
+        raise UserError(problems)
+    # build PEFT's configuration of the plan's adapter
+
+    spec = plan.method.peft
+    assert spec is not None
+    arguments = deepcopy(dict(spec.arguments))  # PEFT writes into lists that it is given
+    if plan.method.token_rows:
+        tokens = plan.method.token_rows
+        # without a tokenizer (to see shapes) any rows stand for them
+        ids = list(range(len(tokens))) if tokenizer is None else _token_ids(tokenizer, tokens)
+        arguments["trainable_token_indices"] = {_embedding_name(model): ids}
+    if arguments.get("init_lora_weights") == "eva":
+        # rho 1 keeps every rank as planned; PEFT's default would move rank between layers
+        arguments["eva_config"] = peft.EvaConfig(rho=1.0)
+    config = getattr(peft, spec.class_name)(task_type=PEFT_TASKS[plan.base.task], **arguments)
+    peft_model = peft.get_peft_model(model, config)
+    cast_trainable_to_fp32(peft_model)
+    for name, parameter in peft_model.named_parameters():
         if ".ranknum." in name:  # AdaLoRA's counter of ranks: moving it off the CPU, PEFT makes it trainable
             parameter.requires_grad_(False)
-    for active in wrapped.peft_config.values():
-        active.base_model_name_or_path = plan.base.id
-        active.revision = plan.base.revision
+    for peft_config in peft_model.peft_config.values():
+        peft_config.base_model_name_or_path = plan.base.id
+        peft_config.revision = plan.base.revision
     if plan.method.peft.arguments.get("init_lora_weights") == "eva" and tokenizer is not None:
-        peft.initialize_lora_eva_weights(wrapped, eva_batches, show_progress_bar=False)
-    return wrapped
+        peft.initialize_lora_eva_weights(peft_model, eva_batches, show_progress_bar=False)
+    return peft_model
 
 
-def plain_start(plan: Plan) -> Plan:
-    """The plan without an initialisation that looks at weights or data: the shapes are the same."""
+def with_plain_init(plan: Plan) -> Plan:
+    """Return the plan without an initialisation from weights or data; the shapes are the same."""
     spec = plan.method.peft
     if spec is None or "init_lora_weights" not in spec.arguments:
         return plan
-    plain = replace(spec, arguments={**spec.arguments, "init_lora_weights": True})
-    return replace(plan, method=replace(plan.method, peft=plain))
+    plain_spec = replace(spec, arguments={**spec.arguments, "init_lora_weights": True})
+    return replace(plan, method=replace(plan.method, peft=plain_spec))
 
 
-def in_fp32(model: Any) -> None:
-    """Hold what is trained in fp32: small updates vanish in 16-bit weights."""
+def cast_trainable_to_fp32(model: Any) -> None:
+    """Cast trainable parameters to fp32, in place: small updates vanish in 16-bit weights."""
     import torch
 
     for parameter in model.parameters():
@@ -121,14 +115,14 @@ def in_fp32(model: Any) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
-def checkpointing(plan: Plan) -> dict[str, Any]:
-    """Arguments of transformers' `activation_checkpointing_enable`: every layer, or every second."""
-    every = 2 if plan.train.gradient_checkpointing == "selective" else 1
-    return {"activation_checkpointing_kwargs": {"use_reentrant": False}, "every_n_layers": every}
+def checkpointing_arguments(plan: Plan) -> dict[str, Any]:
+    """Return `activation_checkpointing_enable`'s arguments: every layer, or every second if selective."""
+    every_n_layers = 2 if plan.train.gradient_checkpointing == "selective" else 1
+    return {"activation_checkpointing_kwargs": {"use_reentrant": False}, "every_n_layers": every_n_layers}
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """(trainable, total), as PEFT counts: 4-bit weights as the numbers that they stand for."""
+    """Count (trainable, total) parameters as PEFT does: a 4-bit weight counts its unquantized numbers."""
     if hasattr(model, "get_nb_trainable_parameters"):
         trainable, total = model.get_nb_trainable_parameters()
         return int(trainable), int(total)
@@ -137,9 +131,11 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 
 def trainable_by_role(model: Any, plan: Plan) -> dict[str, int]:
-    """Counted trainable parameters by module role, in model order."""
+    """Count trainable parameters by module role, in model order."""
     counts: dict[str, int] = {}
-    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "")
+    head = next(
+        (module_name for module_name, module in model.named_modules() if module is model.get_output_embeddings()), ""
+    )
     table = _embedding_name(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -149,15 +145,18 @@ def trainable_by_role(model: Any, plan: Plan) -> dict[str, int]:
 
 
 def _role(name: str, plan: Plan, *, table: str, head: str) -> str:
-    """The role of a trained tensor, by its name."""
-    place = place_of(f".{name}.")
-    found = next((role for module, role in plan.method.roles.items() if f".{module}." in place), None)
-    if found is not None:
-        return found
+    """Return the role of a trainable tensor, derived from its name."""
+    place = wildcard_name(f".{name}.")
+    named_role = next((role for module, role in plan.method.roles.items() if f".{module}." in place), None)
+    if named_role is not None:
+        return named_role
     if plan.method.peft is None:
         return "the rest"
     if ".lora_" in name and plan.method.target_parameters:
-        return _expert_role(place, plan)
+        # return the role of a LoRA tensor of fused experts
+        inner = place.count(".base_layer.")
+        experts = [role for module, role in plan.method.roles.items() if role.startswith("experts")]
+        return experts[-1 - inner] if inner < len(experts) else experts[0]
     parts = set(name.split("."))
     if "trainable_tokens" in name:
         return "tokens"
@@ -168,20 +167,13 @@ def _role(name: str, plan: Plan, *, table: str, head: str) -> str:
     return "embeddings" if table in parts else "norms"
 
 
-def _expert_role(place: str, plan: Plan) -> str:
-    """PEFT nests its wrappers of several parameters of one module: the outermost is the last one named."""
-    inner = place.count(".base_layer.")
-    experts = [role for module, role in plan.method.roles.items() if role.startswith("experts")]
-    return experts[-1 - inner] if inner < len(experts) else experts[0]
-
-
 def trainable_tensors(model: Any) -> dict[str, Any]:
-    """Name -> parameter, for all that is trained, in model order."""
+    """Return the trainable parameters by name, in model order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def wrapped_storages(model: Any) -> list[list[str]]:
-    """Names of adapted modules, grouped by the storage of the weight behind them."""
+def modules_by_storage(model: Any) -> list[list[str]]:
+    """Group the names of adapted modules by the storage of their base weight; a group of two is a tie."""
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         if name.endswith("token_adapter"):
@@ -193,19 +185,19 @@ def wrapped_storages(model: Any) -> list[list[str]]:
     return list(groups.values())
 
 
-def non_finite(model: Any) -> list[str]:
-    """Names of trained tensors that hold NaN or infinity."""
+def non_finite_tensors(model: Any) -> list[str]:
+    """Return the names of trainable tensors that contain NaN or infinity."""
     return [name for name, tensor in trainable_tensors(model).items() if not bool(tensor.isfinite().all())]
 
 
-def save_start(model: Any, plan: Plan, folder: Path, *, afresh: bool) -> None:
-    """Keep the adapter's start for methods that subtract it from the base (PiSSA, OLoRA).
+def save_initial_adapter(model: Any, plan: Plan, folder: Path, *, overwrite: bool) -> None:
+    """Save the adapter's initial weights, for methods that subtract them from the base (PiSSA, OLoRA).
 
-    One that is not whole is made again, and with `afresh` any: an adapter that is attached anew is the start.
+    A damaged copy is replaced; with `overwrite` any, because a newly attached adapter is the initial one.
     """
-    if not needs_start(plan):
+    if not needs_initial_adapter(plan):
         return
-    if folder.exists() and (afresh or verify_folder(folder)):
+    if folder.exists() and (overwrite or verify_folder(folder)):
         folder.replace(tempfile.mkdtemp(dir=folder.parent, prefix=f"left-{folder.name}-"))
     if not folder.exists():
         # PEFT's recipe: the start is saved as an ordinary LoRA, to be subtracted at the end
@@ -215,22 +207,23 @@ def save_start(model: Any, plan: Plan, folder: Path, *, afresh: bool) -> None:
         model.peft_config["default"].init_lora_weights = plan.method.peft.arguments["init_lora_weights"]  # type: ignore[union-attr]
 
 
-def needs_start(plan: Plan) -> bool:
-    """Whether the adapter only makes sense beside its start."""
+def needs_initial_adapter(plan: Plan) -> bool:
+    """Return whether the initialisation changes the base, so that the initial weights are needed."""
     spec = plan.method.peft
-    return spec is not None and spec.arguments.get("init_lora_weights") in CHANGES_BASE
+    return spec is not None and spec.arguments.get("init_lora_weights") in BASE_CHANGING_INITS
 
 
-def save_result(model: Any, plan: Plan, tokenizer: Any, folder: Path, *, start: Path) -> None:
-    """Write what was trained: a PEFT adapter with its tokenizer, or the whole model after full fine-tuning.
+def save_trained(model: Any, plan: Plan, tokenizer: Any, folder: Path, *, initial_adapter: Path) -> None:
+    """Save the trained PEFT adapter, or the whole model after full fine-tuning, with the tokenizer.
 
-    PiSSA and OLoRA adapters are converted to plain LoRA of twice the rank on the untouched base.
+    PiSSA and OLoRA adapters are converted to plain LoRA of twice the rank on the original base.
+    Raises PeftkitError where the saved initial adapter is damaged.
     """
     arguments: dict[str, Any] = {}
-    if needs_start(plan):
-        if faults := verify_folder(start):
-            raise PeftkitError(f"what is to be subtracted is not whole: {'; '.join(faults)}")
-        arguments["path_initial_model_for_weight_conversion"] = str(start)
+    if needs_initial_adapter(plan):
+        if faults := verify_folder(initial_adapter):
+            raise PeftkitError(f"the saved initial adapter is damaged: {'; '.join(faults)}")
+        arguments["path_initial_model_for_weight_conversion"] = str(initial_adapter)
     model.save_pretrained(folder, safe_serialization=True, **arguments)
     tokenizer.save_pretrained(folder)
     card = folder / "README.md"
@@ -238,7 +231,7 @@ def save_result(model: Any, plan: Plan, tokenizer: Any, folder: Path, *, start: 
 
 
 def build_loraplus_optimizer(model: Any, plan: Plan) -> Any:
-    """AdamW with LoRA+'s larger rate for B (Hayou et al. 2024), by PEFT's own builder."""
+    """Build AdamW with LoRA+'s larger learning rate for B (Hayou et al. 2024), by PEFT's own builder."""
     import torch
     from peft.optimizers import create_loraplus_optimizer
 

@@ -1,4 +1,4 @@
-"""The shape of a base with the task's head on top: by its family, or by looking at it."""
+"""Shape of a base with the task's head: from its family, or inferred from its code."""
 
 from __future__ import annotations
 
@@ -6,37 +6,35 @@ from collections.abc import Mapping
 
 from peftkit.archs import ModelShape, family_of, shape_from_config
 from peftkit.errors import Problem, UserError
-from peftkit.model.base.locate import Base
+from peftkit.model.base.locate import LocatedBase
 from peftkit.model.base.remote_code import refuse_foreign_code
 from peftkit.plan.task import decide_task
 
 # Keys that only configurations of models for other things than text have.
-_SENSES = {
+_MODALITY_KEYS = {
     "vision": ("vision_config", "image_size", "num_channels", "patch_size"),
     "audio": ("audio_config", "num_mel_bins", "feat_extract_norm", "sampling_rate", "audio_encoder"),
 }
-_TEXT_PARTS = {"llama4": "llama4_text", "gemma3": "gemma3_text", "mistral3": "mistral"}
+_TEXT_MODEL_TYPES = {"llama4": "llama4_text", "gemma3": "gemma3_text", "mistral3": "mistral"}
 
 
-def refuse_other_senses(base: Base, where: str) -> None:
-    """Raises UserError for a vision or audio model, naming the text model inside it where there is one."""
+def refuse_other_modalities(base: LocatedBase, where: str) -> None:
+    """Raise UserError for a vision or audio model, naming the text model inside it where there is one."""
     config = base.config or {}
-    for sense, keys in _SENSES.items():
+    for modality, keys in _MODALITY_KEYS.items():
         key = next((key for key in keys if key in config), None)
         if key is not None:
-            inner = config.get("text_config")
-            part = _TEXT_PARTS.get(str(config.get("model_type"))) or (
-                inner.get("model_type") if isinstance(inner, Mapping) else None
+            text_config = config.get("text_config")
+            text_part = _TEXT_MODEL_TYPES.get(str(config.get("model_type"))) or (
+                text_config.get("model_type") if isinstance(text_config, Mapping) else None
             )
-            fix = (
-                f"its text part alone ({part}) can be trained: save it as a model of its own" if part else ""
-            )
-            got = f"{base.id}, a model for {sense} ({config.get('model_type')}: its config.json has {key})"
-            raise UserError(Problem(where, got, "a model for text", fix))
+            fix = f"its text part alone ({text_part}) can be trained: save it as a separate model" if text_part else ""
+            got = f"{base.id}, a model for {modality} ({config.get('model_type')}: its config.json has {key})"
+            raise UserError(Problem(where, got, "a text model", fix))
 
 
-def shape_of_base(
-    base: Base,
+def infer_base_shape(
+    base: LocatedBase,
     *,
     task: str,
     data_format: str | None,
@@ -45,36 +43,36 @@ def shape_of_base(
     where: str,
     revision: str | None = None,
 ) -> ModelShape:
-    """The base's shape with the head that task and data ask for.
+    """Return the base's shape with the head for task and data.
 
-    A model of no known family is looked at. Raises UserError for a configuration that is absurd or no text
-    model's, and for a task without a head.
+    A model of unknown family is built on the meta device. Raises UserError for a configuration with invalid
+    sizes or of another modality, and for a task without a head.
     """
-    refuse_other_senses(base, where)
+    refuse_other_modalities(base, where)
     if trust_remote_code:
         refuse_foreign_code(base.config or {}, base.id, where)
     config = {**(base.config or {}), "num_labels": max(2, num_labels)}
     family = family_of(str(config.get("model_type", "")))
-    chosen = decide_task(task, data_format, family, where)
-    if isinstance(chosen, Problem):
-        raise UserError(chosen)
+    resolved_task = decide_task(task, data_format, family, where)
+    if isinstance(resolved_task, Problem):
+        raise UserError(resolved_task)
     try:
-        shape = shape_from_config(config, task=chosen)
+        shape = shape_from_config(config, task=resolved_task)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        text = error.args[0] if error.args else error
-        got = f"a config.json with missing or absurd sizes ({text})"
+        message = error.args[0] if error.args else error
+        got = f"a config.json with missing or invalid sizes ({message})"
         raise UserError(
-            Problem(f"base {base.id}", got, "its sizes", "compare it with the model's own")
+            Problem(f"base {base.id}", got, "valid sizes", "compare it with the original config.json of the model")
         ) from None
     if shape is not None:
         return shape
-    from peftkit.model.base.unknown_family import inspect_shape
+    from peftkit.model.base.unknown_family import infer_shape_from_code
 
-    return inspect_shape(
+    return infer_shape_from_code(
         base.id if base.path is None else str(base.path),
         config,
         revision=revision,
-        task=chosen,
+        task=resolved_task,
         num_labels=max(2, num_labels),
         trust_remote_code=trust_remote_code,
         where=where,

@@ -1,4 +1,4 @@
-"""Faults of the libraries that have no public way round: one file each, on our own model instance only.
+"""Patches of library faults without a public workaround: one file each, applied to our own model only.
 
 Each file names the version it was seen in and has a test that fails once the fault is gone.
 """

@@ -1,4 +1,4 @@
-"""bitsandbytes repacks 4-bit weights on CPUs with AVX512-BF16, and gradients are wrong from then on.
+"""Patch: bitsandbytes repacks 4-bit weights on CPUs with AVX512-BF16, after which gradients are wrong.
 
 Fault: `Linear4bit.forward` repacks at the first evaluation pass without gradients; the packed product has no
 autograd, so later training steps silently get wrong gradients, and merging reads repacked bytes.
@@ -12,8 +12,8 @@ from typing import Any
 FLAG = "support_avx512bf16_for_cpu"
 
 
-def mend(model: Any) -> int:
-    """Clear the repacking flag on every 4-bit layer. Returns how many layers carried it set."""
+def clear_repack_flag(model: Any) -> int:
+    """Clear the repacking flag of every 4-bit layer. Returns the number of layers that had it set."""
     cleared = 0
     for module in model.modules():
         if getattr(module, FLAG, False):

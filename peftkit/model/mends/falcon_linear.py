@@ -1,8 +1,8 @@
-"""Falcon's linear layers are a subclass, so 4-bit loading would leave every one of them as it is.
+"""Patch: 4-bit loading skips Falcon's linear layers, because they are a subclass of nn.Linear.
 
 Fault: transformers replaces a layer by its 4-bit version where `type(module) is nn.Linear`; Falcon builds
-`FalconLinear`, a subclass that computes the same. 0 % of the model was quantized, without a word.
-Seen in transformers 5.23.0. While a model is loaded inside `mended()`, Falcon builds plain linear layers.
+`FalconLinear`, a subclass that computes the same. 0 % of the model was quantized, without a warning.
+Seen in transformers 5.23.0. Inside `plain_falcon_linear()` Falcon builds plain linear layers.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def mended() -> Iterator[None]:
-    """Falcon's modelling module builds `nn.Linear` inside this block, and what it built before afterwards."""
+def plain_falcon_linear() -> Iterator[None]:
+    """Make Falcon's modelling module build `nn.Linear` inside this block, and restore it afterwards."""
     from torch import nn
     from transformers.models.falcon import modeling_falcon
 
-    kept = modeling_falcon.FalconLinear
+    original = modeling_falcon.FalconLinear
     modeling_falcon.FalconLinear = nn.Linear
     try:
         yield
     finally:
-        modeling_falcon.FalconLinear = kept
+        modeling_falcon.FalconLinear = original

@@ -1,6 +1,6 @@
-"""Where each tensor of a base's files stands in the model: by the very rules that transformers loads it by.
+"""The parameter behind each tensor of a base's files, by the rules that transformers loads them with.
 
-Names in files and in models differ: prefixes come and go, experts lie apart on disk and fused in memory.
+Names in files and in models differ: prefixes come and go, experts are separate on disk and fused in memory.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Place:
-    """A tensor's place: a parameter as a whole; or of its `expert` the part `part` of `num_parts`.
+class Placement:
+    """The target of a file's tensor: a whole parameter, or part `part` of `num_parts` of its `expert`.
 
-    Parts stand one after the other along the axis `axis` of the expert's matrix. `is_plain` is False where
-    transformers computes more on loading than putting together.
+    Parts are concatenated along `axis` of the expert's matrix. `is_plain` is False where transformers does
+    more than stack and concatenate on loading.
     """
 
     parameter: str
@@ -28,49 +28,57 @@ class Place:
     is_plain: bool = True
 
 
-def places(model: Any, names: Iterable[str]) -> dict[str, Place]:
-    """Name in the files -> place in `model`, which may be on the meta device. Others are not read at all."""
+def place_tensors(model: Any, names: Iterable[str]) -> dict[str, Placement]:
+    """Map tensor names in the files to their place in `model`, which may be on the meta device.
+
+    Tensors that transformers does not read are left out.
+    {"...experts.3.up_proj.weight": Placement("...experts.gate_up_proj", expert=3, num_experts=8, part=1,
+     num_parts=2)}
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
-    found = {}
+    placements = {}
     for name in names:
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if renamed not in state and name in state:
-            renamed, pattern = rename_source_key(name, [], [], prefix, state)
-        if renamed not in state:
+        parameter, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if parameter not in state and name in state:
+            parameter, pattern = rename_source_key(name, [], [], prefix, state)
+        if parameter not in state:
             continue
         if pattern is None:
-            found[name] = Place(renamed)
+            placements[name] = Placement(parameter)
         else:
-            num_experts = int(state[renamed].shape[0])
-            found[name] = _place(Place(renamed, num_experts=num_experts), name, pattern, by_pattern[pattern])
-    return found
+            num_experts = int(state[parameter].shape[0])
+            # return the place of a tensor that transformers fuses with others
+            placement = Placement(parameter, num_experts=num_experts)
+            converter = by_pattern[pattern]
+            from transformers.core_model_loading import Concatenate, MergeModulelist
+
+            operations = converter.operations
+            num_parts = len(converter.source_patterns)
+            operation_types = tuple(type(operation) for operation in operations)
+            is_stacked = (
+                operation_types in {(MergeModulelist,), (MergeModulelist, Concatenate)} and operations[0].dim == 0
+            )
+            expert_match = re.search(r"\.(\d+)\.", name[name.rfind("experts") :]) if is_stacked else None
+            if expert_match is None or (len(operations) == 1) != (num_parts == 1):
+                placements[name] = replace(placement, is_plain=False)
+            else:
+                axis = operations[1].dim - 1 if len(operations) == 2 else 0  # of one expert's matrix
+                part = converter.source_patterns.index(pattern)
+                placements[name] = replace(
+                    placement, expert=int(expert_match[1]), part=part, num_parts=num_parts, axis=axis
+                )
+    return placements
 
 
-def _place(place: Place, name: str, pattern: str, converter: Any) -> Place:
-    """The place of a tensor that is put together with others."""
-    from transformers.core_model_loading import Concatenate, MergeModulelist
-
-    steps = converter.operations
-    parts = len(converter.source_patterns)
-    kinds = tuple(type(step) for step in steps)
-    stacked = kinds in {(MergeModulelist,), (MergeModulelist, Concatenate)} and steps[0].dim == 0
-    expert = re.search(r"\.(\d+)\.", name[name.rfind("experts") :]) if stacked else None
-    if expert is None or (len(steps) == 1) != (parts == 1):
-        return replace(place, is_plain=False)
-    axis = steps[1].dim - 1 if len(steps) == 2 else 0  # of one expert's matrix
-    part = converter.source_patterns.index(pattern)
-    return replace(place, expert=int(expert[1]), part=part, num_parts=parts, axis=axis)
-
-
-def ties(model: Any) -> dict[str, tuple[str, ...]]:
-    """Parameter -> all names of the tensor that it shares, its own among them, where there are several."""
+def tied_parameters(model: Any) -> dict[str, tuple[str, ...]]:
+    """Return, for each tied parameter, all names of its tensor, its own among them."""
     groups: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(name)

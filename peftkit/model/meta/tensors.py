@@ -1,4 +1,4 @@
-"""Every tensor that a model's weights consist of, and how many bytes they take."""
+"""Iteration over the tensors of a model's weights, and their size in bytes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch.nn.utils.parametrize import is_parametrized
 
 
 def weight_tensors(model: Any) -> Iterator[tuple[torch.Tensor, bool]]:
-    """(tensor, whether it is trained) of all parameters, scales of 4-bit ones included; not buffers."""
+    """Yield (tensor, is trainable) of all parameters, with the scales of 4-bit ones; no buffers."""
     for parameter in model.parameters():
         yield parameter.data, parameter.requires_grad
         state = getattr(parameter, "quant_state", None)
         if state is not None:
-            yield from ((tensor, False) for tensor in _scales(state))
+            yield from ((tensor, False) for tensor in _quantization_scales(state))
     for module in model.modules():
         if is_parametrized(module):
             for chain in module.parametrizations.values():
                 state = getattr(chain[0], "quant_state", None)
                 if state is not None:
-                    yield from ((tensor, False) for tensor in _scales(state))
+                    yield from ((tensor, False) for tensor in _quantization_scales(state))
 
 
-def _scales(state: Any) -> Iterator[torch.Tensor]:
+def _quantization_scales(state: Any) -> Iterator[torch.Tensor]:
     yield state.absmax
     yield state.code
     if state.nested:
@@ -33,7 +33,7 @@ def _scales(state: Any) -> Iterator[torch.Tensor]:
         yield state.state2.code
 
 
-def tensor_bytes(model: Any) -> int:
-    """Bytes of all weights and buffers, each storage once."""
+def count_tensor_bytes(model: Any) -> int:
+    """Count the bytes of all weights and buffers, each storage once."""
     tensors = [*(tensor for tensor, _ in weight_tensors(model)), *model.buffers()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,7 +1,7 @@
-"""The model card of what leaves the project: Markdown with the Hub's front matter, from facts alone.
+"""Model card: Markdown with the Hub's front matter, rendered from facts alone.
 
-A card says what is known and keeps silent on the rest. It holds no secret and no path of the machine that it
-was made on, whatever the facts hold. `card_facts.py` reads the facts; here they only become text.
+A card says what is known and omits the rest. It holds no secret and no path of the machine that it was
+made on, whatever the facts hold. `facts.py` reads the facts; here they only become text.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peftkit.secrets import redact
-from peftkit.ship.card.usage import HERE, Use, how_to_load
-from peftkit.units import listed, printable, show_bytes, show_count, show_percent
+from peftkit.ship.card.usage import FOLDER_PLACEHOLDER, render_usage
+from peftkit.units import join_names, printable, show_bytes, show_count, show_percent
 
 Layout = Literal["adapter", "model", "gguf"]
 _RELATIONS: Mapping[Layout, str] = {"adapter": "adapter", "model": "finetune", "gguf": "quantized"}
@@ -25,18 +25,18 @@ _PIPELINES = {
     "token-classification": "token-classification",
 }
 _DTYPES = ("float32", "bfloat16", "float16")
-_PART = r"\w(?:[\w.-]*\w)?"
-_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_PART}(?:/{_PART})?", re.ASCII)
-_REVISION = re.compile(rf"(?!.*\.\.){_PART}(?:/{_PART})*", re.ASCII)
+_NAME_PART = r"\w(?:[\w.-]*\w)?"
+_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_NAME_PART}(?:/{_NAME_PART})?", re.ASCII)
+_REVISION = re.compile(rf"(?!.*\.\.){_NAME_PART}(?:/{_NAME_PART})*", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 # a slash, ~ or drive that begins a path; those of URLs and of owner/name stand behind other characters
-_ABSOLUTE = re.compile(r"(?<![\w:/\\.~-])(?:~|[A-Za-z]:|file://|\\)?(?:[/\\][^\s/\\\"'`<>|,;:()]+)+[/\\]?")
+_ABSOLUTE_PATH = re.compile(r"(?<![\w:/\\.~-])(?:~|[A-Za-z]:|file://|\\)?(?:[/\\][^\s/\\\"'`<>|,;:()]+)+[/\\]?")
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|$~])")
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """The base: `id` only where the Hub knows it by that, `said` how people name it otherwise.
+    """Facts of the base: `id` only where the Hub knows it by that, `display_name` otherwise.
 
     `license_name` and `license_link` go with the licence "other", as the Hub has it.
     """
@@ -56,8 +56,8 @@ class BaseFacts:
 
 
 @dataclass(frozen=True)
-class DataFacts:
-    """What was learnt from: names without folders, and those of them that are ids of Hub datasets."""
+class TrainingDataFacts:
+    """Facts of the training data: names without folders, and those that are ids of Hub datasets."""
 
     names: tuple[str, ...] = ()
     hub_ids: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Score:
-    """A number before and after training; the bounds are of 95 %, over `num` of what `of` says."""
+    """A metric before and after training, with a 95 % interval over `num` of `unit`."""
 
     name: str
     after: float
@@ -84,10 +84,10 @@ class Score:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All that a card may say; what is None or empty is unknown, and left out.
+    """Everything that a card may state; what is None or empty is unknown, and left out.
 
-    `name` is the repository or folder that the card lies in. `merge` is the content of merge_report.json.
-    `relation` is given where neither the layout nor the merge says it.
+    `name` is the repository or folder of the card. `merge` is the content of merge_report.json. `relation` is
+    given where neither the layout nor the merge says it.
     """
 
     layout: Layout
@@ -101,7 +101,7 @@ class CardFacts:
     settings: Mapping[str, Any] = field(default_factory=dict)  # hyper-parameters, in the order shown
     rank: int | None = None
     plain_lora: bool = False  # nothing in it that engines for LoRA refuse
-    data: DataFacts = DataFacts()
+    data: TrainingDataFacts = TrainingDataFacts()
     languages: tuple[str, ...] = ()
     num_trainable: int | None = None
     num_total: int | None = None
@@ -115,71 +115,120 @@ class CardFacts:
 
 
 def is_hub_id(text: str | None) -> bool:
-    """Whether a name reads like owner/name (or a name of the Hub's own), not like a path or a secret."""
-    return len(text or "") <= 96 and _is_plain(text, _HUB_ID)
+    """Return whether a text reads like owner/name (or a Hub's own name), not like a path or a secret."""
+    return len(text or "") <= 96 and _is_code_safe(text, _HUB_ID)
 
 
-def _is_plain(text: str | None, shape: re.Pattern[str]) -> bool:
-    """Whether a text may stand in code as it is."""
+def _is_code_safe(text: str | None, shape: re.Pattern[str]) -> bool:
+    """Return whether a text may stand in code as it is."""
     return text is not None and shape.fullmatch(text) is not None and redact(text) == text
 
 
-def without_paths(text: str) -> str:
-    """The text with absolute paths cut down to their last part."""
-    return _ABSOLUTE.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], text)
+def strip_paths(text: str) -> str:
+    """Shorten the absolute paths in a text to their last part."""
+    return _ABSOLUTE_PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], text)
 
 
-def card_of(facts: CardFacts) -> str:
-    """The card, ending in a line end. The same facts give the same text."""
+def render_card(facts: CardFacts) -> str:
+    """Render the card, ending in a line end. The same facts give the same text."""
     import yaml
 
     front = yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True, width=2**16)
-    title = _said(facts.name) or _title(facts)
-    parts = [f"---\n{front}---\n", f"# {title}\n", f"{_sentence(facts)}\n"]
+    title = (
+        _escape_markdown(facts.name)
+        or {"adapter": "Adapter", "model": "Fine-tuned model", "gguf": "Fine-tuned model as GGUF"}[facts.layout]
+    )
+    parts = [f"---\n{front}---\n", f"# {title}\n", f"{_summary_sentence(facts)}\n"]
+    double = " with double quantization" if facts.base.double_quant else ""
+    base_rows = [
+        ("Hub id", facts.base.id if is_hub_id(facts.base.id) else None),
+        ("name", None if is_hub_id(facts.base.id) else facts.base.id or facts.base.said),
+        ("revision", facts.base.revision),
+        ("configuration, sha256", facts.base.config_sha256),
+        ("weights, sha256 of samples", facts.base.weights_sha256),
+        ("dtype in training", facts.base.dtype),
+        ("quantized in training to", f"4 bits, {facts.base.quant_type}{double}" if facts.base.quant_type else None),
+    ]
+    classes = join_names(facts.labels, max_names=100) if facts.labels else None
+    head = [("method", facts.method), ("task", facts.task), ("classes, in output order", classes)]
+    method_rows = [*head, *facts.settings.items()]
+    trained, total = facts.num_trainable, facts.num_total
+    share = show_percent(trained / total) if trained is not None and total else None
+    planned, measured = (
+        None if size is None else show_bytes(size) for size in (facts.planned_bytes, facts.measured_bytes)
+    )
+    size_rows = [
+        ("parameters trained", trained),
+        ("parameters in total", total),
+        ("share trained", share),
+        ("peak memory of training, planned", planned),
+        ("peak memory of training, measured", measured),
+        ("device", facts.device),
+    ]
     for heading, rows in (
-        ("Base", _base(facts.base)),
-        ("Method", _method(facts)),
-        ("Data", _data(facts.data)),
-        ("Parameters and memory", _sizes(facts)),
-        ("Loss and metrics", _scores(facts.scores)),
+        ("Base", base_rows),
+        ("Method", method_rows),
+        (
+            "Data",
+            [
+                ("source", facts.data.names),
+                ("examples trained on", facts.data.num_train),
+                ("examples held out", facts.data.num_eval),
+                ("tokens", facts.data.num_tokens),
+                ("tokens in the loss", facts.data.num_learnt),
+                ("loss mask", facts.data.mask),
+                ("tokens and labels, sha256", facts.data.sha256),
+            ],
+        ),
+        ("Parameters and memory", size_rows),
+        ("Loss and metrics", [(score.name, _score_text(score)) for score in facts.scores]),
         ("Verdict", [("peftkit's diagnosis", facts.verdict)]),
-        ("Merge fidelity", _fidelity(facts.merge)),
+        ("Merge fidelity", _fidelity_rows(facts.merge)),
         ("Versions", list(facts.versions.items())),
     ):
-        if table := _table(rows):
+        # the rows that say something as a table; empty where none does
+        cells = [
+            (label, _format_value(value)) for label, value in rows if value is not None and value not in ("", (), [])
+        ]
+        lines = [f"| {_escape_markdown(label)} | {value} |\n" for label, value in cells]
+        render_table = "".join(["| | |\n|---|---|\n", *lines]) if lines else ""
+        if table := render_table:
             parts.append(f"## {heading}\n\n{table}")
-    use = Use(
+    usage = render_usage(
         layout=facts.layout,
-        name=_plain(facts.name) if is_hub_id(facts.name) and "/" in facts.name else HERE,
+        name=_sanitize(facts.name) if is_hub_id(facts.name) and "/" in facts.name else FOLDER_PLACEHOLDER,
         base=facts.base.id if is_hub_id(facts.base.id) else None,
-        revision=facts.base.revision if _is_plain(facts.base.revision, _REVISION) else None,
+        revision=facts.base.revision if _is_code_safe(facts.base.revision, _REVISION) else None,
         task=facts.task,
         num_labels=len(facts.labels),
         chats=facts.chats,
-        dtype=_one_of(facts.base.dtype, _DTYPES),
-        quant_type=_one_of(facts.base.quant_type, ("nf4", "fp4")),
+        dtype=_known_or_none(facts.base.dtype, _DTYPES),
+        quant_type=_known_or_none(facts.base.quant_type, ("nf4", "fp4")),
         double_quant=facts.base.double_quant,
-        compute_dtype=_one_of(facts.base.compute_dtype, _DTYPES),
+        compute_dtype=_known_or_none(facts.base.compute_dtype, _DTYPES),
         rank=facts.rank,
         plain_lora=facts.plain_lora,
     )
-    parts.append(how_to_load(use))
-    return "\n".join(parts)
+    return "\n".join([*parts, usage]).rstrip("\n") + "\n"
 
 
-def _one_of(text: str | None, known: Sequence[str]) -> str | None:
-    """What stands in code is known, or left out."""
-    return text if text in known else None
+def _known_or_none(text: str | None, allowed: Sequence[str]) -> str | None:
+    """Return `text` if it is one of `allowed`, else None: only known words stand in code."""
+    return text if text in allowed else None
 
 
 def _front_matter(facts: CardFacts) -> dict[str, Any]:
-    base, known = facts.base, facts.base.license is not None and _LICENSE.fullmatch(facts.base.license)
+    base, has_license = facts.base, facts.base.license is not None and _LICENSE.fullmatch(facts.base.license)
     tags = ["peftkit", *([facts.method] if facts.method else [])]
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "library_name": _LIBRARIES[facts.layout],
         "base_model": base.id if is_hub_id(base.id) else None,
-        "base_model_relation": _relation(facts) if is_hub_id(base.id) else None,
-        "license": base.license if known else None,
+        "base_model_relation": (
+            facts.relation or ("merge" if len(facts.merge.get("adapters", ())) > 1 else _RELATIONS[facts.layout])
+        )
+        if is_hub_id(base.id)
+        else None,
+        "license": base.license if has_license else None,
         "license_name": base.license_name if base.license == "other" else None,
         "license_link": base.license_link if base.license == "other" else None,
         "language": list(facts.languages),
@@ -187,32 +236,26 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
         "pipeline_tag": _PIPELINES.get(facts.task),
         "tags": list(dict.fromkeys(tags)),
     }
-    plain = {key: _plain_value(value) for key, value in found.items() if value}
-    return {key: value for key, value in plain.items() if value}
+    sanitized = {
+        key: (list(filter(None, map(_sanitize, value))) if isinstance(value, list) else _sanitize(value))
+        for key, value in fields.items()
+        if value
+    }
+    return {key: value for key, value in sanitized.items() if value}
 
 
-def _relation(facts: CardFacts) -> str:
-    """To the base, in the Hub's words: "merge" is of several models."""
-    made = "merge" if len(facts.merge.get("adapters", ())) > 1 else _RELATIONS[facts.layout]
-    return facts.relation or made
+def _sanitize(text: str) -> str:
+    """Return a text on one line, without secrets, paths of this machine, and what UTF-8 cannot hold."""
+    encodable = text.encode("utf-8", "replace").decode("utf-8")
+    return redact(strip_paths(printable(" ".join(encodable.split()))))
 
 
-def _plain_value(value: Any) -> Any:
-    return list(filter(None, map(_plain, value))) if isinstance(value, list) else _plain(value)
+def _escape_markdown(text: str) -> str:
+    """Return a foreign text escaped for Markdown."""
+    return _MARKUP.sub(r"\\\1", _sanitize(text))
 
 
-def _plain(text: str) -> str:
-    """A text on one line without secrets, paths of this machine, and what no UTF-8 file can hold."""
-    whole = text.encode("utf-8", "replace").decode("utf-8")
-    return redact(without_paths(printable(" ".join(whole.split()))))
-
-
-def _said(text: str) -> str:
-    """A foreign text in Markdown: shown as it is, steering nothing."""
-    return _MARKUP.sub(r"\\\1", _plain(text))
-
-
-def _value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -220,96 +263,32 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):
-        return ", ".join(_said(str(item)) for item in value)
-    return _said(str(value))
+        return ", ".join(_escape_markdown(str(item)) for item in value)
+    return _escape_markdown(str(value))
 
 
-def _table(rows: Sequence[tuple[str, Any]]) -> str:
-    """The rows that say something as a table; empty where none does."""
-    kept = [(what, _value(value)) for what, value in rows if value is not None and value not in ("", (), [])]
-    lines = [f"| {_said(what)} | {value} |\n" for what, value in kept]
-    return "".join(["| | |\n|---|---|\n", *lines]) if lines else ""
-
-
-def _title(facts: CardFacts) -> str:
-    return {"adapter": "Adapter", "model": "Fine-tuned model", "gguf": "Fine-tuned model as GGUF"}[
-        facts.layout
-    ]
-
-
-def _sentence(facts: CardFacts) -> str:
-    """What it is, in one sentence, and its licence in another."""
+def _summary_sentence(facts: CardFacts) -> str:
+    """Return one sentence on what the model is, and one on its licence."""
     base = facts.base
-    named = _said(base.id or base.said) or "a base that is not named"
+    base_name = _escape_markdown(base.id or base.said) or "an unnamed base"
     if is_hub_id(base.id):
-        named = f"[{_said(str(base.id))}](https://huggingface.co/{base.id})"
-    method = f"{_said(facts.method)} " if facts.method else ""
-    what = {
-        "adapter": f"An adapter ({method.strip() or 'PEFT'}) for {named}",
-        "model": f"{named}, fine-tuned{f' ({method.strip()})' if method else ''}; its weights are whole",
-        "gguf": f"{named}, fine-tuned{f' ({method.strip()})' if method else ''}, as GGUF",
+        base_name = f"[{_escape_markdown(str(base.id))}](https://huggingface.co/{base.id})"
+    method = f"{_escape_markdown(facts.method)} " if facts.method else ""
+    description = {
+        "adapter": f"An adapter ({method.strip() or 'PEFT'}) for {base_name}",
+        "model": f"{base_name}, fine-tuned{f' ({method.strip()})' if method else ''}; full weights",
+        "gguf": f"{base_name}, fine-tuned{f' ({method.strip()})' if method else ''}, as GGUF",
     }[facts.layout]
-    made = f", made with peftkit {_said(facts.versions['peftkit'])}" if "peftkit" in facts.versions else ""
+    tool = f", made with peftkit {_escape_markdown(facts.versions['peftkit'])}" if "peftkit" in facts.versions else ""
     if base.license:
-        name = f" ({_said(base.license_name)})" if base.license_name else ""
-        licence = f"Licence: {_said(base.license)}{name}, inherited from the base."
+        name = f" ({_escape_markdown(base.license_name)})" if base.license_name else ""
+        licence = f"Licence: {_escape_markdown(base.license)}{name}, inherited from the base."
     else:
-        licence = "Licence: unknown; the base at hand names none. Ask its owner before passing this on."
-    return f"{what}{made}.\n\n{licence}"
+        licence = "Licence: unknown; the base does not name one. Ask its owner before sharing this."
+    return f"{description}{tool}.\n\n{licence}"
 
 
-def _base(base: BaseFacts) -> list[tuple[str, Any]]:
-    double = " with double quantization" if base.double_quant else ""
-    return [
-        ("Hub id", base.id if is_hub_id(base.id) else None),
-        ("name", None if is_hub_id(base.id) else base.id or base.said),
-        ("revision", base.revision),
-        ("configuration, sha256", base.config_sha256),
-        ("weights, sha256 of samples", base.weights_sha256),
-        ("held in, in training", base.dtype),
-        ("quantized to, in training", f"4 bits, {base.quant_type}{double}" if base.quant_type else None),
-    ]
-
-
-def _method(facts: CardFacts) -> list[tuple[str, Any]]:
-    classes = listed(facts.labels, most=100) if facts.labels else None
-    head = [("method", facts.method), ("task", facts.task), ("classes, as the outputs are", classes)]
-    return [*head, *facts.settings.items()]
-
-
-def _data(data: DataFacts) -> list[tuple[str, Any]]:
-    return [
-        ("source", data.names),
-        ("examples trained on", data.num_train),
-        ("examples held out", data.num_eval),
-        ("tokens", data.num_tokens),
-        ("tokens learnt", data.num_learnt),
-        ("what is learnt (mask)", data.mask),
-        ("tokens and labels, sha256", data.sha256),
-    ]
-
-
-def _sizes(facts: CardFacts) -> list[tuple[str, Any]]:
-    trained, total = facts.num_trainable, facts.num_total
-    share = show_percent(trained / total) if trained is not None and total else None
-    planned, measured = (
-        None if size is None else show_bytes(size) for size in (facts.planned_bytes, facts.measured_bytes)
-    )
-    return [
-        ("parameters trained", trained),
-        ("parameters in all", total),
-        ("share trained", share),
-        ("peak memory of training, planned", planned),
-        ("peak memory of training, measured", measured),
-        ("device", facts.device),
-    ]
-
-
-def _scores(scores: Sequence[Score]) -> list[tuple[str, Any]]:
-    return [(score.name, _score(score)) for score in scores]
-
-
-def _score(score: Score) -> str:
+def _score_text(score: Score) -> str:
     before = f"{score.before:.4g} before, " if score.before is not None else ""
     bounds = ""
     if score.low is not None and score.high is not None:
@@ -318,24 +297,23 @@ def _score(score: Score) -> str:
     return f"{before}{score.after:.4g} after{bounds}{num}"
 
 
-def _fidelity(merge: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What merge_report.json says of the merged model beside base and adapter; missing keys are left out."""
+def _fidelity_rows(merge: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the rows of merge_report.json on the merged model; missing keys are left out."""
     num_prompts, num_tokens = merge.get("num_prompts"), merge.get("num_tokens")
-    over = f"{num_prompts} prompts" if num_prompts is not None else None
-    if over and num_tokens is not None:
-        over += f", {num_tokens} tokens"
+    compared_on = f"{num_prompts} prompts" if num_prompts is not None else None
+    if compared_on and num_tokens is not None:
+        compared_on += f", {num_tokens} tokens"
     passed = merge.get("passed") if merge.get("kl") is not None else None  # or nothing was compared
     return [
         ("merged into", merge.get("base")),
-        ("compared with base and adapter on", over),
-        ("KL divergence, nats a token", merge.get("kl")),
-        ("largest difference of a logit", merge.get("max_abs_difference")),
-        ("same first choice", None if merge.get("top1_agreement") is None else _share(merge)),
+        ("compared with base and adapter on", compared_on),
+        ("KL divergence, nats per token", merge.get("kl")),
+        ("largest logit difference", merge.get("max_abs_difference")),
+        (
+            "same top token",
+            None if merge.get("top1_agreement") is None else f"{100 * float(merge['top1_agreement']):.2f} % of tokens",
+        ),
         ("loss of base and adapter", merge.get("loss_adapter")),
         ("loss of the merged model", merge.get("loss_merged")),
         ("within tolerance", passed),
     ]
-
-
-def _share(merge: Mapping[str, Any]) -> str:
-    return f"{100 * float(merge['top1_agreement']):.2f} % of tokens"

@@ -1,4 +1,4 @@
-"""Export: what was trained in the form that somebody else reads. A target is a file here and a line below."""
+"""Export targets: one file per target, and one line per target in `TARGETS`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 from peftkit import interrupt
 from peftkit.errors import Problem, UserError, did_you_mean
-from peftkit.rundir.disk import problems_told
+from peftkit.rundir.disk import explain_disk_errors
+from peftkit.rundir.events import Observer, ignore_event
 from peftkit.ship.export import adapter, hub, ollama, safetensors
-from peftkit.ship.export.base import Exported, ExportOptions, Observer
+from peftkit.ship.export.base import Exported, ExportOptions
 from peftkit.ship.export.gguf.target import export as export_gguf
 
 TARGETS: dict[str, Callable[[Path, ExportOptions, Observer], Exported]] = {
@@ -21,17 +22,17 @@ TARGETS: dict[str, Callable[[Path, ExportOptions, Observer], Exported]] = {
 }
 
 
-def export(path: Path, options: ExportOptions, observer: Observer = lambda event: None) -> Exported:
-    """Write or push what `options` ask for. Raises UserError for the user's to mend.
+def export(path: Path, options: ExportOptions, observer: Observer = ignore_event) -> Exported:
+    """Write or push what `options` ask for. Raises UserError for problems that the user can fix.
 
-    What is merged on the way is compared with what was trained, as by `merge`, with the same consequences.
+    A merge on the way is compared with the trained model, as by `merge`, with the same consequences.
     """
     if options.to not in TARGETS:
         expected = ", ".join(TARGETS)
         raise UserError(Problem("--to", options.to, expected, did_you_mean(options.to, list(TARGETS))))
-    if problems := options.without_effect():
+    if problems := options.problems():
         raise UserError(problems)
-    with interrupt.listening(), problems_told(Path(options.out or ".")):
+    with interrupt.catch_signals(), explain_disk_errors(Path(options.out or ".")):
         return TARGETS[options.to](path, options, observer)
 
 

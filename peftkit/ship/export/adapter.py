@@ -1,4 +1,4 @@
-"""The adapter in PEFT's layout with its card; with --for vllm as vLLM serves it."""
+"""Export target `adapter`: PEFT's files with a model card; rewritten for vLLM with `--for vllm`."""
 
 from __future__ import annotations
 
@@ -7,94 +7,100 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peftkit.errors import PeftkitError, Problem, UserError
-from peftkit.results.find import Adapter, adapter_folder, find_adapter
+from peftkit.results.find import Adapter, find_adapter, find_adapter_folder
 from peftkit.rundir import MANIFEST, publish_folder
-from peftkit.rundir.disk import new_folder
+from peftkit.rundir.disk import resolve_new_folder
+from peftkit.rundir.events import Observer
 from peftkit.ship.card.write import write_card
-from peftkit.ship.export.base import Exported, ExportOptions, Observer, files_in
+from peftkit.ship.export.base import Exported, ExportOptions, file_sizes
 
 ENGINES = ("vllm",)
-_KEPT = ("adapter_config.json", "adapter_model.safetensors", "peftkit.json")
-_CLOSE, _CLOSE_IN_16_BITS = 1e-5, 5e-3  # of a change's length: what one rounding of B can do
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "peftkit.json")
+_FP32_TOLERANCE, _HALF_TOLERANCE = 1e-5, 5e-3  # of a change's length: what one rounding of B can do
 
 
 def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
-    """Copy an adapter, or rewrite it. Raises UserError where there is none, or vLLM rejects it."""
+    """Copy an adapter, or rewrite it for vLLM. Raises UserError where there is none, or vLLM rejects it."""
     if options.engine not in {None, *ENGINES}:
         raise UserError(Problem("--for", str(options.engine), ", ".join(ENGINES)))
-    out = new_folder(str(options.out))
+    out = resolve_new_folder(str(options.out))
     if options.base_model and not options.engine:
         got = f"{options.base_model} with a plain copy"
         raise UserError(Problem("--base-model", got, "--for vllm", "leave it out"))
     adapter = find_adapter(path, base=options.base_model) if options.engine else None
-    folder = adapter.folder if adapter is not None else adapter_folder(path)
+    folder = adapter.folder if adapter is not None else find_adapter_folder(path)
     with publish_folder(out) as staging:
-        said = _rewritten(adapter, staging) if adapter is not None else _copied(folder, staging)
-        for file in _tokenizer(folder):
+        from peftkit.model.adapter.load import ADAPTER_WEIGHTS
+        from peftkit.ship.files.tensors import read_all_entries, refuse_non_finite
+
+        notes: tuple[str, ...] = ()
+        if adapter is not None:
+            notes = _rewrite_for_vllm(adapter, staging)
+        else:
+            refuse_non_finite(read_all_entries([folder / ADAPTER_WEIGHTS]))
+            for name in [name for name in _ADAPTER_FILES if (folder / name).is_file()]:
+                shutil.copyfile(folder / name, staging / name)
+        for file in _tokenizer_files(folder):
             shutil.copyfile(file, staging / file.name)
         write_card(staging, path, name=options.repo or out.name, layout="adapter")
-    return Exported(str(out), files_in(out), said)
+    return Exported(str(out), file_sizes(out), notes)
 
 
-def _copied(folder: Path, staging: Path) -> tuple[str, ...]:
-    from peftkit.model.adapter.load import WEIGHTS
-    from peftkit.ship.files.tensors import read_all, refuse_non_finite
+def _tokenizer_files(folder: Path) -> Iterator[Path]:
+    from peftkit.ship.files.folder import TOKENIZER_FILES
 
-    refuse_non_finite(read_all([folder / WEIGHTS]))
-    for name in _KEPT:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, staging / name)
-    return ()
-
-
-def _tokenizer(folder: Path) -> Iterator[Path]:
-    from peftkit.ship.files.folder import TOKENIZER
-
-    for path in sorted({path for pattern in TOKENIZER for path in folder.glob(pattern)}):
+    for path in sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}):
         if path.is_file() and path.name != MANIFEST:
             yield path
 
 
-def _rewritten(adapter: Adapter, staging: Path) -> tuple[str, ...]:
-    from peftkit.model.adapter.edits import edits_of, refuse_unmergeable
-    from peftkit.model.adapter.load import WEIGHTS
-    from peftkit.model.meta.skeleton import blank
+def _rewrite_for_vllm(adapter: Adapter, staging: Path) -> tuple[str, ...]:
+    from peftkit.model.adapter.edits import read_edits, refuse_unmergeable
+    from peftkit.model.adapter.load import ADAPTER_WEIGHTS
+    from peftkit.model.meta.skeleton import meta_model
     from peftkit.ship.export.vllm import write_for_vllm
-    from peftkit.ship.files.tensors import read_all, refuse_non_finite
+    from peftkit.ship.files.tensors import read_all_entries, refuse_non_finite
 
     refuse_unmergeable(adapter.folder, adapter.config)
-    tensors = read_all([adapter.folder / WEIGHTS])
+    tensors = read_all_entries([adapter.folder / ADAPTER_WEIGHTS])
     refuse_non_finite(tensors)
     shapes = {name: entry.shape for name, entry in tensors.items()}
-    model = blank(adapter.source, adapter.base)
+    model = meta_model(adapter.source, adapter.base)
     parameters = set(model.state_dict())
-    edits = edits_of(model, adapter.folder, shapes)
-    made = write_for_vllm(adapter.folder, adapter.config, edits, tensors, staging, parameters=parameters)
-    _refuse_unlike(adapter, staging)
-    return (*made.changes, made.said)
+    edits = read_edits(model, adapter.folder, shapes)
+    rewrite = write_for_vllm(adapter.folder, adapter.config, edits, tensors, staging, parameters=parameters)
+    _check_same_deltas(adapter, staging)
+    return (*rewrite.changes, rewrite.said)
 
 
-def _refuse_unlike(adapter: Adapter, staging: Path) -> None:
-    """Raises PeftkitError unless what was written changes every weight as the adapter does."""
-    from peftkit.model.adapter.edits import edits_of
-    from peftkit.model.adapter.load import WEIGHTS
-    from peftkit.model.meta.skeleton import blank
-    from peftkit.ship.files.tensors import read_all
-    from peftkit.ship.merge.deltas import low_rank
+def _check_same_deltas(adapter: Adapter, staging: Path) -> None:
+    """Raise PeftkitError unless the written adapter changes every weight as the original does.
 
-    found = []
+    ||D' - D|| <= tolerance * ||D|| for each delta D, where the tolerance is what one rounding of B can cause.
+    """
+    from peftkit.model.adapter.edits import read_edits
+    from peftkit.model.adapter.load import ADAPTER_WEIGHTS
+    from peftkit.model.meta.skeleton import meta_model
+    from peftkit.ship.files.tensors import read_all_entries
+    from peftkit.ship.merge.deltas import low_rank_delta
+
+    sides = []
     for folder in (adapter.folder, staging):
-        tensors = read_all([folder / WEIGHTS])
+        tensors = read_all_entries([folder / ADAPTER_WEIGHTS])
         shapes = {name: entry.shape for name, entry in tensors.items()}
-        found.append((tensors, edits_of(blank(adapter.source, adapter.base), folder, shapes)))
-    (old, before), (new, after) = found
-    before = {name: own for name, own in before.items() if not all(edit.copied for edit in own)}
-    if before.keys() != after.keys():
-        raise PeftkitError("what was written for vLLM adapts other modules than the adapter does")
-    for name, edits in before.items():
-        edit = next(edit for edit in edits if not edit.copied)
-        one = low_rank(edit, lambda key: old[key].read())
-        two = low_rank(after[name][0], lambda key: new[key].read())
-        rounding = _CLOSE if old[edit.tensors["B"]].dtype.itemsize >= 4 else _CLOSE_IN_16_BITS
-        if float((one - two).norm()) > rounding * float(one.norm()):
-            raise PeftkitError(f"what was written for vLLM changes {name} otherwise than the adapter does")
+        sides.append((tensors, read_edits(meta_model(adapter.source, adapter.base), folder, shapes)))
+    (old_tensors, old_edits), (new_tensors, new_edits) = sides
+    old_edits = {
+        name: weight_edits
+        for name, weight_edits in old_edits.items()
+        if not all(edit.is_table_copy for edit in weight_edits)
+    }
+    if old_edits.keys() != new_edits.keys():
+        raise PeftkitError("the adapter written for vLLM adapts other modules than the original")
+    for name, edits in old_edits.items():
+        edit = next(edit for edit in edits if not edit.is_table_copy)
+        delta = low_rank_delta(edit, lambda key: old_tensors[key].read())
+        written_delta = low_rank_delta(new_edits[name][0], lambda key: new_tensors[key].read())
+        rounding = _FP32_TOLERANCE if old_tensors[edit.tensors["B"]].dtype.itemsize >= 4 else _HALF_TOLERANCE
+        if float((delta - written_delta).norm()) > rounding * float(delta.norm()):
+            raise PeftkitError(f"the adapter written for vLLM changes {name} differently from the original")

@@ -1,9 +1,9 @@
-"""What all exports share: their options, their outcome, and a whole model to read from."""
+"""Shared by all export targets: options, outcome, and the full model that they read from."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +11,16 @@ from typing import Any
 
 from peftkit.errors import Problem, UserError
 from peftkit.plan import read_plan
-from peftkit.results.find import is_away, refuse_damaged, run_of
+from peftkit.results.find import is_standalone_adapter, refuse_damaged, run_folder
 from peftkit.rundir import MANIFEST, RunDir
-from peftkit.rundir.files import TEMPORARY
+from peftkit.rundir.events import Observer
+from peftkit.rundir.files import TEMPORARY_PREFIX
 from peftkit.ship.merge.merge import MergeOptions, merge
-from peftkit.ship.merge.report import read_report
+from peftkit.ship.merge.report import read_merge_report
 from peftkit.units import html_table, show_bytes
 
-Observer = Callable[[dict[str, Any]], None]
 # option -> the targets that it has an effect on
-_FOR: dict[str, tuple[str, ...]] = {
+_OPTION_TARGETS: dict[str, tuple[str, ...]] = {
     "engine": ("adapter",),
     "dtype": ("safetensors", "gguf", "ollama"),
     "pre": ("gguf", "ollama"),
@@ -32,16 +32,16 @@ _FOR: dict[str, tuple[str, ...]] = {
     "public": ("hub",),
     "revision": ("hub",),
 }
-_FLAGS = {"engine": "--for"}
+_FLAG_NAMES = {"engine": "--for"}
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export, and how.
+    """Options of an export.
 
     `to` is adapter, safetensors, gguf, ollama or hub, `out` a new folder (hub: none). `engine` is vllm.
     `dtype` is that of the weights, `base`, `base_model`, `data` and `force` are as in merging. `lora` writes
-    the adapter alone as GGUF, `pre` names its pre-tokenizer. `repo` is where the hub gets it, private unless
+    the adapter alone as GGUF, `pre` names its pre-tokenizer. `repo` is the hub repository, private unless
     `public`, on the branch `revision`.
     """
 
@@ -59,58 +59,49 @@ class ExportOptions:
     public: bool = False
     revision: str | None = None
 
-    def without_effect(self) -> list[Problem]:
-        """Options that this target does not have, and what it needs."""
-        found = []
-        for name, targets in _FOR.items():
+    def problems(self) -> list[Problem]:
+        """Return the problems: options that the target does not have, and required ones that are missing."""
+        problems = []
+        for name, targets in _OPTION_TARGETS.items():
             value = getattr(self, name)
             if value and self.to not in targets:
-                flag = _FLAGS.get(name, f"--{name}")
+                flag = _FLAG_NAMES.get(name, f"--{name}")
                 got = f"{value} with --to {self.to}" if value is not True else f"given with --to {self.to}"
-                found.append(Problem(flag, got, f"--to {' or '.join(targets)}", "leave it out"))
+                problems.append(Problem(flag, got, f"--to {' or '.join(targets)}", "leave it out"))
         if self.lora:
             for name in ("dtype", "pre", "base", "data", "force"):
                 if getattr(self, name):
                     got = f"{getattr(self, name)} with --lora"
-                    found.append(Problem(f"--{name}", got, "a whole model", "leave it out"))
+                    problems.append(Problem(f"--{name}", got, "an export of the full model", "leave it out"))
         if self.to == "hub" and not self.repo:
-            found.append(Problem("--repo", "nothing", "OWNER/NAME on the hub"))
+            problems.append(Problem("--repo", "nothing", "OWNER/NAME on the hub"))
         if self.to == "hub" and self.out:
-            found.append(Problem("--out", f"{self.out} with --to hub", "no folder", "leave it out"))
+            problems.append(Problem("--out", f"{self.out} with --to hub", "no folder", "leave it out"))
         if self.to != "hub" and not self.out:
-            found.append(Problem("--out", "nothing", "a new folder"))
-        return found
+            problems.append(Problem("--out", "nothing", "a new folder"))
+        return problems
 
-    def refuse_merging(self) -> None:
-        """Raises UserError for options of a merge, where the model is whole already."""
-        given = {
-            "--base": self.base,
-            "--data": self.data,
-            "--base-model": self.base_model,
-            "--force": self.force,
-        }
-        wrong = [
-            Problem(flag, f"{value} with a model that is whole", "a run with an adapter", "leave it out")
-            for flag, value in given.items()
+    def refuse_merge_options(self) -> None:
+        """Raise UserError for merge options given with a full model."""
+        merge_flags = {"--base": self.base, "--data": self.data, "--base-model": self.base_model, "--force": self.force}
+        problems = [
+            Problem(flag, f"{value} with a full model", "a run with an adapter", "leave it out")
+            for flag, value in merge_flags.items()
             if value
         ]
-        if wrong:
-            raise UserError(wrong)
+        if problems:
+            raise UserError(problems)
 
-    def merging(self, dtype: str | None) -> MergeOptions:
-        """How the model is merged on the way."""
+    def merge_options(self, dtype: str | None) -> MergeOptions:
+        """Return the options of the merge on the way, with weights of `dtype`."""
         return MergeOptions(
-            base=self.base or "auto",
-            base_model=self.base_model,
-            dtype=dtype,
-            data=self.data,
-            force=self.force,
+            base=self.base or "auto", base_model=self.base_model, dtype=dtype, data=self.data, force=self.force
         )
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: `where` is a folder or an address, `files` with their bytes, and what to know."""
+    """Outcome of an export: `where` is a folder or an address, `files` are (name, bytes), plus notes."""
 
     where: str
     files: tuple[tuple[str, int], ...]
@@ -118,65 +109,64 @@ class Exported:
     merge: Mapping[str, Any] | None = None  # merge_report.json, where something was merged
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, value) for a table."""
+        """Return (label, value) rows for a table."""
         found = [(name, show_bytes(size)) for name, size in self.files]
         if self.merge and self.merge.get("kl") is not None:
             text = f"KL {self.merge['kl']:.3g} nats, same top token {self.merge['top1_agreement']:.2%}"
-            found.append(("merged, against what was trained", text))
+            found.append(("merged, against the trained model", text))
         return found
 
     def _repr_html_(self) -> str:
         return html_table([*self.rows(), *((text, "") for text in self.said)])
 
 
-def files_in(folder: Path) -> tuple[tuple[str, int], ...]:
-    """Names and bytes of a folder's files."""
+def file_sizes(folder: Path) -> tuple[tuple[str, int], ...]:
+    """Return (name, bytes) of every file in a folder, sorted by path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return tuple((path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths)
 
 
-def whole_model(path: Path, options: ExportOptions | None = None) -> Path | None:
-    """The folder of a model that is whole already: a full fine-tune's, a merged one; None for adapters.
+def full_model_folder(path: Path, options: ExportOptions | None = None) -> Path | None:
+    """Return the folder of a full model (a full fine-tune or a merged model); None for adapters.
 
-    With `options`, those that merging alone has are refused for a model that is whole.
+    With `options`, raises UserError for merge options given with a full model, and always for a run without
+    a result and for damaged files.
     """
-    folder = _whole(path)
+    folder_of_run = run_folder(path)
+    if is_standalone_adapter(path):
+        folder = None
+    elif (folder_of_run / "plan.json").is_file():
+        run = RunDir.open(folder_of_run)
+        if read_plan(run).method.peft is not None:
+            folder = None
+        else:
+            if not run.model.is_dir():
+                fix = f"finish it first: peftkit resume {path}"
+                raise UserError(Problem(str(path), "a run without a result", "a finished run", fix))
+            refuse_damaged(run.model)
+            folder = run.model
+    elif (path / "config.json").is_file():
+        if (path / MANIFEST).is_file():
+            refuse_damaged(path)
+        folder = path
+    else:
+        folder = None
     if folder is not None and options is not None:
-        options.refuse_merging()
+        options.refuse_merge_options()
     return folder
 
 
-def _whole(path: Path) -> Path | None:
-    place = run_of(path)
-    if is_away(path):
-        return None
-    if (place / "plan.json").is_file():
-        run = RunDir.open(place)
-        if read_plan(run).method.peft is not None:
-            return None
-        if not run.model.is_dir():
-            fix = f"go on with it: peftkit resume {path}"
-            raise UserError(Problem(str(path), "a run without a result", "a finished run", fix))
-        refuse_damaged(run.model)
-        return run.model
-    if (path / "config.json").is_file():
-        if (path / MANIFEST).is_file():
-            refuse_damaged(path)
-        return path
-    return None
-
-
 @contextmanager
-def dense(
-    path: Path, near: Path, options: MergeOptions, observer: Observer
+def open_full_model(
+    path: Path, out: Path, options: MergeOptions, observer: Observer
 ) -> Iterator[tuple[Path, Mapping[str, Any] | None]]:
-    """(folder of a whole model, its merge report): one that is there, or merged beside `near` for now."""
-    folder = whole_model(path)
+    """Yield (folder, merge report) of a full model: an existing one, or a merge in a folder beside `out`."""
+    folder = full_model_folder(path)
     if folder is not None:
-        yield folder, read_report(folder)
+        yield folder, read_merge_report(folder)
         return
-    near.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=near.parent, prefix=f"{TEMPORARY}{near.name}-") as place:
-        made = Path(place) / near.name
-        merge([path], made, options, observer=observer)
-        yield made, read_report(made)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{TEMPORARY_PREFIX}{out.name}-") as temporary:
+        merged_folder = Path(temporary) / out.name
+        merge([path], merged_folder, options, observer=observer)
+        yield merged_folder, read_merge_report(merged_folder)

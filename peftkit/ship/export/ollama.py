@@ -1,8 +1,8 @@
-"""A Modelfile for Ollama: weights, chat template, stop tokens, context length.
+"""Modelfile for Ollama: weights, chat template, stop tokens, context length.
 
 Ollama gives an imported GGUF file the template `{{ .Prompt }}` unless the Modelfile says otherwise or it
-knows the Jinja template in the file (ollama, docs/template.md). So the template is written out wherever the
-model has one that Go's language can say: how a conversation is glued together is read off a rendered probe.
+knows the Jinja template in the file (ollama, docs/template.md). So the template is written out wherever Go's
+template language can express it: the texts between messages are read off a rendered probe conversation.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from typing import Any
 
 from peftkit.errors import Problem, UserError
 from peftkit.rundir import publish_folder, write_text
-from peftkit.rundir.disk import new_folder
+from peftkit.rundir.disk import resolve_new_folder
+from peftkit.rundir.events import Observer
 from peftkit.ship.card.write import write_card
-from peftkit.ship.export.base import Exported, ExportOptions, Observer, files_in
+from peftkit.ship.export.base import Exported, ExportOptions, file_sizes
 from peftkit.ship.export.gguf.target import write_gguf
-from peftkit.ship.export.gguf.tokenizer import load_tokenizer, stop_ids
+from peftkit.ship.export.gguf.tokenizer import load_local_tokenizer, stop_token_ids
 from peftkit.ship.export.gguf.writing import require_gguf
 
-_SYSTEM, _USERS, _ANSWERS = (
+_SYSTEM_PROBE, _USER_PROBES, _ANSWER_PROBES = (
     "SystemProbe",
     ("UserProbeA", "UserProbeB", "UserProbeC"),
     ("AnswerProbeA", "AnswerProbeB"),
 )
-_DATED = ("strftime_now", "date_string")
+_DATE_WORDS = ("strftime_now", "date_string")
 
 
 @dataclass(frozen=True)
-class Glue:
-    """The texts between the messages of a conversation that begins with the user or the system."""
+class MessageSeparators:
+    """Texts between the messages of a conversation that begins with the user or the system."""
 
     before_user: str
     user_to_answer: str
@@ -42,7 +43,7 @@ class Glue:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All of them."""
+        """Return all separators."""
         return (
             self.before_user,
             self.user_to_answer,
@@ -59,81 +60,74 @@ def write_modelfile(
     """Write a Modelfile beside or away from its GGUF file.
 
     `folder` has the tokenizer and generation_config.json that the file was made from; `adapter` is a LoRA in
-    GGUF; `name` what the model shall be called. Raises UserError where `out` exists.
+    GGUF; `name` the name of the model in Ollama. Raises UserError where `out` exists.
     """
     if out.exists():
-        raise UserError(
-            Problem(str(out), "a file that is there already", "a new name", "remove it, or rename")
-        )
-    tokenizer = load_tokenizer(folder)
-    context, adds_start = _header(gguf)
-    lines = [f"# ollama create {name or gguf.stem} -f {out.name}", f"FROM {_beside(gguf, out)}"]
+        raise UserError(Problem(str(out), "an existing file", "a new name", "remove it, or choose another name"))
+    tokenizer = load_local_tokenizer(folder)
+    # (context length, whether a start token is added) of a GGUF file
+    reader = require_gguf(str(gguf)).GGUFReader(gguf)
+    architecture = reader.fields["general.architecture"].contents()
+    add_bos = reader.fields.get("tokenizer.ggml.add_bos_token")
+    context, adds_bos = (
+        int(reader.fields[f"{architecture}.context_length"].contents()),
+        bool(add_bos and add_bos.contents()),
+    )
+    lines = [f"# ollama create {name or gguf.stem} -f {out.name}", f"FROM {_modelfile_path(gguf, out)}"]
     if adapter is not None:
-        lines.append(f"ADAPTER {_beside(adapter, out)}")
-    lines += _template_lines(tokenizer, start=(tokenizer.bos_token or "") if adds_start else "")
-    for i in stop_ids(tokenizer, folder):
+        lines.append(f"ADAPTER {_modelfile_path(adapter, out)}")
+    start = (tokenizer.bos_token or "") if adds_bos else ""
+    if not tokenizer.chat_template:
+        template_lines = ["# no TEMPLATE: the model has no chat template and continues the plain prompt"]
+    else:
+        separators = read_separators(tokenizer, start=start)
+        if separators is None:
+            template_lines = [
+                "# no TEMPLATE: the chat template depends on more than the roles, which Go cannot express;",
+                "# Ollama uses its own where it knows the template in the GGUF file, else the plain prompt",
+            ]
+        else:
+            has_date = any(word in str(tokenizer.chat_template) for word in _DATE_WORDS)
+            notes = ["# the template contains a date: that of the export"] if has_date else []
+            template_lines = [*notes, f'TEMPLATE """{render_go_template(separators)}"""']
+    lines += template_lines
+    for i in stop_token_ids(tokenizer, folder):
         text = tokenizer.convert_ids_to_tokens(i)
         if text and '"' not in text and text.isprintable():
             lines.append(f'PARAMETER stop "{text}"')
-    lines += [
-        "# the longest context that the model was made for; less takes less memory",
-        f"PARAMETER num_ctx {context}",
-    ]
+    lines += ["# the longest context of the model; a shorter one needs less memory", f"PARAMETER num_ctx {context}"]
     write_text(out, "\n".join(lines) + "\n")
 
 
-def _header(gguf: Path) -> tuple[int, bool]:
-    """(context length, whether a start token is added) of a GGUF file."""
-    reader = require_gguf(str(gguf)).GGUFReader(gguf)
-    architecture = reader.fields["general.architecture"].contents()
-    starts = reader.fields.get("tokenizer.ggml.add_bos_token")
-    return int(reader.fields[f"{architecture}.context_length"].contents()), bool(starts and starts.contents())
-
-
-def _beside(path: Path, out: Path) -> str:
-    """A path as the Modelfile names it: relative to itself where both stand in one folder."""
+def _modelfile_path(path: Path, out: Path) -> str:
+    """Return a path as the Modelfile names it: relative where both are in one folder."""
     path = path.resolve()
     return f"./{path.name}" if path.parent == out.resolve().parent else str(path)
 
 
-def _template_lines(tokenizer: Any, *, start: str) -> list[str]:
-    """The TEMPLATE, or why there is none. `start` is put in front by Ollama itself."""
-    if not tokenizer.chat_template:
-        return ["# no TEMPLATE: the model has no chat template, and goes on from the plain prompt"]
-    glue = glue_of(tokenizer, start=start)
-    if glue is None:
-        return [
-            "# no TEMPLATE: the chat template looks at more than the roles, and Go's language cannot follow;",
-            "# Ollama takes one of its own where it knows the one in the GGUF file, else the plain prompt",
-        ]
-    dated = any(word in str(tokenizer.chat_template) for word in _DATED)
-    notes = ["# the template has a date in it: that of the export"] if dated else []
-    return [*notes, f'TEMPLATE """{go_template(glue)}"""']
-
-
-def glue_of(tokenizer: Any, *, start: str = "") -> Glue | None:
-    """How the chat template joins messages, without the start token; None where that is not constant."""
-    roles = [("user", _USERS[0]), ("assistant", _ANSWERS[0]), ("user", _USERS[1])]
-    roles += [("assistant", _ANSWERS[1]), ("user", _USERS[2])]
-    plain = _between(tokenizer, roles)
-    if plain is None or plain[1] != plain[3] or plain[2] != plain[4]:
+def read_separators(tokenizer: Any, *, start: str = "") -> MessageSeparators | None:
+    """Read the separators of a chat template, without the start token; None where they are not constant."""
+    roles = [("user", _USER_PROBES[0]), ("assistant", _ANSWER_PROBES[0]), ("user", _USER_PROBES[1])]
+    roles += [("assistant", _ANSWER_PROBES[1]), ("user", _USER_PROBES[2])]
+    without_system = _texts_between(tokenizer, roles)
+    if without_system is None or without_system[1] != without_system[3] or without_system[2] != without_system[4]:
         return None
-    led = _between(tokenizer, [("system", _SYSTEM), *roles])
-    if led is not None and led[2:] != plain[1:]:
+    with_system = _texts_between(tokenizer, [("system", _SYSTEM_PROBE), *roles])
+    if with_system is not None and with_system[2:] != without_system[1:]:
         return None
-    glue = Glue(
-        plain[0].removeprefix(start),
-        plain[1],
-        plain[2],
-        plain[5],
-        led[0].removeprefix(start) if led else None,
-        led[1] if led else "",
+    separators = MessageSeparators(
+        without_system[0].removeprefix(start),
+        without_system[1],
+        without_system[2],
+        without_system[5],
+        with_system[0].removeprefix(start) if with_system else None,
+        with_system[1] if with_system else "",
     )
-    return None if any("{{" in text or '"""' in text or "}}" in text for text in glue.texts) else glue
+    return None if any("{{" in text or '"""' in text or "}}" in text for text in separators.texts) else separators
 
 
-def _between(tokenizer: Any, messages: list[tuple[str, str]]) -> list[str] | None:
-    """The texts around the contents of a conversation; None where it is refused or a content is not found."""
+def _texts_between(tokenizer: Any, messages: list[tuple[str, str]]) -> list[str] | None:
+    """Render messages and return the texts around their contents; None where refused or not found."""
     import jinja2
 
     try:
@@ -144,57 +138,57 @@ def _between(tokenizer: Any, messages: list[tuple[str, str]]) -> list[str] | Non
         )
     except (jinja2.TemplateError, TypeError, KeyError, ValueError):
         return None
-    found = []
+    texts = []
     for _, content in messages:
         if text.count(content) != 1:
             return None
         before, text = text.split(content)
-        found.append(before)
-    return [*found, text]
+        texts.append(before)
+    return [*texts, text]
 
 
-def go_template(glue: Glue) -> str:
-    """The same conversation in Go's template language.
+def render_go_template(separators: MessageSeparators) -> str:
+    """Render the separators as a template in Go's language.
 
     Ollama puts messages of one role together, so that after the system's the user and the model take turns.
     No `{{-` anywhere: it would swallow white space that belongs to the format.
     """
-    if glue.before_system is None:
-        system, led = "", ""
+    if separators.before_system is None:
+        system, after_system = "", ""
     else:
-        system = '{{ if and (eq .Role "system") (eq $i 0) }}' + glue.before_system + "{{ .Content }}{{ end }}"
-        led = "{{ else if and (eq $i 1) $.System }}" + glue.system_to_user
-    first = "{{ if eq $i 0 }}" + glue.before_user
-    user = first + led + "{{ else }}" + glue.answer_to_user + "{{ end }}{{ .Content }}"
+        system = '{{ if and (eq .Role "system") (eq $i 0) }}' + separators.before_system + "{{ .Content }}{{ end }}"
+        after_system = "{{ else if and (eq $i 1) $.System }}" + separators.system_to_user
+    first = "{{ if eq $i 0 }}" + separators.before_user
+    user = first + after_system + "{{ else }}" + separators.answer_to_user + "{{ end }}{{ .Content }}"
     return (
         "{{ range $i, $_ := .Messages }}"
         + system
         + '{{ if eq .Role "user" }}'
         + user
         + '{{ else if eq .Role "assistant" }}'
-        + glue.user_to_answer
+        + separators.user_to_answer
         + "{{ .Content }}{{ end }}"
         + '{{ if and (eq (len (slice $.Messages $i)) 1) (ne .Role "assistant") }}'
-        + glue.after_user
+        + separators.after_user
         + "{{ end }}{{ end }}"
     )
 
 
 def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
-    """A folder for `ollama create NAME -f Modelfile`. Raises UserError as the GGUF export does."""
+    """Write a folder for `ollama create NAME -f Modelfile`. Raises UserError as the GGUF export does."""
     pass  # MOVED
 
     if options.lora:
-        got, fix = "an adapter alone", "leave out --lora: the merged model is what Ollama runs everywhere"
-        raise UserError(Problem("--lora", got, "a whole model", fix))
-    out = new_folder(str(options.out))
+        got, fix = "an adapter without its base", "leave out --lora: Ollama runs the merged model everywhere"
+        raise UserError(Problem("--lora", got, "the merged model", fix))
+    out = resolve_new_folder(str(options.out))
     with publish_folder(out) as staging:
 
-        def modelfile(gguf: Path, folder: Path) -> None:
+        def add_modelfile(gguf: Path, folder: Path) -> None:
             write_modelfile(gguf, staging / "Modelfile", folder=folder, name=out.name)
 
-        report, notes = write_gguf(path, staging, out, options, observer, beside=modelfile)
+        report, notes = write_gguf(path, staging, out, options, observer, on_written=add_modelfile)
         write_card(staging, path, name=out.name, layout="gguf", merge_report=report)
     name = shlex.quote(out.name)
-    said = f"cd {shlex.quote(str(out))} && ollama create {name} -f Modelfile && ollama run {name}"
-    return Exported(str(out), files_in(out), (*notes, said), report)
+    command = f"cd {shlex.quote(str(out))} && ollama create {name} -f Modelfile && ollama run {name}"
+    return Exported(str(out), file_sizes(out), (*notes, command), report)

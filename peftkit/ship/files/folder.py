@@ -1,4 +1,4 @@
-"""What stands beside the weights of a model that leaves: tokenizer, template, generation, licence."""
+"""Files beside the weights of a model: tokenizer, template, generation settings, licence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peftkit.model.base.file_checks import contained_file
 
-TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -17,21 +17,21 @@ TOKENIZER = (
     "merges.txt",
     "*.model",
 )
-_BASE = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
-_CODE = ("*.py",)
+_BASE_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_CODE_FILES = ("*.py",)
 
 
-def copy_beside(adapter: Path | None, base: Path, out: Path, *, with_code: bool) -> list[str]:
-    """Copy the tokenizer that was trained with, or else the base's, and what else belongs to the model.
+def copy_model_files(adapter: Path | None, base: Path, out: Path, *, with_code: bool) -> list[str]:
+    """Copy the adapter's tokenizer, or else the base's, and the base's other files; return their names.
 
-    Returns the names. Symlinks of a hub cache are followed, those that lead out of the folder refused.
+    Symlinks of a hub cache are followed, those that lead out of the folder refused.
     """
-    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     copied: list[str] = []
     for folder, patterns in (
-        (adapter if own else base, TOKENIZER),
-        (base, _BASE),
-        (base, _CODE if with_code else ()),
+        (adapter if has_tokenizer else base, TOKENIZER_FILES),
+        (base, _BASE_FILES),
+        (base, _CODE_FILES if with_code else ()),
     ):
         assert folder is not None
         for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):

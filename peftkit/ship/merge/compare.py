@@ -1,213 +1,222 @@
-"""Is a merged model what was trained? Both are asked, on held-out rows where there are any."""
+"""Comparison of a merged model with the trained one: logits, and losses where there are held-out rows."""
 
 from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peftkit.data.tokens.mask import Tokenized
-from peftkit.diagnose.statistics import Interval, Rows, gain
+from peftkit.diagnose.statistics import HeldOutLosses, paired_gain
 from peftkit.errors import UserError
 from peftkit.plan.plan import BasePlan
 from peftkit.results.find import Adapter
-from peftkit.results.load import Result, load_result
+from peftkit.results.load import Result, load_adapter_result
 from peftkit.rundir import read_json
-from peftkit.ship.merge.decide import DEQUANTIZED, ORIGINAL, Observer, Work, write
+from peftkit.rundir.events import NoticeEvent, Observer, PhaseEvent
+from peftkit.ship.merge.decide import DEQUANTIZED, ORIGINAL, MergeJob, write_merge
 from peftkit.ship.merge.fidelity import Fidelity
-from peftkit.ship.merge.report import Choice, MergeReport
+from peftkit.ship.merge.report import BaseComparison, MergeReport
 
-_MOST_LOST = 0.5  # of what the adapter changes
-_MOST_ROWS = 200  # of held-out rows that a loss is measured on
+_MAX_LOST_SHARE = 0.5  # of what the adapter changes
+_MAX_LOSS_ROWS = 200  # of held-out rows that a loss is measured on
 
 
 @dataclass(frozen=True)
-class Compared:
-    """What is compared on: `texts` for logits, `judged` for losses, with the document of each."""
+class ComparisonRows:
+    """Rows of a comparison: `texts` for logits, `loss_rows` for losses."""
 
     texts: tuple[Tokenized, ...]
-    judged: tuple[Tokenized, ...]
+    loss_rows: tuple[Tokenized, ...]
 
     @classmethod
-    def of(cls, work: Work, path: Path, observer: Observer) -> Compared:
-        """Held-out rows of the run or of --data; short texts where there are none."""
+    def of(cls, job: MergeJob, path: Path, observer: Observer) -> ComparisonRows:
+        """Select held-out rows of the run or of `--data`; short texts where there are none."""
         from peftkit.model.load import load_tokenizer
-        from peftkit.ship.merge.fidelity import prompts
+        from peftkit.ship.merge.fidelity import prompt_rows
 
-        adapter, data = work.adapters[0], work.options.data
-        own = (adapter.folder / "tokenizer_config.json").is_file()
+        adapter, data = job.adapters[0], job.options.data
+        has_tokenizer = (adapter.folder / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(
-            str(adapter.folder) if own else adapter.source,
-            replace(adapter.base, revision=None) if own else adapter.base,
+            str(adapter.folder) if has_tokenizer else adapter.source,
+            replace(adapter.base, revision=None) if has_tokenizer else adapter.base,
         )
-        texts = tuple(prompts(tokenizer, adapter.base.task))
+        texts = tuple(prompt_rows(tokenizer, adapter.base.task))
         if adapter.run is None and data is None:
             return cls(texts, ())
         try:
-            found = _held_out(adapter, tokenizer, data, path)
+            from peftkit.model.load import read_stop_ids
+            from peftkit.results.evaluate import load_examples, refuse_mismatched_data, tokenize_for_result
+
+            result = Result(None, tokenizer, adapter.base.task, adapter.plan, adapter.run, 1, True)
+            examples, held_out_examples = load_examples(result, data, path)
+            refuse_mismatched_data(result, examples)
+            is_generative = adapter.base.task in {"causal-lm", "seq2seq"}
+            stops = read_stop_ids(adapter.source, tokenizer) if is_generative else frozenset()
+            rows, _ = tokenize_for_result(result, examples, held_out_examples, stops=stops)
+            held_out_rows = tuple(rows)
         except UserError as error:
             if data is not None:
                 raise
-            observer({"event": "notice", "text": f"compared on short texts: {error.problems[0].got}"})
+            observer(NoticeEvent(text=f"compared on short texts, without a loss: {error.problems[0].got}"))
             return cls(texts, ())
-        return cls(found[:_MOST_ROWS] or texts, found[:_MOST_ROWS])
+        return cls(held_out_rows[:_MAX_LOSS_ROWS] or texts, held_out_rows[:_MAX_LOSS_ROWS])
 
 
-def _held_out(adapter: Adapter, tokenizer: Any, data: str | None, path: Path) -> tuple[Tokenized, ...]:
-    from peftkit.model.load import stops_of
-    from peftkit.results.evaluate import examples_for, refuse_other_data, tokenized
-
-    bare = Result(None, tokenizer, adapter.base.task, adapter.plan, adapter.run, 1, True)
-    examples, chosen = examples_for(bare, data, path)
-    refuse_other_data(bare, examples)
-    writes = adapter.base.task in {"causal-lm", "seq2seq"}
-    stops = stops_of(adapter.source, tokenizer) if writes else frozenset()
-    rows, _ = tokenized(bare, examples, chosen, stops=stops)
-    return tuple(rows)
-
-
-def verified(
-    work: Work,
-    made: MergeReport,
+def verify_merge(
+    job: MergeJob,
+    report: MergeReport,
     staging: Path,
-    compared: Sequence[str],
-    rows: Compared,
+    base_choices: Sequence[str],
+    rows: ComparisonRows,
     observer: Observer,
 ) -> MergeReport:
-    """Compare what is on the disk with base and adapter, and with what the other base would give."""
-    from peftkit.ship.merge.fidelity import compare
+    """Compare the written model with base and adapter, and with a merge into the other base.
 
-    if not work.combination.is_plain:
-        return _sum_verified(work, made, staging, rows, observer)
-    first = work.adapters[0]
+    Returns the report with fidelity, reference and problem; with two bases also both comparisons, the
+    recommended one, and the gain in loss of the original base in nats per loss token.
+    """
+    from peftkit.ship.merge.fidelity import measure_fidelity
 
-    def told(what: str) -> None:
-        observer({"event": "phase", "name": "verify", "detail": what})
+    if not job.combination.is_plain:
+        return _verify_sum(job, report, staging, rows, observer)
+    first = job.adapters[0]
 
-    told("asking the base with the adapter, as it was trained")
-    trained, without = _reference(first, rows)
-    told("asking the merged model, read back from the disk")
-    got = _asked(staging, first.base, rows)
-    fidelity, reference = compare(trained, got, without=without), "what was trained"
-    if work.base == ORIGINAL and first.base.quant_type is not None:
-        told("asking the original base with the adapter")
-        expected, alone = _reference(replace(first, base=replace(first.base, quant_type=None)), rows)
-        fidelity = compare(expected, got, without=alone)
-        reference = "the original base with the adapter"
-    problem = fidelity.problem(_precision(work, first.base))
-    made = replace(made, fidelity=fidelity, reference=reference, problem=_or_lost(made, fidelity, problem))
-    if len(compared) < 2:
-        return made
-    said = {work.base: got}
-    for base in compared:
-        if base not in said:
-            told(f"trying the {base} base as well")
-            with _beside(staging) as folder:
-                write(work, base, folder)
-                said[base] = _asked(folder, first.base, rows)
-    choices = tuple(
-        Choice(base, compare(trained, said[base], without=without)) for base in (DEQUANTIZED, ORIGINAL)
+    def announce(detail: str) -> None:
+        observer(PhaseEvent(name="verify", detail=detail))
+
+    announce("running the base with the adapter, as trained")
+    trained_outputs, base_outputs = _reference_outputs(first, rows)
+    announce("running the merged model, read back from the disk")
+    merged_outputs = _merged_outputs(staging, first.base, rows)
+    fidelity, reference = (
+        measure_fidelity(trained_outputs, merged_outputs, base_outputs=base_outputs),
+        "the trained model",
     )
-    better = _gain(said[DEQUANTIZED], said[ORIGINAL])
-    recommended = ORIGINAL if better.low > 0 else DEQUANTIZED
-    return replace(made, choices=choices, recommended=recommended, gain=better)
+    if job.base == ORIGINAL and first.base.quant_type is not None:
+        announce("running the original base with the adapter")
+        expected, original_outputs = _reference_outputs(replace(first, base=replace(first.base, quant_type=None)), rows)
+        fidelity = measure_fidelity(expected, merged_outputs, base_outputs=original_outputs)
+        reference = "the original base with the adapter"
+    problem = fidelity.problem(_narrowest_dtype(job, first.base))
+    report = replace(
+        report, fidelity=fidelity, reference=reference, problem=_requantization_problem(report, fidelity, problem)
+    )
+    if len(base_choices) < 2:
+        return report
+    outputs_by_base = {job.base: merged_outputs}
+    for base in base_choices:
+        if base not in outputs_by_base:
+            announce(f"merging into the {base} base to compare")
+            with tempfile.TemporaryDirectory(dir=staging.parent, prefix=staging.name) as name:
+                folder = Path(name)
+                write_merge(job, base, folder)
+                outputs_by_base[base] = _merged_outputs(folder, first.base, rows)
+    choices = tuple(
+        BaseComparison(base, measure_fidelity(trained_outputs, outputs_by_base[base], base_outputs=base_outputs))
+        for base in (DEQUANTIZED, ORIGINAL)
+    )
+    # how much lower the second's loss is, paired by row
+    before = outputs_by_base[DEQUANTIZED]
+    after = outputs_by_base[ORIGINAL]
+    documents = tuple(range(len(before.losses.sums)))
+    rows_before, rows_after = (
+        HeldOutLosses(model_outputs.losses.sums, model_outputs.losses.counts, documents)
+        for model_outputs in (before, after)
+    )
+    loss_gain = paired_gain(rows_before, rows_after)
+    recommended = ORIGINAL if loss_gain.low > 0 else DEQUANTIZED
+    return replace(report, choices=choices, recommended=recommended, gain=loss_gain)
 
 
-def _or_lost(made: MergeReport, fidelity: Fidelity, problem: str) -> str:
-    """What 4 bits cost is the user's choice, as long as more than half of the adapter is left."""
-    if not made.requantized:
+def _requantization_problem(report: MergeReport, fidelity: Fidelity, problem: str) -> str:
+    """Return the problem; for a requantized model only where over half of the adapter's effect is lost.
+
+    What 4 bits cost below that is the user's choice.
+    """
+    if not report.requantized:
         return problem
-    if fidelity.effect is not None and not fidelity.kl <= _MOST_LOST * fidelity.effect:
+    if fidelity.effect is not None and not fidelity.kl <= _MAX_LOST_SHARE * fidelity.effect:
         share = fidelity.kl / max(fidelity.effect, 1e-12)
-        return f"in {made.requantized} again {share:.0%} of what the adapter changes is lost"
+        return f"in {report.requantized} again, {share:.0%} of what the adapter changes is lost"
     return ""
 
 
-def _sum_verified(
-    work: Work, made: MergeReport, staging: Path, rows: Compared, observer: Observer
+def _verify_sum(
+    job: MergeJob, report: MergeReport, staging: Path, rows: ComparisonRows, observer: Observer
 ) -> MergeReport:
-    """A sum of LoRA adapters is what PEFT computes with all active; other combinations nobody computes."""
-    from peftkit.model.adapter.load import load_weighted
+    """Compare a sum of LoRA adapters with PEFT's model with all adapters active.
+
+    Other combinations have no reference: their report is returned as it is.
+    """
+    from peftkit.model.adapter.load import load_weighted_adapters
     from peftkit.model.hardware import detect_device
     from peftkit.model.load import load_model, load_tokenizer
-    from peftkit.ship.merge.fidelity import compare, outputs
+    from peftkit.ship.merge.fidelity import compute_outputs, measure_fidelity
 
-    first = work.adapters[0]
-    if not work.is_sum_of_lora:
-        return made
-    observer({"event": "phase", "name": "verify", "detail": "asking the base with all adapters at once"})
-    held = replace(first.base, quant_type=None) if work.base == ORIGINAL else first.base
-    model = load_model(first.source, held, device=detect_device().kind)
-    model = load_weighted(model, [one.folder for one in work.adapters], work.combination.weights)
+    first = job.adapters[0]
+    if not job.is_sum_of_lora:
+        return report
+    observer(PhaseEvent(name="verify", detail="running the base with all adapters active"))
+    base_plan = replace(first.base, quant_type=None) if job.base == ORIGINAL else first.base
+    model = load_model(first.source, base_plan, device=detect_device().kind)
+    model = load_weighted_adapters(model, [adapter.folder for adapter in job.adapters], job.combination.weights)
     pad_id = load_tokenizer(str(staging), replace(first.base, revision=None)).pad_token_id
-    how = {"pad_id": pad_id, "task": first.base.task}
-    expected = outputs(model, rows.texts, judged=rows.judged, **how)
+    output_options = {"pad_id": pad_id, "task": first.base.task}
+    expected = compute_outputs(model, rows.texts, loss_rows=rows.loss_rows, **output_options)
     with model.disable_adapter():
-        without = outputs(model, rows.texts, **how)
+        base_outputs = compute_outputs(model, rows.texts, **output_options)
     del model
     gc.collect()
-    observer(
-        {"event": "phase", "name": "verify", "detail": "asking the merged model, read back from the disk"}
+    observer(PhaseEvent(name="verify", detail="running the merged model, read back from the disk"))
+    fidelity = measure_fidelity(expected, _merged_outputs(staging, first.base, rows), base_outputs=base_outputs)
+    problem = fidelity.problem(_narrowest_dtype(job, first.base))
+    reference = "the base with all adapters active"
+    return replace(
+        report, fidelity=fidelity, reference=reference, problem=_requantization_problem(report, fidelity, problem)
     )
-    fidelity = compare(expected, _asked(staging, first.base, rows), without=without)
-    problem = fidelity.problem(_precision(work, first.base))
-    reference = "the base with all adapters at once"
-    return replace(made, fidelity=fidelity, reference=reference, problem=_or_lost(made, fidelity, problem))
 
 
-def _precision(work: Work, base: BasePlan) -> str:
-    """The narrowest type that numbers of the comparison went through."""
-    names = {str(o.dtype).removeprefix("torch.") for o in work.plans[work.base].outputs}
+def _narrowest_dtype(job: MergeJob, base: BasePlan) -> str:
+    """Return the narrowest dtype that the compared numbers went through."""
+    names = {str(output.dtype).removeprefix("torch.") for output in job.plans[job.base].outputs}
     names |= {base.dtype, base.compute_dtype}
     return next((name for name in ("bfloat16", "float16") if name in names), "float32")
 
 
-def _reference(adapter: Adapter, rows: Compared) -> tuple[Any, Any]:
-    """(outputs with the adapter, outputs of its base alone)."""
+def _reference_outputs(adapter: Adapter, rows: ComparisonRows) -> tuple[Any, Any]:
+    """Return (outputs with the adapter, outputs of its base alone)."""
     from peftkit.model.hardware import detect_device
-    from peftkit.ship.merge.fidelity import outputs
+    from peftkit.ship.merge.fidelity import compute_outputs
 
-    result = load_result(adapter, device=detect_device().kind)
-    how = {"pad_id": result.tokenizer.pad_token_id, "task": result.task}
-    expected = outputs(result.model, rows.texts, judged=rows.judged, **how)
+    result = load_adapter_result(adapter, device=detect_device().kind)
+    output_options = {"pad_id": result.tokenizer.pad_token_id, "task": result.task}
+    expected = compute_outputs(result.model, rows.texts, loss_rows=rows.loss_rows, **output_options)
     with result.model.disable_adapter():
-        without = outputs(result.model, rows.texts, **how)
+        base_outputs = compute_outputs(result.model, rows.texts, **output_options)
     del result
     gc.collect()
-    return expected, without
+    return expected, base_outputs
 
 
-def _asked(folder: Path, base: BasePlan, rows: Compared) -> Any:
-    """What the model in a folder says, loaded as anybody would."""
+def _merged_outputs(folder: Path, base: BasePlan, rows: ComparisonRows) -> Any:
+    """Return the outputs of the model in a folder, loaded from disk as any reader would."""
     from peftkit.model.hardware import detect_device
     from peftkit.model.load import load_model, load_tokenizer
-    from peftkit.ship.merge.fidelity import outputs
+    from peftkit.ship.merge.fidelity import compute_outputs
 
-    plain = replace(base, id=str(folder), revision=None, quant_type=None, overrides={}, labels=())
+    merged_plan = replace(base, id=str(folder), revision=None, quant_type=None, overrides={}, labels=())
     config = read_json(folder / "config.json")
     if "quantization_config" in config:  # its other weights stay in the type that they are in
-        plain = replace(plain, dtype=str(config.get("dtype") or config.get("torch_dtype") or base.dtype))
-    model = load_model(str(folder), plain, device=detect_device().kind)
-    tokenizer = load_tokenizer(str(folder), plain)
-    found = outputs(model, rows.texts, pad_id=tokenizer.pad_token_id, task=base.task, judged=rows.judged)
+        merged_plan = replace(merged_plan, dtype=str(config.get("dtype") or config.get("torch_dtype") or base.dtype))
+    model = load_model(str(folder), merged_plan, device=detect_device().kind)
+    tokenizer = load_tokenizer(str(folder), merged_plan)
+    merged_outputs = compute_outputs(
+        model, rows.texts, pad_id=tokenizer.pad_token_id, task=base.task, loss_rows=rows.loss_rows
+    )
     del model
     gc.collect()
-    return found
-
-
-@contextmanager
-def _beside(staging: Path) -> Iterator[Path]:
-    """A folder on the same disk, gone at the end."""
-    with tempfile.TemporaryDirectory(dir=staging.parent, prefix=staging.name) as folder:
-        yield Path(folder)
-
-
-def _gain(before: Any, after: Any) -> Interval:
-    """How much lower the second's loss is, paired by row."""
-    documents = tuple(range(len(before.losses.sums)))
-    one, two = (Rows(each.losses.sums, each.losses.counts, documents) for each in (before, after))
-    return gain(one, two)
+    return merged_outputs

@@ -1,6 +1,6 @@
-"""The arithmetic of merging: what an edit makes of a weight, in fp32, rounded once at the end.
+"""Arithmetic of merging: edits applied to a weight in fp32, rounded once at the end.
 
-Pure functions of tensors. `read` gives a tensor of the adapter's file by its name.
+Pure functions of tensors. `read` returns a tensor of the adapter's file by its name.
 """
 
 from __future__ import annotations
@@ -10,79 +10,81 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from peftkit.model.adapter.edits import Edit
-from peftkit.model.meta.layout import Place
+from peftkit.model.meta.layout import Placement
 
-Read = Callable[[str], torch.Tensor]
+TensorReader = Callable[[str], torch.Tensor]
 _SLICE_NUMBERS, _SLICE_ROWS = 2**20, 64  # added at a time: 4 MiB in fp32
 
 
-def merged(
-    weight: torch.Tensor, edits: Sequence[Edit], read: Read, *, place: Place, dtype: torch.dtype
+def merge_weight(
+    weight: torch.Tensor, edits: Sequence[Edit], read: TensorReader, *, place: Placement, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The weight with all edits, in `dtype`, rounded once. `weight` may be overwritten."""
+    """Return the weight with all edits in `dtype`, rounded once. `weight` may be overwritten."""
     if not edits:
         return weight.to(dtype)
     if [edit.kind for edit in edits] == ["whole"]:
-        return _whole(edits[0], read, place).to(dtype)
+        return _replacement(edits[0], read, place).to(dtype)
     if len(edits) == 1 and edits[0].kind in {"lora", "embedding"} and weight.dtype == dtype:
-        return _plus_low_rank(weight, edits[0], read)
-    if len(edits) == 1 and edits[0].adds and weight.dtype == dtype:
-        return _plus(weight, added(edits[0], read, place=place, shape=weight.shape))
-    return changed(weight, edits, read, place=place).to(dtype)
+        return _add_low_rank(weight, edits[0], read)
+    if len(edits) == 1 and edits[0].is_additive and weight.dtype == dtype:
+        # the sum, in place and slice by slice:
+        delta = edit_delta(edits[0], read, place=place, shape=weight.shape)
+        rows = max(1, _SLICE_NUMBERS // max(1, weight[0].numel())) if weight.ndim else 1
+        for weight_slice, delta_slice in zip(torch.split(weight, rows), torch.split(delta, rows), strict=True):
+            weight_slice.copy_(weight_slice.to(delta.dtype) + delta_slice)
+        return weight
+    return apply_edits(weight, edits, read, place=place).to(dtype)
 
 
-def _plus_low_rank(weight: torch.Tensor, edit: Edit, read: Read) -> torch.Tensor:
-    """W + s B A, in place and slice by slice: the product never stands in memory as a whole.
+def _add_low_rank(weight: torch.Tensor, edit: Edit, read: TensorReader) -> torch.Tensor:
+    """Add s B A to W in place, slice by slice: the product never exists in memory as a whole.
 
     A slice of a product has the bits of the whole: each number is a sum over the rank, in the same order.
     """
-    a, b, turned = _factors(edit, read)
+    a, b, transposed = _lora_factors(edit, read)
     step = max(_SLICE_ROWS, _SLICE_NUMBERS // weight.shape[1] // _SLICE_ROWS * _SLICE_ROWS)
-    sums = torch.empty((step, weight.shape[1]))
+    buffer = torch.empty((step, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         target = weight[start : start + step]
-        product = (b @ a[:, start : start + step]).T if turned else b[start : start + step] @ a
-        found = sums[: len(target)]
-        found.copy_(target)
-        target.copy_(found.add_(product.mul_(edit.scale)))
+        product = (b @ a[:, start : start + step]).T if transposed else b[start : start + step] @ a
+        slice_sum = buffer[: len(target)]
+        slice_sum.copy_(target)
+        target.copy_(slice_sum.add_(product.mul_(edit.scale)))
     return weight
 
 
-def _plus(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """The sum, in place and slice by slice: no third copy of the weight is made."""
-    rows = max(1, _SLICE_NUMBERS // max(1, weight[0].numel())) if weight.ndim else 1
-    for target, part in zip(torch.split(weight, rows), torch.split(delta, rows), strict=True):
-        target.copy_(target.to(delta.dtype) + part)
-    return weight
+def apply_edits(weight: torch.Tensor, edits: Iterable[Edit], read: TensorReader, *, place: Placement) -> torch.Tensor:
+    """Return the weight with all edits, in fp32 (fp64 where the weight is).
 
-
-def changed(weight: torch.Tensor, edits: Iterable[Edit], read: Read, *, place: Place) -> torch.Tensor:
-    """The weight with all edits, in fp32 (fp64 where the weight is)."""
+    DoRA: m (W + s B A) / ||W + s B A||, the norm over the inputs of each output.
+    """
     value = weight.to(torch.promote_types(weight.dtype, torch.float32))
     for edit in edits:
-        value = _apply(value, edit, read, place)
+        if edit.kind == "whole":
+            value = _replacement(edit, read, place).to(value.dtype)
+        elif edit.kind == "scale":
+            vector = read(edit.tensors["value"]).to(value.dtype)
+            if value.ndim == 1:
+                value = value * vector.reshape(-1)
+            else:
+                along_columns = edit.scales_inputs != edit.transposed  # W is (d_out, d_in), or (d_in, d_out)
+                value = value * (vector.reshape(1, -1) if along_columns else vector.reshape(-1, 1))
+        elif edit.kind == "rows":
+            rows = read(edit.tensors["value"]).to(value.dtype)
+            value = value.index_copy(0, torch.tensor(edit.ids), rows)
+        elif edit.kind == "dora":
+            adapted = value + low_rank_delta(edit, read)
+            by_output = adapted.T if edit.transposed else adapted
+            magnitude = read(edit.tensors["magnitude"]).to(value.dtype)
+            factor: torch.Tensor = magnitude / torch.linalg.norm(by_output, dim=1)
+            value = adapted * (factor.view(1, -1) if edit.transposed else factor.view(-1, 1))
+        else:
+            value = value + edit_delta(edit, read, place=place, shape=value.shape)
     return value
 
 
-def _apply(value: torch.Tensor, edit: Edit, read: Read, place: Place) -> torch.Tensor:
-    if edit.kind == "whole":
-        return _whole(edit, read, place).to(value.dtype)
-    if edit.kind == "scale":
-        return _scaled(value, edit, read(edit.tensors["value"]).to(value.dtype))
-    if edit.kind == "rows":
-        rows = read(edit.tensors["value"]).to(value.dtype)
-        return value.index_copy(0, torch.tensor(edit.ids), rows)
-    if edit.kind == "dora":
-        summed = value + low_rank(edit, read)
-        by_output = summed.T if edit.transposed else summed
-        magnitude = read(edit.tensors["magnitude"]).to(value.dtype)
-        factor: torch.Tensor = magnitude / torch.linalg.norm(by_output, dim=1)
-        return summed * (factor.view(1, -1) if edit.transposed else factor.view(-1, 1))
-    return value + added(edit, read, place=place, shape=value.shape)
-
-
-def _whole(edit: Edit, read: Read, place: Place) -> torch.Tensor:
-    """What stands in for the weight; of fused experts the part that the weight is."""
+def _replacement(edit: Edit, read: TensorReader, place: Placement) -> torch.Tensor:
+    """Return what replaces the weight; of fused experts the part that the weight is."""
     value = read(edit.tensors["value"])
     if place.expert is None:
         return value
@@ -90,65 +92,55 @@ def _whole(edit: Edit, read: Read, place: Place) -> torch.Tensor:
     return value[place.expert].narrow(place.axis, place.part * size, size)
 
 
-def _scaled(value: torch.Tensor, edit: Edit, vector: torch.Tensor) -> torch.Tensor:
-    if value.ndim == 1:
-        return value * vector.reshape(-1)
-    along_columns = edit.of_inputs != edit.transposed  # W is (d_out, d_in), or (d_in, d_out)
-    return value * (vector.reshape(1, -1) if along_columns else vector.reshape(-1, 1))
-
-
-def added(edit: Edit, read: Read, *, place: Place, shape: Sequence[int]) -> torch.Tensor:
-    """What an edit adds to a weight of this shape, in fp32. `place` tells of which expert's part."""
+def edit_delta(edit: Edit, read: TensorReader, *, place: Placement, shape: Sequence[int]) -> torch.Tensor:
+    """Return what an additive edit adds to a weight of `shape`, in fp32; `place` names the expert's part."""
     if edit.kind == "shift":
         return read(edit.tensors["value"]).float() * edit.scale
     if edit.kind == "experts":
-        return _expert(edit, read, place, shape)
+        return _expert_delta(edit, read, place, shape)
     if edit.kind == "vera":
-        return _vera(edit, read, shape[::-1] if edit.transposed else shape)
-    return low_rank(edit, read)
+        # return VeRA's b (B A d), of the first rows of the shared B and columns of the shared A
+        shape = shape[::-1] if edit.transposed else shape
+        b, d = (read(edit.tensors[part]).float().unsqueeze(-1) for part in ("b", "d"))
+        shared_a, shared_b = read(edit.tensors["A"]).float(), read(edit.tensors["B"]).float()
+        product = (b * shared_b[: shape[0]]) @ (d * shared_a[:, : shape[1]])
+        return product.T if edit.transposed else product
+    return low_rank_delta(edit, read)
 
 
-def _vera(edit: Edit, read: Read, shape: Sequence[int]) -> torch.Tensor:
-    """b (B A d) of the first rows of the shared B and columns of the shared A; `shape` is (d_out, d_in)."""
-    b, d = (read(edit.tensors[part]).float().unsqueeze(-1) for part in ("b", "d"))
-    whole_a, whole_b = read(edit.tensors["A"]).float(), read(edit.tensors["B"]).float()
-    product = (b * whole_b[: shape[0]]) @ (d * whole_a[:, : shape[1]])
-    return product.T if edit.transposed else product
-
-
-def low_rank(edit: Edit, read: Read) -> torch.Tensor:
-    """s B A in fp32, the way round that the weight has it."""
-    a, b, turned = _factors(edit, read)
+def low_rank_delta(edit: Edit, read: TensorReader) -> torch.Tensor:
+    """Return s B A in fp32, in the layout of the weight."""
+    a, b, transposed = _lora_factors(edit, read)
     product = b @ a
-    return (product.T if turned else product).mul_(edit.scale)
+    return (product.T if transposed else product).mul_(edit.scale)
 
 
-def _factors(edit: Edit, read: Read) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """A and B in fp32, and whether the weight is their product the other way round."""
+def _lora_factors(edit: Edit, read: TensorReader) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Return A and B in fp32, and whether the weight holds their product transposed."""
     a, b = read(edit.tensors["A"]).float(), read(edit.tensors["B"]).float()
     if "E" in edit.tensors:
         a = a * read(edit.tensors["E"]).float()
     return a, b, edit.transposed or edit.kind == "embedding"
 
 
-def _expert(edit: Edit, read: Read, place: Place, shape: Sequence[int]) -> torch.Tensor:
-    """s B[e] A[e] of one expert's part, or of all experts (shape (num_experts, ., .)).
+def _expert_delta(edit: Edit, read: TensorReader, place: Placement, shape: Sequence[int]) -> torch.Tensor:
+    """Return s B[e] A[e] of one expert's part, or of all experts with shape (num_experts, ., .).
 
     PEFT stacks A (num_experts x rank, d_in) by expert, and B (d_out, rank x num_experts) by rank.
     """
-    num = shape[0] if place.expert is None else place.num_experts
+    num_experts = shape[0] if place.expert is None else place.num_experts
     a, b = read(edit.tensors["A"]).float(), read(edit.tensors["B"]).float()
-    by_expert, by_rank = a.reshape(num, -1, a.shape[1]), b.reshape(b.shape[0], -1, num)
+    by_expert, by_rank = a.reshape(num_experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, num_experts)
 
-    def of(expert: int) -> torch.Tensor:
-        found = (by_rank[:, :, expert] @ by_expert[expert]).mul_(edit.scale)
-        return found.T if edit.transposed else found
+    def delta_of(expert: int) -> torch.Tensor:
+        product = (by_rank[:, :, expert] @ by_expert[expert]).mul_(edit.scale)
+        return product.T if edit.transposed else product
 
     if place.expert is None:
-        found = torch.empty(tuple(shape))
-        for expert in range(num):
-            found[expert] = of(expert)
-        return found
-    whole = of(place.expert)
-    size = whole.shape[place.axis] // place.num_parts
-    return whole.narrow(place.axis, place.part * size, size)
+        deltas = torch.empty(tuple(shape))
+        for expert in range(num_experts):
+            deltas[expert] = delta_of(expert)
+        return deltas
+    delta = delta_of(place.expert)
+    size = delta.shape[place.axis] // place.num_parts
+    return delta.narrow(place.axis, place.part * size, size)

@@ -1,4 +1,4 @@
-"""Is what was written what was trained? Logits of both on the same prompts, and the loss of both.
+"""Fidelity of a written model: logits of it and its reference on the same texts, and the loss of both.
 
 Compared is what a reader loads from the disk, never what a writer had in memory.
 """
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from peftkit.data.tokens.mask import Tokenized
-from peftkit.evaluate.losses import RowLosses, batches, row_losses
+from peftkit.evaluate.losses import RowLosses, evaluation_batches, row_losses
 
-_NUMBERS = 2**26  # logits kept of a model: 256 MiB in fp32
+_MAX_LOGITS = 2**26  # logits kept of a model: 256 MiB in fp32
 _BATCH_ROWS = 4
-_MOST_ROWS, _MOST_TOKENS = 16, 256  # of what logits are compared on
+_MAX_TEXTS, _MAX_TEXT_TOKENS = 16, 256  # of what logits are compared on
 # mean KL divergence in nats: what rounding weights once can do, by the width of their numbers
-_LIMIT = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-3}
-_FLOOR = 1e-7  # below it the adapter itself does nothing
-_SHARE = 0.05  # of what the adapter changes
+_MAX_KL = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-3}
+_KL_FLOOR = 1e-7  # below it the adapter itself does nothing
+_MAX_EFFECT_SHARE = 0.05  # of what the adapter changes
 
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog, and then it sleeps for a while.",
@@ -33,8 +33,8 @@ PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What a model says of `num_texts`: logits (positions, vocabulary) in fp32, and losses of rows."""
+class ModelOutputs:
+    """Outputs of a model on `num_texts` texts: logits (positions, vocabulary) in fp32, and losses of rows."""
 
     logits: torch.Tensor
     num_texts: int
@@ -43,7 +43,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How far a model is from a reference. `kl` is the mean of KL(reference || model) in nats.
+    """Distance of a model from a reference. `kl` is the mean of KL(reference || model) in nats.
 
     `effect` is that of the reference from its base without the adapter: what there is to keep.
     """
@@ -59,68 +59,72 @@ class Fidelity:
     num_positions: int
 
     def problem(self, dtype: str) -> str:
-        """Why it is not the same model, in words; empty where it is, within what `dtype` can hold."""
+        """Return why it is not the same model; empty where it is within what `dtype` can hold."""
         hint = "" if dtype == "float32" else f"; {dtype} may be too coarse for this adapter: --dtype float32"
-        if not self.kl <= _LIMIT[dtype]:
-            most = f"{_LIMIT[dtype]:g}"
-            return f"a KL divergence of {self.kl:.2g}, more than the {most} that rounding may cause{hint}"
-        if self.effect is None or self.kl <= max(_FLOOR, _SHARE * self.effect):
+        if not self.kl <= _MAX_KL[dtype]:
+            limit = f"{_MAX_KL[dtype]:g}"
+            return f"a KL divergence of {self.kl:.2g}, more than the {limit} that rounding may cause{hint}"
+        if self.effect is None or self.kl <= max(_KL_FLOOR, _MAX_EFFECT_SHARE * self.effect):
             return ""
         share = self.kl / max(self.effect, 1e-12)
         return f"a KL divergence of {self.kl:.2g}, {share:.0%} of what the adapter changes{hint}"
 
 
-def prompts(tokenizer: Any, task: str) -> list[Tokenized]:
-    """Rows to compare on where there are no held-out ones: short texts of several kinds."""
-    found = []
+def prompt_rows(tokenizer: Any, task: str) -> list[Tokenized]:
+    """Return rows to compare on where none are held out: short texts of several kinds."""
+    rows = []
     for text in PROMPTS:
         ids = list(tokenizer(text)["input_ids"])
         if ids:
-            found.append(Tokenized(ids, ids if task != "classification" else [0], "prompt"))
-    return found
+            rows.append(Tokenized(ids, ids if task != "classification" else [0], "prompt"))
+    return rows
 
 
-def outputs(
-    model: Any, rows: Sequence[Tokenized], *, pad_id: int, task: str, judged: Sequence[Tokenized] = ()
-) -> Outputs:
-    """Logits on the first of `rows` and the first tokens of each, and the loss on `judged`, whole."""
-    short = [_shortened(row, task) for row in rows[:_MOST_ROWS]]
-    kept, room, num_texts = [], _NUMBERS, 0
-    for chosen, batch, output in batches(
-        model, short, pad_id=pad_id, batch_size=_BATCH_ROWS, task=task, autocast=None
+def compute_outputs(
+    model: Any, rows: Sequence[Tokenized], *, pad_id: int, task: str, loss_rows: Sequence[Tokenized] = ()
+) -> ModelOutputs:
+    """Compute logits on the first tokens of the first `rows`, and the loss on all of `loss_rows`."""
+    short_rows = [
+        Tokenized(
+            row.input_ids[:_MAX_TEXT_TOKENS],
+            (row.labels if task == "classification" else row.labels[:_MAX_TEXT_TOKENS]),
+            row.where,
+        )
+        for row in rows[:_MAX_TEXTS]
+    ]
+    logits, num_left, num_texts = [], _MAX_LOGITS, 0
+    for batch_rows, batch, output in evaluation_batches(
+        model, short_rows, pad_id=pad_id, batch_size=_BATCH_ROWS, task=task, autocast=None
     ):
-        found = output.logits.float().cpu()
-        if found.ndim == 3:
-            length = found.shape[1]
+        batch_logits = output.logits.float().cpu()
+        if batch_logits.ndim == 3:
+            length = batch_logits.shape[1]
             mask = batch["attention_mask"] if task != "seq2seq" else batch["labels"] >= 0
-            found = found[mask[:, :length].bool().cpu()]
-        found = found[: max(1, room // found.shape[-1])]
-        room -= found.numel()
-        num_texts += len(chosen)
-        kept.append(found)
-        if room <= 0:
+            batch_logits = batch_logits[mask[:, :length].bool().cpu()]
+        batch_logits = batch_logits[: max(1, num_left // batch_logits.shape[-1])]
+        num_left -= batch_logits.numel()
+        num_texts += len(batch_rows)
+        logits.append(batch_logits)
+        if num_left <= 0:
             break
     losses = None
-    if judged:
-        losses = row_losses(model, judged, pad_id=pad_id, batch_size=_BATCH_ROWS, task=task)
-    return Outputs(torch.cat(kept), num_texts, losses)
+    if loss_rows:
+        losses = row_losses(model, loss_rows, pad_id=pad_id, batch_size=_BATCH_ROWS, task=task)
+    return ModelOutputs(torch.cat(logits), num_texts, losses)
 
 
-def _shortened(row: Tokenized, task: str) -> Tokenized:
-    labels = row.labels if task == "classification" else row.labels[:_MOST_TOKENS]
-    return Tokenized(row.input_ids[:_MOST_TOKENS], labels, row.where)
-
-
-def compare(reference: Outputs, other: Outputs, *, without: Outputs | None = None) -> Fidelity:
-    """How far `other` is from `reference`; `without` is the reference's base alone."""
-    kl = divergences(reference.logits, other.logits)
-    same = reference.logits.argmax(-1) == other.logits.argmax(-1)
+def measure_fidelity(
+    reference: ModelOutputs, other: ModelOutputs, *, base_outputs: ModelOutputs | None = None
+) -> Fidelity:
+    """Measure how far `other` is from `reference`; `base_outputs` is the reference's base alone."""
+    kl = kl_divergences(reference.logits, other.logits)
+    same_top = reference.logits.argmax(-1) == other.logits.argmax(-1)
     return Fidelity(
         kl=float(kl.mean()),
         kl_most=float(kl.max()),
         max_abs_difference=float((reference.logits - other.logits).abs().max()),
-        top1_agreement=float(same.double().mean()),
-        effect=float(divergences(reference.logits, without.logits).mean()) if without else None,
+        top1_agreement=float(same_top.double().mean()),
+        effect=float(kl_divergences(reference.logits, base_outputs.logits).mean()) if base_outputs else None,
         loss_reference=reference.losses.mean if reference.losses else None,
         loss=other.losses.mean if other.losses else None,
         num_prompts=reference.num_texts,
@@ -128,10 +132,13 @@ def compare(reference: Outputs, other: Outputs, *, without: Outputs | None = Non
     )
 
 
-def divergences(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(reference || other) in nats at each position, in fp64; infinite where one is not finite."""
-    found = []
+def kl_divergences(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Compute KL(reference || other) in nats at each position, in fp64; infinite where one is not finite.
+
+    sum_v p_v (log p_v - log q_v) of softmax(logits): (positions, vocabulary) twice -> (positions,).
+    """
+    parts = []
     for first, second in zip(torch.split(reference, 64), torch.split(other, 64), strict=True):
-        a, b = first.double().log_softmax(-1), second.double().log_softmax(-1)
-        found.append((a.exp() * (a - b)).sum(-1).clamp(min=0.0))
-    return torch.cat(found).nan_to_num(nan=float("inf"))
+        log_p, log_q = first.double().log_softmax(-1), second.double().log_softmax(-1)
+        parts.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0.0))
+    return torch.cat(parts).nan_to_num(nan=float("inf"))

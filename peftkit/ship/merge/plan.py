@@ -1,4 +1,4 @@
-"""What a merge will write, decided before any weight is read: a frozen value from names and shapes alone."""
+"""Merge plan: every tensor to write, decided from names and shapes before any weight is read."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import torch
 
 from peftkit.errors import Problem, UserError
 from peftkit.model.adapter.edits import Edit, Edits
-from peftkit.model.meta.layout import Place
-from peftkit.model.meta.skeleton import Skeleton
-from peftkit.ship.files.tensors import Entry
+from peftkit.model.meta.layout import Placement
+from peftkit.model.meta.skeleton import BaseLayout
+from peftkit.ship.files.tensors import TensorEntry
 
 
 @dataclass(frozen=True)
-class Output:
-    """One tensor that is written. `source` is None where the adapter alone has it (a task's head).
+class OutputTensor:
+    """One tensor to write. `source` is None where only the adapter has it (a task's head).
 
-    `is_4bit` where training held it in 4-bit, `turned` where the other way round; `in_4bit` where it is to go
-    through 4-bit before the adapter is added.
+    `is_4bit`: training held it in 4-bit; `is_transposed_4bit`: quantized in transposed layout;
+    `roundtrip_4bit`: goes through 4-bit before the adapter is added.
     """
 
     name: str
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    place: Place | None
-    source: Entry | None
+    place: Placement | None
+    source: TensorEntry | None
     edits: tuple[tuple[Edit, ...], ...]  # of each adapter
     is_4bit: bool = False
     in_4bit: bool = False
-    turned: bool = False
+    is_transposed_4bit: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -42,9 +42,9 @@ class Output:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """All that is written, file by file in the order of the base's, and the model's configuration."""
+    """Plan of a merge: all tensors to write, file by file in the base's order, and the configuration."""
 
-    outputs: tuple[Output, ...]
+    outputs: tuple[OutputTensor, ...]
     config: Mapping[str, Any]
     untied: bool
 
@@ -52,179 +52,202 @@ class MergePlan:
     def num_bytes(self) -> int:
         return sum(output.num_bytes for output in self.outputs)
 
-    def files(self) -> dict[str, list[Output]]:
-        """File name -> its tensors."""
-        found: dict[str, list[Output]] = {}
+    def files(self) -> dict[str, list[OutputTensor]]:
+        """Return file name -> its tensors."""
+        by_file: dict[str, list[OutputTensor]] = {}
         for output in self.outputs:
-            found.setdefault(output.file, []).append(output)
-        return found
+            by_file.setdefault(output.file, []).append(output)
+        return by_file
 
 
 def plan_merge(
-    base: Mapping[str, Entry],
-    skeleton: Skeleton,
-    adapters: Sequence[tuple[Edits, Mapping[str, Entry]]],
+    base: Mapping[str, TensorEntry],
+    skeleton: BaseLayout,
+    adapters: Sequence[tuple[Edits, Mapping[str, TensorEntry]]],
     *,
     dtype: torch.dtype | None = None,
     dequantized: bool = False,
 ) -> MergePlan:
-    """What comes of a base's tensors and the edits of adapters, each with the tensors of its file.
+    """Plan the tensors of a merge from a base's tensors and each adapter's edits and tensors.
 
-    `dtype` is that of all floating numbers; None keeps each tensor's own. `dequantized` sends what training
-    held in 4-bit through 4-bit first. Raises UserError for an edit that finds no weight.
+    `dtype` is that of all floating-point tensors; None keeps each tensor's own. `dequantized` sends what
+    training held in 4-bit through 4-bit first. Raises UserError for an edit that finds no weight.
     """
-    edited = list(dict.fromkeys(parameter for edits, _ in adapters for parameter in edits))
+    edited_parameters = list(dict.fromkeys(parameter for edits, _ in adapters for parameter in edits))
     outputs = []
     for entry in base.values():
-        place = skeleton.places.get(entry.name)
-        outputs.append(_output(entry.name, entry, place, skeleton, adapters, (dtype, dequantized)))
-    there = {output.place.parameter for output in outputs if output.place is not None}
-    twins = _untied(skeleton, adapters, there)
-    for parameter, twin in twins.items():
-        source = next(o.source for o in outputs if o.place is not None and o.place.parameter == twin)
-        place = Place(parameter)
-        outputs.append(_output(parameter, source, place, skeleton, adapters, (dtype, dequantized)))
-    held = {name for parameter in there for name in skeleton.ties.get(parameter, (parameter,))}
-    alone = [p for p in edited if p not in held and p not in twins]
-    last = outputs[-1]
-    outputs += [_of_adapter(parameter, adapters, last, dtype) for parameter in alone]
-    _check(outputs)
+        place = skeleton.placements.get(entry.name)
+        outputs.append(_plan_output(entry.name, entry, place, skeleton, adapters, (dtype, dequantized)))
+    present = {output.place.parameter for output in outputs if output.place is not None}
+    untied = _untied_parameters(skeleton, adapters, present)
+    for parameter, stored_parameter in untied.items():
+        source = next(o.source for o in outputs if o.place is not None and o.place.parameter == stored_parameter)
+        place = Placement(parameter)
+        outputs.append(_plan_output(parameter, source, place, skeleton, adapters, (dtype, dequantized)))
+    covered = {name for parameter in present for name in skeleton.ties.get(parameter, (parameter,))}
+    adapter_only = [p for p in edited_parameters if p not in covered and p not in untied]
+    last_output = outputs[-1]
+    outputs += [_head_output(parameter, adapters, last_output, dtype) for parameter in adapter_only]
+    problems = list(_output_problems(outputs))
+    if problems:
+        raise UserError(problems[:5])
     config = dict(skeleton.config)
-    if twins:
+    if untied:
         config["tie_word_embeddings"] = False
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)
     order = {name: i for i, name in enumerate(dict.fromkeys(output.file for output in outputs))}
-    return MergePlan(tuple(sorted(outputs, key=lambda o: order[o.file])), config, bool(twins))
+    return MergePlan(tuple(sorted(outputs, key=lambda o: order[o.file])), config, bool(untied))
 
 
-def _output(
+def _plan_output(
     name: str,
-    entry: Entry | None,
-    place: Place | None,
-    skeleton: Skeleton,
-    adapters: Sequence[tuple[Edits, Mapping[str, Entry]]],
+    entry: TensorEntry | None,
+    place: Placement | None,
+    skeleton: BaseLayout,
+    adapters: Sequence[tuple[Edits, Mapping[str, TensorEntry]]],
     how: tuple[torch.dtype | None, bool],
-) -> Output:
-    """A tensor of the base's files, edited or not."""
+) -> OutputTensor:
+    """Return the output of a tensor of the base's files, edited or not."""
     assert entry is not None
     dtype, dequantized = how
     parameter = place.parameter if place is not None else ""
     edits = tuple(edits.get(parameter, ()) for edits, _ in adapters)
     shape = entry.shape
-    for own, (_, tensors) in zip(edits, adapters, strict=True):
-        if own and own[0].kind == "whole" and (place is None or place.expert is None):
-            shape = tensors[own[0].tensors["value"]].shape  # a resized vocabulary
-    floats = entry.dtype.is_floating_point
-    return Output(
+    for weight_edits, (_, tensors) in zip(edits, adapters, strict=True):
+        if weight_edits and weight_edits[0].kind == "whole" and (place is None or place.expert is None):
+            shape = tensors[weight_edits[0].tensors["value"]].shape  # a resized vocabulary
+    is_floating = entry.dtype.is_floating_point
+    return OutputTensor(
         name,
         entry.file.name,
-        dtype if dtype is not None and floats else entry.dtype,
+        dtype if dtype is not None and is_floating else entry.dtype,
         shape,
         place,
         entry,
         edits,
         is_4bit=parameter in skeleton.in_4bit,
         in_4bit=dequantized and parameter in skeleton.in_4bit,
-        turned=skeleton.in_4bit.get(parameter, False),
+        is_transposed_4bit=skeleton.in_4bit.get(parameter, False),
     )
 
 
-def _untied(
-    skeleton: Skeleton, adapters: Sequence[tuple[Edits, Mapping[str, Entry]]], there: set[str]
+def _untied_parameters(
+    skeleton: BaseLayout, adapters: Sequence[tuple[Edits, Mapping[str, TensorEntry]]], present: set[str]
 ) -> dict[str, str]:
-    """Parameters that share a tensor with one in the files and do not any more -> that one.
+    """Return the parameters that need a tensor of their own -> the stored parameter that they were tied to.
 
-    PEFT changes one end of a tied pair and leaves the other as it was, unless it was told to keep the tie.
+    PEFT changes one end of a tied pair and leaves the other as it was, unless told to keep the tie. A group
+    is split where an adapter's edits of its ends differ. The configuration unties all tables or none, so one
+    split table unties them all.
+
+    files {"embed"}, ties embed = head
+    edits {"embed": lora}                         -> {"head": "embed"}: head keeps the unedited embed
+    edits {"embed": lora, "head": the same lora}  -> {}: still tied
+
+    Raises UserError for a split group that is no table, such as a layer used at several places.
     """
     groups = {
-        names: next(name for name in names if name in there)
+        names: next(name for name in names if name in present)
         for names in dict.fromkeys(skeleton.ties.values())
-        if there & set(names)
+        if present & set(names)
     }
-    apart = [
+    split_groups = [
         names
-        for names, held in groups.items()
+        for names, stored_name in groups.items()
         if any(
-            not _same(edits.get(held, ()), edits.get(name, ()), files)
-            for name in set(names) - there
-            for edits, files in adapters
+            not _same_edits(edits.get(stored_name, ()), edits.get(name, ()), file_tensors)
+            for name in set(names) - present
+            for edits, file_tensors in adapters
         )
     ]
-    if strange := [names for names in apart if not skeleton.tables & set(names)]:
-        got = f"an adapter of {strange[0][0]}, which the model uses at several places at once"
-        raise UserError(Problem("merge", got, "layers that are used once", "use it with PEFT as it is"))
+    if unsupported := [names for names in split_groups if not skeleton.tables & set(names)]:
+        got = f"an adapter of {unsupported[0][0]}, which the model uses at several places"
+        raise UserError(
+            Problem("merge", got, "layers that are used once", "load the adapter with PEFT instead of merging")
+        )
     # the configuration unties all tables or none: then each needs a tensor of its own
     return {
-        name: held
-        for names, held in groups.items()
-        if apart and skeleton.tables & set(names)
+        name: stored_name
+        for names, stored_name in groups.items()
+        if split_groups and skeleton.tables & set(names)
         for name in names
-        if name not in there
+        if name not in present
     }
 
 
-def _same(one: tuple[Edit, ...], other: tuple[Edit, ...], tensors: Mapping[str, Entry]) -> bool:
-    """Whether two edits of one weight do the same."""
-    if len(one) != len(other):
+def _same_edits(
+    first_edits: tuple[Edit, ...], second_edits: tuple[Edit, ...], tensors: Mapping[str, TensorEntry]
+) -> bool:
+    """Return whether two lists of edits of one weight compute the same."""
+    if len(first_edits) != len(second_edits):
         return False
-    return all(_alike(a, b, tensors) for a, b in zip(one, other, strict=True))
+    return all(_is_same_edit(a, b, tensors) for a, b in zip(first_edits, second_edits, strict=True))
 
 
-def _alike(one: Edit, other: Edit, tensors: Mapping[str, Entry]) -> bool:
-    if {one.kind, other.kind} == {"embedding", "lora"}:  # W^T + s B A against W + s (B A)^T
-        lora, table = (one, other) if one.kind == "lora" else (other, one)
+def _is_same_edit(first: Edit, second: Edit, tensors: Mapping[str, TensorEntry]) -> bool:
+    """Return whether two edits compute the same.
+
+    An embedding's W^T + s B A equals a layer's W + s (B A)^T where A and B are swapped and transposed.
+    """
+    if {first.kind, second.kind} == {"embedding", "lora"}:  # W^T + s B A against W + s (B A)^T
+        lora, table = (first, second) if first.kind == "lora" else (second, first)
         pairs = [("A", "B"), ("B", "A")]
-        same = [_equal(tensors[lora.tensors[a]], tensors[table.tensors[b]], turned=True) for a, b in pairs]
-        return one.scale == other.scale and all(same)
-    if replace(one, tensors={}) != replace(other, tensors={}):
+        equal_pairs = [
+            _equal_tensors(tensors[lora.tensors[a]], tensors[table.tensors[b]], transposed=True) for a, b in pairs
+        ]
+        return first.scale == second.scale and all(equal_pairs)
+    if replace(first, tensors={}) != replace(second, tensors={}):
         return False
-    return one.tensors.keys() == other.tensors.keys() and all(
-        one.tensors[part] == other.tensors[part]
-        or _equal(tensors[one.tensors[part]], tensors[other.tensors[part]])
-        for part in one.tensors
+    return first.tensors.keys() == second.tensors.keys() and all(
+        first.tensors[part] == second.tensors[part]
+        or _equal_tensors(tensors[first.tensors[part]], tensors[second.tensors[part]])
+        for part in first.tensors
     )
 
 
-def _equal(one: Entry, other: Entry, *, turned: bool = False) -> bool:
-    return torch.equal(one.read(), other.read().T if turned else other.read())
+def _equal_tensors(first: TensorEntry, second: TensorEntry, *, transposed: bool = False) -> bool:
+    return torch.equal(first.read(), second.read().T if transposed else second.read())
 
 
-def _of_adapter(
+def _head_output(
     parameter: str,
-    adapters: Sequence[tuple[Edits, Mapping[str, Entry]]],
-    beside: Output,
+    adapters: Sequence[tuple[Edits, Mapping[str, TensorEntry]]],
+    last_output: OutputTensor,
     dtype: torch.dtype | None,
-) -> Output:
-    """A tensor that the base does not bring: the head that was trained for a task."""
+) -> OutputTensor:
+    """Return the output of a parameter that only the adapter has: the trained head of a task.
+
+    Raises UserError for any other edit of a parameter that the base's files lack.
+    """
     edits = tuple(edits.get(parameter, ()) for edits, _ in adapters)
-    first = next(((own[0], tensors) for own, (_, tensors) in zip(edits, adapters, strict=True) if own), None)
-    assert first is not None
-    if first[0].kind != "whole" or not all(edits):
-        got = f"an adapter of {parameter}, which the base's files do not hold"
-        raise UserError(Problem("merge", got, "a weight in the base for each that is adapted"))
-    entry = first[1][first[0].tensors["value"]]
-    held = dtype or beside.dtype
-    return Output(parameter, beside.file, held, entry.shape, Place(parameter), None, edits)
+    head_edit = next(
+        (
+            (weight_edits[0], tensors)
+            for weight_edits, (_, tensors) in zip(edits, adapters, strict=True)
+            if weight_edits
+        ),
+        None,
+    )
+    assert head_edit is not None
+    if head_edit[0].kind != "whole" or not all(edits):
+        got = f"an adapter of {parameter}, which is not in the base's files"
+        raise UserError(Problem("merge", got, "a base weight for every adapted parameter"))
+    entry = head_edit[1][head_edit[0].tensors["value"]]
+    output_dtype = dtype or last_output.dtype
+    return OutputTensor(parameter, last_output.file, output_dtype, entry.shape, Placement(parameter), None, edits)
 
 
-def _check(outputs: Sequence[Output]) -> None:
-    """Raises UserError, all at once, for what would be merged into the wrong thing."""
-    problems = list(_problems(outputs))
-    if problems:
-        raise UserError(problems[:5])
-
-
-def _problems(outputs: Sequence[Output]) -> Iterator[Problem]:
+def _output_problems(outputs: Sequence[OutputTensor]) -> Iterator[Problem]:
     for output in outputs:
         if not any(output.edits) and not output.in_4bit:
             continue
         assert output.place is not None
         if not output.place.is_plain:
-            got = f"{output.name}, which transformers computes with while it loads it"
+            got = f"{output.name}, which transformers converts while loading"
             fix = "save the base with transformers' save_pretrained, and merge into that"
-            yield Problem("merge", got, "weights that stand in the files as they are", fix)
+            yield Problem("merge", got, "weights stored as the model uses them", fix)
         if output.source is not None and not output.dtype.is_floating_point:
             got = f"{output.name} of {output.dtype}"
             yield Problem("merge", got, "a base in 16 or 32 bits", "merge into the unquantized model")

@@ -1,4 +1,4 @@
-"""From a checkpoint back to the very state in which the training stood."""
+"""Restoring a training to the exact state of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,39 +13,43 @@ from transformers import TrainerCallback
 from peftkit.errors import PeftkitError
 from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.rundir import read_json, write_json
-from peftkit.train.adalora import restore_scores
-from peftkit.train.checkpoint.snapshot import inner, load_tensors, restore_random_states
+from peftkit.train.adalora import restore_allocator_state
+from peftkit.train.checkpoint.snapshot import load_tensors, restore_random_states, unwrap_optimizer
 
 
 def load_trained(model: Any, source: Path | Mapping[str, torch.Tensor]) -> None:
-    """Copy trained tensors, or a checkpoint's, into the model. Raises PeftkitError where they are others."""
-    saved = load_tensors(source, "trained") if isinstance(source, Path) else source
-    live = trainable_tensors(model)
-    odd = sorted(set(saved) ^ set(live)) or [n for n, t in saved.items() if t.shape != live[n].shape]
-    if odd:
-        what = source.name if isinstance(source, Path) else "the state"
-        raise PeftkitError(f"{what} was written for other trained tensors (for example {', '.join(odd[:3])})")
+    """Copy trained tensors, or a checkpoint's, into the model. Raises PeftkitError if they do not match."""
+    tensors = load_tensors(source, "trained") if isinstance(source, Path) else source
+    parameters = trainable_tensors(model)
+    mismatches = sorted(set(tensors) ^ set(parameters)) or [
+        n for n, t in tensors.items() if t.shape != parameters[n].shape
+    ]
+    if mismatches:
+        source_name = source.name if isinstance(source, Path) else "the state"
+        raise PeftkitError(
+            f"{source_name} was written for other trained tensors (for example {', '.join(mismatches[:3])})"
+        )
     with torch.no_grad():
-        for name, tensor in saved.items():
-            live[name].copy_(tensor)
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
 
 
-class AtStart(TrainerCallback):
-    """Does something once the Trainer has loaded what it resumes from."""
+class TrainBeginCallback(TrainerCallback):
+    """A callback that runs an action once the Trainer has loaded the state it resumes from."""
 
-    def __init__(self, act: Callable[[], None]) -> None:
-        self.act = act
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.act = action
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.act()
 
 
-class Restore(TrainerCallback):
-    """Puts a checkpoint's state back: tensors and schedule at the start, random states at the first step.
+class CheckpointRestorer(TrainerCallback):
+    """A callback that restores a checkpoint: tensors and schedule first, random states at the first step.
 
-    The random states come last because the Trainer draws numbers of its own while it skips to the step: at
-    the first step, or before the epoch's data loader is made where the checkpoint ended an epoch.
-    `accelerator` is the trainer's, once there is one: it holds the loss scale of fp16.
+    The random states come last because the Trainer draws random numbers while it skips to the step: at the
+    first step, or before the epoch's data loader is built where the checkpoint ended an epoch. `accelerator`
+    is the trainer's, once there is one: it holds the loss scale of fp16.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,59 +71,55 @@ class Restore(TrainerCallback):
         **_: Any,
     ) -> None:
         load_trained(model, self.folder)
-        self._restore_optimizer(model, inner(optimizer))
+        optimizer_optimizer = unwrap_optimizer(optimizer)
+        parameters = trainable_tensors(model)
+        parameter_ids = {id(p) for group in optimizer_optimizer.param_groups for p in group["params"]}
+        if any(id(p) not in parameter_ids for p in parameters.values()):
+            raise PeftkitError("the optimizer does not hold the tensors that are trained")
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer_optimizer.param_groups)
+        for key, tensor in load_tensors(self.folder, "optimizer").items():
+            name, field = key.rsplit("|", 1)
+            # a plain Adam keeps its step counts on the CPU, a fused one beside the parameter
+            on_cpu = tensor.ndim == 0 and not on_device
+            # a copy: what was loaded maps the file, which will be rotated away
+            place = "cpu" if on_cpu else parameters[name].device
+            optimizer_optimizer.state[parameters[name]][field] = tensor.to(place, copy=True)
+        for key, value in self.state["optimizer"].items():
+            name, field = key.rsplit("|", 1)
+            optimizer_optimizer.state[parameters[name]][field] = value
         budget = self.folder / "budget.safetensors"
-        restore_scores(model, load_tensors(self.folder, "budget") if budget.exists() else {})
-        _restore_schedule(lr_scheduler, inner(optimizer), self.state["schedule"])
+        restore_allocator_state(model, load_tensors(self.folder, "budget") if budget.exists() else {})
+        # restore the schedule at the plan's own learning rates:
+        optimizer = unwrap_optimizer(optimizer)
+        saved_state = self.state["schedule"]
+        rates = list(lr_scheduler.base_lrs)
+        lr_scheduler.load_state_dict({**saved_state, "base_lrs": rates})
+        for group, rate, saved_rate, last_rate in zip(
+            optimizer.param_groups, rates, saved_state["base_lrs"], saved_state["_last_lr"], strict=True
+        ):
+            group["lr"] = last_rate if rate == saved_rate else last_rate * (rate / saved_rate)
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and self.state.get("loss_scale"):
             scaler.load_state_dict(self.state["loss_scale"])
 
-    def _restore_optimizer(self, model: Any, optimizer: Any) -> None:
-        live = trainable_tensors(model)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) not in held for p in live.values()):
-            raise PeftkitError("the optimizer does not hold the tensors that are trained")
-        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-        for key, tensor in load_tensors(self.folder, "optimizer").items():
-            name, field = key.rsplit("|", 1)
-            # a plain Adam keeps its step counts on the CPU, a fused one beside the parameter
-            stays = tensor.ndim == 0 and not on_device
-            # a copy: what was loaded maps the file, which will be rotated away
-            place = "cpu" if stays else live[name].device
-            optimizer.state[live[name]][field] = tensor.to(place, copy=True)
-        for key, value in self.state["optimizer"].items():
-            name, field = key.rsplit("|", 1)
-            optimizer.state[live[name]][field] = value
-
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.at_epoch_end:  # the next epoch's data loader draws from the random state
-            self._put_back()
+            self._restore_random_states()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._put_back()
+        self._restore_random_states()
 
-    def _put_back(self) -> None:
+    def _restore_random_states(self) -> None:
         if self.random_pending:
             self.random_pending = False
             restore_random_states(load_tensors(self.folder, "random"), self.state["random"])
 
 
-def _restore_schedule(scheduler: Any, optimizer: Any, saved: Mapping[str, Any]) -> None:
-    """Where the schedule stood, at the plan's own rates: they are smaller after a rollback."""
-    rates = list(scheduler.base_lrs)
-    scheduler.load_state_dict({**saved, "base_lrs": rates})
-    for group, rate, then, last in zip(
-        optimizer.param_groups, rates, saved["base_lrs"], saved["_last_lr"], strict=True
-    ):
-        group["lr"] = last if rate == then else last * (rate / then)
+def write_resume_folder(checkpoint: Path, folder: Path) -> Path:
+    """Write a folder that the Trainer agrees to resume from: its state as JSON, and no weights.
 
-
-def handover_folder(checkpoint: Path, folder: Path) -> Path:
-    """A folder that the Trainer agrees to resume from: its state as JSON, and no weights.
-
-    The Trainer wants a weights file and loads it without asking for completeness: an empty one leaves the
-    model alone, whatever the method, and `Restore` puts the trained tensors back by name.
+    The Trainer requires a weights file but accepts an incomplete one: an empty one leaves the model alone,
+    whatever the method, and `CheckpointRestorer` loads the trained tensors by name. Returns `folder`.
     """
     folder.mkdir(exist_ok=True)
     save_file({}, folder / "model.safetensors")

@@ -1,8 +1,8 @@
-"""The state of a training at one step, held in memory, and the checkpoint that it becomes.
+"""The state of a training at one step, held in memory, and the checkpoint written from it.
 
 A checkpoint holds the trained tensors, the optimizer's tensors named by parameter, the random states, the
-schedule, the Trainer's state, and our own progress, as safetensors and JSON alone. The way back is
-`peftkit.train.checkpoint.restore`.
+schedule, the Trainer's state, and our own progress, as safetensors and JSON alone. `peftkit.train.restore`
+loads it.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from safetensors.torch import load_file, save
 
 from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.rundir import RunDir, publish_folder, verify_folder, write_json
-from peftkit.train.adalora import scores
+from peftkit.train.adalora import allocator_state
 
-_KEPT = 2  # besides the best one
-_PLAIN = (bool, int, float, str, type(None), list)
+_NUM_KEPT = 2  # besides the best one
+_JSON_TYPES = (bool, int, float, str, type(None), list)
 SHARD_BYTES = 2**29  # what is serialized at once: a second copy of so many bytes, not of everything
 
 Tensors = dict[str, torch.Tensor]
 RandomStates = tuple[Tensors, dict[str, Any]]
 
 
-def inner(optimizer: Any) -> Any:
-    """torch's optimizer inside accelerate's wrapper."""
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """Return torch's optimizer from inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def optimizer_state(model: Any, optimizer: Any) -> tuple[Tensors, dict[str, Any]]:
-    """State per parameter name: tensors, and plain values."""
+    """Return the optimizer's state by "parameter|field": (tensors, plain values)."""
     names = {id(parameter): name for name, parameter in trainable_tensors(model).items()}
     tensors, values = {}, {}
-    for parameter, state in inner(optimizer).state.items():
+    for parameter, state in unwrap_optimizer(optimizer).state.items():
         for key, value in state.items():
             name = f"{names[id(parameter)]}|{key}"
             if torch.is_tensor(value):
@@ -51,13 +51,10 @@ def optimizer_state(model: Any, optimizer: Any) -> tuple[Tensors, dict[str, Any]
 
 
 def random_states() -> RandomStates:
-    """The random states of torch, Python and numpy, as tensors and JSON values."""
+    """Return the random states of torch, Python and numpy, as (tensors, JSON values)."""
     python, numpy_state = random.getstate(), np.random.get_state(legacy=True)
     assert isinstance(numpy_state, tuple)
-    tensors = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64)),
-    }
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64))}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
     values = {
@@ -68,7 +65,7 @@ def random_states() -> RandomStates:
 
 
 def restore_random_states(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-    """Put back what `random_states` took."""
+    """Restore the random states that `random_states` returned."""
     torch.set_rng_state(tensors["torch"].to(torch.uint8))
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"].to(torch.uint8))
@@ -79,8 +76,8 @@ def restore_random_states(tensors: Mapping[str, torch.Tensor], values: Mapping[s
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """What a checkpoint will hold. `tensors` maps a file's stem to tensors by name."""
+class TrainingSnapshot:
+    """The content of a checkpoint. `tensors` maps a file's stem to tensors by name."""
 
     step: int
     tensors: Mapping[str, Tensors]
@@ -90,41 +87,41 @@ class Snapshot:
 
     @property
     def size_bytes(self) -> int:
-        """Of all tensors."""
-        return sum(_size(tensors) for tensors in self.tensors.values())
+        """Return the size of all tensors."""
+        return sum(_num_bytes(tensors) for tensors in self.tensors.values())
 
-    def owned(self) -> Snapshot:
-        """The same in tensors of its own, which later steps do not change."""
-        copied = {
+    def copy_to_cpu(self) -> TrainingSnapshot:
+        """Return a copy on the CPU, which later steps do not change."""
+        copies = {
             stem: {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
             for stem, tensors in self.tensors.items()
         }
-        return Snapshot(self.step, copied, self.state, self.trainer_state, self.facts)
+        return TrainingSnapshot(self.step, copies, self.state, self.trainer_state, self.facts)
 
     def commit(self, run: RunDir) -> Path:
-        """Publish the checkpoint, read back from the disk. Returns its folder. Raises OSError."""
-        folder, known = run.checkpoint(self.step), dict[str, str]()
-        with publish_folder(folder, known=known, step=self.step, **self.facts) as staging:
+        """Publish the checkpoint, verified by reading it back. Returns its folder. Raises OSError."""
+        folder, hashes = run.checkpoint(self.step), dict[str, str]()
+        with publish_folder(folder, known_hashes=hashes, step=self.step, **self.facts) as staging:
             for stem, tensors in self.tensors.items():
                 for number, shard in enumerate(_shards(tensors), start=1):
                     name = f"{stem}.safetensors" if number == 1 else f"{stem}-{number}.safetensors"
                     data = save({key: tensor.cpu().contiguous() for key, tensor in shard.items()})
-                    known[name] = hashlib.sha256(data).hexdigest()
+                    hashes[name] = hashlib.sha256(data).hexdigest()
                     (staging / name).write_bytes(data)
             write_json(staging / "state.json", self.state)
             write_json(staging / "trainer_state.json", self.trainer_state)
         return folder
 
 
-def _size(tensors: Tensors) -> int:
+def _num_bytes(tensors: Tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _shards(tensors: Tensors) -> Iterator[Tensors]:
-    """Pieces of at most `SHARD_BYTES`, or of one tensor; one piece at least."""
+    """Yield shards of at most `SHARD_BYTES`, or of one larger tensor; at least one shard."""
     piece: Tensors = {}
     for name, tensor in tensors.items():
-        if piece and _size(piece) + _size({name: tensor}) > SHARD_BYTES:
+        if piece and _num_bytes(piece) + _num_bytes({name: tensor}) > SHARD_BYTES:
             yield piece
             piece = {}
         piece[name] = tensor
@@ -132,57 +129,50 @@ def _shards(tensors: Tensors) -> Iterator[Tensors]:
 
 
 def load_tensors(folder: Path, stem: str) -> Tensors:
-    """All tensors of a checkpoint's file, however many pieces it has."""
-    found = load_file(folder / f"{stem}.safetensors")
+    """Load all tensors of a checkpoint's file from all its shards."""
+    tensors = load_file(folder / f"{stem}.safetensors")
     number = 2
     while (piece := folder / f"{stem}-{number}.safetensors").exists():
-        found |= load_file(piece)
+        tensors |= load_file(piece)
         number += 1
-    return found
+    return tensors
 
 
 def take_snapshot(
-    *,
-    model: Any,
-    optimizer: Any,
-    scheduler: Any,
-    state: Any,
-    own: Mapping[str, Any],
-    facts: Mapping[str, Any],
-) -> Snapshot:
-    """The training's state now. Its tensors are those that are trained: commit it, or make it own them.
+    *, model: Any, optimizer: Any, scheduler: Any, state: Any, extra_state: Mapping[str, Any], facts: Mapping[str, Any]
+) -> TrainingSnapshot:
+    """Return the training's current state.
 
-    `own` is our own state, kept as JSON beside the optimizer's and the schedule's.
+    Its tensors are references to those being trained: commit it or `copy_to_cpu` before the next step.
+    `extra_state` is our own state, stored as JSON beside the optimizer's and the schedule's.
     """
     tensors, values = optimizer_state(model, optimizer)
     random_tensors, random_values = random_states()
     parts = {"trained": trainable_tensors(model), "optimizer": tensors, "random": random_tensors}
-    budget = scores(model)
+    budget = allocator_state(model)
     if budget:
         parts["budget"] = budget
-    plain = {key: value for key, value in scheduler.state_dict().items() if isinstance(value, _PLAIN)}
-    return Snapshot(
+    schedule_values = {key: value for key, value in scheduler.state_dict().items() if isinstance(value, _JSON_TYPES)}
+    return TrainingSnapshot(
         step=int(state.global_step),
-        tensors={
-            stem: {name: tensor.detach() for name, tensor in part.items()} for stem, part in parts.items()
-        },
-        state={"optimizer": values, "random": random_values, "schedule": plain, **own},
+        tensors={stem: {name: tensor.detach() for name, tensor in part.items()} for stem, part in parts.items()},
+        state={"optimizer": values, "random": random_values, "schedule": schedule_values, **extra_state},
         trainer_state=asdict(state),
         facts={"epoch": state.epoch, **facts},
     )
 
 
-def rotate(run: RunDir, best_step: int | None) -> None:
-    """Remove older checkpoints, by step, keeping the newest two that are whole and the best.
+def rotate_checkpoints(run: RunDir, best_step: int | None) -> None:
+    """Remove older checkpoints, by step, except the newest two complete ones and the best.
 
-    Where fewer than two are whole, nothing is removed.
+    Where fewer than two are complete, nothing is removed.
     """
     steps = run.checkpoint_steps()
-    whole = [step for step in steps if not verify_folder(run.checkpoint(step), hashes=False)]
-    if len(whole) < _KEPT:
+    complete_steps = [step for step in steps if not verify_folder(run.checkpoint(step), hashes=False)]
+    if len(complete_steps) < _NUM_KEPT:
         return
     for step in steps:
-        if step < whole[-_KEPT] and step != best_step:
-            aside = run.checkpoints / f".tmp-old-{run.checkpoint(step).name}"
-            run.checkpoint(step).rename(aside)  # a kill while files go must not leave half of a checkpoint
-            shutil.rmtree(aside)
+        if step < complete_steps[-_NUM_KEPT] and step != best_step:
+            removal_path = run.checkpoints / f".tmp-old-{run.checkpoint(step).name}"
+            run.checkpoint(step).rename(removal_path)  # a kill while files go must not leave half of a checkpoint
+            shutil.rmtree(removal_path)

@@ -1,4 +1,4 @@
-"""Commits checkpoints beside the training, so that steps do not wait for the disk."""
+"""Background writer of checkpoints, so that steps do not wait for the disk."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import psutil
 
-from peftkit.rundir import RunDir, is_full
-from peftkit.train.checkpoint.snapshot import Snapshot, rotate
+from peftkit.rundir import RunDir, is_disk_full
+from peftkit.train.checkpoint.snapshot import TrainingSnapshot, rotate_checkpoints
 
-_SHARE = 0.1  # of the memory that is free: what a copy beside the training may take
+_MAX_MEMORY_SHARE = 0.1  # of the memory that is free: what a copy beside the training may take
 
 
 @dataclass(frozen=True)
-class Commit:
-    """How the writing of a checkpoint ended. `error` is why there is none."""
+class CommitResult:
+    """The result of writing a checkpoint. `error` says why there is none."""
 
     step: int
     path: str
@@ -27,60 +27,57 @@ class Commit:
     rotation_fault: str = ""  # why an older one still stands
 
 
-class Writer:
-    """One checkpoint at a time, in order; older ones are rotated away once a newer one is read back.
+class CheckpointWriter:
+    """A writer of one checkpoint at a time, in order; older ones are removed once a newer one is verified.
 
-    `told` hears how each ended, in the training's own thread: at the next `poll`, `submit` or `finish`.
+    `on_commit` gets each result, in the training's own thread: at the next `poll`, `submit` or `finish`.
     """
 
-    def __init__(self, run: RunDir, told: Callable[[Commit], None]) -> None:
-        self.run, self.told = run, told
+    def __init__(self, run: RunDir, on_commit: Callable[[CommitResult], None]) -> None:
+        self.run, self.on_commit = run, on_commit
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[Commit] | None = None
+        self._future: Future[CommitResult] | None = None
 
-    def submit(self, snapshot: Snapshot, *, best_step: int | None) -> None:
-        """Commit a snapshot: beside what follows where its copy is small, else now."""
+    def submit(self, snapshot: TrainingSnapshot, *, best_step: int | None) -> None:
+        """Commit a snapshot: in the background where its copy is small, else now."""
         self.finish()
-        beside = snapshot.size_bytes <= _SHARE * psutil.virtual_memory().available
-        kept = snapshot.owned() if beside else snapshot
-        self._writing = self._thread.submit(self._commit, kept, best_step)
-        if not beside:
+        in_background = snapshot.size_bytes <= _MAX_MEMORY_SHARE * psutil.virtual_memory().available
+        payload = snapshot.copy_to_cpu() if in_background else snapshot
+        self._future = self._thread.submit(self._commit, payload, best_step)
+        if not in_background:
             self.finish()
 
-    def _commit(self, snapshot: Snapshot, best_step: int | None) -> Commit:
-        started, error, fault = time.monotonic(), None, ""
+    def _commit(self, snapshot: TrainingSnapshot, best_step: int | None) -> CommitResult:
+        start_time, error, rotation_fault = time.monotonic(), None, ""
         try:
             snapshot.commit(self.run)
-        except OSError as caught:
-            if not is_full(caught):
+        except OSError as os_error:
+            if not is_disk_full(os_error):
                 raise
-            error = caught
+            error = os_error
         else:
-            fault = self._rotated(best_step)
+            try:
+                rotate_checkpoints(self.run, best_step)
+            except OSError as rotation_error:
+                rotation_fault = str(rotation_error)
         name = str(self.run.checkpoint(snapshot.step).relative_to(self.run.path))
-        return Commit(snapshot.step, name, time.monotonic() - started, snapshot.size_bytes, error, fault)
-
-    def _rotated(self, best_step: int | None) -> str:
-        """Remove older ones; what kept one from going loses nothing, and is told."""
-        try:
-            rotate(self.run, best_step)
-        except OSError as error:
-            return str(error)
-        return ""
+        return CommitResult(
+            snapshot.step, name, time.monotonic() - start_time, snapshot.size_bytes, error, rotation_fault
+        )
 
     def poll(self) -> None:
-        """Tell how the last one ended, if it has. Raises what is no matter of room on the disk."""
-        if self._writing is not None and self._writing.done():
+        """Report the last commit if it has ended. Raises errors other than a full disk."""
+        if self._future is not None and self._future.done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the one that is being written, and tell."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            self.told(writing.result())
+        """Wait for the commit in progress, and report it."""
+        if self._future is not None:
+            future, self._future = self._future, None
+            self.on_commit(future.result())
 
     def close(self) -> None:
-        """The same, and no more will come."""
+        """Finish the commit in progress and stop the thread."""
         try:
             self.finish()
         finally:

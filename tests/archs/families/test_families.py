@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peftkit.archs import FAMILIES, Family, shape_of
-from peftkit.archs.families.pieces import LM, PRE_NORMS, attention, decoder, gated
+from peftkit.archs.families.pieces import LM, PRE_NORMS, attention, decoder, gated_ffn
 from peftkit.plan import DataFacts, Facts, ModelFacts, make_plan
 from peftkit.recipe import load
 from tests.rigs.plans import CPU
@@ -13,7 +13,7 @@ HELIUM = decoder(
     "Helium",
     ("helium",),
     attention(bias="attention_bias", o_bias="attention_bias"),
-    gated(bias="mlp_bias"),
+    gated_ffn(bias="mlp_bias"),
     PRE_NORMS,
     heads=LM,
     defaults={"head_dim": 128},
@@ -32,7 +32,7 @@ def test_an_entry_alone_suffices():
     """Helium is in no table: its entry above is the one of CONTRIBUTING, and everything follows from it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from peftkit.model.adapter.attach import attach, count_parameters, trainable_by_role
+    from peftkit.model.adapter.attach import attach_adapter, count_parameters, trainable_by_role
 
     assert "helium" not in {t for known in FAMILIES for t in known.model_types}
     config = AutoConfig.for_model("helium", **{**TINY, "head_dim": 16, "pad_token_id": 0})
@@ -43,7 +43,7 @@ def test_an_entry_alone_suffices():
         loaded = load({"base": "o/m", "method": method, "data": {"train": "x.jsonl"}})
         facts = Facts(CPU, ModelFacts("o/m", "hub", shape), DataFacts(10, 2, "chat"))
         plan = make_plan(load({**loaded.recipe.model_dump(), "train": {"max_length": 64}}), facts)
-        wrapped = attach(AutoModelForCausalLM.from_config(config), plan, tokenizer=None)
+        wrapped = attach_adapter(AutoModelForCausalLM.from_config(config), plan, tokenizer=None)
         assert count_parameters(wrapped)[0] == plan.method.num_trainable
         assert trainable_by_role(wrapped, plan) == plan.method.trainable_by_role
         ids = torch.tensor([[5, 6, 7, 8]])
@@ -55,7 +55,7 @@ def test_families_are_frozen_and_say_why():
         with pytest.raises(AttributeError):
             family.name = "other"
         assert all(len(reason) > 20 for reason in family.refuses.values()), family.name
-        assert all(len(linear.blocked) > 20 for linear in family.linears if linear.blocked), family.name
+        assert all(len(linear.blocked_reason) > 20 for linear in family.linears if linear.blocked_reason), family.name
         for key in family.overrides:
             assert any(key in text for text in family.mind), f"{family.name}: {key} without a reason"
 

@@ -90,9 +90,7 @@ class TinyRetNetForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
-    def forward(
-        self, input_ids=None, attention_mask=None, labels=None, inputs_embeds=None, return_dict=True, **kwargs
-    ):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, inputs_embeds=None, return_dict=True, **kwargs):
         hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         for layer in self.layers:
             hidden = layer(hidden)

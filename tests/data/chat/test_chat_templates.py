@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftkit.data.chat.spans import choose_style
-from peftkit.data.chat.template import apply, render, render_prompt
+from peftkit.data.chat.template import apply_template, render, render_prompt
 from peftkit.data.formats import Example
-from peftkit.data.tokens.mask import IGNORED, tokenize
+from peftkit.data.tokens.mask import IGNORE_INDEX, tokenize
 from tests.conftest import TINY_LLAMA
 
 MARKERS = re.compile(
@@ -51,12 +51,7 @@ CHATS = {
     "one": (said("user", "Wie heißt 日本?"), said("assistant", "Japón 日本 🙂")),
     "two": TWO,
     "three": (said("system", "Be brief."), *TWO, said("user", "Sure?"), said("assistant", "Yes.")),
-    "blanks": (
-        said("user", "q"),
-        said("assistant", BLANKS),
-        said("user", " r "),
-        said("assistant", " x\n\n"),
-    ),
+    "blanks": (said("user", "q"), said("assistant", BLANKS), said("user", " r "), said("assistant", " x\n\n")),
 }
 TOOLS = (
     said("user", "q"),
@@ -105,14 +100,7 @@ class Family:
 
 def _gemma4(name, tools, way="prefixes"):
     return Family(
-        name,
-        way,
-        "{}<turn|>",
-        "<eos>",
-        "<bos>",
-        stops=("<turn|>", "<|tool_response>"),
-        trims=str.strip,
-        tools=tools,
+        name, way, "{}<turn|>", "<eos>", "<bos>", stops=("<turn|>", "<|tool_response>"), trims=str.strip, tools=tools
     )
 
 
@@ -159,30 +147,13 @@ IM = "{}<|im_end|>"
 DEEPSEEK = "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"
 
 FAMILIES = [
-    Family(
-        "cohere",
-        "training",
-        "{}<|END_OF_TURN_TOKEN|>",
-        "<|END_OF_TURN_TOKEN|>",
-        "<BOS_TOKEN>",
-        trims=str.strip,
-    ),
-    Family(
-        "cohere2",
-        "training",
-        "{}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
-        "<|END_OF_TURN_TOKEN|>",
-        "<BOS_TOKEN>",
-    ),
+    Family("cohere", "training", "{}<|END_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>", trims=str.strip),
+    Family("cohere2", "training", "{}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>"),
     # its prompt opens the reasoning, but its chats have none: the header alone is prompt
     Family("deepseek_r1_distill", "training", "{}" + DEEPSEEK[0], *DEEPSEEK, prefix=False),
     Family("deepseekv3", "training", "{}" + DEEPSEEK[0], *DEEPSEEK, prefix=False),
-    Family(
-        "gemma", "training", "{}<end_of_turn>", "<eos>", "<bos>", stops=("<end_of_turn>",), trims=str.strip
-    ),
-    Family(
-        "gemma3", "training", "{}<end_of_turn>", "<eos>", "<bos>", stops=("<end_of_turn>",), trims=str.strip
-    ),
+    Family("gemma", "training", "{}<end_of_turn>", "<eos>", "<bos>", stops=("<end_of_turn>",), trims=str.strip),
+    Family("gemma3", "training", "{}<end_of_turn>", "<eos>", "<bos>", stops=("<end_of_turn>",), trims=str.strip),
     # after a tool's answer the prompt is bare, and this template opens the turn again
     _gemma4("diffusion_gemma", f"{GEMMA_CALL}<|tool_response><|turn>model\nIt is 3.<turn|>", "training"),
     _gemma4("gemma4", f"{GEMMA_CALL}<|tool_response>It is 3.<turn|>"),
@@ -275,8 +246,7 @@ FAMILIES = [
         own_text=False,
         last_way="prefixes",
         tools=f"{EMPTY}{QWEN_CALL}{EMPTY}It is 3.<|im_end|>",
-        reasons="<think>\nAdd.\n</think>\n\nIt is 2.<|im_end|>"
-        "<think>\nAgain.\n</think>\n\nIt is 4.<|im_end|>",
+        reasons="<think>\nAdd.\n</think>\n\nIt is 2.<|im_end|><think>\nAgain.\n</think>\n\nIt is 4.<|im_end|>",
     ),
     Family(
         "qwen3_5_nothink",
@@ -375,14 +345,14 @@ def way_of(style):
 
 def learnt(tokenizer, row):
     assert len(row.input_ids) == len(row.labels)
-    assert all(label in (IGNORED, token) for token, label in zip(row.input_ids, row.labels, strict=True))
-    return tokenizer.decode([token for token in row.labels if token != IGNORED])
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(row.input_ids, row.labels, strict=True))
+    return tokenizer.decode([token for token in row.labels if token != IGNORE_INDEX])
 
 
 def before_last(row):
     """The tokens before the last learnt answer."""
-    end = max(i for i, label in enumerate(row.labels) if label != IGNORED) + 1
-    start = max((i for i in range(end) if row.labels[i] == IGNORED), default=-1) + 1
+    end = max(i for i, label in enumerate(row.labels) if label != IGNORE_INDEX) + 1
+    start = max((i for i in range(end) if row.labels[i] == IGNORE_INDEX), default=-1) + 1
     return row.input_ids[:start]
 
 
@@ -401,7 +371,9 @@ def test_learnt_are_the_answers_with_their_end_tokens(family):
         for (name, chat), row in zip(CHATS.items(), rows, strict=True):
             assert learnt(tokenizer, row) == family.learnt(chat, mask), (name, mask)
         if family.own_text or other:
-            own = [apply(tokenizer, e.messages, e.tools, ask=False, where="") for e in examples]
+            own = [
+                apply_template(tokenizer, e.messages, e.tools, add_generation_prompt=False, where="") for e in examples
+            ]
             assert [one.text for one in rendered] == own
 
 
@@ -445,7 +417,7 @@ def test_reasoning_is_learnt_where_the_template_keeps_it(family):
     tokenizer = tokenizer_of(family)
     _, [made], [row] = trained(tokenizer, [example(REASONS)], "completion", family.stops)
     assert learnt(tokenizer, row) == family.reasons
-    assert made.lost_reasoning == ("" if "Add." in family.reasons else "the reasoning of turn 2")
+    assert made.missing_reasoning == ("" if "Add." in family.reasons else "the reasoning of turn 2")
 
 
 def test_every_template_of_the_wheel_is_proven():
@@ -467,9 +439,7 @@ words = st.text(alphabet=st.characters(exclude_categories=("Cs",)), min_size=1, 
 @settings(max_examples=25, deadline=None)
 def test_any_chat_learns_exactly_its_answers(name, turns):
     family = next(family for family in FAMILIES if family.name == name)
-    chat = tuple(
-        said(role, text) for pair in turns for role, text in zip(("user", "assistant"), pair, strict=True)
-    )
+    chat = tuple(said(role, text) for pair in turns for role, text in zip(("user", "assistant"), pair, strict=True))
     tokenizer = tokenizer_of(family)
     style, _, [row] = trained(tokenizer, [example(chat)], "completion", family.stops)
     assert way_of(style) == family.way

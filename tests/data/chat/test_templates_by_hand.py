@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 
 from peftkit.data.chat.spans import choose_style
-from peftkit.data.chat.template import DEFAULT_TEMPLATE, apply, render, render_prompt
+from peftkit.data.chat.template import DEFAULT_TEMPLATE, apply_template, render, render_prompt
 from peftkit.data.formats import Example
-from peftkit.data.tokens.mask import IGNORED, encode, tokenize
+from peftkit.data.tokens.mask import IGNORE_INDEX, encode, tokenize
 from peftkit.errors import UserError
 from tests.data.chat.test_chat_templates import (
     CHATS,
@@ -30,15 +30,12 @@ from tests.data.chat.test_chat_templates import (
 )
 
 ALTERNATE = (
-    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
 )
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
     "{% set system = messages[0]['content'] %}"
-    "{% else %}{% set turns = messages %}{% set system = false %}{% endif %}{% for m in turns %}"
-    + ALTERNATE
-    + ""
+    "{% else %}{% set turns = messages %}{% set system = false %}{% endif %}{% for m in turns %}" + ALTERNATE + ""
     "{% if loop.index0 == 0 and system != false %}"
     "{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + m['content'] %}"
     "{% else %}{% set content = m['content'] %}{% endif %}"
@@ -74,8 +71,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CHATML_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
-    + CHATML
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}" + CHATML
 )
 VICUNA = (
     "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{{ messages[0]['content'] }}"
@@ -149,7 +145,7 @@ def test_learnt_are_the_answers_with_their_end_tokens(family):
         assert way_of(style) == family.way
         for one, made, row in zip(examples, rendered, rows, strict=True):
             assert learnt(tokenizer, row) == family.learnt(one.messages, mask)
-            assert made.text == apply(tokenizer, one.messages, (), ask=False, where="")
+            assert made.text == apply_template(tokenizer, one.messages, (), add_generation_prompt=False, where="")
             assert not made.lost
             if family.bos:
                 assert row.input_ids[0] == tokenizer.bos_token_id != row.input_ids[1]
@@ -215,13 +211,13 @@ def test_an_answer_elsewhere_than_where_it_is_marked_is_told_and_never_learnt():
 
     made = render(example(CHATS["two"]), tokenizer, Style("the model's own", swapped, "its markers"))
     assert made.answers == ()
-    assert "does not stand where" in made.lost
+    assert "is not where" in made.lost
 
 
 def test_a_tokenizer_without_an_end_token_is_named_where_one_is_needed():
     tokenizer = with_tokens(FALCON, (), eos="<|end|>")
     tokenizer.eos_token = None
-    with pytest.raises(UserError, match=r"chat: got a tokenizer without an end token.*set eos_token"):
+    with pytest.raises(UserError, match=r"chat: got a tokenizer without an eos token.*set eos_token"):
         trained(tokenizer, [example(CHATS["one"])], "completion")
 
 
@@ -276,10 +272,7 @@ def test_blanks_that_end_a_prompt_are_the_tokens_of_the_prompt_alone():
     assert learnt(tokenizer, row) == "Japón 日本 🙂</s>"
 
 
-LINES = [
-    "What is 1+1? It is 2. And 2+2? It is 4.",
-    "USER: q ASSISTANT: Yes. Sure? A chat. Be brief. [INST] [/INST]",
-]
+LINES = ["What is 1+1? It is 2. And 2+2? It is 4.", "USER: q ASSISTANT: Yes. Sure? A chat. Be brief. [INST] [/INST]"]
 
 
 def sentencepiece(model, scheme):
@@ -291,10 +284,7 @@ def sentencepiece(model, scheme):
     if model == "bpe":
         made = Tokenizer(models.BPE(unk_token="<unk>"))
         trainer = trainers.BpeTrainer(
-            vocab_size=200,
-            special_tokens=["<unk>", "<s>", "</s>"],
-            initial_alphabet=alphabet,
-            show_progress=False,
+            vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
         )
     else:
         made = Tokenizer(models.Unigram())
@@ -306,17 +296,13 @@ def sentencepiece(model, scheme):
     made.decoder = decoders.Metaspace(prepend_scheme=scheme)
     made.train_from_iterator(LINES * 8, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
     )
 
 
 def pieces(tokenizer, row):
     """What is learnt, by the tokens' own text: decoding takes the first blank off."""
-    text = "".join(tokenizer.convert_ids_to_tokens([token for token in row.labels if token != IGNORED]))
+    text = "".join(tokenizer.convert_ids_to_tokens([token for token in row.labels if token != IGNORE_INDEX]))
     return text.replace("▁", " ")
 
 
@@ -353,7 +339,7 @@ def test_weights_of_turns_and_rows():
     _, _, [row] = trained(tokenizer, [example(chat, weight=2.0)], "completion")
     by_weight = {weight: [] for weight in (1.0, 2.0)}
     for label, weight in zip(row.labels, row.weights, strict=True):
-        if label != IGNORED:
+        if label != IGNORE_INDEX:
             by_weight[weight].append(label)
     assert {weight: tokenizer.decode(ids) for weight, ids in by_weight.items()} == {
         1.0: "It is 2.<|im_end|>",
@@ -371,7 +357,7 @@ def test_the_weight_of_an_added_end_token_is_the_answers():
     tokenizer = with_tokens(FALCON, (), bos="<s>", eos="<|end|>", adds_bos=True)
     _, _, [row] = trained(tokenizer, [example(CHATS["one"], weight=0.5)], "completion")
     assert len(row.weights) == len(row.labels) == len(row.input_ids)
-    assert {w for w, label in zip(row.weights, row.labels, strict=True) if label != IGNORED} == {0.5}
+    assert {w for w, label in zip(row.weights, row.labels, strict=True) if label != IGNORE_INDEX} == {0.5}
     assert row.input_ids[0] == tokenizer.bos_token_id
 
 
@@ -396,19 +382,15 @@ def test_chat_settings_put_a_system_turn_and_drop_reasoning(tmp_path):
         examples = ingest(data, seed=0, where=str)
         tokenizer = with_tokens(CHATML, IM, eos="<|im_end|>")
         _, [made], [row] = trained(tokenizer, list(examples.train), "completion")
-        assert made.text.startswith(
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
-        )
+        assert made.text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq<|im_end|>\n")
         found[thinking] = learnt(tokenizer, row)
     assert found == {"keep": "<think>\nhm\n</think>\n\nyes<|im_end|>", "drop": "yes<|im_end|>"}
 
 
 def test_reasoning_that_a_template_takes_out_of_the_text_is_named():
-    tokenizer = with_tokens(
-        CHATML.replace("m['content'] +", "m['content'].split('</think>')[-1] +"), IM, eos=IM[0]
-    )
+    tokenizer = with_tokens(CHATML.replace("m['content'] +", "m['content'].split('</think>')[-1] +"), IM, eos=IM[0])
     chat = (said("user", "q"), said("assistant", "<think>hm</think>yes"))
-    assert render(example(chat), tokenizer).lost_reasoning == "the reasoning of turn 2"
+    assert render(example(chat), tokenizer).missing_reasoning == "the reasoning of turn 2"
 
 
 def test_reasoning_that_a_template_writes_otherwise_is_kept():
@@ -416,7 +398,7 @@ def test_reasoning_that_a_template_writes_otherwise_is_kept():
     chat = (said("user", "q"), said("assistant", "<think>hm</think>yes"))
     _, [made], [row] = trained(tokenizer, [example(chat)], "completion")
     assert learnt(tokenizer, row) == "<think>\nhm\n</think>\n\nyes<|im_end|>"
-    assert not made.lost_reasoning
+    assert not made.missing_reasoning
 
 
 def test_a_base_without_a_template_learns_by_the_default_one():

@@ -1,6 +1,6 @@
 import pytest
 
-from peftkit.data.formats import BadRow, Example, detect, reader
+from peftkit.data.formats import BadRow, Example, detect_format, select_reader
 from peftkit.data.read import Row
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -8,7 +8,7 @@ USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content
 
 def one(fields, wanted="auto"):
     row = Row(fields, "data.jsonl:1")
-    return reader(row, wanted)[1](row)
+    return select_reader(row, wanted)[1](row)
 
 
 def refused(fields, wanted="auto"):
@@ -81,10 +81,8 @@ def test_rows_that_do_not_fit_say_which_check_they_fail(fields, check, said):
 
 
 def test_a_chat_in_a_table_is_json_text():
-    row = Row(
-        {"messages": '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]'}, "w"
-    )
-    assert detect([row]) == "chat"
+    row = Row({"messages": '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]'}, "w")
+    assert detect_format([row]) == "chat"
     assert one(row.fields).messages == (USER, ANSWER)
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from peftkit.data.formats import BadRow, reader
+from peftkit.data.formats import BadRow, select_reader
 from peftkit.data.read import Row
 
 
@@ -8,10 +8,10 @@ from peftkit.data.read import Row
 def test_a_class_is_text_that_shows_or_a_whole_number(label):
     row = Row({"text": "a", "label": label}, "w")
     with pytest.raises(BadRow):
-        reader(row, "classification")[1](row)
+        select_reader(row, "classification")[1](row)
 
 
 @pytest.mark.parametrize("label", ["a", " a ", 0, 7])
 def test_classes_are_kept_as_they_are(label):
     row = Row({"text": "a", "label": label}, "w")
-    assert reader(row, "classification")[1](row).label == str(label)
+    assert select_reader(row, "classification")[1](row).label == str(label)

@@ -1,6 +1,6 @@
 import pytest
 
-from peftkit.data.formats import detect, rename, to_examples
+from peftkit.data.formats import detect_format, rename, to_examples
 from peftkit.data.read import Row
 from peftkit.errors import UserError
 
@@ -9,7 +9,7 @@ USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content
 
 def one(fields):
     rows = [Row(fields, "data.jsonl:1")]
-    return to_examples(rows, detect(rows))[0]
+    return to_examples(rows, detect_format(rows))[0]
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def one(fields):
     ],
 )
 def test_formats_are_detected_by_their_columns(fields, name):
-    assert detect([Row(fields, "w")]) == name
+    assert detect_format([Row(fields, "w")]) == name
 
 
 def test_every_way_of_writing_a_chat_is_the_same_chat():
@@ -71,7 +71,7 @@ def test_rows_that_do_not_fit_are_named_with_file_and_line(fields, said):
 
 def test_wrong_columns_list_what_was_found_and_what_is_wanted():
     with pytest.raises(UserError) as caught:
-        detect([Row({"promt": "x", "answer": "y"}, "d.jsonl:1")])
+        detect_format([Row({"promt": "x", "answer": "y"}, "d.jsonl:1")])
     said = str(caught.value)
     assert "the columns promt, answer" in said
     assert "prompt-completion: prompt + completion" in said
@@ -81,9 +81,7 @@ def test_wrong_columns_list_what_was_found_and_what_is_wanted():
 
 
 def test_columns_are_mapped():
-    rows = rename(
-        [Row({"question": "q", "answer": "a", "id": 1}, "w")], {"prompt": "question", "completion": "answer"}
-    )
+    rows = rename([Row({"question": "q", "answer": "a", "id": 1}, "w")], {"prompt": "question", "completion": "answer"})
     assert rows[0].fields == {"id": 1, "prompt": "q", "completion": "a"}
     with pytest.raises(UserError, match="'quest', which w lacks"):
         rename([Row({"question": "q"}, "w")], {"prompt": "quest"})

@@ -1,14 +1,14 @@
 import pytest
 
-from peftkit.data.formats import BadRow, detect, reader
-from peftkit.data.formats.columns import renamer
+from peftkit.data.formats import BadRow, detect_format, select_reader
+from peftkit.data.formats.columns import make_renamer
 from peftkit.data.read import Row
 from peftkit.errors import UserError
 
 
 def one(fields):
     row = Row(fields, "w")
-    return reader(row, "auto")[1](row)
+    return select_reader(row, "auto")[1](row)
 
 
 def test_questions_with_answers_are_chats():
@@ -22,36 +22,36 @@ def test_sources_with_targets_are_prompts_with_completions():
 
 
 def test_the_first_format_whose_columns_are_there_is_taken():
-    assert detect([Row({"prompt": "a", "chosen": "b", "rejected": "c"}, "w")]) == "preference"
-    assert detect([Row({"text": "a", "label": 1}, "w")]) == "classification"
-    assert detect([Row({"text": "a"}, "w")]) == "text"
+    assert detect_format([Row({"prompt": "a", "chosen": "b", "rejected": "c"}, "w")]) == "preference"
+    assert detect_format([Row({"text": "a", "label": 1}, "w")]) == "classification"
+    assert detect_format([Row({"text": "a"}, "w")]) == "text"
 
 
 def test_a_jinja_line_makes_a_column():
     first = Row({"title": "Sums", "body": "1+1", "result": 2}, "w")
-    rename = renamer({"prompt": "{{ title }}: {{ body }}", "completion": "{{ result }}"}, first)
+    rename = make_renamer({"prompt": "{{ title }}: {{ body }}", "completion": "{{ result }}"}, first)
     assert rename(first).fields == {
         "title": "Sums", "body": "1+1", "result": 2, "prompt": "Sums: 1+1", "completion": "2",
     }  # fmt: skip
-    with pytest.raises(BadRow, match="cannot fill"):
+    with pytest.raises(BadRow, match="cannot render"):
         rename(Row({"title": "x"}, "w"))
-    with pytest.raises(UserError, match="a Jinja line"):
-        renamer({"prompt": "{{ title "}, first)
+    with pytest.raises(UserError, match="a Jinja template"):
+        make_renamer({"prompt": "{{ title "}, first)
 
 
 def test_a_line_is_data_and_not_code():
     first = Row({"a": "x"}, "w")
-    rename = renamer({"text": "{{ a.__class__.__mro__ }}"}, first)
-    with pytest.raises(BadRow, match="cannot fill"):
+    rename = make_renamer({"text": "{{ a.__class__.__mro__ }}"}, first)
+    with pytest.raises(BadRow, match="cannot render"):
         rename(first)
 
 
 def test_what_is_no_text_is_never_written_as_python_does():
     first = Row({"a": ["x"], "b": None}, "w")
     for line in ("{{ a }}", "{{ b }}"):
-        with pytest.raises(BadRow, match="cannot fill"):
-            renamer({"text": line}, first)(first)
-    assert renamer({"text": "{{ a | join }}"}, first)(first).fields["text"] == "x"
+        with pytest.raises(BadRow, match="cannot render"):
+            make_renamer({"text": line}, first)(first)
+    assert make_renamer({"text": "{{ a | join }}"}, first)(first).fields["text"] == "x"
     with pytest.raises(BadRow, match="context is dict"):
         one({"question": "q", "answer": "a", "context": {"title": ["t"]}})
     with pytest.raises(BadRow, match="input is list"):
@@ -68,8 +68,8 @@ def test_weights_of_tables_are_text():
 def test_thousands_of_columns_are_told_in_few_words():
     row = Row({f"{'x' * 1000}{number}": 1 for number in range(10_000)}, "w")
     with pytest.raises(UserError, match="9,980 more") as caught:
-        detect([row])
+        detect_format([row])
     assert len(str(caught.value)) < 5000
     with pytest.raises(UserError, match="9,980 more") as caught:
-        renamer({"prompt": "no such"}, row)
+        make_renamer({"prompt": "no such"}, row)
     assert len(str(caught.value)) < 5000

@@ -52,7 +52,7 @@ def test_every_check_has_a_fault_that_it_finds():
 def test_padding_that_is_the_end_token_hides_no_end(real, bases, tmp_path):
     [fault] = [fault for fault in FAULTS if fault.name == "padding that is the end token"]
     num = len(real.problems) + len(real.held_problems)
-    assert f"learnt as the end of {num} rows" in try_fault(fault, real, tmp_path, bases).said
+    assert f"trained as the end of {num} rows" in try_fault(fault, real, tmp_path, bases).said
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import time
 import datasets
 import pytest
 
-from peftkit.data.read.hub import hub_key, hub_rows, to_dataset
+from peftkit.data.read.hub import dataset_from_rows, hub_key, hub_rows
 from peftkit.errors import UserError
 from peftkit.recipe.schema import Source
 
@@ -78,4 +78,4 @@ def test_whatever_else_the_library_says_is_passed_on(tmp_path):
 
 
 def test_tokenized_rows_as_a_dataset():
-    assert to_dataset([{"input_ids": [1, 2]}, {"input_ids": []}])["input_ids"][:] == [[1, 2], []]
+    assert dataset_from_rows([{"input_ids": [1, 2]}, {"input_ids": []}])["input_ids"][:] == [[1, 2], []]

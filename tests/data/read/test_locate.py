@@ -32,17 +32,7 @@ def test_every_suffix_of_a_recipe_has_its_reader():
 
 
 def test_a_folder_is_read_in_order_with_all_below(tmp_path):
-    fill(
-        tmp_path,
-        "b.jsonl",
-        "a/z.csv.gz",
-        "a/c.txt",
-        "a-b.md",
-        ".cache/x.bin",
-        "README.md",
-        "LICENSE",
-        "a/x.md5",
-    )
+    fill(tmp_path, "b.jsonl", "a/z.csv.gz", "a/c.txt", "a-b.md", ".cache/x.bin", "README.md", "LICENSE", "a/x.md5")
     assert names(tmp_path) == ["a/c.txt", "a/z.csv.gz", "a-b.md", "b.jsonl"]
 
 
@@ -58,7 +48,7 @@ def test_strays_are_listed(tmp_path):
     fill(tmp_path, "a.jsonl", "notes.docx", "archive.tar.gz")
     said = refuse(tmp_path)
     assert said.startswith("data.train: got ")
-    assert "with archive.tar.gz, notes.docx, expected data files alone" in said
+    assert "with archive.tar.gz, notes.docx, expected only data files" in said
     fill(tmp_path, *(f"{number:02}.bin" for number in range(30)))
     assert "19.bin, 12 more" in refuse(tmp_path)
     fill(tmp_path / "empty", "README.md")
@@ -83,7 +73,7 @@ def test_what_is_no_data_file(tmp_path):
     assert "a file of a known kind: .jsonl" in refuse(tmp_path / "a.docx")
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert "a pipe or a device" in refuse(tmp_path / "pipe.jsonl")
-    assert "which is not there" in refuse(tmp_path / "none")
+    assert "which does not exist" in refuse(tmp_path / "none")
 
 
 def test_folders_of_save_to_disk(tmp_path):
@@ -109,5 +99,5 @@ def test_a_file_that_may_not_be_read(tmp_path):
 
 def test_a_name_that_no_file_can_have_is_not_there():
     for path in ("./" + "x" * 5000, "/" + "x" * 5000, "*/" + "x" * 5000):
-        with pytest.raises(UserError, match=r"which is not there|matches no file"):
+        with pytest.raises(UserError, match=r"which does not exist|matches no file"):
             local_files(path, "train", "data.train")

@@ -88,7 +88,7 @@ def test_files_that_hold_no_rows(tmp_path, name, content, said):
 
 
 def test_missing_files_say_where_was_looked(tmp_path, monkeypatch):
-    assert "which is not there" in refuse(tmp_path / "none.jsonl")
+    assert "which does not exist" in refuse(tmp_path / "none.jsonl")
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "rows.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path / "here")

@@ -107,11 +107,7 @@ def test_passwords_and_queries_are_used_but_never_shown(server):
     secret = server.url.replace("://", "://user:hush@")
     for name in ("a.jsonl", "moved.jsonl"):
         assert rows(f"{secret}/{name}?token=hush")[0][1] == f"{server.url}/{name}:1"
-    assert [asked[0] for asked in server.asked] == [
-        "/a.jsonl?token=hush",
-        "/moved.jsonl?token=hush",
-        "/a.jsonl",
-    ]
+    assert [asked[0] for asked in server.asked] == ["/a.jsonl?token=hush", "/moved.jsonl?token=hush", "/a.jsonl"]
     assert [bool(asked[1]) for asked in server.asked] == [True, True, False]
     for name in ("none.jsonl", "none.docx", "*.jsonl", "a b.jsonl"):
         assert "hush" not in refuse(f"{secret}/{name}?token=hush")
@@ -126,18 +122,16 @@ def test_what_a_web_server_may_answer(server):
     server.answers["/page.jsonl"] = ({"Content-Type": "text/html; charset=utf-8"}, b"<html>")
     server.answers["/half.jsonl"] = ({"Content-Length": "100"}, ROWS)
     assert "which is a web page" in refuse(f"{server.url}/page.jsonl")
-    assert "18 of 100 bytes came" in refuse(f"{server.url}/half.jsonl", timeout=5)
+    assert "18 of 100 bytes received" in refuse(f"{server.url}/half.jsonl", timeout=5)
     assert "HTTP Error 404" in refuse(f"{server.url}/none.jsonl")
-    assert "a web server lists none" in refuse(f"{server.url}/*.jsonl")
+    assert "a web server has no file list" in refuse(f"{server.url}/*.jsonl")
     assert "a file of a known kind" in refuse(f"{server.url}/a.docx")
     assert "Connection refused" in refuse("http://127.0.0.1:9/a.jsonl")
     assert not left_over()
 
 
 @pytest.mark.parametrize(
-    "sent",
-    [b"", b"HTTP/1.1 200 OK\r\nETag: 1\r\nContent-Length: 100\r\n\r\n" + ROWS],
-    ids=["nothing", "half"],
+    "sent", [b"", b"HTTP/1.1 200 OK\r\nETag: 1\r\nContent-Length: 100\r\n\r\n" + ROWS], ids=["nothing", "half"]
 )
 def test_a_server_that_stalls_is_given_up(sent):
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -156,7 +150,7 @@ def test_a_server_that_stalls_is_given_up(sent):
         assert time.perf_counter() - begun < 2
         thread.join()
         connections[0].close()
-    assert "/a.jsonl, from which nothing came for 0.4 s" in said
+    assert "/a.jsonl, which sent nothing for 0.4 s" in said
     assert "hush" not in said
     time.sleep(0.1)
     assert not left_over()
@@ -191,7 +185,7 @@ def test_other_filesystems_one_file_folders_and_globs(memory):
     assert [file.name for file in remote_files("memory://d/*.jsonl", "")] == found[:2]
     assert [file.name for file in remote_files("memory://d/**/*.jsonl", "")][-1] == found[-1]
     assert "matches no file" in refuse("memory://d/*.csv")
-    assert "which is not there" in refuse("memory://d/none.jsonl")
+    assert "which does not exist" in refuse("memory://d/none.jsonl")
     memory.pipe("/d/x.bin", b"")
     assert "with x.bin" in refuse("memory://d")
 
@@ -215,12 +209,9 @@ def test_urls_of_local_files(tmp_path):
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        (
-            "abfs://container/a.jsonl",
-            "without the package that reads abfs://, expected the package; pip install adlfs",
-        ),
+        ("abfs://container/a.jsonl", "without the package that reads abfs://, expected the package; pip install adlfs"),
         ("htps://host/a.jsonl", "did you mean https?"),
-        ("hf://datasets/org/name/a.jsonl", "while the hub cannot be asked"),
+        ("hf://datasets/org/name/a.jsonl", "while the hub cannot be reached"),
     ],
 )
 def test_protocols_that_cannot_be_read(url, said):

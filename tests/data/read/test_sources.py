@@ -23,7 +23,7 @@ def test_rows_come_one_by_one(tmp_path):
 
 
 def test_a_missing_source_is_told_before_the_first_row(tmp_path):
-    with pytest.raises(UserError, match=r"data.train: got .*none.jsonl, which is not there"):
+    with pytest.raises(UserError, match=r"data.train: got .*none.jsonl, which does not exist"):
         read(Source(path=str(tmp_path / "none.jsonl")), where="data.train")
 
 
@@ -50,16 +50,11 @@ def test_problems_of_all_sources_are_told_at_once(tmp_path):
         read_rows([str(tmp_path / "a.jsonl"), str(tmp_path / "none.csv")], where="data.train")
     assert len(caught.value.problems) == 22
     assert "10 more malformed lines" in str(caught.value)
-    assert "none.csv, which is not there" in str(caught.value)
+    assert "none.csv, which does not exist" in str(caught.value)
 
 
 def test_the_key_is_of_content_order_and_names(tmp_path):
-    for folder, files in {
-        "one": ("a", "b"),
-        "same": ("c", "d"),
-        "other": ("b", "a"),
-        "joined": ("a",),
-    }.items():
+    for folder, files in {"one": ("a", "b"), "same": ("c", "d"), "other": ("b", "a"), "joined": ("a",)}.items():
         (tmp_path / folder).mkdir()
         for name in files:
             text = {"a": "1\n", "b": "2\n", "c": "1\n", "d": "2\n"}[name]
@@ -98,9 +93,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path, suffix):
         row = json.dumps({"text": text}) if "json" in suffix else text
         content = (begin + (row + end) * number).encode()
         path.write_bytes(gzip.compress(content, 1) if suffix.endswith(".gz") else content)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, large, small], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", PROGRAM, large, small], capture_output=True, text=True, check=True)
     count, grown = map(int, done.stdout.split())
     assert count == rows
     assert grown < 16 * 1024

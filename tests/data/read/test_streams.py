@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkit.data.read.rows import File
-from peftkit.data.read.streams import lines, opened, reading, suffixes, wide
+from peftkit.data.read.streams import (
+    check_encoding,
+    open_decompressed,
+    read_lines,
+    split_suffixes,
+    translate_read_errors,
+)
 from peftkit.errors import UserError
 
 
@@ -25,12 +31,12 @@ def file(path, content):
 
 
 def content(found):
-    with reading(found), opened(found) as stream:
+    with translate_read_errors(found), open_decompressed(found) as stream:
         return stream.read()
 
 
 def cut(data, limit=100):
-    return list(lines(io.BufferedReader(io.BytesIO(data)), "f", limit))
+    return list(read_lines(io.BufferedReader(io.BytesIO(data)), "f", limit))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +50,7 @@ def cut(data, limit=100):
     ],
 )
 def test_what_a_name_says(tmp_path, name, parts):
-    assert suffixes(tmp_path / name) == parts
+    assert split_suffixes(tmp_path / name) == parts
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstd)])
@@ -77,16 +83,16 @@ def test_compressed_files_that_are_damaged_or_none(tmp_path, suffix, pack):
 )
 def test_suffixes_that_lie(tmp_path, head, kind):
     found = file(tmp_path / "a.jsonl", head + bytes(50))
-    with pytest.raises(UserError, match=f"content that is {kind}"), opened(found) as stream:
-        wide(found, stream)
+    with pytest.raises(UserError, match=f"content that is {kind}"), open_decompressed(found) as stream:
+        check_encoding(found, stream)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
 def test_wide_text_is_named(tmp_path, encoding):
     text = "\ufeff{}" if encoding.endswith("be") else "{}"
     found = file(tmp_path / "a.jsonl", text.encode(encoding))
-    with opened(found) as stream:
-        fault = wide(found, stream)
+    with open_decompressed(found) as stream:
+        fault = check_encoding(found, stream)
     assert fault.kind == "encoding"
     assert f"iconv -f {encoding[:6].upper()} -t UTF-8" in fault.problem.fix
 
@@ -125,11 +131,7 @@ def test_what_a_faulty_line_is_called():
     short, long, bad, null, last = cut(b"a\n" + b"x" * 500 + b"\ncaf\xe9\nn\0l\nlast")
     assert (short.fault, short.text, last.fault, last.text) == (None, "a\n", None, "last")
     assert (long.fault.kind, long.fault.problem.got) == ("malformed-rows", "a line of 501 bytes")
-    assert (bad.fault.kind, bad.fault.problem.where, bad.fault.problem.got) == (
-        "encoding",
-        "f:3",
-        "the byte 0xe9",
-    )
+    assert (bad.fault.kind, bad.fault.problem.where, bad.fault.problem.got) == ("encoding", "f:3", "the byte 0xe9")
     assert (null.fault.kind, null.fault.problem.got) == ("encoding", "a NUL byte")
 
 
@@ -153,7 +155,7 @@ def test_a_huge_line_is_told_in_flat_memory():
 
     tracemalloc.start()
     begun = time.perf_counter()
-    [line] = lines(io.BufferedReader(Endless(), 2**20), "f", 2**22)
+    [line] = read_lines(io.BufferedReader(Endless(), 2**20), "f", 2**22)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert line.fault.problem.got == "a line of 209,715,200 bytes"

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from peftkit.data.read.rows import Fault, File
-from peftkit.data.read.tables import arrow, parquet
+from peftkit.data.read.tables import read_arrow, read_parquet
 from peftkit.errors import UserError
 
 
@@ -18,19 +18,19 @@ def read(reader, path):
 
 def as_parquet(table, path):
     pyarrow.parquet.write_table(table, path, row_group_size=50)
-    return read(parquet, path)
+    return read(read_parquet, path)
 
 
 def as_file(table, path):
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    return read(arrow, path)
+    return read(read_arrow, path)
 
 
 def as_stream(table, path):
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=70)
-    return read(arrow, path)
+    return read(read_arrow, path)
 
 
 KINDS = pytest.mark.parametrize("through", [as_parquet, as_file, as_stream])
@@ -108,11 +108,7 @@ def test_wrong_utf8_is_a_fault_of_its_row(tmp_path, through):
     text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
     one, two, three = through(pa.table({"text": text}), tmp_path / "a")
     assert (one.fields, three.fields) == ({"text": "one"}, {"text": "three"})
-    assert (two.kind, two.problem.where, two.problem.got) == (
-        "encoding",
-        "f row 2",
-        "the byte 0xe9",
-    )
+    assert (two.kind, two.problem.where, two.problem.got) == ("encoding", "f row 2", "the byte 0xe9")
 
 
 def test_columns_of_one_name(tmp_path):
@@ -121,15 +117,15 @@ def test_columns_of_one_name(tmp_path):
         as_file(table, tmp_path / "a")
 
 
-@pytest.mark.parametrize("reader", [parquet, arrow])
+@pytest.mark.parametrize("reader", [read_parquet, read_arrow])
 def test_files_of_another_kind_are_named(tmp_path, reader):
-    kind = reader.__name__.title()
+    kind = {read_parquet: "Parquet", read_arrow: "Arrow"}[reader]
     for number, (content, said) in enumerate(
         [
             (b"", f"not {kind}, or is damaged"),
             (b'{"text": "x"}\n' * 10, f"not {kind}, or is damaged"),
             (gzip.compress(b"x" * 100, mtime=0), f"not {kind} but gzip"),
-            (b"PAR1" + bytes(100) if reader is arrow else b"ARROW1" + bytes(100), f"not {kind} but "),
+            (b"PAR1" + bytes(100) if reader is read_arrow else b"ARROW1" + bytes(100), f"not {kind} but "),
         ]
     ):
         path = tmp_path / str(number)
@@ -144,14 +140,14 @@ def test_a_file_cut_short_is_told(tmp_path, through):
     through(pa.table({"text": ["some text"] * 1000}), path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match="damaged"):
-        read(parquet if through is as_parquet else arrow, path)
+        read(read_parquet if through is as_parquet else read_arrow, path)
 
 
 def test_compressed_tables(tmp_path):
     table = pa.table({"text": ["x", "y"]})
     as_parquet(table, tmp_path / "a.parquet")
     as_file(table, tmp_path / "a.arrow")
-    for reader, name in ((parquet, "a.parquet"), (arrow, "a.arrow")):
+    for reader, name in ((read_parquet, "a.parquet"), (read_arrow, "a.arrow")):
         packed = tmp_path / f"{name}.gz"
         packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
         assert [row.fields["text"] for row in read(reader, packed)] == ["x", "y"]
@@ -169,15 +165,10 @@ def test_a_flipped_byte_is_seen_where_pages_have_checksums(tmp_path):
     path = tmp_path / "rows.parquet"
     table = pyarrow.table({"text": ["abcdefgh" * 20]})
     pyarrow.parquet.write_table(
-        table,
-        path,
-        compression="none",
-        use_dictionary=False,
-        write_page_checksum=True,
-        write_statistics=False,
+        table, path, compression="none", use_dictionary=False, write_page_checksum=True, write_statistics=False
     )
     content = bytearray(path.read_bytes())
     content[content.index(b"abcdefgh") + 3] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
-        list(parquet(File(path, "f")))
+        list(read_parquet(File(path, "f")))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkit.data.read.rows import Fault, File
-from peftkit.data.read.texts import json_array, json_lines, paragraphs, tabbed, table
+from peftkit.data.read.texts import read_csv, read_json_array, read_json_lines, read_paragraphs, read_tsv
 from peftkit.errors import UserError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=15)
@@ -38,7 +38,7 @@ def fault(found):
 @given(OBJECTS, st.booleans(), st.sampled_from(["\n", "\r\n", "\n\n", "\n \n"]))
 def test_json_lines_come_back_with_their_numbers(objects, escaped, end):
     text = end.join(json.dumps(value, ensure_ascii=escaped) for value in objects)
-    found = read(json_lines, text)
+    found = read(read_json_lines, text)
     assert [row.fields for row in found] == objects
     step = end.count("\n")
     assert [row.where for row in found] == [f"f:{1 + step * number}" for number in range(len(objects))]
@@ -46,7 +46,7 @@ def test_json_lines_come_back_with_their_numbers(objects, escaped, end):
 
 @given(OBJECTS, st.booleans(), st.sampled_from([None, 1]))
 def test_json_arrays_come_back(objects, escaped, indent):
-    found = read(json_array, json.dumps(objects, ensure_ascii=escaped, indent=indent))
+    found = read(read_json_array, json.dumps(objects, ensure_ascii=escaped, indent=indent))
     assert [row.fields for row in found] == objects
     assert [row.where for row in found] == [f"f row {number + 1}" for number in range(len(objects))]
 
@@ -64,10 +64,7 @@ def test_json_arrays_come_back(objects, escaped, indent):
         ('{"a": ' + "9" * 5000 + "}", "malformed-rows f:2: got a line that is not JSON"),
         (r'{"a": "\ud800"}', r"encoding f:2: got half of a surrogate pair (\ud800)"),
         (r'{"\uDC00": 1}', r"encoding f:2: got half of a surrogate pair (\udc00)"),
-        (
-            b'{"a": "caf\xe9"}',
-            "encoding f:2: got the byte 0xe9, expected UTF-8 text; convert the file to UTF-8",
-        ),
+        (b'{"a": "caf\xe9"}', "encoding f:2: got the byte 0xe9, expected UTF-8 text; convert the file to UTF-8"),
         (b'{"a": "\xed\xa0\x80"}', "encoding f:2: got the byte 0xed"),
         (b'{"a": "\0"}', "encoding f:2: got a NUL byte"),
         ('{"a": "' + "x" * 1000 + '"}', "malformed-rows f:2: got a line of"),
@@ -76,29 +73,28 @@ def test_json_arrays_come_back(objects, escaped, indent):
 def test_a_bad_line_is_a_fault_and_the_others_are_read(line, said):
     bad = line if isinstance(line, bytes) else line.encode()
     limit = 500 if b"xxx" in bad else 2**20
-    first, second, third = read(json_lines, b'{"a": 1}\n' + bad + b'\n{"a": "\\ud83d\\ude00"}', limit=limit)
+    first, second, third = read(read_json_lines, b'{"a": 1}\n' + bad + b'\n{"a": "\\ud83d\\ude00"}', limit=limit)
     assert fault(second).startswith(said)
     assert (first.fields, third.fields) == ({"a": 1}, {"a": "\U0001f600"})
 
 
 def test_json_arrays_with_bad_rows_and_bad_ends():
-    found = read(json_array, r'[{"a": 1}, 2, {"a": NaN}, {"b": 1, "b": 2}, {"a": "\ud800"}, {"a": 2}]')
+    found = read(read_json_array, r'[{"a": 1}, 2, {"a": NaN}, {"b": 1, "b": 2}, {"a": "\ud800"}, {"a": 2}]')
     assert [fault(each) for each in found[1:5]] == [
         "malformed-rows f row 2: got a int, expected one JSON object",
-        "malformed-rows f row 3: got the number NaN, expected one JSON object; "
-        "JSON has no NaN, and a key once",
+        "malformed-rows f row 3: got the number NaN, expected one JSON object; JSON has no NaN, and each key only once",
         "malformed-rows f row 4: got the key 'b' twice, expected one JSON object; "
-        "JSON has no NaN, and a key once",
+        "JSON has no NaN, and each key only once",
         r"encoding f row 5: got half of a surrogate pair (\ud800), expected UTF-8 text; "
         "write the character itself",
     ]
     assert found[5].fields == {"a": 2}
     for text in ('[{"a": 1}', '[{"a": 1},]', '[{"a": 1}] x', '[{"a": 1} {}]', '{"a": 1}\n{"a": 2}', "["):
         with pytest.raises(UserError, match="not JSON"):
-            read(json_array, text)
-    assert fault(*read(json_array, b'[\n{"a": "\xe9"}]')).startswith("encoding f:2: got the byte 0xe9")
-    assert fault(*read(json_array, "[]".encode("utf-16"))).startswith("encoding f:1: got a file in UTF-16")
-    assert read(json_array, "\ufeff[ ] ") == []
+            read(read_json_array, text)
+    assert fault(*read(read_json_array, b'[\n{"a": "\xe9"}]')).startswith("encoding f:2: got the byte 0xe9")
+    assert fault(*read(read_json_array, "[]".encode("utf-16"))).startswith("encoding f:1: got a file in UTF-16")
+    assert read(read_json_array, "\ufeff[ ] ") == []
 
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
@@ -112,14 +108,14 @@ def test_tables_come_back_with_the_lines_where_rows_begin(rows, delimiter):
     for row in [("a", "b"), *rows]:
         begins.append(out.getvalue().count("\n") + 1)
         writer.writerow(row)
-    found = read(table, out.getvalue(), delimiter=delimiter)
+    found = read(read_csv, out.getvalue(), delimiter=delimiter)
     assert [tuple(row.fields.values()) for row in found] == rows
     assert [row.where for row in found] == [f"f:{line}" for line in begins[1:]]
 
 
 def test_tables_with_bad_rows():
     text = b'a,b\r\n1,2\r\n3\r\ncaf\xe9,4\r\n"5" x,6\r\n\r\n7,"8\r\n8"\r\n9,"never closed\r\nx,y\r\n'
-    good, short, byte, quotes, two, unclosed = read(table, text)
+    good, short, byte, quotes, two, unclosed = read(read_csv, text)
     assert (good.fields, two.fields, two.where) == ({"a": "1", "b": "2"}, {"a": "7", "b": "8\r\n8"}, "f:7")
     assert fault(short).startswith("malformed-rows f:3: got 1 cells, expected 2")
     assert fault(byte).startswith("encoding f:4: got the byte 0xe9")
@@ -130,47 +126,45 @@ def test_tables_with_bad_rows():
 
 def test_lines_that_end_in_carriage_returns_alone():
     with pytest.raises(UserError, match="f:1: got a carriage return that ends no line"):
-        read(table, "a,b\r1,2\r")
+        read(read_csv, "a,b\r1,2\r")
 
 
 def test_a_quote_that_never_closes_swallows_no_more_than_the_limit():
     text = 'a,b\n1,"x\n' + "1,2\n" * 100
-    swallowed, *others = read(table, text, limit=45)
-    assert fault(swallowed).startswith(
-        "malformed-rows f:2: got a record of more than 45 bytes, up to line 13"
-    )
+    swallowed, *others = read(read_csv, text, limit=45)
+    assert fault(swallowed).startswith("malformed-rows f:2: got a record of more than 45 bytes, up to line 13")
     assert len(others) == 89
     assert (others[0].where, others[0].fields) == ("f:14", {"a": "1", "b": "2"})
-    long, good = read(table, "a\n" + "x" * 100 + "\n1\n", limit=45)
+    long, good = read(read_csv, "a\n" + "x" * 100 + "\n1\n", limit=45)
     assert fault(long).startswith("malformed-rows f:2: got a line of 101 bytes")
     assert good.fields == {"a": "1"}
 
 
 def test_headers():
-    assert [row.fields for row in read(tabbed, "\n\nb\tc\n1\t2\n")] == [{"b": "1", "c": "2"}]
-    assert read(table, "") == []
+    assert [row.fields for row in read(read_tsv, "\n\nb\tc\n1\t2\n")] == [{"b": "1", "c": "2"}]
+    assert read(read_csv, "") == []
     with pytest.raises(UserError, match="f:1: got the column 'a' twice"):
-        read(table, "a,b,a\n1,2,3\n")
+        read(read_csv, "a,b,a\n1,2,3\n")
     with pytest.raises(UserError, match="f:1: got the byte 0xe9"):
-        read(table, b"caf\xe9,b\n1,2\n")
-    assert fault(*read(table, "a\tb\n".encode("utf-16"))).startswith("encoding f:1: got a file in UTF-16")
+        read(read_csv, b"caf\xe9,b\n1,2\n")
+    assert fault(*read(read_csv, "a\tb\n".encode("utf-16"))).startswith("encoding f:1: got a file in UTF-16")
 
 
 def test_paragraphs():
-    found = read(paragraphs, b"one\r\ntwo\r\n\r\n \n\ncaf\xe9\nfour\n\nlast")
+    found = read(read_paragraphs, b"one\r\ntwo\r\n\r\n \n\ncaf\xe9\nfour\n\nlast")
     assert (found[0].fields["text"], found[0].where) == ("one\ntwo", "f:1")
     assert fault(found[1]).startswith("encoding f:6: got the byte 0xe9")
     assert (found[2].fields["text"], found[2].where) == ("last", "f:9")
-    long, short = read(paragraphs, "line\n" * 100 + "\nshort\n", limit=50)
+    long, short = read(read_paragraphs, "line\n" * 100 + "\nshort\n", limit=50)
     assert fault(long).startswith("malformed-rows f:1: got a paragraph of more than 50 bytes")
     assert short.fields == {"text": "short"}
-    assert fault(*read(paragraphs, "x".encode("utf-16"))).startswith("encoding")
+    assert fault(*read(read_paragraphs, "x".encode("utf-16"))).startswith("encoding")
 
 
 @given(st.lists(st.lists(TEXT.filter(lambda t: t.strip() and not set(t) & set("\n\r\0")), min_size=1)))
 def test_paragraphs_come_back(blocks):
     texts = ["\n".join(block) for block in blocks]
-    found = read(paragraphs, "\n\n\n".join(texts).removeprefix("\ufeff"))
+    found = read(read_paragraphs, "\n\n\n".join(texts).removeprefix("\ufeff"))
     assert [row.fields["text"] for row in found] == [
         text.removeprefix("\ufeff") if number == 0 else text for number, text in enumerate(texts)
     ]
@@ -180,7 +174,7 @@ def test_thousands_of_names_are_compared_at_once():
     names = [f"name{number}" for number in range(50_000)]
     begin = time.monotonic()
     with pytest.raises(UserError, match="the column 'name7' twice"):
-        read(table, ",".join([*names, "name7"]) + "\n1\n")
+        read(read_csv, ",".join([*names, "name7"]) + "\n1\n")
     line = "{" + ", ".join(f'"{name}": 1' for name in [*names, "name49999"]) + "}"
-    assert "the key 'name49999' twice" in fault(*read(json_lines, line))
+    assert "the key 'name49999' twice" in fault(*read(read_json_lines, line))
     assert time.monotonic() - begin < 5

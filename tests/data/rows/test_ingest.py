@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from peftkit.data.rows.ingest import ingest, refuse_unusable
+from peftkit.data.rows.ingest import ingest, refuse_unusable_rows
 from peftkit.errors import UserError
 from peftkit.recipe.schema import Data
 from tests.conftest import chat, write_jsonl
@@ -105,7 +105,7 @@ def test_a_share_holds_out_nothing_that_a_row_of_the_rest_nearly_repeats(tmp_pat
     held = {example.messages[0]["content"].removesuffix(" please") for example in found.eval}
     assert held
     assert not learnt & held
-    assert found.num_near > 0
+    assert found.num_near_duplicates > 0
 
 
 def test_rows_that_cannot_be_used_are_counted_and_refused_unless_waived(tmp_path):
@@ -116,12 +116,12 @@ def test_rows_that_cannot_be_used_are_counted_and_refused_unless_waived(tmp_path
     assert len(found.train) == 1
     assert found.tally.of("malformed-rows").rows[0][0] == f"{path}:2"
     with pytest.raises(UserError) as caught:
-        refuse_unusable(found, ())
+        refuse_unusable_rows(found, ())
     said = str(caught.value)
     assert f"{path}:3: got messages is empty" in said
     assert f"{path}:4: got an empty answer" in said
     assert "data.waive: [malformed-rows, missing-fields, empty-answers]" in said
-    refuse_unusable(found, ["malformed-rows", "missing-fields", "empty-answers"])
+    refuse_unusable_rows(found, ["malformed-rows", "missing-fields", "empty-answers"])
 
 
 def test_a_source_without_one_usable_row_is_refused(tmp_path):
@@ -143,7 +143,7 @@ def test_the_same_content_is_read_once(two, monkeypatch):
     from peftkit.data.rows import ingest as module
 
     first = taken(train=two[0], eval=0.2)
-    monkeypatch.setattr(module, "_read_all", None)
+    monkeypatch.setattr(module, "_read_sources", None)
     assert texts(taken(train=two[0], eval=0.2).train) == texts(first.train)
 
 
@@ -158,11 +158,7 @@ def test_a_group_that_is_most_of_the_data_is_left_to_be_learnt(tmp_path):
 def test_a_first_row_that_does_not_fit_is_one_fault(tmp_path):
     rows = [{"prompt": "x"}, *({"prompt": f"q{i}", "completion": "a"} for i in range(5))]
     found = taken(train=str(write_jsonl(tmp_path / "d.jsonl", rows)), eval=None)
-    assert (found.format, len(found.train), found.tally.of("missing-fields").count) == (
-        "prompt-completion",
-        5,
-        1,
-    )
+    assert (found.format, len(found.train), found.tally.of("missing-fields").count) == ("prompt-completion", 5, 1)
     with pytest.raises(UserError, match="the columns prompt"):
         taken(train=str(write_jsonl(tmp_path / "e.jsonl", rows[:1] * 3)), eval=None)
 
@@ -193,7 +189,7 @@ def test_a_full_or_read_only_cache_is_told_or_passed_over(tmp_path, monkeypatch,
     def full(*rest, **named):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module.Writer, "append", full)
+    monkeypatch.setattr(module.JsonLinesWriter, "append", full)
     with pytest.raises(UserError, match="set PEFTKIT_CACHE"):
         taken(train=two[0], eval=None)
     monkeypatch.undo()
@@ -206,12 +202,12 @@ def test_a_file_that_changes_while_it_is_read_is_told(two, monkeypatch):
 
     from peftkit.data.rows import ingest as module
 
-    real = module._Reading._take_row
+    real = module._Ingestion._add_row
 
     def touching(self, row, convert):
         os.utime(two[1], (1, 1))
         real(self, row, convert)
 
-    monkeypatch.setattr(module._Reading, "_take_row", touching)
+    monkeypatch.setattr(module._Ingestion, "_add_row", touching)
     with pytest.raises(UserError, match="changed while they were read"):
         taken(train=two[1], eval=None, seed=9)

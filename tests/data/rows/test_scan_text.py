@@ -2,19 +2,17 @@ import pytest
 
 from peftkit.data.formats import Example
 from peftkit.data.gate.languages import language_of
-from peftkit.data.rows.scan_text import hidden, is_mojibake, look
-from peftkit.data.rows.tally import SHOWN, Tally
+from peftkit.data.rows.scan_text import is_mojibake, redacted_secret, scan_text
+from peftkit.data.rows.tally import MAX_NAMED_ROWS, Tally
 
 
 def seen(text, **fields):
     tally = Tally()
-    look(Example("f:1", completion=text, **fields), tally)
+    scan_text(Example("f:1", completion=text, **fields), tally)
     return set(tally.to_json())
 
 
-@pytest.mark.parametrize(
-    "text", ["café", "£1 costs", "naïve – “quoted”", "日本語", "Привет", "50 °C", "señor Ñ"]
-)
+@pytest.mark.parametrize("text", ["café", "£1 costs", "naïve – “quoted”", "日本語", "Привет", "50 °C", "señor Ñ"])
 def test_real_text_is_no_mojibake(text):
     assert not is_mojibake(text)
     assert seen(text) == set()
@@ -49,11 +47,11 @@ def test_replacement_and_control_characters():
 def test_secrets_are_found_and_never_shown_whole(parts):
     secret = "".join(parts)
     tally = Tally()
-    look(Example("f:1", completion=f"my key is {secret}."), tally)
+    scan_text(Example("f:1", completion=f"my key is {secret}."), tally)
     [(where, what)] = tally.of("secrets").rows
     assert where == "f:1"
     assert secret not in what
-    assert len(hidden(secret)) < len(secret) + 20
+    assert len(redacted_secret(secret)) < len(secret) + 20
 
 
 def test_words_that_only_look_like_secrets_are_none():
@@ -79,18 +77,18 @@ def chat(*roles):
 )
 def test_turns_out_of_order(roles, odd):
     tally = Tally()
-    look(chat(*roles), tally)
+    scan_text(chat(*roles), tally)
     assert bool(tally.of("roles").count) is odd
 
 
 def test_a_tally_counts_all_and_names_the_first():
     tally = Tally()
-    for number in range(SHOWN + 5):
+    for number in range(MAX_NAMED_ROWS + 5):
         tally.add("emails", f"f:{number}", "x")
     again = Tally.from_json(tally.to_json())
-    assert (again.of("emails").count, len(again.of("emails").rows)) == (SHOWN + 5, SHOWN)
+    assert (again.of("emails").count, len(again.of("emails").rows)) == (MAX_NAMED_ROWS + 5, MAX_NAMED_ROWS)
     both = again.joined(tally)
-    assert (both.of("emails").count, len(both.of("emails").rows)) == (2 * (SHOWN + 5), SHOWN)
+    assert (both.of("emails").count, len(both.of("emails").rows)) == (2 * (MAX_NAMED_ROWS + 5), MAX_NAMED_ROWS)
 
 
 @pytest.mark.parametrize(

@@ -4,24 +4,18 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftkit.data.rows.similar import SAME, common_runs, near_duplicates, near_in, signatures, similarity
+from peftkit.data.rows.similar import (
+    DUPLICATE_SIMILARITY,
+    common_shingles,
+    compute_signatures,
+    find_near_duplicates,
+    jaccard_similarity,
+    match_near_duplicates,
+)
 
 WORDS = [
     line.strip()
-    for line in [
-        "time",
-        "year",
-        "people",
-        "way",
-        "day",
-        "man",
-        "thing",
-        "woman",
-        "life",
-        "child",
-        "world",
-        "school",
-    ]
+    for line in ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school"]
 ]
 NONE = np.empty(0, np.uint64)
 
@@ -48,37 +42,37 @@ def jaccard(one, other):
 @given(st.text("abc ,.!ABC", min_size=1, max_size=60), st.text("abc ,.!ABC", min_size=1, max_size=60))
 @settings(deadline=None)
 def test_similarity_is_jaccard_over_runs(one, other):
-    assert similarity(one, other, NONE) == jaccard(one, other)
+    assert jaccard_similarity(one, other, NONE) == jaccard(one, other)
 
 
 def test_case_punctuation_and_blanks_do_not_count():
-    assert similarity("Hello,  World again!", "hello world again ", NONE) == 1.0
+    assert jaccard_similarity("Hello,  World again!", "hello world again ", NONE) == 1.0
 
 
 def test_each_planted_near_duplicate_is_found_and_nothing_else():
     texts = [text(seed) for seed in range(300)]
     planted = {300: 7, 301: 120, 302: 250}
     texts += [texts[source].replace(" ", " , ", 3) + " more" for source in planted.values()]
-    found = near_duplicates(texts)
+    found = find_near_duplicates(texts)
     assert {(i, j) for i, j, _ in found} == set(planted.items())
-    assert all(same >= SAME for *_, same in found)
+    assert all(same >= DUPLICATE_SIMILARITY for *_, same in found)
 
 
 def test_held_out_texts_are_found_among_any_number_of_others():
     others = [text(seed) for seed in range(2000)]
     held = [text(9000), others[1234] + " once", text(9001)]
-    found = near_in(held, iter(others), common_runs(others))
+    found = match_near_duplicates(held, iter(others), common_shingles(others))
     assert {number: other for number, (other, _) in found.items()} == {1: 1234}
 
 
 def test_what_every_row_says_does_not_make_rows_alike():
     asked = "Name the intent of this message to a bank, with one of the names that you were given: "
     texts = [asked + text(seed, 8) for seed in range(50)]
-    assert near_duplicates(texts) == []
-    assert similarity(texts[0], texts[1], NONE) > 0.3
+    assert find_near_duplicates(texts) == []
+    assert jaccard_similarity(texts[0], texts[1], NONE) > 0.3
 
 
 def test_short_texts_are_not_compared():
-    assert not signatures(["yes", "no"], NONE).bands.any()
-    assert near_duplicates(["yes"] * 5) == []
-    assert near_duplicates([]) == []
+    assert not compute_signatures(["yes", "no"], NONE).bands.any()
+    assert find_near_duplicates(["yes"] * 5) == []
+    assert find_near_duplicates([]) == []

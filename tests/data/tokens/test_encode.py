@@ -4,7 +4,7 @@ from transformers import AutoTokenizer
 from peftkit.data.formats import Example, labels_of, to_examples
 from peftkit.data.read import Row
 from peftkit.data.tokens.encode import ENCODERS
-from peftkit.data.tokens.mask import IGNORED
+from peftkit.data.tokens.mask import IGNORE_INDEX
 from peftkit.errors import UserError
 from tests.conftest import TINY_LLAMA
 
@@ -30,7 +30,7 @@ def test_a_class_is_the_label(tokenizer):
 def test_a_tag_stands_at_the_first_token_of_its_word(tokenizer):
     example = Example("w", words=("say", "alpha"), tags=("O", "B"))
     [row] = ENCODERS["token-classification"]([example], tokenizer, {"O": 0, "B": 1})
-    assert [label for label in row.labels if label != IGNORED] == [0, 1]
+    assert [label for label in row.labels if label != IGNORE_INDEX] == [0, 1]
     assert len(row.labels) == len(row.input_ids)
 
 
@@ -51,7 +51,7 @@ def test_labels_are_sorted_as_numbers_or_text():
         ({"text": "", "label": 1}, "classification", "an empty text"),
         ({"tokens": ["a"], "tags": ["O", "O"]}, "token-classification", "1 tokens with 2 tags"),
         ({"tokens": "a", "tags": "O"}, "token-classification", "a list of words"),
-        ({"tokens": ["a", " "], "tags": ["O", "O"]}, "token-classification", "empty or no text"),
+        ({"tokens": ["a", " "], "tags": ["O", "O"]}, "token-classification", "empty or not text"),
     ],
 )
 def test_rows_that_do_not_fit_are_told_with_file_and_line(fields, name, said):
@@ -67,7 +67,5 @@ def test_weights_are_of_every_label_and_none_is_learnt_of_weight_nothing(tokeniz
     examples = [Example("w", prompt="a", completion="b", weight=w) for w in (0.0, 3.0)]
     none, triple = ENCODERS["seq2seq"](examples, tokenizer, {})
     assert (none.num_learnt, triple.weights) == (0, [3.0] * len(triple.labels))
-    [row] = ENCODERS["classification"](
-        [Example("w", prompt="say", label="b", weight=0.0)], tokenizer, {"b": 0}
-    )
+    [row] = ENCODERS["classification"]([Example("w", prompt="say", label="b", weight=0.0)], tokenizer, {"b": 0})
     assert row.num_learnt == 0

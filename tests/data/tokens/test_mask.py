@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftkit.data.chat.template import DEFAULT_TEMPLATE, ensure_template, render, render_prompt
+from peftkit.data.chat.template import DEFAULT_TEMPLATE, ensure_chat_template, render, render_prompt
 from peftkit.data.formats import Example
-from peftkit.data.tokens.mask import IGNORED, tokenize
+from peftkit.data.tokens.mask import IGNORE_INDEX, tokenize
 from peftkit.errors import UserError
 from tests.conftest import TINY_LLAMA
 
@@ -26,8 +26,8 @@ def tokenizer():
 def learnt(tokenizer, example, mask="completion"):
     [row] = tokenize([render(example, tokenizer)], tokenizer, mask=mask)
     assert len(row.input_ids) == len(row.labels)
-    assert all(label in (IGNORED, token) for token, label in zip(row.input_ids, row.labels, strict=True))
-    return tokenizer.decode([token for token in row.labels if token != IGNORED])
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(row.input_ids, row.labels, strict=True))
+    return tokenizer.decode([token for token in row.labels if token != IGNORE_INDEX])
 
 
 def chat(*turns):
@@ -66,10 +66,7 @@ def test_everything_learnt_has_one_end_token(tokenizer):
 
 
 def test_prompt_completion_learns_the_completion_and_an_end_token(tokenizer):
-    assert (
-        learnt(tokenizer, Example("w", prompt="def f(x):\n", completion="    return x"))
-        == "    return x<|end|>"
-    )
+    assert learnt(tokenizer, Example("w", prompt="def f(x):\n", completion="    return x")) == "    return x<|end|>"
 
 
 def test_text_learns_everything(tokenizer):
@@ -81,9 +78,9 @@ def test_base_without_template_gets_the_default_one(tokenizer):
 
     bare = deepcopy(tokenizer)
     bare.chat_template = None
-    assert ensure_template(bare)
+    assert ensure_chat_template(bare)
     assert bare.chat_template == DEFAULT_TEMPLATE
-    assert not ensure_template(bare)
+    assert not ensure_chat_template(bare)
     assert learnt(bare, chat("hi", "hello", "more", "yes")) == "hello<|end|>yes<|end|>"
     prompt, reference = render_prompt(chat("hi", "hello"), bare)
     assert (prompt, reference) == ("### User:\nhi\n\n### Assistant:\n", "hello")
@@ -112,7 +109,7 @@ def test_start_token_comes_once_where_the_tokenizer_wants_it(tokenizer):
     [row] = tokenize([render(chat("hi", "yes"), with_bos)], with_bos, mask="completion")
     assert row.input_ids.count(bos) == 1
     assert row.input_ids[0] == bos
-    assert row.labels[0] == IGNORED
+    assert row.labels[0] == IGNORE_INDEX
 
 
 words = st.text(alphabet=st.characters(exclude_categories=("Cs",)), min_size=1, max_size=40).filter(
@@ -129,10 +126,8 @@ def test_any_chat_learns_exactly_its_answers(tokenizer, turns):
 
 def test_turns_weigh_for_themselves_where_everything_is_learnt(tokenizer):
     turns = chat("one", "two", "three", "four").messages
-    weighed = tuple(
-        {**m, "weight": w} if w is not None else m for m, w in zip(turns, (None, 0, None, 2), strict=True)
-    )
+    weighed = tuple({**m, "weight": w} if w is not None else m for m, w in zip(turns, (None, 0, None, 2), strict=True))
     [row] = tokenize([render(Example("w", messages=weighed), tokenizer)], tokenizer, mask="all")
-    learnt_text = tokenizer.decode([token for token in row.labels if token != IGNORED])
+    learnt_text = tokenizer.decode([token for token in row.labels if token != IGNORE_INDEX])
     assert "two" not in learnt_text and "one" in learnt_text and "four" in learnt_text
-    assert {w for w, label in zip(row.weights, row.labels, strict=True) if label != IGNORED} == {1.0, 2.0}
+    assert {w for w, label in zip(row.weights, row.labels, strict=True) if label != IGNORE_INDEX} == {1.0, 2.0}

@@ -3,18 +3,18 @@ from hypothesis import strategies as st
 
 from peftkit.data.read import mapped_dataset
 from peftkit.data.tokens.mask import Tokenized
-from peftkit.data.tokens.store import Counts, TokenRows, Writer, content_sha256, is_weighted
+from peftkit.data.tokens.store import Counts, StoredTokens, TokenWriter, content_sha256, is_weighted
 
 ids = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9)
 rows = st.lists(st.builds(Tokenized, ids, ids, st.text("ab:/1", max_size=5)), max_size=8)
 
 
 def store(folder, batches):
-    writer = Writer(folder / "rows.arrow")
+    writer = TokenWriter(folder / "rows.arrow")
     for batch in batches:
         writer.write(batch, list(range(len(batch))))
     writer.close()
-    return TokenRows([folder / "rows.arrow"])
+    return StoredTokens([folder / "rows.arrow"])
 
 
 @given(batches=st.lists(rows, max_size=3))

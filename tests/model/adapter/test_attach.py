@@ -3,7 +3,13 @@ import json
 import pytest
 
 from peftkit.errors import UserError
-from peftkit.model.adapter.attach import attach, count_parameters, save_result, save_start, trainable_tensors
+from peftkit.model.adapter.attach import (
+    attach_adapter,
+    count_parameters,
+    save_initial_adapter,
+    save_trained,
+    trainable_tensors,
+)
 from peftkit.model.load import load_model, load_tokenizer
 from tests.conftest import TINY_LLAMA
 from tests.rigs.plans import cpu_plan
@@ -67,17 +73,15 @@ def test_saved_adapter_loads_in_plain_peft_with_equal_logits(case, tmp_path):
     plan, model, tokenizer = parts(METHODS[case])
     batches = [{"input_ids": torch.tensor(IDS * 2), "attention_mask": torch.ones(2, 8)}]
     start = logits(model)
-    wrapped = attach(model, plan, tokenizer, eva_batches=batches)
+    wrapped = attach_adapter(model, plan, tokenizer, eva_batches=batches)
     assert plan.method.num_trainable == count_parameters(wrapped)[0]
     if case not in {"prefix", "prompt"}:
-        assert torch.allclose(start, logits(wrapped), atol=2e-4), (
-            "an untrained adapter must not change the function"
-        )
-    save_start(wrapped, plan, tmp_path / "start", afresh=True)
+        assert torch.allclose(start, logits(wrapped), atol=2e-4), "an untrained adapter must not change the function"
+    save_initial_adapter(wrapped, plan, tmp_path / "start", overwrite=True)
     shake(wrapped)
     trained = logits(wrapped)
     assert not torch.allclose(start, trained, atol=1e-2)
-    save_result(wrapped, plan, tokenizer, tmp_path / "adapter", start=tmp_path / "start")
+    save_trained(wrapped, plan, tokenizer, tmp_path / "adapter", initial_adapter=tmp_path / "start")
     fresh = load_model(str(TINY_LLAMA), plan.base, device="cpu")
     again = logits(PeftModel.from_pretrained(fresh, tmp_path / "adapter"))
     assert torch.allclose(trained, again, atol=2e-4)
@@ -91,10 +95,10 @@ def test_full_fine_tuning_saves_a_model(tmp_path):
     from transformers import AutoModelForCausalLM
 
     plan, model, tokenizer = parts("full")
-    attach(model, plan, tokenizer)
+    attach_adapter(model, plan, tokenizer)
     assert count_parameters(model) == (plan.method.num_trainable, plan.method.num_parameters)
     shake(model)
-    save_result(model, plan, tokenizer, tmp_path / "model", start=tmp_path / "none")
+    save_trained(model, plan, tokenizer, tmp_path / "model", initial_adapter=tmp_path / "none")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert torch.equal(logits(model), logits(again))
 
@@ -105,21 +109,19 @@ def test_targets_are_proven_on_the_real_model():
     plan, model, tokenizer = parts("lora")
     plan = replace(plan, method=replace(plan.method, target_modules=("model.layers.9.self_attn.q_proj",)))
     with pytest.raises(UserError, match="matches no module"):
-        attach(model, plan, tokenizer)
+        attach_adapter(model, plan, tokenizer)
 
 
 def test_token_rows_must_be_single_tokens():
-    plan, model, tokenizer = parts(
-        {"name": "lora", "also_train": [{"tokens": ["<|user|>", "no such token"]}]}
-    )
+    plan, model, tokenizer = parts({"name": "lora", "also_train": [{"tokens": ["<|user|>", "no such token"]}]})
     with pytest.raises(UserError, match="'no such token'"):
-        attach(model, plan, tokenizer)
+        attach_adapter(model, plan, tokenizer)
 
 
 @pytest.mark.parametrize("num_steps", [4, 5, 10, 1000])
 def test_adalora_has_a_schedule_for_any_number_of_steps_that_is_allowed(num_steps):
     plan = cpu_plan("adalora", train={"max_length": 64, "max_steps": num_steps})
-    model = attach(load_model(str(TINY_LLAMA), plan.base, device="cpu"), plan, tokenizer=None)
+    model = attach_adapter(load_model(str(TINY_LLAMA), plan.base, device="cpu"), plan, tokenizer=None)
     config = model.peft_config["default"]
     assert config.tinit < config.total_step - config.tfinal <= num_steps
 

@@ -5,18 +5,18 @@ import json
 import pytest
 
 from peftkit.errors import UserError
-from peftkit.model.adapter.edits import edits_of, refuse_unmergeable
-from peftkit.model.meta.skeleton import blank
-from peftkit.ship.files.tensors import read_all
+from peftkit.model.adapter.edits import read_edits, refuse_unmergeable
+from peftkit.model.meta.skeleton import meta_model
+from peftkit.ship.files.tensors import read_all_entries
 from tests.rigs.adapters import FLAVOURS, base_plan, make
 
 
 def edits(name, folder):
     flavour = FLAVOURS[name]
     base, adapter = make(flavour, folder)
-    tensors = read_all([adapter / "adapter_model.safetensors"])
+    tensors = read_all_entries([adapter / "adapter_model.safetensors"])
     shapes = {key: entry.shape for key, entry in tensors.items()}
-    return edits_of(blank(str(base), base_plan(base, task=flavour.task)), adapter, shapes), shapes
+    return read_edits(meta_model(str(base), base_plan(base, task=flavour.task)), adapter, shapes), shapes
 
 
 @pytest.mark.parametrize("name", FLAVOURS)
@@ -49,7 +49,7 @@ def test_experts_are_told_apart_by_their_parameter_not_by_the_order_of_wrapping(
 def test_copies_of_tables_are_marked(tmp_path):
     found, _ = edits("embeddings", tmp_path)
     first, second = found["model.embed_tokens.weight"]
-    assert (first.kind, first.copied, second.kind) == ("whole", True, "embedding")
+    assert (first.kind, first.is_table_copy, second.kind) == ("whole", True, "embedding")
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,7 @@ def test_what_is_no_addition_to_weights_is_refused(config, said, tmp_path):
 
 
 def test_all_problems_at_once(tmp_path):
-    config = {
-        "peft_type": "LORA",
-        "init_lora_weights": "pissa",
-        "layer_replication": [[0, 1]],
-        "use_bdlora": True,
-    }
+    config = {"peft_type": "LORA", "init_lora_weights": "pissa", "layer_replication": [[0, 1]], "use_bdlora": True}
     with pytest.raises(UserError) as error:
         refuse_unmergeable(tmp_path, config)
     assert len(error.value.problems) == 3
@@ -86,5 +81,5 @@ def test_a_configuration_of_another_base_is_refused(tmp_path):
     base, adapter = make(FLAVOURS["lora"], tmp_path)
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": ["c_attn"]}))
-    with pytest.raises(UserError, match="does not go onto this base"):
-        edits_of(blank(str(base), base_plan(base)), adapter, {})
+    with pytest.raises(UserError, match="does not fit this base"):
+        read_edits(meta_model(str(base), base_plan(base)), adapter, {})

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftkit.errors import PeftkitError
-from peftkit.model.adapter.attach import attach, trainable_tensors
-from peftkit.model.adapter.grow import Adapted, grow, scales
+from peftkit.model.adapter.attach import attach_adapter, trainable_tensors
+from peftkit.model.adapter.grow import AdaptedWeight, adapted_weights, grow_adapter
 from peftkit.model.load import load_model
 from peftkit.train.checkpoint.snapshot import optimizer_state
 from tests.conftest import save_tiny
@@ -62,7 +62,7 @@ class Bench:
         torch.manual_seed(0)
         if self.double:
             base.double().set_experts_implementation("eager")  # the grouped kernel has no double
-        wrapped = attach(base, self.plan(method), tokenizer)
+        wrapped = attach_adapter(base, self.plan(method), tokenizer)
         return wrapped.double() if self.double else wrapped
 
     def start(self, method, steps=3):
@@ -109,11 +109,11 @@ def put(model, optimizer, grown):
 
 def grow_model(bench, model, optimizer, method, *, anew=False, **more):
     """(grown model, its optimizer, what grow returned), on the base from `unload` or one loaded anew."""
-    old = scales(model)
+    old = adapted_weights(model)
     trained = {name: t.detach().clone() for name, t in trainable_tensors(model).items()}
     state = {key: t.clone() for key, t in optimizer_state(model, optimizer)[0].items()}
     larger = bench.attach(bench.base(method) if anew else model.unload(), method)
-    grown = grow(trained, state, trainable_tensors(larger), old=old, new=scales(larger), **more)
+    grown = grow_adapter(trained, state, trainable_tensors(larger), old=old, new=adapted_weights(larger), **more)
     after = torch.optim.AdamW(trainable_tensors(larger).values(), lr=1e-2, weight_decay=0.0)
     put(larger, after, grown)
     return larger, after, grown
@@ -153,9 +153,7 @@ def test_the_function_is_the_same_on_a_4bit_base(saved, style, move):
     assert difference(trained, logits(larger)) <= 1e-6
 
 
-@pytest.mark.parametrize(
-    ("model_type", "style"), [("llama", "dora"), ("gpt2", "lora"), ("mixtral", "rslora")]
-)
+@pytest.mark.parametrize(("model_type", "style"), [("llama", "dora"), ("gpt2", "lora"), ("mixtral", "rslora")])
 def test_plain_peft_loads_what_was_grown(saved, model_type, style, tmp_path):
     from peft import PeftModel
 
@@ -184,9 +182,7 @@ def test_the_next_step_moves_what_was_there_as_without_growth(saved, model_type)
     before = {name: tensor.clone() for name, tensor in grown.trained.items()}
     step(larger, optimizer)
     live = trainable_tensors(larger)
-    state, plain_state = (
-        optimizer_state(*pair)[0] for pair in ((larger, optimizer), (plain, plain_optimizer))
-    )
+    state, plain_state = (optimizer_state(*pair)[0] for pair in ((larger, optimizer), (plain, plain_optimizer)))
     for name, tensor in trainable_tensors(plain).items():
         assert torch.allclose(corner(live[name], tensor), tensor, rtol=1e-5, atol=1e-6), name
         for field in ("exp_avg", "exp_avg_sq"):
@@ -287,10 +283,10 @@ def test_fused_experts_keep_their_adapters_when_a_second_parameter_is_adapted(sa
     both = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
     many = {**few, "target_parameters": both, **BIG}
     model, optimizer = bench.start(few)
-    trained, old = logits(model), scales(model)
+    trained, old = logits(model), adapted_weights(model)
     larger, after, _ = grow_model(bench, model, optimizer, many, anew=True)
     assert difference(trained, logits(larger)) <= 1e-6
-    outer, new = "base_model.model.model.layers.0.mlp.experts", scales(larger)
+    outer, new = "base_model.model.model.layers.0.mlp.experts", adapted_weights(larger)
     assert old[outer].weight.endswith(first)
     assert new[outer].weight.endswith("down_proj")
     assert new[f"{outer}.base_layer"].weight.endswith("gate_up_proj")
@@ -301,7 +297,7 @@ def test_fused_experts_keep_their_adapters_when_a_second_parameter_is_adapted(sa
 
 
 def test_an_unloaded_base_may_nest_its_wrappers_otherwise(saved):
-    """What `grow` does by the weight's name stays right; plain PEFT could not load the result."""
+    """What `grow_adapter` does by the weight's name stays right; plain PEFT could not load the result."""
     bench = Bench(*saved("mixtral"))
     few = {"name": "lora", "targets": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"], **SMALL}
     many = {**few, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
@@ -309,7 +305,7 @@ def test_an_unloaded_base_may_nest_its_wrappers_otherwise(saved):
     trained = logits(model)
     larger, _, _ = grow_model(bench, model, optimizer, many)
     assert difference(trained, logits(larger)) <= 1e-6
-    outer = scales(larger)["base_model.model.model.layers.0.mlp.experts"]
+    outer = adapted_weights(larger)["base_model.model.model.layers.0.mlp.experts"]
     assert outer.weight.endswith("gate_up_proj"), "PEFT orders them as a fresh base does: say so in grow.py"
 
 
@@ -321,7 +317,7 @@ def test_ranks_and_scales_that_differ_by_module(saved):
     model, optimizer = bench.start(small)
     trained = logits(model)
     larger, _, _ = grow_model(bench, model, optimizer, large)
-    found = {name.rpartition(".")[2]: adapted for name, adapted in scales(larger).items()}
+    found = {name.rpartition(".")[2]: adapted for name, adapted in adapted_weights(larger).items()}
     assert [found[module].rank for module in ("q_proj", "down_proj", "v_proj")] == [5, 16, 8]
     assert found["q_proj"].scale == pytest.approx(3 / math.sqrt(5))
     assert difference(trained, logits(larger)) <= 1e-6
@@ -335,18 +331,16 @@ def test_directions_become_the_new_rows_of_a(saved):
     trained = logits(model)
     place = "model.layers.0."
     generator = torch.Generator().manual_seed(1)
-    old, new, experts = (
-        f"{place}{n}" for n in ("self_attn.q_proj", "self_attn.v_proj", "mlp.experts.down_proj")
-    )
+    old, new, experts = (f"{place}{n}" for n in ("self_attn.q_proj", "self_attn.v_proj", "mlp.experts.down_proj"))
     rows = {
         old: torch.randn(2, 64, generator=generator),
         new: torch.randn(8, 64, generator=generator),
         experts: torch.randn(4, 4, 128, generator=generator),
     }
     start = {name: t.detach().clone() for name, t in trainable_tensors(model).items()}
-    larger, _, grown = grow_model(bench, model, optimizer, many, rows=rows)
+    larger, _, grown = grow_model(bench, model, optimizer, many, directions=rows)
     assert difference(trained, logits(larger)) <= 1e-6
-    names = {adapted.weight: f"{name}.lora_A.default.weight" for name, adapted in scales(larger).items()}
+    names = {adapted.weight: f"{name}.lora_A.default.weight" for name, adapted in adapted_weights(larger).items()}
     a, was = grown.trained[names[old]], start[names[old]]
     length = was.norm(dim=1).mean()
     assert torch.allclose(a[4:6], rows[old] / rows[old].norm(dim=1, keepdim=True) * length)
@@ -389,21 +383,17 @@ def test_any_growth_keeps_the_product(sizes, s, s_new, zero, seed):
     trained = adapter(rank, d_in, d_out, num_experts=num_experts, zero="", seed=seed)
     fresh = adapter(rank + more, d_in, d_out, num_experts=num_experts, zero=zero, seed=seed + 1)
     optimizer = {f"{name}|exp_avg_sq": tensor**2 for name, tensor in trained.items()}
-    grown = grow(
+    grown = grow_adapter(
         trained,
         optimizer,
         fresh,
-        old={"m": Adapted("w", rank, s)},
-        new={"m": Adapted("w", rank + more, s_new)},
+        old={"m": AdaptedWeight("w", rank, s)},
+        new={"m": AdaptedWeight("w", rank + more, s_new)},
     )
     before, after = delta(trained, s, num_experts), delta(grown.trained, s_new, num_experts)
     assert torch.allclose(before, after, rtol=1e-12, atol=1e-12 * float(before.abs().max()))
-    assert {name: t.shape for name, t in grown.trained.items()} == {
-        name: t.shape for name, t in fresh.items()
-    }
-    assert all((tensor > 0).all() for tensor in grown.optimizer.values()), (
-        "squares are padded with their mean"
-    )
+    assert {name: t.shape for name, t in grown.trained.items()} == {name: t.shape for name, t in fresh.items()}
+    assert all((tensor > 0).all() for tensor in grown.optimizer.values()), "squares are padded with their mean"
     a, b = grown.trained.values()
     a = a.view(num_experts, -1, d_in)[:, rank:].abs().amax(-1)
     b = b.view(d_out, -1, num_experts).permute(2, 1, 0)[:, rank:].abs().amax(-1)
@@ -413,8 +403,8 @@ def test_any_growth_keeps_the_product(sizes, s, s_new, zero, seed):
 @pytest.mark.parametrize("factor", [1.0, 2.0, 0.25])
 def test_a_scale_by_a_power_of_two_is_exact(factor):
     trained, fresh = adapter(2, 5, 4, zero=""), adapter(4, 5, 4, seed=1)
-    old, new = {"m": Adapted("w", 2, 1.5 * factor)}, {"m": Adapted("w", 4, 1.5)}
-    grown = grow(trained, {}, fresh, old=old, new=new)
+    old, new = {"m": AdaptedWeight("w", 2, 1.5 * factor)}, {"m": AdaptedWeight("w", 4, 1.5)}
+    grown = grow_adapter(trained, {}, fresh, old=old, new=new)
     a, b = grown.trained.values()
     assert torch.equal(a[:2], trained["m.lora_A.x.weight"])
     assert torch.equal(b[:, :2] / factor, trained["m.lora_B.x.weight"])
@@ -422,29 +412,29 @@ def test_a_scale_by_a_power_of_two_is_exact(factor):
 
 
 def grow_made_up(trained=None, optimizer=None, fresh=None, *, ranks=(2, 4), weights=("w", "w"), rows=None):
-    old = {"m": Adapted(weights[0], ranks[0], 1.0)}
-    new = {"m": Adapted(weights[1], ranks[1], 1.0)}
+    old = {"m": AdaptedWeight(weights[0], ranks[0], 1.0)}
+    new = {"m": AdaptedWeight(weights[1], ranks[1], 1.0)}
     trained = adapter(ranks[0], 5, 4, zero="") if trained is None else trained
     fresh = adapter(ranks[1], 5, 4, seed=1) if fresh is None else fresh
-    return grow(trained, optimizer or {}, fresh, old=old, new=new, rows=rows)
+    return grow_adapter(trained, optimizer or {}, fresh, old=old, new=new, directions=rows)
 
 
 BAD = {
     "smaller": ({"ranks": (4, 2)}, "rank 2 is below 4"),
     "half a pair": ({"trained": {"m.lora_A.x.weight": torch.ones(2, 5)}}, "no m.lora_B.x.weight"),
     "dropped": ({"trained": {**adapter(2, 5, 4, zero=""), "head": torch.ones(3)}}, "does not train head"),
-    "dropped module": ({"weights": ("v", "w")}, "v is not adapted any more"),
+    "dropped module": ({"weights": ("v", "w")}, "v is no longer adapted"),
     "another shape": ({"fresh": adapter(4, 6, 4, seed=1)}, r"m.lora_A.x.weight: \(2, 5\) does not fit"),
     "a stranger's state": ({"optimizer": {"n|exp_avg": torch.ones(3)}}, "n has an optimizer state"),
     "now with magnitudes": (
         {"fresh": {**adapter(4, 5, 4), "m.lora_magnitude_vector.x.weight": torch.ones(4)}},
         "no m.lora_magnitude_vector.x.weight",
     ),
-    "a start with an effect": ({"fresh": adapter(4, 5, 4, zero="")}, "starts with an effect"),
-    "nothing new": ({"fresh": {n: t * 0 for n, t in adapter(4, 5, 4).items()}}, "zero on both sides"),
+    "a start with an effect": ({"fresh": adapter(4, 5, 4, zero="")}, "is not zero at initialisation"),
+    "nothing new": ({"fresh": {n: t * 0 for n, t in adapter(4, 5, 4).items()}}, "both zero"),
     "directions for nothing": ({"rows": {"v": torch.ones(2, 5)}}, "directions for v"),
     "directions of another width": ({"rows": {"w": torch.ones(2, 6)}}, "finite rows of 5"),
-    "directions of no length": ({"rows": {"w": torch.zeros(2, 5)}}, "zero on both sides"),
+    "directions of no length": ({"rows": {"w": torch.zeros(2, 5)}}, "both zero"),
     "broken directions": ({"rows": {"w": torch.full((2, 5), float("nan"))}}, "finite rows of 5"),
 }
 
@@ -491,15 +481,17 @@ def test_only_one_unmerged_lora_can_grow(saved):
     model = bench.attach(bench.base(method), method)
     model.merge_adapter()
     with pytest.raises(PeftkitError, match="is merged"):
-        scales(model)
+        adapted_weights(model)
     with pytest.raises(PeftkitError, match="IA3"):
-        scales(bench.attach(bench.base({"name": "ia3"}), {"name": "ia3"}))
+        adapted_weights(bench.attach(bench.base({"name": "ia3"}), {"name": "ia3"}))
 
 
 def test_a_start_that_changes_the_base_is_refused(saved):
     bench = Bench(*saved("llama"))
     before = {"name": "lora", "rank": 4}
-    with pytest.raises(PeftkitError, match="starts with an effect; attach it with a plain start"):
+    with pytest.raises(
+        PeftkitError, match="is not zero at initialisation; attach it with the default LoRA initialisation"
+    ):
         grow_model(bench, *bench.start(before), {"name": "lora", "rank": 8, "init": "pissa"})
 
 

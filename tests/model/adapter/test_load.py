@@ -5,7 +5,7 @@ import struct
 import pytest
 
 from peftkit.errors import UserError
-from peftkit.model.adapter.attach import attach, save_result
+from peftkit.model.adapter.attach import attach_adapter, save_trained
 from peftkit.model.adapter.load import load_adapter, read_adapter_config
 from peftkit.model.load import load_model, load_tokenizer
 from tests.conftest import TINY_LLAMA
@@ -19,8 +19,8 @@ PLAN = cpu_plan({"name": "lora", "rank": 4})
 def made(tmp_path_factory):
     """A saved LoRA."""
     folder = tmp_path_factory.mktemp("adapter") / "lora"
-    model = attach(base(), PLAN, None)
-    save_result(model, PLAN, load_tokenizer(str(TINY_LLAMA), PLAN.base), folder, start=folder / "none")
+    model = attach_adapter(base(), PLAN, None)
+    save_trained(model, PLAN, load_tokenizer(str(TINY_LLAMA), PLAN.base), folder, initial_adapter=folder / "none")
     return folder
 
 
@@ -79,11 +79,8 @@ def test_half_precision_is_taken(adapter):
     [
         (lambda t: t.pop(f"{QUERY}.lora_B.weight"), f"a file without {QUERY}.lora_B.weight"),
         (lambda t: t.clear(), "largest size|without"),
-        (lambda t: t.update(x=t[f"{QUERY}.lora_A.weight"].clone()), "with other tensors, x"),
-        (
-            lambda t: t.update({f"{QUERY}.base_layer.weight": query()}),
-            "with other tensors, .*base_layer",
-        ),
+        (lambda t: t.update(x=t[f"{QUERY}.lora_A.weight"].clone()), "with unexpected tensors, x"),
+        (lambda t: t.update({f"{QUERY}.base_layer.weight": query()}), "with unexpected tensors, .*base_layer"),
         (lambda t: t[f"{QUERY}.lora_A.weight"].fill_(float("nan")), "lora_A.weight with NaN"),
         (lambda t: t.update({n: x.t().contiguous() for n, x in t.items()}), "size mismatch"),
         (lambda t: t.update({n: x.int() for n, x in t.items()}), "of torch.int32"),
@@ -102,7 +99,7 @@ def test_what_peft_only_warns_of_is_refused(adapter, change, said):
         ({"r": 10**9}, "r: got 1000000000, expected at most"),
         ({"r": "x"}, "does not load"),
         ({"rank_pattern": {"q_proj": 10**9}}, "rank_pattern q_proj"),
-        ({"target_modules": ["q_proj"]}, "with other tensors"),
+        ({"target_modules": ["q_proj"]}, "with unexpected tensors"),
         ({"modules_to_save": ["lm_head"]}, "lm_head"),
         ({"use_dora": True}, "lora_magnitude_vector"),
         ({"peft_type": "NO_SUCH"}, "does not load"),
@@ -115,8 +112,7 @@ def test_a_configuration_of_another_adapter_is_refused(adapter, changes, said):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"", b"\0" * 64, b"PK\x03\x04", struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 2) + b"{}x"],
+    "content", [b"", b"\0" * 64, b"PK\x03\x04", struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 2) + b"{}x"]
 )
 def test_what_is_no_safetensors_is_refused(adapter, content):
     (adapter / "adapter_model.safetensors").write_bytes(content)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import peftkit
 from peftkit.errors import UserError
-from peftkit.model.base.locate import locate
+from peftkit.model.base.locate import locate_base
 from peftkit.rundir import verify_folder
 from tests.conftest import TINY_LLAMA
 
@@ -37,7 +37,7 @@ def pickled(tmp_path):
 def test_a_folder_is_refused_until_converted_and_equals_it_then(pickled, tmp_path):
     folder, tensors = pickled
     with pytest.raises(UserError, match=r"pytorch_model.bin only.*peftkit convert .* --out NEW"):
-        locate(str(folder), revision=None, where="base")
+        locate_base(str(folder), revision=None, where="base")
     made = peftkit.convert_weights(folder, out=tmp_path / "out")
     same(load_file(made.out / "model.safetensors"), tensors)
     assert made.left == ("modeling_own.py", "training_args.bin")
@@ -119,9 +119,9 @@ def test_what_is_no_flat_dict_of_tensors_is_refused_and_nothing_is_left(tmp_path
 def test_what_is_there_is_not_written_over(pickled, tmp_path):
     folder, _ = pickled
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="which is there already"):
+    with pytest.raises(UserError, match="which already exists"):
         peftkit.convert_weights(folder, out=tmp_path / "out")
-    with pytest.raises(UserError, match="nothing there"):
+    with pytest.raises(UserError, match="no such path"):
         peftkit.convert_weights(tmp_path / "none", out=tmp_path / "new")
-    with pytest.raises(UserError, match="a folder without pickled weights"):
+    with pytest.raises(UserError, match="a folder without known pickled weights"):
         peftkit.convert_weights(TINY_LLAMA, out=tmp_path / "new")

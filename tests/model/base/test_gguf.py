@@ -12,8 +12,8 @@ from packaging.version import Version
 
 from peftkit.errors import Interrupted, UserError
 from peftkit.hub import cache_folder
-from peftkit.model.base.gguf import converted_folder, header_config
-from peftkit.model.base.locate import locate
+from peftkit.model.base.gguf import convert_gguf_base, read_header_config
+from peftkit.model.base.locate import locate_base
 from tests.conftest import TINY_LLAMA
 from tests.rigs.tiny import tiny_config
 from tests.rigs.tiny_gguf import write_gguf
@@ -47,7 +47,7 @@ def pair(request, tmp_path, monkeypatch):
 
 
 def find(path):
-    return locate(str(path), revision=None, where="base")
+    return locate_base(str(path), revision=None, where="base")
 
 
 def test_converted_base_has_equal_logits_and_tokens(pair):
@@ -57,9 +57,9 @@ def test_converted_base_has_equal_logits_and_tokens(pair):
     if architecture == "gemma2" and Version(transformers.__version__) < Version("5.23"):
         # older versions reload a Gemma tokenizer from GGUF with other merges: told, never trained on
         with pytest.raises(UserError, match="reloads with other rules"):
-            converted_folder(find(path), "base")
+            convert_gguf_base(find(path), "base")
         return
-    folder = converted_folder(find(path), "base")
+    folder = convert_gguf_base(find(path), "base")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert model.config.model_type == architecture
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -78,7 +78,7 @@ def test_header_tells_the_shapes_without_converting(pair):
     from peftkit.archs import shape_from_config
 
     _, original, path = pair
-    shape = shape_from_config(header_config(path, "base"))
+    shape = shape_from_config(read_header_config(path, "base"))
     assert shape.num_parameters == sum(p.numel() for p in original.parameters())
     assert not cache_folder().exists()
 
@@ -90,30 +90,30 @@ def llama_gguf(tmp_path, monkeypatch):
 
 
 def test_second_time_is_a_look_up_and_a_changed_file_is_another_base(llama_gguf):
-    first = converted_folder(find(llama_gguf), "base")
+    first = convert_gguf_base(find(llama_gguf), "base")
     stamp = (first / "model.safetensors").stat().st_mtime_ns
-    assert converted_folder(find(llama_gguf), "base") == first
+    assert convert_gguf_base(find(llama_gguf), "base") == first
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
     with llama_gguf.open("ab") as file:
         file.write(b"\0")
-    assert converted_folder(find(llama_gguf), "base") != first
+    assert convert_gguf_base(find(llama_gguf), "base") != first
 
 
 def test_a_cut_conversion_is_not_trusted(llama_gguf):
-    folder = converted_folder(find(llama_gguf), "base")
+    folder = convert_gguf_base(find(llama_gguf), "base")
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="remove this folder"):
-        converted_folder(find(llama_gguf), "base")
+        convert_gguf_base(find(llama_gguf), "base")
 
 
 def test_a_killed_conversion_leaves_nothing_that_is_trusted(llama_gguf):
     program = (
         "import sys, os, pathlib\nfrom peftkit.model.base import gguf\n"
-        "from peftkit.model.base.locate import locate\n"
-        "whole = gguf._convert\n"
+        "from peftkit.model.base.locate import locate_base\n"
+        "whole = gguf._convert_file\n"
         "def cut(path, folder, where):\n    whole(path, folder, where)\n    os.kill(os.getpid(), 9)\n"
-        "gguf._convert = cut\n"
-        f"gguf.converted_folder(locate({str(llama_gguf)!r}, revision=None, where='base'), 'base')\n"
+        "gguf._convert_file = cut\n"
+        f"gguf.convert_gguf_base(locate_base({str(llama_gguf)!r}, revision=None, where='base'), 'base')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -124,16 +124,16 @@ def test_a_killed_conversion_leaves_nothing_that_is_trusted(llama_gguf):
     assert done.returncode == -signal.SIGKILL
     [left] = (cache_folder() / "bases").iterdir()
     assert left.name.startswith(".tmp-")
-    assert converted_folder(find(llama_gguf), "base").name.startswith("tiny-")
+    assert convert_gguf_base(find(llama_gguf), "base").name.startswith("tiny-")
 
 
 def test_an_interrupt_during_conversion_leaves_nothing(llama_gguf):
     from peftkit import interrupt
 
-    with interrupt.listening():
+    with interrupt.catch_signals():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Interrupted):
-            converted_folder(find(llama_gguf), "base")
+            convert_gguf_base(find(llama_gguf), "base")
     assert list((cache_folder() / "bases").iterdir()) == []
 
 
@@ -141,20 +141,20 @@ def test_files_that_are_no_models(tmp_path, monkeypatch):
     monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "junk.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(UserError, match="not a GGUF model"):
-        header_config(tmp_path / "junk.gguf", "base")
+        read_header_config(tmp_path / "junk.gguf", "base")
     with pytest.raises(UserError, match="cannot read"):
-        converted_folder(find(tmp_path / "junk.gguf"), "base")
+        convert_gguf_base(find(tmp_path / "junk.gguf"), "base")
 
 
 def test_embedded_file_must_be_the_pinned_one(monkeypatch, llama_gguf):
     from dataclasses import replace
 
-    from peftkit.model.base.locate import Base
+    from peftkit.model.base.locate import LocatedBase
 
     base = replace(find(llama_gguf), id="embedded:smollm2-135m-instruct", kind="embedded")
-    assert isinstance(base, Base)
+    assert isinstance(base, LocatedBase)
     with pytest.raises(UserError, match="the pinned file"):
-        converted_folder(base, "base")
+        convert_gguf_base(base, "base")
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_smollm2_answers_as_it_should(tmp_path, monkeypatch):
 
     from peftkit.evaluate.generation import generate_answers
 
-    folder = converted_folder(find("embedded:smollm2-135m-instruct"), "base")
+    folder = convert_gguf_base(find("embedded:smollm2-135m-instruct"), "base")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     chat = [{"role": "user", "content": "What is the capital of Japan? Answer in one sentence."}]
@@ -173,9 +173,7 @@ def test_smollm2_answers_as_it_should(tmp_path, monkeypatch):
         tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True),
         "The capital of France is",
     ]
-    answers = generate_answers(
-        model, tokenizer, prompts, max_new_tokens=12, eos_token_ids=[tokenizer.eos_token_id]
-    )
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens=12, eos_token_ids=[tokenizer.eos_token_id])
     assert answers[0].strip() == "The capital of Japan is Tokyo."
     assert answers[1].startswith(" Paris")
 
@@ -184,15 +182,15 @@ def test_two_at_once_both_get_the_base(llama_gguf, monkeypatch):
     """While one converts, another finishes first: both go on with a whole folder."""
     from peftkit.model.base import gguf
 
-    real, nested = gguf._convert, []
+    real, nested = gguf._convert_file, []
 
     def convert(path, staging, where):
         real(path, staging, where)
         if not nested:
             nested.append(path)
-            nested.append(converted_folder(find(llama_gguf), "base"))  # the other one
+            nested.append(convert_gguf_base(find(llama_gguf), "base"))  # the other one
 
-    monkeypatch.setattr(gguf, "_convert", convert)
-    folder = converted_folder(find(llama_gguf), "base")
+    monkeypatch.setattr(gguf, "_convert_file", convert)
+    folder = convert_gguf_base(find(llama_gguf), "base")
     assert nested[1] == folder
     assert not list(folder.parent.glob(".tmp-*"))

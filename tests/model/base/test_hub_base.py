@@ -63,9 +63,9 @@ def test_a_base_by_its_id_and_what_may_be_wrong_with_it(client, hub):
     )
     assert found == "Llama"
     assert "no model_type" in changed or "model_type" in changed
-    assert "'org/gated', which is gated and not open to you" in gated
+    assert "'org/gated', which is gated, and you have no access" in gated
     assert "accept its licence on its hub page and log in (hf auth login)" in gated
-    assert "'org/none', which the hub does not know (or it is private)" in missing
+    assert "'org/none', which the hub does not have, or which is private" in missing
     assert "which has no revision 'v9'" in revision
     assert "which has no config.json" in other
     assert inspect(client, ("org/gated", None), HF_TOKEN=READER)[0] == gated, "logged in, and not granted"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from peftkit.errors import UserError
-from peftkit.model.base.remote_code import check_pinned, refuse_foreign_code
+from peftkit.model.base.remote_code import refuse_foreign_code, require_pinned_commit
 from peftkit.model.load import load_tokenizer
 from tests.conftest import ROOT, TINY_LLAMA
 from tests.rigs.plans import cpu_plan
@@ -18,9 +18,9 @@ COMMIT = "0123456789" * 4
 def test_hub_code_needs_a_commit():
     for revision in (None, "main", "v1.0", COMMIT[:7], COMMIT.upper().replace("0", "A")):
         with pytest.raises(UserError, match="a pinned commit: 40 hex digits; read that commit's code"):
-            check_pinned("org/model", revision, where="base", how="set base.revision: COMMIT")
-    check_pinned("org/model", COMMIT, where="base", how="")
-    check_pinned(str(TINY_LLAMA), None, where="base", how="")
+            require_pinned_commit("org/model", revision, where="base", remedy="set base.revision: COMMIT")
+    require_pinned_commit("org/model", COMMIT, where="base", remedy="")
+    require_pinned_commit(str(TINY_LLAMA), None, where="base", remedy="")
 
 
 FOREIGN = [
@@ -65,7 +65,7 @@ def test_code_is_not_run_unasked(tmp_path):
         code.write_text(f"open({str(mark)!r}, 'w')\n" + code.read_text())
     auto_map = {"AutoConfig": "configuration_retnet.TinyRetNetConfig"}
     (base / "config.json").write_text(json.dumps({"model_type": "tiny_retnet", "auto_map": auto_map}))
-    with pytest.raises(UserError, match="brings its own code"):
+    with pytest.raises(UserError, match="comes with its own code"):
         peftkit.inspect_model(base)
     assert not mark.exists()
 

@@ -13,9 +13,7 @@ def gradients_after_evaluation(model, *, evaluate):
     import peft
 
     torch.manual_seed(0)
-    wrapped = peft.get_peft_model(
-        model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    )
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     ids = torch.arange(5, 69).view(2, 32)
     if evaluate:
         wrapped.eval()
@@ -39,20 +37,18 @@ def test_gradients_are_the_same_after_an_evaluation_pass():
 def test_the_fault_is_still_there():
     from transformers import AutoModelForCausalLM
 
-    from peftkit.model.quantize import quantization_config
+    from peftkit.model.quantize import build_quantization_config
 
     plan = cpu_plan({"name": "qlora"})
 
     def load():
         return AutoModelForCausalLM.from_pretrained(
             TINY_LLAMA,
-            quantization_config=quantization_config(plan.base),
+            quantization_config=build_quantization_config(plan.base),
             dtype=torch.float32,
             device_map={"": "cpu"},
         )
 
     if not any(getattr(module, bnb_cpu_repack.FLAG, False) for module in load().modules()):
         pytest.skip("this CPU has no AVX512-BF16: bitsandbytes does not repack here")
-    assert difference(load) > 0.1, (
-        "bitsandbytes keeps gradients right now: remove model/mends/bnb_cpu_repack.py"
-    )
+    assert difference(load) > 0.1, "bitsandbytes keeps gradients right now: remove model/mends/bnb_cpu_repack.py"

@@ -78,9 +78,7 @@ Break = Callable[[random.Random, Tensors], bytes]
 
 
 def _missing(rng: random.Random, found: Tensors) -> bytes:
-    for name in rng.sample(
-        found.names(), rng.choice([1, 1, len(found.names()) // 2 or 1, len(found.names())])
-    ):
+    for name in rng.sample(found.names(), rng.choice([1, 1, len(found.names()) // 2 or 1, len(found.names())])):
         found.drop(name)
     return found.content()
 
@@ -94,9 +92,7 @@ def _renamed(rng: random.Random, found: Tensors) -> bytes:
 
 def _extra(rng: random.Random, found: Tensors) -> bytes:
     base = "base_model.model.model.layers.0.self_attn.q_proj"
-    name = rng.choice(
-        [f"{base}.weight", f"{base}.base_layer.weight", "x", "base_model.model.model.norm.weight.x"]
-    )
+    name = rng.choice([f"{base}.weight", f"{base}.base_layer.weight", "x", "base_model.model.model.norm.weight.x"])
     found.add(name, [2, 2], struct.pack("<4f", 1, 2, 3, 4))
     return found.content()
 
@@ -105,9 +101,7 @@ def _reshaped(rng: random.Random, found: Tensors) -> bytes:
     name = rng.choice(found.names())
     shape = found.head[name]["shape"]
     total = math.prod(shape)
-    other = [
-        s for s in ([total], [1, total], [total, 1], shape[::-1], [*shape, 1], [2, total // 2]) if s != shape
-    ]
+    other = [s for s in ([total], [1, total], [total, 1], shape[::-1], [*shape, 1], [2, total // 2]) if s != shape]
     found.head[name]["shape"] = rng.choice([s for s in other if math.prod(s) == total])
     return found.content()
 
@@ -122,25 +116,14 @@ def _not_finite(rng: random.Random, found: Tensors) -> bytes:
 
 
 def _retyped(rng: random.Random, found: Tensors) -> bytes:
-    found.head[rng.choice(found.names())]["dtype"] = rng.choice(
-        ["I32", "U32", "F64", "F16", "BOOL", "F32x", "C64", 1]
-    )
+    found.head[rng.choice(found.names())]["dtype"] = rng.choice(["I32", "U32", "F64", "F16", "BOOL", "F32x", "C64", 1])
     return found.content()
 
 
 def _offsets(rng: random.Random, found: Tensors) -> bytes:
     name = rng.choice(found.names())
     start, stop = found.head[name]["data_offsets"]
-    wrong = [
-        [start, stop + 4],
-        [stop, start],
-        [0, 2**63],
-        [-4, stop],
-        [start + 2, stop + 2],
-        [],
-        ["a", "b"],
-        None,
-    ]
+    wrong = [[start, stop + 4], [stop, start], [0, 2**63], [-4, stop], [start + 2, stop + 2], [], ["a", "b"], None]
     found.head[name]["data_offsets"] = rng.choice([w for w in wrong if w != [start, stop]])
     return found.content()
 
@@ -150,9 +133,7 @@ def _head(rng: random.Random, found: Tensors) -> bytes:
     lengths = [0, 1, 7, 2**31, 2**63, 2**64 - 1, len(content), len(content) - 8, 100_000_001]
     if rng.random() < 0.5:
         return struct.pack("<Q", rng.choice(lengths)) + content[8:]
-    head = rng.choice(
-        [b"{", b"[]", b"null", b"{}", b"[" * 100_000, b'{"a":' * 50_000, b"\xff" * 50, b'{"a": 1}']
-    )
+    head = rng.choice([b"{", b"[]", b"null", b"{}", b"[" * 100_000, b'{"a":' * 50_000, b"\xff" * 50, b'{"a": 1}'])
     return struct.pack("<Q", len(head)) + head + found.data
 
 
@@ -198,9 +179,7 @@ def _changed_rank(rng: random.Random, config: dict[str, Any]) -> None:
 
 def _changed_targets(rng: random.Random, config: dict[str, Any]) -> None:
     if config.get("target_modules") and config["peft_type"] != "VERA":
-        config["target_modules"] = rng.choice(
-            [["q_proj"], [], ["nowhere"], "(", 5, {"a": 1}, [5], ["lm_head"]]
-        )
+        config["target_modules"] = rng.choice([["q_proj"], [], ["nowhere"], "(", 5, {"a": 1}, [5], ["lm_head"]])
     else:
         config["peft_type"] = "LOHA"
 
@@ -211,9 +190,7 @@ def _changed_type(rng: random.Random, config: dict[str, Any]) -> None:
 
 
 def _not_finite_number(rng: random.Random, config: dict[str, Any]) -> None:
-    config[rng.choice(["lora_alpha", "lora_dropout", "d_initial"])] = rng.choice(
-        [math.nan, math.inf, -math.inf]
-    )
+    config[rng.choice(["lora_alpha", "lora_dropout", "d_initial"])] = rng.choice([math.nan, math.inf, -math.inf])
 
 
 def _added(rng: random.Random, config: dict[str, Any]) -> None:
@@ -252,9 +229,7 @@ CONFIG_BREAKS: dict[str, Callable[[random.Random, dict[str, Any]], None]] = {
     "no such base": _no_base,
 }
 _NOT_JSON = (b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"r": 1,}', b"\0", b"1")
-_UNTOLD: dict[
-    str, list[Any]
-] = {  # what no one can tell from the file, or changes nothing; and what is nonsense
+_UNTOLD: dict[str, list[Any]] = {  # what no one can tell from the file, or changes nothing; and what is nonsense
     "lora_alpha": [1, 8.5, "x", None, [], 10**400, -1],
     "lora_dropout": [0.5, "x", 2, -1, None],
     "use_rslora": [True, "x", None],
@@ -308,9 +283,7 @@ def _whole(rng: random.Random, folder: Path) -> str:
     (folder / WEIGHTS).write_bytes(found.content())
     config = json.loads((folder / CONFIG).read_text())
     names = rng.sample(list(config), len(config)) if way == 2 else list(config)
-    (folder / CONFIG).write_text(
-        json.dumps({name: config[name] for name in names}, indent=rng.choice([None, 2]))
-    )
+    (folder / CONFIG).write_text(json.dumps({name: config[name] for name in names}, indent=rng.choice([None, 2])))
     return ("metadata", "another order of tensors", "another order of keys", "whole")[way]
 
 
@@ -370,9 +343,7 @@ def _same(model: Any, content: bytes) -> None:
     found = Tensors.of(content)
     held = get_peft_model_state_dict(model, save_embedding_layers=False)
     if set(held) != set(found.names()):
-        raise WrongSuccess(
-            f"tensors without a place or without weights: {sorted(set(held) ^ set(found.names()))}"
-        )
+        raise WrongSuccess(f"tensors without a place or without weights: {sorted(set(held) ^ set(found.names()))}")
     for name, tensor in held.items():
         if not bool(tensor.isfinite().all()):
             raise WrongSuccess(f"{name} is not finite")
@@ -406,19 +377,19 @@ def make_adapters(shared: Path) -> None:
     import torch
 
     from peftkit.api import finetune
-    from peftkit.model.adapter.attach import attach, save_result, trainable_tensors
+    from peftkit.model.adapter.attach import attach_adapter, save_trained, trainable_tensors
     from peftkit.model.load import load_model, load_tokenizer
     from tests.rigs.plans import cpu_plan
 
     for name, method in METHODS.items():
         plan = cpu_plan(method)
         tokenizer = load_tokenizer(str(TINY), plan.base)
-        model = attach(load_model(str(TINY), plan.base, device="cpu"), plan, tokenizer)
+        model = attach_adapter(load_model(str(TINY), plan.base, device="cpu"), plan, tokenizer)
         torch.manual_seed(1)
         with torch.no_grad():
             for tensor in trainable_tensors(model).values():
                 tensor.add_(torch.randn_like(tensor) * 0.05)
-        save_result(model, plan, tokenizer, shared / name, start=shared / "none")
+        save_trained(model, plan, tokenizer, shared / name, initial_adapter=shared / "none")
     rows = "".join(json.dumps({"prompt": f"Say {i}", "completion": f"it is {i}"}) + "\n" for i in range(8))
     (shared / "rows.jsonl").write_text(rows)
     recipe = {

@@ -86,7 +86,7 @@ def _work(order: Mapping[str, Any], points: Points) -> int:
 
     def observe(event: dict[str, Any]) -> None:
         name = f"{event['event']} {event.get('name', '')}".strip()
-        print(json.dumps(event, default=str), flush=True)
+        print(json.dumps(event.to_json(), default=str), flush=True)
         wanted = hurt.get("on") in {name, event["event"]} and event.get("step", 0) >= hurt.get("step", 0)
         if wanted and not given:
             given.append(name)

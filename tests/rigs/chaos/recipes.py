@@ -77,9 +77,7 @@ def _not_finite(rng: random.Random, data: dict[str, Any]) -> None:
 
 
 def _missing(rng: random.Random, data: dict[str, Any]) -> None:
-    section, key = rng.choice(
-        [("base", None), ("method", None), ("data", None), ("method", "name"), ("data", "train")]
-    )
+    section, key = rng.choice([("base", None), ("method", None), ("data", None), ("method", "name"), ("data", "train")])
     if key is None:
         del data[section]
     else:
@@ -102,9 +100,7 @@ def _misspelled(rng: random.Random, data: dict[str, Any]) -> None:
             name.translate(_LOOKALIKES),
             name + rng.choice([" ", "\u200b", "\u00a0", "\ufeff"]),
             "".join(reversed(name)),
-            rng.choice(
-                ["__class__", "__init__", "model_config", "model_fields", "x" * 300, "constructor", "1", "-"]
-            ),
+            rng.choice(["__class__", "__init__", "model_config", "model_fields", "x" * 300, "constructor", "1", "-"]),
         ]
     )
     place[wrong if wrong not in known and wrong else f"{name}_x"] = rng.choice([1, "a", None, {"a": 1}])
@@ -163,24 +159,8 @@ def _bomb(rng: random.Random) -> str:
 def _tagged(rng: random.Random) -> str:
     tag = rng.choice(
         [
-            *(
-                "!!python/object/apply:os.system",
-                "!!python/name:os.system",
-                "!!binary",
-                "!!timestamp",
-                "!!set",
-            ),
-            *(
-                "!x",
-                "!",
-                "!<tag:yaml.org,2002:int>",
-                "!!int",
-                "!!float",
-                "!!bool",
-                "!!null",
-                "!!str",
-                "!!map",
-            ),
+            *("!!python/object/apply:os.system", "!!python/name:os.system", "!!binary", "!!timestamp", "!!set"),
+            *("!x", "!", "!<tag:yaml.org,2002:int>", "!!int", "!!float", "!!bool", "!!null", "!!str", "!!map"),
         ]
     )
     return rng.choice([f"seed: {tag} 3", f"{tag} seed: 3", f"seed: {tag}", f"train: {tag} {{epochs: 1}}"])
@@ -192,17 +172,11 @@ _LINES: dict[str, Callable[[random.Random], str]] = {
     "a merge key": lambda rng: rng.choice(["x: &x {seed: 1}\n<<: *x", "train: {<<: {epochs: 1}}"]),
     "a tab": lambda rng: "train:\n\tepochs: 1",
     "an alias bomb": _bomb,
-    "an alias of itself": lambda rng: rng.choice(
-        ["train: &x [*x]", "train: &x {epochs: *x}", "seed: *nowhere"]
-    ),
-    "deep nesting": lambda rng: (
-        "seed: " + rng.choice(["[", "{a: ", "- ", "? "]) * rng.choice([60, 500, 50_000])
-    ),
+    "an alias of itself": lambda rng: rng.choice(["train: &x [*x]", "train: &x {epochs: *x}", "seed: *nowhere"]),
+    "deep nesting": lambda rng: "seed: " + rng.choice(["[", "{a: ", "- ", "? "]) * rng.choice([60, 500, 50_000]),
     "many values": lambda rng: "seed: [" + "1," * rng.choice([12_000, 200_000]) + "]",
     "many keys": lambda rng: "data: {columns: {" + "".join(f"k{i}: a, " for i in range(12_000)) + "}}",
-    "a huge number": lambda rng: (
-        "seed: " + rng.choice(["9" * 5000, "-" + "1" * 900_000, "1e400", "0x" + "f" * 5000])
-    ),
+    "a huge number": lambda rng: "seed: " + rng.choice(["9" * 5000, "-" + "1" * 900_000, "1e400", "0x" + "f" * 5000]),
     "a character beyond Unicode": lambda rng: rng.choice(['seed: "\\U00110000"', 'base: "\\UFFFFFFFF"']),
     "half a character": lambda rng: rng.choice(['evaluate: {metric: "\\ud800"}', '"\\udfff": 1']),
     "two documents": lambda rng: "---\nseed: 1",
@@ -216,14 +190,7 @@ _LINES: dict[str, Callable[[random.Random], str]] = {
 _BYTES = {
     "a NUL byte": [b"\0"],
     "a control character": [b"\x01", b"\x1b[2J", b"\x08", b"\x7f", b"\xc2\x80", b"\xef\xbf\xbe"],
-    "a byte that is not UTF-8": [
-        b"\xff",
-        b"\xc3",
-        b"\xe9",
-        b"\xed\xa0\x80",
-        b"\xf5\x80\x80\x80",
-        b"\xc0\xaf",
-    ],
+    "a byte that is not UTF-8": [b"\xff", b"\xc3", b"\xe9", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\xc0\xaf"],
 }
 
 
@@ -240,9 +207,7 @@ def broken(rng: random.Random) -> Case:
             data.pop(key, None)
         if what == "many keys":
             data.pop("data")
-        text = "".join(
-            f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in _printable(data).items()
-        )
+        text = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in _printable(data).items())
         line = _LINES[what](rng)
         if rng.random() < 0.5 and what in {"a tag", "a key twice", "many values", "a huge number"}:
             return Case(what, (line + "\n" + text).encode(), "refused")
@@ -274,13 +239,9 @@ def _extended(rng: random.Random, data: dict[str, Any]) -> Case:
     """`extends` that leads nowhere, in a circle, or too far."""
     which = rng.choice(["itself", "circle", "missing", "folder", "long", "list", "NUL", "far", "broken"])
     files: dict[str, bytes] = {}
-    target: Any = {
-        "itself": "recipe.yaml",
-        "missing": "no.yaml",
-        "folder": ".",
-        "long": "x" * 5000,
-        "list": ["a"],
-    }.get(which, "a.yaml")
+    target: Any = {"itself": "recipe.yaml", "missing": "no.yaml", "folder": ".", "long": "x" * 5000, "list": ["a"]}.get(
+        which, "a.yaml"
+    )
     if which == "NUL":
         target = "a\0.yaml"
     if which == "circle":
@@ -325,37 +286,11 @@ def overridden(rng: random.Random) -> Case:
         return Case("a good override", written, "plans", _with(data, ("train", "max_steps"), steps), (text,))
     wrong = rng.choice(
         [
-            *(
-                "seed",
-                "=1",
-                "seed.=1",
-                ".seed=1",
-                "seed=-1",
-                "seed=x",
-                "seed=[",
-                "seed=!!int 1",
-                "seed=\0",
-                "=",
-                "",
-            ),
+            *("seed", "=1", "seed.=1", ".seed=1", "seed=-1", "seed=x", "seed=[", "seed=!!int 1", "seed=\0", "=", ""),
             *("method.rnak=1", "method=nothing", "method.name=lore", "data.train=", "data.train=[]"),
             *(".".join("a" * 3000) + "=1", "a" * 100_000 + "=1", "seed=" + "9" * 5000, "seed=" + "[" * 5000),
-            *(
-                "train.epochs.x=1",
-                "base.id.x=2",
-                "train=1",
-                "train.epochs=.nan",
-                "train.epochs=1e999",
-                "seed=1: 2: 3",
-            ),
-            *(
-                "seed=\ud800",
-                "\ud800=1",
-                "base=\x1b[2J",
-                "seed=1\nseed=2",
-                "method.targets=[]",
-                "<<={seed: 1}",
-            ),
+            *("train.epochs.x=1", "base.id.x=2", "train=1", "train.epochs=.nan", "train.epochs=1e999", "seed=1: 2: 3"),
+            *("seed=\ud800", "\ud800=1", "base=\x1b[2J", "seed=1\nseed=2", "method.targets=[]", "<<={seed: 1}"),
         ]
     )
     return Case("a bad override", document(rng, data), "refused", overrides=(wrong,))

@@ -177,9 +177,7 @@ def _spoilt_line(rng: random.Random, row: dict[str, Any], line: bytes) -> bytes:
     ways: list[Callable[[], bytes]] = [
         lambda: line[:at] + b"\0" + line[at:],
         lambda: (
-            line[:at]
-            + rng.choice([b"\xff", b"\xe9", b"\xc3(", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80"])
-            + line[at:]
+            line[:at] + rng.choice([b"\xff", b"\xe9", b"\xc3(", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80"]) + line[at:]
         ),
         lambda: line[: rng.randint(at, len(line) - 1)],
         lambda: line.rstrip()[:-1] + b', "x": NaN}',
@@ -255,9 +253,7 @@ def _changed(rng: random.Random, content: bytes) -> bytes:
         elif which == 3:
             del found[at : at + rng.choice([1, 8, 100])]
         elif which == 4:
-            found[at:at] = rng.choice(
-                [b"\0", b'"', b"\n", b"\r", b",", b"{", b"\xff" * 8, bytes(64), b"[" * 5000]
-            )
+            found[at:at] = rng.choice([b"\0", b'"', b"\n", b"\r", b",", b"{", b"\xff" * 8, bytes(64), b"[" * 5000])
         elif which == 5:
             length = rng.choice([4, 8, 64])
             found[at : at + length] = rng.choice([b"\0", b"\xff", b"\x7f"]) * length
@@ -287,33 +283,10 @@ def odd(rng: random.Random) -> Case:
     suffix = rng.choice([*WRITERS, ".jsonl.gz", ".csv.zst", ".parquet.gz", ".arrow.zst", ".ndjson", ".md"])
     content = rng.choice(
         [
-            *(
-                b"",
-                b"\n",
-                b"\0",
-                b"\xef\xbb\xbf",
-                b"\xff\xfe",
-                b"[",
-                b"{}",
-                b"[]",
-                b"null",
-                b" ",
-                b"\n" * 10_000,
-            ),
-            *(
-                b"PAR1",
-                b"PAR1PAR1",
-                b"ARROW1\0\0",
-                b"\x1f\x8b",
-                b"\x1f\x8b\x08" + bytes(20),
-                b"\x28\xb5\x2f\xfd",
-            ),
+            *(b"", b"\n", b"\0", b"\xef\xbb\xbf", b"\xff\xfe", b"[", b"{}", b"[]", b"null", b" ", b"\n" * 10_000),
+            *(b"PAR1", b"PAR1PAR1", b"ARROW1\0\0", b"\x1f\x8b", b"\x1f\x8b\x08" + bytes(20), b"\x28\xb5\x2f\xfd"),
             *(rng.randbytes(200), b"a,a\n1,2\n", b"a\n", b'a,b\n"', b'"' * 5000, b"," * 5000, b"\r" * 100),
-            *(
-                b"PAR1" + bytes(8) + b"\xff\xff\xff\x7fPAR1",
-                b"\xff\xff\xff\xff\xff\xff\xff\x7f" * 4,
-                b"[" * 200_000,
-            ),
+            *(b"PAR1" + bytes(8) + b"\xff\xff\xff\x7fPAR1", b"\xff\xff\xff\xff\xff\xff\xff\x7f" * 4, b"[" * 200_000),
             *(case.content.decode("latin-1").encode("utf-16"), case.content * 2, gzip.compress(case.content)),
             *(
                 _wide(rng, 5000),
@@ -402,7 +375,7 @@ def check(case: Case, folder: Path, *, gate: bool) -> str:
     """Read a case by itself, then as a recipe's data. Raises where what comes of it is wrong."""
     from peftkit.api import check_data, load_recipe
     from peftkit.data.read import Row, read
-    from peftkit.data.rows.ingest import LEFT_OUT, UNUSABLE
+    from peftkit.data.rows.ingest import LEFT_OUT, UNUSABLE_CHECKS
     from peftkit.errors import UserError
     from peftkit.prepare.facts import light_facts
     from peftkit.recipe.schema import Source
@@ -425,7 +398,7 @@ def check(case: Case, folder: Path, *, gate: bool) -> str:
     source = {
         "base": str(TINY),
         "method": "ia3",
-        "data": {"train": str(path), "eval": None, "format": case.format, "waive": list(UNUSABLE)},
+        "data": {"train": str(path), "eval": None, "format": case.format, "waive": list(UNUSABLE_CHECKS)},
         "train": {"max_steps": 1},
     }
     verdict = "accepted"
@@ -436,9 +409,7 @@ def check(case: Case, folder: Path, *, gate: bool) -> str:
         if kept + left != len(found):
             raise WrongSuccess(f"{path}: {len(found)} rows read, {kept} kept and {left} left out")
         if case.rows is not None and (kept, left) != (len(case.rows), case.num_bad):
-            raise WrongSuccess(
-                f"{path}: {kept} rows kept and {left} left out, not {len(case.rows)}, {case.num_bad}"
-            )
+            raise WrongSuccess(f"{path}: {kept} rows kept and {left} left out, not {len(case.rows)}, {case.num_bad}")
     except UserError as error:
         check_told(error)
         verdict = "refused"

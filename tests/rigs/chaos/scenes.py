@@ -90,7 +90,7 @@ class Scenes:
         return self.ended_well(out)
 
     def ended_well(self, out: Path) -> str | None:
-        """The result equals the whole run's, everything verifies, nothing half-written is left."""
+        """The result equals the whole run's, everything verifies, no partial files are left."""
         if result_bytes(out) != self.wanted:
             return "another adapter than the whole run's"
         if faults := peftkit.verify_run(out).faults:
@@ -99,7 +99,7 @@ class Scenes:
         if left:
             return f"left behind: {', '.join(left)}"
         if peftkit.summarize_run(out).result is None:
-            return "a run that is finished and does not say so"
+            return "a finished run and does not say so"
         shutil.rmtree(out)
         return None
 
@@ -174,7 +174,7 @@ class Scenes:
         answer = self.order("resume", out)
         if answer["status"] != 0:
             return f"ended with {answer['status']}: {answer['log'][-500:]}"
-        if f"{newest.name}" not in answer["log"] or "passed over" not in answer["log"]:
+        if f"{newest.name}" not in answer["log"] or "skipped" not in answer["log"]:
             return "the damage was not told"
         return self.ended_well(out)
 

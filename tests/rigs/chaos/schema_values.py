@@ -116,9 +116,7 @@ def _word(rng: random.Random) -> str:
 _FIXED: dict[tuple[str, ...], Callable[[random.Random], Any]] = {
     ("base", "id"): lambda rng: str(TINY),
     ("data", "train"): lambda rng: rng.choice(["rows.jsonl", ["rows.jsonl"], {"path": "rows.jsonl"}]),
-    ("data", "eval"): lambda rng: rng.choice(
-        ["5%", "33.3%", 0.25, 0, None, "held.jsonl", {"path": "held.jsonl"}]
-    ),
+    ("data", "eval"): lambda rng: rng.choice(["5%", "33.3%", 0.25, 0, None, "held.jsonl", {"path": "held.jsonl"}]),
     ("data", "columns"): lambda rng: {_word(rng): _word(rng) for _ in range(rng.randint(0, 3))},
     ("train", "schedule", "warmup"): lambda rng: rng.choice(["0%", "12.5 %", 0.1, 0]),
 }
@@ -159,9 +157,7 @@ def _fill(rng: random.Random, annotation: Any, bounds: tuple[Any, ...], path: tu
     found = {}
     for name, info in annotation.model_fields.items():
         if info.is_required() or rng.random() < 0.5:
-            found[name] = fill(
-                rng, Slot((*path, name), info.annotation, (*info.metadata, *_bounds(info.annotation)))
-            )
+            found[name] = fill(rng, Slot((*path, name), info.annotation, (*info.metadata, *_bounds(info.annotation))))
     return found
 
 
@@ -199,9 +195,7 @@ def valid(rng: random.Random) -> dict[str, Any]:
 
 def plain(rng: random.Random) -> dict[str, Any]:
     """A recipe that can be planned: nothing in it contradicts the base or the data."""
-    method: dict[str, Any] = {
-        "name": rng.choice(["lora", "lora", "lora", "prefix", "ia3", "full", "vera", "ln"])
-    }
+    method: dict[str, Any] = {"name": rng.choice(["lora", "lora", "lora", "prefix", "ia3", "full", "vera", "ln"])}
     if method["name"] == "lora":
         method |= {"rank": rng.randint(1, 32), "dropout": round(rng.uniform(0, 0.9), 3)}
         method |= rng.choice([{}, {"alpha": rng.uniform(0.1, 64)}, {"rslora": True}, {"targets": ["q", "v"]}])

@@ -47,12 +47,7 @@ def flow(rng: random.Random, value: Any) -> str:
         inner = (f"{scalar(rng, name, key=True)}: {flow(rng, item)}" for name, item in value.items())
         return "{" + ", ".join(inner) + rng.choice(["", " "]) + "}"
     if isinstance(value, list):
-        return (
-            "["
-            + ", ".join(flow(rng, item) for item in value)
-            + rng.choice(["", ","] if value else [""])
-            + "]"
-        )
+        return "[" + ", ".join(flow(rng, item) for item in value) + rng.choice(["", ","] if value else [""]) + "]"
     return scalar(rng, value)
 
 

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftkit.ship.card.card import BaseFacts, CardFacts, DataFacts, Score, card_of, is_hub_id, without_paths
+from peftkit.ship.card.card import BaseFacts, CardFacts, Score, TrainingDataFacts, is_hub_id, render_card, strip_paths
 
 TOKEN = "hf_" + "Zq7w" * 9
 KNOWN = CardFacts(
@@ -32,19 +32,14 @@ KNOWN = CardFacts(
     settings={"rank": 24, "alpha": 48, "target_modules": ["q_proj", "v_proj"], "packing": False},
     rank=24,
     plain_lora=True,
-    data=DataFacts(
-        ("openai/gsm8k", "own.jsonl"), ("openai/gsm8k",), 7000, 400, 10**6, 10**5, "ef" * 32, "all"
-    ),
+    data=TrainingDataFacts(("openai/gsm8k", "own.jsonl"), ("openai/gsm8k",), 7000, 400, 10**6, 10**5, "ef" * 32, "all"),
     languages=("en",),
     num_trainable=40_000_000,
     num_total=8_000_000_000,
     planned_bytes=9 * 2**30,
     measured_bytes=8 * 2**30,
     device="NVIDIA L4",
-    scores=(
-        Score("evaluation loss, nats a token", 1.25, 2.5),
-        Score("exact_match", 0.5, 0.25, 0.4, 0.6, 100),
-    ),
+    scores=(Score("evaluation loss, nats per token", 1.25, 2.5), Score("exact_match", 0.5, 0.25, 0.4, 0.6, 100)),
     verdict="not lagging (as good as was asked for)",
     merge={"base": "dequantized", "kl": 0.0027, "top1_agreement": 0.97, "num_prompts": 8, "passed": True},
     versions={"peftkit": "0.1.0", "peft": "0.21.2"},
@@ -62,7 +57,7 @@ def front_of(card):
 
 
 def test_the_front_matter_is_what_the_hub_wants():
-    assert front_of(card_of(KNOWN)) == {
+    assert front_of(render_card(KNOWN)) == {
         "library_name": "peft",
         "base_model": "meta-llama/Llama-3.1-8B",
         "base_model_relation": "adapter",
@@ -74,7 +69,7 @@ def test_the_front_matter_is_what_the_hub_wants():
         "pipeline_tag": "text-generation",
         "tags": ["peftkit", "qlora"],
     }
-    assert card_of(KNOWN) == card_of(KNOWN)
+    assert render_card(KNOWN) == render_card(KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +81,7 @@ def test_the_front_matter_is_what_the_hub_wants():
     ],
 )
 def test_what_was_made_of_an_adapter_says_so(layout, relation, library, wanted):
-    card = card_of(changed(layout=layout, relation=relation))
+    card = render_card(changed(layout=layout, relation=relation))
     front = front_of(card)
     assert (front["library_name"], front["base_model_relation"]) == (library, wanted)
     assert "PeftModel" not in card
@@ -94,10 +89,10 @@ def test_what_was_made_of_an_adapter_says_so(layout, relation, library, wanted):
 
 
 def test_several_adapters_in_one_are_a_merge_and_nothing_to_compare_with_is_no_pass():
-    card = card_of(changed(layout="model", merge={"adapters": [["a", 1.0], ["b", 0.5]], "passed": True}))
+    card = render_card(changed(layout="model", merge={"adapters": [["a", 1.0], ["b", 0.5]], "passed": True}))
     assert front_of(card)["base_model_relation"] == "merge"
     assert "within tolerance" not in card
-    assert "| within tolerance | yes |" in card_of(KNOWN)
+    assert "| within tolerance | yes |" in render_card(KNOWN)
 
 
 def changed(**changes):
@@ -105,22 +100,22 @@ def changed(**changes):
 
 
 def test_the_text_says_what_is_known():
-    card = card_of(KNOWN)
+    card = render_card(KNOWN)
     for line in (
         "An adapter (qlora) for [meta-llama/Llama-3.1-8B](https://huggingface.co/meta-llama/Llama-3.1-8B)",
         "Licence: other (llama3.1), inherited from the base.",
         "| revision | d04e592bb4f6aa9cfee91e2e20afa771667e1d4b |",
-        "| quantized to, in training | 4 bits, nf4 with double quantization |",
+        "| quantized in training to | 4 bits, nf4 with double quantization |",
         r"| target\_modules | q\_proj, v\_proj |",
         "| examples trained on | 7,000 |",
         "| share trained | 0.500 % |",
         "| peak memory of training, planned | 9.00 GiB |",
-        "| evaluation loss, nats a token | 2.5 before, 1.25 after |",
+        "| evaluation loss, nats per token | 2.5 before, 1.25 after |",
         r"| exact\_match | 0.25 before, 0.5 after, 95 % interval 0.4 to 0.6 (100 examples) |",
         "| peftkit's diagnosis | not lagging (as good as was asked for) |",
         "| merged into | dequantized |",
-        "| KL divergence, nats a token | 0.0027 |",
-        "| same first choice | 97.00 % of tokens |",
+        "| KL divergence, nats per token | 0.0027 |",
+        "| same top token | 97.00 % of tokens |",
         "| compared with base and adapter on | 8 prompts |",
         "vllm serve meta-llama/Llama-3.1-8B --enable-lora --max-lora-rank 32 \\",
         '        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
@@ -131,18 +126,18 @@ def test_the_text_says_what_is_known():
 
 
 def test_what_is_unknown_is_left_out_or_said_in_words():
-    card = card_of(CardFacts(layout="adapter"))
+    card = render_card(CardFacts(layout="adapter"))
     assert front_of(card) == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["peftkit"]}
-    assert "Licence: unknown; the base at hand names none." in card
+    assert "Licence: unknown; the base does not name one." in card
     for heading in ("## Base", "## Data", "## Verdict", "## Merge", "## Loss", "None"):
         assert heading not in card
-    assert "It serves plain LoRA, which this is not" in card
+    assert "vLLM serves plain LoRA only, which this is not" in card
 
 
 def test_a_local_base_is_no_hub_id():
     for name in ("/home/me/llama", "./llama", "~/llama", "C:\\models\\llama", "a/b/c", "../x", ""):
         assert not is_hub_id(name)
-        card = card_of(changed(base=BaseFacts(id=name)))
+        card = render_card(changed(base=BaseFacts(id=name)))
         assert "base_model" not in front_of(card)
         assert '"path/to/the/base"' in card
         assert "/home" not in card
@@ -152,9 +147,7 @@ def test_a_local_base_is_no_hub_id():
     assert not is_hub_id(TOKEN)
 
 
-@given(
-    st.from_regex(r"[\w./-]{1,12}", fullmatch=True) | st.sampled_from(["a--b", "a/b.git", "a.", "-a/b", "é"])
-)
+@given(st.from_regex(r"[\w./-]{1,12}", fullmatch=True) | st.sampled_from(["a--b", "a/b.git", "a.", "-a/b", "é"]))
 def test_what_counts_as_a_hub_id_is_one_to_the_client(name):
     from huggingface_hub.utils import validate_repo_id
 
@@ -171,7 +164,7 @@ def test_paths_are_cut_to_their_last_part_and_other_slashes_stay():
         "https://huggingface.co/org/name": "https://huggingface.co/org/name",
         "org/name, nats/token, 5 / 3": "org/name, nats/token, 5 / 3",
     }.items():
-        assert without_paths(text) == wanted
+        assert strip_paths(text) == wanted
 
 
 TEXTS = st.text() | st.sampled_from(
@@ -193,7 +186,7 @@ NUMBERS = st.none() | st.integers(0, 2**60)
         | st.builds(BaseFacts, **dict.fromkeys(["id", "license", "license_name", "license_link"], TEXTS)),
         method=TEXTS,
         settings=st.dictionaries(TEXTS, TEXTS | st.lists(TEXTS, max_size=3), max_size=3),
-        data=st.builds(DataFacts, names=st.tuples(TEXTS), hub_ids=st.tuples(TEXTS), mask=TEXTS, sha256=TEXTS),
+        data=st.builds(TrainingDataFacts, names=st.tuples(TEXTS), hub_ids=st.tuples(TEXTS), mask=TEXTS, sha256=TEXTS),
         languages=st.tuples(TEXTS),
         num_trainable=NUMBERS,
         num_total=NUMBERS,
@@ -205,7 +198,7 @@ NUMBERS = st.none() | st.integers(0, 2**60)
     )
 )
 def test_whatever_the_facts_hold_the_card_is_whole_and_gives_nothing_away(facts):
-    card = card_of(facts)
+    card = render_card(facts)
     front = front_of(card)
     assert set(front) >= {"library_name", "tags"}
     assert all(isinstance(value, str | list) for value in front.values())

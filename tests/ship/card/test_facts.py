@@ -13,8 +13,8 @@ import torch
 import peftkit
 from peftkit.errors import UserError
 from peftkit.rundir import RunDir
-from peftkit.ship.card.card import card_of
-from peftkit.ship.card.facts import facts_of_adapter, facts_of_run
+from peftkit.ship.card.card import render_card
+from peftkit.ship.card.facts import read_adapter_facts, read_run_facts
 from tests.conftest import TINY_LLAMA, chat, write_jsonl
 from tests.rigs.tiny import tiny_model
 
@@ -49,7 +49,7 @@ def event(run, name):
 
 
 def test_facts_are_those_of_the_runs_own_files(run, place):
-    facts = facts_of_run(run, name="me/tuned")
+    facts = read_run_facts(run, name="me/tuned")
     assert (facts.layout, facts.method, facts.task, facts.chats) == ("adapter", "lora", "causal-lm", True)
     assert facts.base.id is None
     assert (facts.base.said, facts.base.license, facts.base.license_name) == ("tiny", "other", "tiny")
@@ -70,7 +70,7 @@ def test_facts_are_those_of_the_runs_own_files(run, place):
         event(run, "verdict")["loss"][key] for key in ("low", "mean", "high")
     )
     assert match.low < match.after < match.high or match.after in {0.0, 1.0}
-    card = card_of(facts)
+    card = render_card(facts)
     assert str(place) not in card
     assert "Licence: other (tiny), inherited from the base." in card
 
@@ -93,7 +93,7 @@ def on(facts, base):
 
 def test_the_code_of_a_card_answers_as_the_run_does(run, place, monkeypatch):
     shutil.copytree(run.adapter, place / "me" / "tuned", dirs_exist_ok=True)
-    card = card_of(on(facts_of_run(run, name="me/tuned"), "org/tiny"))
+    card = render_card(on(read_run_facts(run, name="me/tuned"), "org/tiny"))
     answer = execute(card, place, monkeypatch)
     assert [answer] == peftkit.generate(run.path, ["Your question"], max_new_tokens=64)
     assert answer
@@ -102,7 +102,7 @@ def test_the_code_of_a_card_answers_as_the_run_does(run, place, monkeypatch):
 def test_an_adapter_away_from_its_run(run, place, monkeypatch, tmp_path):
     folder = shutil.copytree(run.adapter, tmp_path / "me" / "away")
     config = json.loads((folder / "adapter_config.json").read_text())
-    facts = facts_of_adapter(folder)
+    facts = read_adapter_facts(folder)
     assert facts.base.said == "tiny"
     assert facts.base.id is None
     assert facts.base.license == "other"
@@ -113,35 +113,33 @@ def test_an_adapter_away_from_its_run(run, place, monkeypatch, tmp_path):
         (folder / "adapter_config.json").write_text(
             json.dumps({**config, "base_model_name_or_path": name, "rank_pattern": {"a": 12}})
         )
-        found = facts_of_adapter(folder, name="me/away")
+        found = read_adapter_facts(folder, name="me/away")
         assert found.base.id == base_id
         assert found.rank == 12
         assert not found.plain_lora
-        assert str(place) not in card_of(found)
+        assert str(place) not in render_card(found)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(UserError, match="pickled weights can run code"):
-        facts_of_adapter(folder)
+        read_adapter_facts(folder)
 
 
-@pytest.mark.parametrize(
-    "front", ["", "---\n- a\n---\n", "---\nlicense: [\n---\n", "---\nlicense: 3\n---\n", "no"]
-)
+@pytest.mark.parametrize("front", ["", "---\n- a\n---\n", "---\nlicense: [\n---\n", "---\nlicense: 3\n---\n", "no"])
 def test_a_base_whose_card_names_no_licence(run, place, front):
     card = place / "org" / "tiny" / "README.md"
     card.write_text(front)
     try:
-        facts = facts_of_run(run)
+        facts = read_run_facts(run)
     finally:
         card.write_text(LICENCED)
     assert facts.base.license is None
-    assert "Licence: unknown" in card_of(facts)
+    assert "Licence: unknown" in render_card(facts)
 
 
 def test_an_embedded_base_has_the_licence_of_its_table(run):
-    from peftkit.ship.card.facts import _base, _plan
+    from peftkit.ship.card.facts import _run_base_facts, read_plan
 
-    plan = replace(_plan(run).base, id="embedded:smollm2-135m-instruct", kind="embedded")
-    base = _base(plan, {})
+    plan = replace(read_plan(run).base, id="embedded:smollm2-135m-instruct", kind="embedded")
+    base = _run_base_facts(plan, {})
     assert (base.id, base.license) == (None, "apache-2.0")
     assert "SmolLM2-135M-Instruct" in base.said
 
@@ -177,7 +175,7 @@ def test_the_code_of_every_kind_of_card_runs(case, place, tmp_path, monkeypatch)
     run = RunDir(peftkit.finetune(recipe, out=tmp_path / "run").path)
     result = run.adapter if run.adapter.is_dir() else run.model
     shutil.copytree(result, place / "me" / case)
-    card = card_of(on(facts_of_run(run, name=f"me/{case}"), f"org/{base}"))
+    card = render_card(on(read_run_facts(run, name=f"me/{case}"), f"org/{base}"))
     torch.manual_seed(0)
     printed = execute(card, place, monkeypatch)
     asked = {"classes": "A text to classify", "tags": "A text to classify", "t5": "Your text"}.get(case)

@@ -74,9 +74,7 @@ def test_safetensors_are_the_merged_model(run, tmp_path):
     assert torch.allclose(expected, logits(load(tmp_path / "out", "causal-lm")), atol=1e-4)
     again = exported(tmp_path / "out", "safetensors", tmp_path / "again")
     assert again.merge == found.merge
-    assert torch.equal(
-        logits(load(tmp_path / "out", "causal-lm")), logits(load(tmp_path / "again", "causal-lm"))
-    )
+    assert torch.equal(logits(load(tmp_path / "out", "causal-lm")), logits(load(tmp_path / "again", "causal-lm")))
 
 
 def test_gguf_of_the_model_and_of_the_adapter(run, tmp_path):
@@ -165,6 +163,7 @@ def test_folders_that_are_in_use_are_refused(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 def test_the_command_line(run, tmp_path):
     def said(*arguments):
         command = [sys.executable, "-m", "peftkit", "export", *map(str, arguments)]

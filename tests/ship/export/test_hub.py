@@ -44,9 +44,7 @@ class Client:
         home.mkdir()
         if token:
             (home / "token").write_text(token)
-        kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))
-        }
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
         self.home = home
         self.environment = {
             **kept,
@@ -86,7 +84,7 @@ class Client:
             import json
             from pathlib import Path
             from peftkit.errors import UserError
-            from peftkit.ship.export.hub import push
+            from peftkit.ship.export.hub import push_folder as push
             for repo, options in {[one if isinstance(one, tuple) else (one, {}) for one in repos]!r}:
                 told = []
                 try:
@@ -140,9 +138,8 @@ def test_a_folder_is_pushed_in_one_commit_and_comes_back_as_it_was(client, hub, 
 
 
 TOLD = [
-    "left out, of a kind that is not pushed: script.py",
-    "adapter_config.json names its base by a path, /srv/base: "
-    "others cannot load it, and it shows your folders",
+    "not pushed, as their type is not allowed: script.py",
+    "adapter_config.json names its base by a path, /srv/base: others cannot load it, and it reveals your folders",
 ]
 
 
@@ -156,13 +153,13 @@ def test_what_the_hub_refuses_is_told_with_what_to_do(client, hub, folder):
     assert "choose a name under your own account" in owner
     assert "me/public, which is public, expected a private repository" in public
     assert "'me/no spaces/x', expected a repository's name as owner/name" in odd
-    assert told == [TOLD[1], "me/hidden was there before, and stays private"]
+    assert told == [TOLD[1], "me/hidden exists and stays private"]
     assert opened.startswith(f"{hub.url}/me/hidden/commit/")
     assert list(hub.repos["me/public"].at("main")[1]) == ["a.md"], "nothing came to the public one"
     [[reader, _]] = client.push(folder, "reader/one", HF_TOKEN=READER)
     assert "no permission to write to reader/one" in reader
     [[invalid, _]] = client.push(folder, "me/two", HF_TOKEN="hf_" + "Un8n" * 9)
-    assert "a login that the Hub does not take, expected a valid token; hf auth login" in invalid
+    assert "a login that the Hub rejects, expected a valid token; hf auth login" in invalid
     assert "Un8n" not in client.told
 
 
@@ -170,12 +167,10 @@ def test_without_a_login_a_network_or_permission_to_ask(client, hub, folder):
     (client.home / "token").rename(client.home / "kept")
     [[out, _]] = client.push(folder, "me/one")
     (client.home / "kept").rename(client.home / "token")
-    assert out == (
-        "hub: got no login, expected a login of huggingface_hub; hf auth login, with a token that may write"
-    )
+    assert out == ("hub: got no login, expected a Hugging Face login; hf auth login, with a write token")
     [[offline, _]] = client.push(folder, "me/one", HF_HUB_OFFLINE="1")
     assert offline == (
-        "hub: got me/one while HF_HUB_OFFLINE is set, expected a Hub that may be asked; unset it to push"
+        "hub: got me/one while HF_HUB_OFFLINE is set, expected online access to the Hub; unset it to push"
     )
     [[dead, _]] = client.push(folder, "me/one", HF_ENDPOINT="http://127.0.0.1:9")
     assert "http://127.0.0.1:9, which cannot be reached, expected a Hub that answers" in dead
@@ -211,10 +206,10 @@ def test_a_card_that_the_hub_does_not_take(client, hub, folder):
 
 def refuse(folder):
     from peftkit.errors import UserError
-    from peftkit.ship.export.hub import push
+    from peftkit.ship.export.hub import push_folder
 
     with pytest.raises(UserError) as caught:
-        push(folder, "me/one")
+        push_folder(folder, "me/one")
     return str(caught.value)
 
 
@@ -231,10 +226,10 @@ def test_what_must_not_leave(folder, tmp_path):
     assert TOKEN not in said
     for part in (
         f"{folder}/training_args.bin: got a pickled file, expected safetensors",
-        f"{folder}/link.txt: got a link to a file elsewhere",
-        f"{folder}/notes.md: got a text with a secret in it",
+        f"{folder}/link.txt: got a link to a file outside the folder",
+        f"{folder}/notes.md: got a text file with a secret",
         "adapter_model.safetensors has 1268 bytes, not 1272",
-        "weights that are not whole (Error while deserializing header",
+        "damaged weights (Error while deserializing header",
     ):
         assert part in said, said
     assert "no folder" in refuse(tmp_path / "none")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from peftkit.errors import UserError
 from peftkit.ship.export.gguf import write_model
-from peftkit.ship.export.ollama import Glue, glue_of, go_template, write_modelfile
+from peftkit.ship.export.ollama import MessageSeparators, read_separators, render_go_template, write_modelfile
 from tests.ship.export.gguf.models import TEMPLATE, byte_tokenizer, save_model
 
 CHATML = (
@@ -109,9 +109,7 @@ def go(template: str, messages: list[dict[str, str]]) -> str:
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
 @given(
-    contents=st.lists(
-        st.text("abc<>|\n🦙é .", min_size=1).map(str.strip).filter(bool), min_size=1, max_size=7
-    ),
+    contents=st.lists(st.text("abc<>|\n🦙é .", min_size=1).map(str.strip).filter(bool), min_size=1, max_size=7),
     system=st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
@@ -119,7 +117,7 @@ def test_the_template_renders_every_conversation_as_the_chat_template_does(
     name: str, contents: list[str], system: bool, tokenizer: Any
 ) -> None:
     tokenizer = with_template(tokenizer, TEMPLATES[name])
-    glue = glue_of(tokenizer, start="<s>")
+    glue = read_separators(tokenizer, start="<s>")
     assert glue is not None
     assert (glue.before_system is None) is (name == "no system")
     system = system and name != "no system"
@@ -127,7 +125,7 @@ def test_the_template_renders_every_conversation_as_the_chat_template_does(
     messages = [{"role": "system", "content": "Be brief."}] * system
     messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert go(go_template(glue), messages) == expected.removeprefix("<s>")
+    assert go(render_go_template(glue), messages) == expected.removeprefix("<s>")
 
 
 GO = """package main
@@ -154,7 +152,7 @@ def test_gos_own_engine_renders_it_alike(tokenizer: Any, tmp_path: Path) -> None
     conversations = (["Hi"], ["Hi", "Yo\n\n<b>&'", "so  what"], list("abcde"))
     cases, expected = [], []
     for name, system, said in itertools.product(TEMPLATES, ["", "Be brief & 'x'."], conversations):
-        glue = glue_of(with_template(tokenizer, TEMPLATES[name]), start="<s>")
+        glue = read_separators(with_template(tokenizer, TEMPLATES[name]), start="<s>")
         assert glue is not None
         if system and glue.before_system is None:
             continue
@@ -162,7 +160,7 @@ def test_gos_own_engine_renders_it_alike(tokenizer: Any, tmp_path: Path) -> None
         messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         expected.append(text.removeprefix("<s>"))
-        cases.append({"Template": go_template(glue), "System": system, "Messages": messages})
+        cases.append({"Template": render_go_template(glue), "System": system, "Messages": messages})
     (tmp_path / "main.go").write_text(GO)
     places = {"GOCACHE": str(tmp_path / "cache"), "GOPATH": str(tmp_path / "path"), "HOME": str(tmp_path)}
     done = subprocess.run(
@@ -180,8 +178,8 @@ def test_gos_own_engine_renders_it_alike(tokenizer: Any, tmp_path: Path) -> None
 
 def test_a_start_that_ollama_does_not_add_stays(tokenizer: Any) -> None:
     tokenizer = with_template(tokenizer, LLAMA3)
-    assert glue_of(tokenizer, start="").before_user.startswith("<s>")
-    assert not glue_of(tokenizer, start="<s>").before_user.startswith("<s>")
+    assert read_separators(tokenizer, start="").before_user.startswith("<s>")
+    assert not read_separators(tokenizer, start="<s>").before_user.startswith("<s>")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +194,7 @@ def test_a_start_that_ollama_does_not_add_stays(tokenizer: Any) -> None:
     ],
 )
 def test_what_is_not_glue_is_not_written(template: str, tokenizer: Any) -> None:
-    assert glue_of(with_template(tokenizer, template)) is None
+    assert read_separators(with_template(tokenizer, template)) is None
 
 
 def _exported(folder: Path, template: str | None, **generation: Any) -> Path:
@@ -210,9 +208,7 @@ def _exported(folder: Path, template: str | None, **generation: Any) -> Path:
 def test_a_modelfile_says_all_that_ollama_needs(tmp_path: Path) -> None:
     gguf = _exported(tmp_path / "hf", CHATML, eos_token_id=[2, 3])
     (tmp_path / "lora.gguf").touch()
-    write_modelfile(
-        gguf, tmp_path / "Modelfile", folder=tmp_path / "hf", adapter=tmp_path / "lora.gguf", name="mine"
-    )
+    write_modelfile(gguf, tmp_path / "Modelfile", folder=tmp_path / "hf", adapter=tmp_path / "lora.gguf", name="mine")
     text = (tmp_path / "Modelfile").read_text()
     lines = text.splitlines()
     assert lines[:3] == ["# ollama create mine -f Modelfile", "FROM ./model.gguf", "ADAPTER ./lora.gguf"]
@@ -227,7 +223,9 @@ def test_a_modelfile_says_all_that_ollama_needs(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("template", "said"), [(None, "has no chat template"), (COUNTED, "cannot follow")])
+@pytest.mark.parametrize(
+    ("template", "said"), [(None, "has no chat template"), (COUNTED, "depends on more than the role")]
+)
 def test_without_a_template_the_reason_is_written(template: str | None, said: str, tmp_path: Path) -> None:
     gguf = _exported(tmp_path / "hf", template)
     write_modelfile(gguf, tmp_path / "Modelfile", folder=tmp_path / "hf")
@@ -242,11 +240,11 @@ def test_a_date_is_told_and_another_folder_named_in_full(tmp_path: Path) -> None
     (tmp_path / "away").mkdir()
     write_modelfile(gguf, tmp_path / "away" / "Modelfile", folder=tmp_path / "hf")
     text = (tmp_path / "away" / "Modelfile").read_text()
-    assert "has a date in it" in text
+    assert "contains a date" in text
     assert f"FROM {gguf.resolve()}" in text
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="an existing file"):
         write_modelfile(gguf, tmp_path / "away" / "Modelfile", folder=tmp_path / "hf")
 
 
 def test_glue_says_all_of_its_texts() -> None:
-    assert Glue("a", "b", "c", "d", None, "f").texts == ("a", "b", "c", "d", "", "f")
+    assert MessageSeparators("a", "b", "c", "d", None, "f").texts == ("a", "b", "c", "d", "", "f")

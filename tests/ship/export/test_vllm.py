@@ -7,18 +7,18 @@ import torch
 from safetensors.torch import load_file
 
 from peftkit.errors import UserError
-from peftkit.model.adapter.edits import edits_of
-from peftkit.model.meta.skeleton import blank
+from peftkit.model.adapter.edits import read_edits
+from peftkit.model.meta.skeleton import meta_model
 from peftkit.ship.export.vllm import write_for_vllm
-from peftkit.ship.files.tensors import read_all
+from peftkit.ship.files.tensors import read_all_entries
 from tests.rigs.adapters import FLAVOURS, LINEAR, PATTERNS, Flavour, base_plan, inputs, load_adapted, make
 
 
 def written(base, adapter, out):
-    tensors = read_all([adapter / "adapter_model.safetensors"])
-    model = blank(str(base), base_plan(base))
+    tensors = read_all_entries([adapter / "adapter_model.safetensors"])
+    model = meta_model(str(base), base_plan(base))
     parameters = set(model.state_dict())
-    edits = edits_of(model, adapter, {name: entry.shape for name, entry in tensors.items()})
+    edits = read_edits(model, adapter, {name: entry.shape for name, entry in tensors.items()})
     config = json.loads((adapter / "adapter_config.json").read_text())
     out.mkdir()
     return write_for_vllm(adapter, config, edits, tensors, out, parameters=parameters)
@@ -77,7 +77,7 @@ def test_what_was_changed_is_told(tmp_path):
 REFUSED = {
     "dora": "DoRA",
     "lora with bias": "a bias in the adapter",
-    "head and embeddings whole": "a module that is trained whole",
+    "head and embeddings whole": "a fully trained module",
     "embeddings": "an adapter of embeddings",
     "rows of tokens": "trained rows of tokens",
     "experts of qwen3": "an adapter of fused experts",

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from peftkit.errors import UserError
 from peftkit.model.adapter.edits import Edit
-from peftkit.model.meta.layout import Place
-from peftkit.ship.merge.combine import Combination, combination, combined, dare, ties
-from peftkit.ship.merge.deltas import merged
+from peftkit.model.meta.layout import Placement
+from peftkit.ship.merge.combine import Combination, dare, make_combination, merge_combined, ties
+from peftkit.ship.merge.deltas import merge_weight
 
-PLACE = Place("w")
+PLACE = Placement("w")
 
 
 def adapter(seed, rank=2, scale=0.5, shape=(6, 8)):
@@ -27,7 +27,7 @@ def adapter(seed, rank=2, scale=0.5, shape=(6, 8)):
     edits = {
         "lora": (Edit("lora", pair, scale),),
         "dora": (Edit("dora", {**pair, "magnitude": "m"}, scale),),
-        "ia3": (Edit("scale", {"value": "v"}, of_inputs=True),),
+        "ia3": (Edit("scale", {"value": "v"}, scales_inputs=True),),
         "whole": (Edit("whole", {"value": "w"}),),
     }
     return tensors, edits
@@ -40,16 +40,14 @@ WEIGHT = torch.randn(6, 8, generator=torch.Generator().manual_seed(9))
 def together(parts, how, weight=WEIGHT):
     edits = [edits[kind] for (_, edits), kind in parts]
     reads = [tensors.__getitem__ for (tensors, _), _ in parts]
-    return combined(weight.clone(), edits, reads, how, place=PLACE, dtype=weight.dtype)
+    return merge_combined(weight.clone(), edits, reads, how, place=PLACE, dtype=weight.dtype)
 
 
-@pytest.mark.parametrize(
-    "how", [Combination(), Combination(how="ties", density=1), Combination(how="dare", density=1)]
-)
+@pytest.mark.parametrize("how", [Combination(), Combination(how="ties", density=1), Combination(how="dare", density=1)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_adapter_of_weight_one_comes_back(kind, how):
     tensors, edits = adapter(1)
-    alone = merged(WEIGHT.clone(), edits[kind], tensors.__getitem__, place=PLACE, dtype=torch.float32)
+    alone = merge_weight(WEIGHT.clone(), edits[kind], tensors.__getitem__, place=PLACE, dtype=torch.float32)
     torch.testing.assert_close(together([((tensors, edits), kind)], how), alone, rtol=0, atol=1e-6)
 
 
@@ -65,7 +63,7 @@ def test_a_sum_is_the_sum_of_the_changes(first, second, one, two):
 
 def test_an_adapter_that_leaves_a_weight_alone_adds_nothing():
     tensors, edits = adapter(1)
-    got = combined(
+    got = merge_combined(
         WEIGHT.clone(),
         [edits["lora"], ()],
         [tensors.__getitem__, {}.__getitem__],
@@ -73,7 +71,7 @@ def test_an_adapter_that_leaves_a_weight_alone_adds_nothing():
         place=PLACE,
         dtype=torch.float32,
     )
-    alone = merged(WEIGHT.clone(), edits["lora"], tensors.__getitem__, place=PLACE, dtype=torch.float32)
+    alone = merge_weight(WEIGHT.clone(), edits["lora"], tensors.__getitem__, place=PLACE, dtype=torch.float32)
     torch.testing.assert_close(got, alone, rtol=0, atol=1e-6)
 
 
@@ -123,4 +121,4 @@ def test_dare_draws_otherwise_for_other_weights_adapters_and_seeds():
 def test_what_is_no_combination_is_refused(given_, said):
     how = {"how": "sum", "density": 0.5, "seed": 0, **given_}
     with pytest.raises(UserError, match=said):
-        combination(how.pop("weights"), how.pop("num"), **how)
+        make_combination(how.pop("weights"), how.pop("num"), **how)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import peftkit
 from peftkit.errors import UserError
-from peftkit.ship.merge.concat import _truncated
+from peftkit.ship.merge.concat import _truncated_svd
 from tests.conftest import TINY_LLAMA
 from tests.rigs.adapters import FLAVOURS, Flavour, inputs, load, load_adapted, make, stir
 from tests.ship.merge.test_write import with_tokenizer
@@ -92,19 +92,17 @@ def test_truncation_is_the_nearest_matrix_of_its_rank(d_out, d_in, rank, seed):
     a, b = torch.randn(6, d_in, generator=generator), torch.randn(d_out, 6, generator=generator)
     product = b.double() @ a.double()
     rank = min(rank, d_in, d_out)
-    made = _truncated((a, b), rank)
+    made = _truncated_svd((a, b), rank)
     assert made[0].shape == (rank, d_in) and made[1].shape == (d_out, rank)
     left = torch.linalg.svdvals(product)[rank:].square().sum().sqrt()
     got = (product - made[1].double() @ made[0].double()).norm()
     assert abs(float(got - left)) < 1e-4 * (1 + float(product.norm()))
 
 
-@pytest.mark.parametrize(
-    "name", ["dora", "head and embeddings whole", "experts of qwen3", "ia3", "lora with bias"]
-)
+@pytest.mark.parametrize("name", ["dora", "head and embeddings whole", "experts of qwen3", "ia3", "lora with bias"])
 def test_more_than_lora_of_weights_is_refused(name, tmp_path):
     base, adapter = make(FLAVOURS[name], tmp_path)
     with_tokenizer(base)
-    with pytest.raises(UserError, match="LoRA of weights alone"):
+    with pytest.raises(UserError, match="LoRA of weights only"):
         peftkit.combine_adapters([adapter, adapter], out=tmp_path / "x")
     assert not (tmp_path / "x").exists()

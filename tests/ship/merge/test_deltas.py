@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftkit.model.adapter.edits import Edit
-from peftkit.model.meta.layout import Place
-from peftkit.ship.merge.deltas import added, merged
+from peftkit.model.meta.layout import Placement
+from peftkit.ship.merge.deltas import edit_delta, merge_weight
 
 SIZES = st.integers(1, 7)
 
@@ -23,7 +23,7 @@ def test_lora(d_out, d_in, rank, transposed, dtype):
     weight = tensor(*((d_in, d_out) if transposed else (d_out, d_in)), seed=2).to(dtype)
     exact = weight.double() + 0.7 * ((b.double() @ a.double()).T if transposed else b.double() @ a.double())
     edit = Edit("lora", {"A": "a", "B": "b"}, 0.7, transposed=transposed)
-    got = merged(weight.clone(), (edit,), {"a": a, "b": b}.__getitem__, place=Place("w"), dtype=dtype)
+    got = merge_weight(weight.clone(), (edit,), {"a": a, "b": b}.__getitem__, place=Placement("w"), dtype=dtype)
     assert got.dtype == dtype
     one_rounding = (exact.abs() * 2.0**-8 if dtype == torch.bfloat16 else 0) + 1e-5
     assert bool(((got.double() - exact).abs() <= one_rounding).all())
@@ -36,7 +36,7 @@ def test_dora_has_the_magnitudes_as_lengths(d_out, d_in, transposed):
     weight = tensor(*((d_in, d_out) if transposed else (d_out, d_in)), seed=2)
     edit = Edit("dora", {"A": "a", "B": "b", "magnitude": "m"}, 1.0, transposed=transposed)
     read = {"a": a, "b": b, "m": m}.__getitem__
-    got = merged(weight, (edit,), read, place=Place("w"), dtype=torch.float32)
+    got = merge_weight(weight, (edit,), read, place=Placement("w"), dtype=torch.float32)
     torch.testing.assert_close(got.norm(dim=0 if transposed else 1), m, rtol=1e-4, atol=1e-5)
 
 
@@ -48,14 +48,14 @@ def test_each_expert_s_part_is_that_of_the_whole(transposed):
     edit = Edit("experts", {"A": "a", "B": "b"}, 0.5, transposed=transposed)
     read = {"a": a, "b": b}.__getitem__
     shape = (num, d_in, d_out) if transposed else (num, d_out, d_in)
-    whole = added(edit, read, place=Place("w"), shape=shape)
+    whole = edit_delta(edit, read, place=Placement("w"), shape=shape)
     assert whole.shape == shape
     axis = 1 if transposed else 0
     for expert in range(num):
         parts = []
         for part in range(2):
-            place = Place("w", expert=expert, num_experts=num, part=part, num_parts=2, axis=axis)
-            parts.append(added(edit, read, place=place, shape=(3, 4)))
+            place = Placement("w", expert=expert, num_experts=num, part=part, num_parts=2, axis=axis)
+            parts.append(edit_delta(edit, read, place=place, shape=(3, 4)))
         torch.testing.assert_close(torch.cat(parts, axis), whole[expert])
 
 
@@ -70,7 +70,7 @@ def test_many_rows_are_added_slice_by_slice():
         edit = Edit("lora", {"A": "a", "B": "b"}, 0.3, transposed=turned)
         whole = weight.T.contiguous() if turned else weight
         exact = (whole.float() + ((b @ a).T if turned else b @ a) * 0.3).bfloat16()
-        got = merged(whole.clone(), (edit,), read, place=Place("w"), dtype=torch.bfloat16)
+        got = merge_weight(whole.clone(), (edit,), read, place=Placement("w"), dtype=torch.bfloat16)
         assert torch.equal(got, exact), "the bits of the whole product"
 
 
@@ -79,10 +79,10 @@ def test_scales_rows_and_bias():
     read = {"v": v, "u": u, "r": torch.ones(2, 4)}.__getitem__
 
     def got(weight, *edits):
-        return merged(weight.clone(), edits, read, place=Place("w"), dtype=torch.float32)
+        return merge_weight(weight.clone(), edits, read, place=Placement("w"), dtype=torch.float32)
 
     assert torch.equal(got(weight, Edit("scale", {"value": "v"})), weight * v[:, None])
-    assert torch.equal(got(weight, Edit("scale", {"value": "u"}, of_inputs=True)), weight * u)
+    assert torch.equal(got(weight, Edit("scale", {"value": "u"}, scales_inputs=True)), weight * u)
     assert torch.equal(got(weight.T, Edit("scale", {"value": "v"}, transposed=True)), weight.T * v)
     assert torch.equal(got(v, Edit("scale", {"value": "v"})), v * v)
     assert torch.equal(got(v, Edit("shift", {"value": "v"}, 0.5)), v * 1.5)

@@ -52,9 +52,7 @@ def test_where_peft_rounds_twice_ours_is_the_exact_sum_rounded_once(name, tmp_pa
     exact = load_adapted(base, adapter, flavour.task, "float64").double().merge_and_unload().state_dict()
     ours = load(tmp_path / "out", flavour.task, "bfloat16").state_dict()
     theirs = load_adapted(base, adapter, flavour.task, "bfloat16").merge_and_unload().state_dict()
-    errors = [
-        sum(int((state[key] != exact[key].bfloat16()).sum()) for key in exact) for state in (ours, theirs)
-    ]
+    errors = [sum(int((state[key] != exact[key].bfloat16()).sum()) for key in exact) for state in (ours, theirs)]
     assert errors[0] <= 2 < errors[1], "an fp32 product that stands between two numbers may fall either way"
 
 
@@ -130,9 +128,7 @@ def test_a_resized_vocabulary_travels_with_the_adapter(tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")
     rows = model.config.vocab_size + 5
     model.resize_token_embeddings(rows)
-    wrapped = peft.get_peft_model(
-        model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
-    )
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
     stir(wrapped)
     wrapped.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)

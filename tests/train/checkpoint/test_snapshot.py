@@ -7,7 +7,7 @@ import torch
 from peftkit.errors import PeftkitError
 from peftkit.rundir import RunDir, publish_folder
 from peftkit.train.checkpoint.restore import load_trained
-from peftkit.train.checkpoint.snapshot import random_states, restore_random_states, rotate
+from peftkit.train.checkpoint.snapshot import random_states, restore_random_states, rotate_checkpoints
 
 
 def draws():
@@ -28,7 +28,7 @@ def test_rotation_keeps_the_newest_two_and_the_best(tmp_path):
     for step in (1, 2, 3, 10, 20):
         with publish_folder(run.checkpoint(step), step=step) as staging:
             (staging / "w").write_text("x")
-    rotate(run, best_step=2)
+    rotate_checkpoints(run, best_step=2)
     assert run.checkpoint_steps() == [2, 10, 20]
 
 

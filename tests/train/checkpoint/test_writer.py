@@ -11,12 +11,12 @@ import torch
 from peftkit.rundir import RunDir, verify_folder
 from peftkit.train.checkpoint import snapshot as snapshots
 from peftkit.train.checkpoint import writer as writers
-from peftkit.train.checkpoint.snapshot import Snapshot, load_tensors
-from peftkit.train.checkpoint.writer import Writer
+from peftkit.train.checkpoint.snapshot import TrainingSnapshot, load_tensors
+from peftkit.train.checkpoint.writer import CheckpointWriter
 
 
 def snapshot_of(step, tensor):
-    return Snapshot(step, {"trained": {"w": tensor}, "random": {}}, {"a": 1}, {"epoch": 1.0}, {"data": "x"})
+    return TrainingSnapshot(step, {"trained": {"w": tensor}, "random": {}}, {"a": 1}, {"epoch": 1.0}, {"data": "x"})
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def told():
 
 @pytest.fixture
 def writer(tmp_path, told):
-    writer = Writer(RunDir(tmp_path), told.append)
+    writer = CheckpointWriter(RunDir(tmp_path), told.append)
     yield writer
     writer.close()
 
@@ -46,7 +46,7 @@ def test_what_is_written_is_the_state_at_the_step_and_not_a_later_one(writer, to
 
 
 def test_a_copy_that_would_take_much_memory_is_not_made(writer, told, monkeypatch):
-    monkeypatch.setattr(writers, "_SHARE", 0.0)
+    monkeypatch.setattr(writers, "_MAX_MEMORY_SHARE", 0.0)
     writer.submit(snapshot_of(7, torch.ones(3)), best_step=None)
     assert [commit.step for commit in told] == [7], "written before training goes on"
 
@@ -54,7 +54,7 @@ def test_a_copy_that_would_take_much_memory_is_not_made(writer, told, monkeypatc
 def test_large_tensors_are_cut_into_pieces_and_come_back(tmp_path, monkeypatch):
     monkeypatch.setattr(snapshots, "SHARD_BYTES", 1000)
     tensors = {f"t{number}": torch.randn(number * 40) for number in range(1, 12)}
-    folder = Snapshot(3, {"trained": tensors}, {}, {}, {}).commit(RunDir(tmp_path))
+    folder = TrainingSnapshot(3, {"trained": tensors}, {}, {}, {}).commit(RunDir(tmp_path))
     assert len(list(folder.glob("trained*.safetensors"))) > 5
     back = load_tensors(folder, "trained")
     assert back.keys() == tensors.keys()

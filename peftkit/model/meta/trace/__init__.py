@@ -1,5 +1,5 @@
-"""The memory ledger: the real training code on the meta device, every allocation and free written down.
+"""Memory tracing: the real training code on the meta device, with every allocation and free recorded.
 
-`ledger` follows storages, `kernels` calls what the target device would run instead of what the meta device
-would, `caching` replays the record through CUDA's caching allocator, `step` runs one step of a plan.
+`ledger` records storages, `kernels` substitutes the operations of the target device, `caching` replays the
+record through CUDA's caching allocator, `step` traces one step of a plan.
 """

@@ -1,8 +1,8 @@
-"""What CUDA's caching allocator reserves for a record of allocations and frees.
+"""Simulation of CUDA's caching allocator: the bytes it reserves for a record of allocations and frees.
 
 The rules are those of PyTorch's CUDACachingAllocator (its documented defaults): blocks of up to 1 MiB come
 from segments of 2 MiB, larger ones from segments of 20 MiB below 10 MiB and of multiples of 2 MiB beyond;
-best fit, split where enough is left over, merged with free neighbours. Nothing is given back to the driver.
+best fit, split where enough remains, coalesced with free neighbours. Nothing is returned to the driver.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _MIB = 2**20
-_SMALL = _MIB
+_MAX_SMALL_BYTES = _MIB
 
 
 @dataclass
 class _Piece:
-    """A stretch of a segment; neighbours are linked."""
+    """A contiguous range of a segment, linked to its neighbours."""
 
     segment: int
     offset: int
@@ -32,7 +32,7 @@ class _Piece:
 
 
 class _Pool:
-    """Free pieces of one kind of segment, smallest first."""
+    """The free pieces of small or of large segments, smallest first."""
 
     def __init__(self, *, small: bool) -> None:
         self.small = small
@@ -50,51 +50,52 @@ class _Pool:
         piece.free = False
 
     def best_fit(self, size: int) -> _Piece | None:
-        at = bisect.bisect_left(self.keys, (size, -1, -1))
-        return self.pieces[self.keys[at]] if at < len(self.keys) else None
+        index = bisect.bisect_left(self.keys, (size, -1, -1))
+        return self.pieces[self.keys[index]] if index < len(self.keys) else None
 
     def segment_size(self, size: int) -> int:
         if self.small:
             return 2 * _MIB
         return 20 * _MIB if size < 10 * _MIB else -(-size // (2 * _MIB)) * 2 * _MIB
 
-    def splits(self, rest: int) -> bool:
-        return rest >= 512 if self.small else rest > _MIB
+    def splits(self, remainder: int) -> bool:
+        return remainder >= 512 if self.small else remainder > _MIB
 
 
-def _merge(pool: _Pool, piece: _Piece) -> _Piece:
-    """A piece that was given back, joined with its free neighbours."""
-    after = piece.after
-    if after is not None and after.free:
-        pool.take(after)
-        piece.size, piece.after = piece.size + after.size, after.after
-        if after.after is not None:
-            after.after.before = piece
-    before = piece.before
-    if before is not None and before.free:
-        pool.take(before)
-        before.size, before.after = before.size + piece.size, piece.after
+def _coalesce(pool: _Pool, piece: _Piece) -> _Piece:
+    """Coalesce a freed piece with its free neighbours. Returns the joined piece."""
+    following = piece.after
+    if following is not None and following.free:
+        pool.take(following)
+        piece.size, piece.after = piece.size + following.size, following.after
+        if following.after is not None:
+            following.after.before = piece
+    previous = piece.before
+    if previous is not None and previous.free:
+        pool.take(previous)
+        previous.size, previous.after = previous.size + piece.size, piece.after
         if piece.after is not None:
-            piece.after.before = before
-        return before
+            piece.after.before = previous
+        return previous
     return piece
 
 
-def reserved_bytes(sizes: Sequence[int], events: Iterable[tuple[int, bool]]) -> int:
-    """The most that the allocator holds of the device.
+def simulate_reserved_bytes(sizes: Sequence[int], events: Iterable[tuple[int, bool]]) -> int:
+    """Simulate the allocator and return the bytes that it reserves on the device.
 
-    `sizes` are bytes by block, multiples of 512; `events` are (block, allocated or freed) in order.
+    `sizes` are bytes by block, multiples of 512; `events` are (block, is allocation) in order.
+    A block of 1 MiB, freed, then one of 0.5 MiB reserve one segment of 2 MiB.
     """
     pools = {True: _Pool(small=True), False: _Pool(small=False)}
-    held: dict[int, _Piece] = {}
+    pieces_by_block: dict[int, _Piece] = {}
     reserved = num_segments = 0
-    for block, allocated in events:
+    for block, is_allocation in events:
         size = sizes[block]
         if size == 0:
             continue
-        pool = pools[size <= _SMALL]
-        if not allocated:
-            pool.add(_merge(pool, held.pop(block)))
+        pool = pools[size <= _MAX_SMALL_BYTES]
+        if not is_allocation:
+            pool.add(_coalesce(pool, pieces_by_block.pop(block)))
             continue
         piece = pool.best_fit(size)
         if piece is None:
@@ -104,10 +105,10 @@ def reserved_bytes(sizes: Sequence[int], events: Iterable[tuple[int, bool]]) -> 
         else:
             pool.take(piece)
         if pool.splits(piece.size - size):
-            rest = _Piece(piece.segment, piece.offset + size, piece.size - size, True, piece, piece.after)
+            remainder = _Piece(piece.segment, piece.offset + size, piece.size - size, True, piece, piece.after)
             if piece.after is not None:
-                piece.after.before = rest
-            piece.size, piece.after = size, rest
-            pool.add(rest)
-        held[block] = piece
+                piece.after.before = remainder
+            piece.size, piece.after = size, remainder
+            pool.add(remainder)
+        pieces_by_block[block] = piece
     return reserved

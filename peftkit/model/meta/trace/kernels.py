@@ -1,8 +1,8 @@
-"""What the target device would run where the meta device would run something else: the same shapes and lives.
+"""Operations of the target device in place of the meta device's: the same shapes and lifetimes.
 
-A function mode sees each call of torch's Python functions and calls the operation that the target's kernel
-selection would take. Sources: PyTorch's documentation of scaled_dot_product_attention (which kernel, when)
-and of autocast (which operations, in which type).
+A function mode intercepts torch's Python functions and calls the operation that the target's kernel selection
+would take. Sources: PyTorch's documentation of scaled_dot_product_attention (which kernel, when) and of
+autocast (which operations, in which type).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from peftkit.model.meta.trace.head import fused_head
+from peftkit.model.meta.trace.head import fused_log_probs
 
-Target = Literal["cuda", "cpu"]
+KernelTarget = Literal["cuda", "cpu"]
 
-_MATMULS = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.mm}
-_MATMULS |= {torch.baddbmm, torch.addmm, F.conv1d, F.conv2d, F.prelu, torch.Tensor.bmm, torch.Tensor.mm}
-_MATMULS |= {torch.Tensor.__rmatmul__, torch.Tensor.baddbmm, torch.Tensor.addmm}
+_AUTOCAST_MATMULS = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.mm}
+_AUTOCAST_MATMULS |= {torch.baddbmm, torch.addmm, F.conv1d, F.conv2d, F.prelu, torch.Tensor.bmm, torch.Tensor.mm}
+_AUTOCAST_MATMULS |= {torch.Tensor.__rmatmul__, torch.Tensor.baddbmm, torch.Tensor.addmm}
 # Operations that autocast runs in fp32: many on CUDA, losses and the like on CPU.
-_IN_FP32: Mapping[Target, set[Any]] = {
+_AUTOCAST_FP32: Mapping[KernelTarget, set[Any]] = {
     "cuda": {
         F.softmax,
         F.log_softmax,
@@ -56,8 +56,8 @@ _IN_FP32: Mapping[Target, set[Any]] = {
 
 
 @dataclass(frozen=True)
-class Head:
-    """The head that the trainer works out in tiles: its weight, and what the tiles depend on."""
+class LMHead:
+    """The LM head that the trainer computes in tiles: its weight, and what the tiles depend on."""
 
     weight: torch.Tensor
     softcap: bool
@@ -65,10 +65,13 @@ class Head:
     triton: bool
 
 
-class Kernels(TorchFunctionMode):
-    """Kernels of `target`; with `autocast`, matrix products in that type; with `head`, the fused head."""
+class TargetKernels(TorchFunctionMode):
+    """Function mode with the kernels of `target`.
 
-    def __init__(self, target: Target, autocast: torch.dtype | None, *, head: Head | None) -> None:
+    `autocast` is the dtype of matrix products (None: off), `head` the fused LM head.
+    """
+
+    def __init__(self, target: KernelTarget, autocast: torch.dtype | None, *, head: LMHead | None) -> None:
         super().__init__()
         self.target, self.autocast, self.head = target, autocast, head
         # casts by the weight's id; the weight is held too, so that the id stays its own
@@ -78,36 +81,37 @@ class Kernels(TorchFunctionMode):
         self._casts.clear()  # as leaving an autocast region does
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **options)
+            return self._run_attention(*args, **options)
         if getattr(func, "__name__", "") == "_grouped_mm":
             return GroupedProduct.apply(args[0], args[1])  # type: ignore[no-untyped-call]  # the meta device takes bf16 alone
         if func is F.linear and self.head is not None and args[1] is self.head.weight:
-            return self._head(*args, **options)
+            return self._run_head(*args, **options)
         if self.target == "cuda":
             if func is F.dropout:
-                return self._dropout(*args, **options)
-            if func is F.softmax and self._fuses(args[0], options):
+                return self._run_dropout(*args, **options)
+            if func is F.softmax and (args[0].dtype != torch.float32 and options.get("dtype") == torch.float32):
                 dim = options.get("dim", args[1] if len(args) > 1 else -1)
                 return torch.ops.aten._softmax(args[0], dim, True)
         if self.autocast is not None:
-            if func in _MATMULS:
-                args = tuple(self._lower(value) for value in args)
-                options = {key: self._lower(value) for key, value in options.items()}
-            elif func in _IN_FP32[self.target]:
-                args = tuple(_raise(value) for value in args)
+            if func in _AUTOCAST_MATMULS:
+                args = tuple(self._cast(value) for value in args)
+                options = {key: self._cast(value) for key, value in options.items()}
+            elif func in _AUTOCAST_FP32[self.target]:
+                args = tuple(
+                    (
+                        value.float()
+                        if (isinstance(value, torch.Tensor) and value.dtype in {torch.bfloat16, torch.float16})
+                        else value
+                    )
+                    for value in args
+                )
         return func(*args, **options)
 
-    def _fuses(self, scores: torch.Tensor, options: Mapping[str, Any]) -> bool:
-        wanted = options.get("dtype")
-        return scores.dtype != torch.float32 and wanted == torch.float32
-
-    def _lower(self, value: Any) -> Any:
-        """A tensor in the type of autocast; casts of trained weights are made once per region."""
+    def _cast(self, value: Any) -> Any:
+        """Cast an fp32 tensor to the autocast dtype; a trainable weight is cast once per region."""
         assert self.autocast is not None
         if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
             return value
@@ -117,26 +121,26 @@ class Kernels(TorchFunctionMode):
             self._casts[id(value)] = value, value.to(self.autocast)
         return self._casts[id(value)][1]
 
-    def _head(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _run_head(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the fused head's log-probabilities in place of logits."""
         assert self.head is not None
-        return fused_head(
+        return fused_log_probs(
             hidden,
             weight,
             bias,
             dtype=self.autocast or hidden.dtype,
             triton=self.head.triton,
             softcap=self.head.softcap,
-            num_learnt=self.head.num_learnt,
+            num_loss_tokens=self.head.num_learnt,
         )
 
-    def _dropout(
+    def _run_dropout(
         self, value: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
+        """Call CUDA's dropout, which saves a mask."""
         return torch.native_dropout(value, p, True)[0] if training and p > 0 else value
 
-    def _attention(
+    def _run_attention(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -147,27 +151,35 @@ class Kernels(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
+        """Call the scaled dot-product attention kernel that the target selects: flash, efficient or math."""
         if self.autocast is not None:
-            query, key, value = (t.to(self.autocast) for t in (query, key, value))
+            query, key, value = (tensor.to(self.autocast) for tensor in (query, key, value))
             if attn_mask is not None and attn_mask.is_floating_point():
                 attn_mask = attn_mask.to(self.autocast)
-        same = query.shape[-1] == value.shape[-1]
+        same_head_size = query.shape[-1] == value.shape[-1]
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask, 0.0)
-        with_grad = attn_mask is not None and attn_mask.requires_grad
+        mask_has_grad = attn_mask is not None and attn_mask.requires_grad
         if self.target == "cpu":
-            if dropout_p or not same or with_grad:
-                return _plain_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+            if dropout_p or not same_head_size or mask_has_grad:
+                # call PyTorch's math attention, used where no fused kernel applies
+                if enable_gqa:
+                    key, value = (
+                        tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value)
+                    )
+                return torch.ops.aten._scaled_dot_product_attention_math(
+                    query, key, value, attn_mask, dropout_p, is_causal
+                )[0]
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
             )[0]
-        half = query.dtype in {torch.bfloat16, torch.float16}
-        if attn_mask is None and half and same and query.shape[-1] <= 256:
+        is_half = query.dtype in {torch.bfloat16, torch.float16}
+        if attn_mask is None and is_half and same_head_size and query.shape[-1] <= 256:
             return torch.ops.aten._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, False, scale=scale
             )[0]
         if enable_gqa:
-            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+            key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
         if attn_mask is not None:
             attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -176,53 +188,33 @@ class Kernels(TorchFunctionMode):
 
 
 class GroupedProduct(torch.autograd.Function):
-    """(tokens, in) x (experts, in, out) -> (tokens, out), each token by its expert, in any type."""
+    """Autograd function (tokens, in) x (experts, in, out) -> (tokens, out) in any dtype, by shapes only."""
 
     @staticmethod
     def forward(ctx: Any, tokens: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        of_tokens, of_experts = ctx.needs_input_grad
+        needs_tokens_grad, needs_experts_grad = ctx.needs_input_grad
         ctx.sizes = tokens.shape, experts.shape
-        ctx.save_for_backward(tokens if of_experts else None, experts if of_tokens else None)
+        ctx.save_for_backward(tokens if needs_experts_grad else None, experts if needs_tokens_grad else None)
         return tokens.new_empty(tokens.shape[0], experts.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        of_tokens, of_experts = ctx.needs_input_grad
-        size, experts = ctx.sizes
+        needs_tokens_grad, needs_experts_grad = ctx.needs_input_grad
+        tokens_shape, experts_shape = ctx.sizes
         return (
-            gradient.new_empty(size) if of_tokens else None,
-            gradient.new_empty(experts) if of_experts else None,
+            gradient.new_empty(tokens_shape) if needs_tokens_grad else None,
+            gradient.new_empty(experts_shape) if needs_experts_grad else None,
         )
 
 
-def _raise(value: Any) -> Any:
-    is_half = isinstance(value, torch.Tensor) and value.dtype in {torch.bfloat16, torch.float16}
-    return value.float() if is_half else value
-
-
-def _plain_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout: float,
-    is_causal: bool,
-    enable_gqa: bool,
-) -> Any:
-    """What PyTorch runs where no fused kernel applies."""
-    if enable_gqa:
-        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
-    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, dropout, is_causal)[0]
-
-
 # Bytes that a kernel takes and gives back while it runs, by operation: (arguments of the operation) -> sizes.
-def _dequantized(a: Any, b: Any, shape: Any, *rest: Any, **options: Any) -> list[int]:
-    """bitsandbytes' 4-bit product by way of the dequantized weight, with its scales."""
-    num = shape[0] * shape[1]
-    return [num * a.element_size(), num // 64 * 4]
+def _dequantized_sizes(a: Any, b: Any, shape: Any, *rest: Any, **options: Any) -> list[int]:
+    """Return the scratch bytes of bitsandbytes' 4-bit product: dequantized weight and scales."""
+    num_weights = shape[0] * shape[1]
+    return [num_weights * a.element_size(), num_weights // 64 * 4]
 
 
-SCRATCH: Mapping[Target, dict[str, Callable[..., list[int]]]] = {
-    "cuda": {"bitsandbytes::gemm_4bit": _dequantized},
-    "cpu": {"bitsandbytes::gemm_4bit": _dequantized},
+SCRATCH: Mapping[KernelTarget, dict[str, Callable[..., list[int]]]] = {
+    "cuda": {"bitsandbytes::gemm_4bit": _dequantized_sizes},
+    "cpu": {"bitsandbytes::gemm_4bit": _dequantized_sizes},
 }

@@ -1,4 +1,4 @@
-"""Every allocation and free of a computation, followed by a dispatch mode: bytes, phase and kind."""
+"""Record of every allocation and free of a computation, by a dispatch mode: bytes, phase and kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peftkit.plan.memory import TILE_VOCAB
 
 # the backward pass from the first gradient of a trained tensor on is a phase of its own
-SETUP, FORWARD, BACKWARD, BELOW, OPTIMIZER, EVALUATION = (
+SETUP, FORWARD, BACKWARD, BACKWARD_BELOW, OPTIMIZER, EVALUATION = (
     "setup",
     "forward",
     "backward",
@@ -26,18 +26,18 @@ SETUP, FORWARD, BACKWARD, BELOW, OPTIMIZER, EVALUATION = (
 
 @dataclass
 class Block:
-    """One live or past storage."""
+    """One storage, live or freed."""
 
     num_bytes: int
     kind: str
     phase: str
-    recomputed: bool  # made again by checkpointing, inside the backward pass
+    is_recomputed: bool  # made again by checkpointing, inside the backward pass
     freed_in: str | None = None
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """What is alive at the highest point of a phase: bytes by component. They sum to the peak."""
+class PhasePeak:
+    """The highest point of a phase: live bytes by component, which sum to the peak."""
 
     phase: str
     components: dict[str, int]
@@ -48,12 +48,12 @@ class Snapshot:
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down what each operation allocates and when it is freed.
+    """Dispatch mode that records what each operation allocates and when it is freed.
 
     `round_to` is the allocator's granularity in bytes: 512 for CUDA's, 1 for the CPU's.
-    `vocab` is the size by which logits are told from other activations.
-    `scratch` tells the bytes that an operation's kernel takes and gives back, by the operation's name.
-    `truth` answers what the code asks of the values of a tensor, which the meta device does not have.
+    `vocab` is the size by which logits are distinguished from other activations.
+    `scratch` returns the temporary bytes of an operation's kernel, by the operation's name.
+    `scalar_value` answers `.item()` of a tensor, which has no value on the meta device.
     """
 
     def __init__(
@@ -62,54 +62,55 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         round_to: int,
         vocab: int,
         scratch: Mapping[str, Callable[..., list[int]]],
-        truth: Callable[[torch.Tensor], Any],
+        scalar_value: Callable[[torch.Tensor], Any],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.round_to, self.vocab, self.scratch, self.truth = round_to, vocab, scratch, truth
+        self.round_to, self.vocab, self.scratch, self.scalar_value = round_to, vocab, scratch, scalar_value
         self.blocks: list[Block] = []
         self.events: list[tuple[int, bool]] = []  # (block, allocated or freed), in order
         self.phase = SETUP
-        self._of_storage: dict[int, int] = {}
+        self._block_of_storage: dict[int, int] = {}
 
     def allocate(self, num_bytes: int, kind: str) -> int:
-        """Write down a block that no tensor stands for. Returns its number."""
+        """Record a block that no tensor stands for. Returns its number."""
         rounded = -(-num_bytes // self.round_to) * self.round_to
-        in_backward = self.phase in {BACKWARD, BELOW}
+        in_backward = self.phase in {BACKWARD, BACKWARD_BELOW}
         self.blocks.append(Block(rounded, kind, self.phase, in_backward and torch.is_grad_enabled()))
         self.events.append((len(self.blocks) - 1, True))
         return len(self.blocks) - 1
 
     def free(self, block: int) -> None:
-        """Write down that a block is given back."""
+        """Record that a block is freed."""
         if self.blocks[block].freed_in is None:
             self.blocks[block].freed_in = self.phase
             self.events.append((block, False))
 
-    def live_bytes(self, *, of: Collection[str] | None = None) -> int:
-        """What is allocated now, of some kinds or of all."""
-        alive = (block for block in self.blocks if block.freed_in is None)
-        return sum(block.num_bytes for block in alive if of is None or block.kind in of)
+    def live_bytes(self, *, kinds: Collection[str] | None = None) -> int:
+        """Return the bytes that are allocated now, of some kinds or of all."""
+        live_blocks = (block for block in self.blocks if block.freed_in is None)
+        return sum(block.num_bytes for block in live_blocks if kinds is None or block.kind in kinds)
 
     def see(self, tensor: torch.Tensor, kind: str) -> None:
-        """Follow a tensor's storage, or say what a followed one is for."""
+        """Track a tensor's storage until it is freed, or set the kind of one that is tracked."""
         storage = tensor.untyped_storage()
-        known = self._of_storage.get(storage._cdata)
-        if known is not None:
-            self.blocks[known].kind = kind if kind != "" else self.blocks[known].kind
+        known_block = self._block_of_storage.get(storage._cdata)
+        if known_block is not None:
+            self.blocks[known_block].kind = kind if kind != "" else self.blocks[known_block].kind
             return
         if storage.nbytes() == 0:
             return
-        block = self.allocate(storage.nbytes(), kind or self._kind(tensor))
+        block = self.allocate(storage.nbytes(), kind or self._infer_kind(tensor))
         address = storage._cdata
-        self._of_storage[address] = block
+        self._block_of_storage[address] = block
 
         def gone() -> None:
-            self._of_storage.pop(address, None)
+            self._block_of_storage.pop(address, None)
             self.free(block)
 
         weakref.finalize(storage, gone).atexit = False
 
-    def _kind(self, tensor: torch.Tensor) -> str:
+    def _infer_kind(self, tensor: torch.Tensor) -> str:
+        """Return "logits and loss" for a tensor with a vocabulary axis after its first, else ""."""
         is_table = tensor.ndim == 2 and tensor.shape[0] == self.vocab
         if not {self.vocab, TILE_VOCAB}.isdisjoint(tensor.shape[1:]) and not is_table:
             return "logits and loss"
@@ -117,10 +118,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-            return self.truth(args[0])
+            return self.scalar_value(args[0])
         name = func._schema.name
-        extra = self.scratch.get(name)
-        scratch = [self.allocate(n, "") for n in extra(*args, **(kwargs or {}))] if extra else []
+        scratch_sizes = self.scratch.get(name)
+        scratch = [self.allocate(n, "") for n in scratch_sizes(*args, **(kwargs or {}))] if scratch_sizes else []
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
@@ -129,34 +130,35 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.free(block)
         return result
 
-    def peaks(self, phases: Iterable[str]) -> dict[str, Snapshot]:
-        """The highest point of each phase. Call it when the phases are over.
+    def peaks(self, phases: Iterable[str]) -> dict[str, PhasePeak]:
+        """Return the highest point of each phase that occurred. Call it when the phases are over.
 
-        What outlives the forward pass is kept for the backward pass; what does not was temporary.
+        What outlives the forward pass counts as activations saved for the backward pass; other blocks as
+        temporaries.
         """
         return {phase: self._peak(phase) for phase in phases if any(b.phase == phase for b in self.blocks)}
 
-    def _component(self, block: Block) -> str:
-        if block.kind:
-            return block.kind
-        if block.recomputed:
-            return "recomputed layer"
-        kept = block.phase == FORWARD and block.freed_in != FORWARD
-        return "activations" if kept else "temporaries"
-
-    def _peak(self, phase: str) -> Snapshot:
-        """Replay the events up to the phase's highest point."""
-        best, best_at, current, now = -1, 0, 0, SETUP
-        for at, (number, allocated) in enumerate(self.events):
+    def _peak(self, phase: str) -> PhasePeak:
+        """Replay the events and return a phase's highest point."""
+        highest, highest_index, current_bytes, current_phase = -1, 0, 0, SETUP
+        for index, (number, is_allocation) in enumerate(self.events):
             block = self.blocks[number]
-            now = block.phase if allocated else (block.freed_in or now)
-            current += block.num_bytes if allocated else -block.num_bytes
-            if now == phase and current > best:
-                best, best_at = current, at
-        alive: set[int] = set()
-        for number, allocated in self.events[: best_at + 1]:
-            (alive.add if allocated else alive.discard)(number)
-        sums: Counter[str] = Counter()
-        for number in alive:
-            sums[self._component(self.blocks[number])] += self.blocks[number].num_bytes
-        return Snapshot(phase, {kind: total for kind, total in sums.most_common() if total})
+            current_phase = block.phase if is_allocation else (block.freed_in or current_phase)
+            current_bytes += block.num_bytes if is_allocation else -block.num_bytes
+            if current_phase == phase and current_bytes > highest:
+                highest, highest_index = current_bytes, index
+        live_blocks: set[int] = set()
+        for number, is_allocation in self.events[: highest_index + 1]:
+            (live_blocks.add if is_allocation else live_blocks.discard)(number)
+        components: Counter[str] = Counter()
+        for number in live_blocks:
+            origin = self.blocks[number]
+            if origin.kind:
+                component = origin.kind
+            elif origin.is_recomputed:
+                component = "recomputed layer"
+            else:
+                is_saved = origin.phase == FORWARD and origin.freed_in != FORWARD
+                component = "activations" if is_saved else "temporaries"
+            components[component] += self.blocks[number].num_bytes
+        return PhasePeak(phase, {kind: total for kind, total in components.most_common() if total})

@@ -3,13 +3,13 @@
 from peftkit.ship.export.gguf.adapter import write_adapter
 from peftkit.ship.export.gguf.families import FAMILIES, GgufFamily, gguf_family
 from peftkit.ship.export.gguf.model import check_exportable, write_model
-from peftkit.ship.export.gguf.writing import DTYPES, GgufWritten
+from peftkit.ship.export.gguf.writing import GGUF_DTYPES, GgufFile
 
 __all__ = [
-    "DTYPES",
     "FAMILIES",
+    "GGUF_DTYPES",
     "GgufFamily",
-    "GgufWritten",
+    "GgufFile",
     "check_exportable",
     "gguf_family",
     "write_adapter",

@@ -1,8 +1,8 @@
-"""What llama.cpp computes for each family, as data: names of sizes, layout of weights, what it cannot do.
+"""GGUF families as data: names of sizes, layout of weights, and what llama.cpp cannot compute.
 
 Keys of `sizes` and `numbers` are those of the GGUF header without the architecture in front; values name keys
 of config.json. Tensor names come from the gguf package. Every entry is measured against llama.cpp in
-tests/ship/export/gguf/test_parity.py; docs/gguf.md has the numbers.
+tests/ship/gguf/test_parity.py; docs/gguf.md has the numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _GELU_TANH = ("gelu_pytorch_tanh", "gelu_new")
 
 @dataclass(frozen=True)
 class GgufFamily:
-    """One row: how transformers' configuration and weights of a family become llama.cpp's."""
+    """Row of a family: how transformers' configuration and weights become llama.cpp's."""
 
     model_types: tuple[str, ...]
     architecture: str  # llama.cpp's name
@@ -44,7 +44,7 @@ class GgufFamily:
     drops_window: bool = False  # llama.cpp attends to everything: right up to the window's length
     full_every: int = 0  # every n-th layer attends to everything, the others to the window
     wide_layers: int = 0  # with this many layers queries are scaled by hidden_size / heads, not by head_dim
-    own_head: bool = True  # can hold an output matrix that is not the embedding
+    can_untie_head: bool = True  # can hold an output matrix that is not the embedding
 
 
 FAMILIES = (
@@ -61,14 +61,10 @@ FAMILIES = (
     GgufFamily(
         ("gemma",),
         "gemma",
-        only={
-            "hidden_act": _GELU_TANH,
-            "attention_bias": (False,),
-            "use_bidirectional_attention": (None, False),
-        },
+        only={"hidden_act": _GELU_TANH, "attention_bias": (False,), "use_bidirectional_attention": (None, False)},
         rope_types=("default",),
         norm_offset=1.0,
-        own_head=False,
+        can_untie_head=False,
     ),
     GgufFamily(
         ("gemma2",),
@@ -88,7 +84,7 @@ FAMILIES = (
         norm_offset=1.0,
         full_every=2,
         wide_layers=46,
-        own_head=False,
+        can_untie_head=False,
     ),
     GgufFamily(
         ("gemma3_text",),
@@ -105,14 +101,9 @@ FAMILIES = (
         norm_offset=1.0,
         full_every=6,
         wide_layers=62,
-        own_head=False,
+        can_untie_head=False,
     ),
-    GgufFamily(
-        ("phi3",),
-        "phi3",
-        rope_types=("default",),
-        drops_window=True,
-    ),
+    GgufFamily(("phi3",), "phi3", rope_types=("default",), drops_window=True),
     GgufFamily(
         ("gpt2",),
         "gpt2",
@@ -137,5 +128,5 @@ FAMILIES = (
 
 
 def gguf_family(model_type: str) -> GgufFamily | None:
-    """The row of a `model_type`, or None where llama.cpp's form of it was never verified here."""
+    """Return the row of a `model_type`, or None where it was never verified against llama.cpp."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)

@@ -1,4 +1,4 @@
-"""A model folder as the exporter sees it: the whole configuration, needed tensors, and where they lie."""
+"""Model folder to export: the whole configuration, the needed tensors, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
-from peftkit.model.base.file_checks import check_folder, plain_names, read_json_file
+from peftkit.model.base.file_checks import check_model_folder, read_json_file, shard_names
 from peftkit.ship.export.gguf.families import FAMILIES, GgufFamily, gguf_family
-from peftkit.ship.export.gguf.rope import Rope, rope_of
-from peftkit.units import listed
+from peftkit.ship.export.gguf.rope import GgufRope, gguf_rope
+from peftkit.units import join_names
 
-_INDEX = "model.safetensors.index.json"
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # old files hold them; computed anew
+_INDEX_FILE = "model.safetensors.index.json"
+_BUFFER_SUFFIXES = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # old files hold them; computed anew
 
 
 @dataclass(frozen=True)
-class Source:
-    """`shapes` has every parameter that the model needs; `aliases` other names for tied ones."""
+class GgufSource:
+    """Model to export: `shapes` has every parameter that it needs; `aliases` other names of tied ones."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -30,166 +30,158 @@ class Source:
     prefix: str  # of the model's body, which old files leave out
 
     @property
-    def rope(self) -> Rope:
-        """Positions as the header has them."""
-        return rope_of(self.config, self.family)
+    def rope(self) -> GgufRope:
+        """Return the rotary positions for the header."""
+        return gguf_rope(self.config, self.family)
 
 
 def convert_command(folder: Path) -> str:
-    """The line that converts a model with llama.cpp's own script."""
+    """Return the command that converts a model with llama.cpp's own script."""
     return f"from a checkout of llama.cpp: python convert_hf_to_gguf.py {folder} --outfile OUT --outtype f16"
 
 
-def read_source(folder: Path) -> Source:
-    """The model of a folder. Raises UserError with everything that llama.cpp would compute differently."""
+def read_source(folder: Path) -> GgufSource:
+    """Read the model of a folder. Raises UserError with all that llama.cpp would compute differently."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where, fix = str(folder / "config.json"), convert_command(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(Problem(where, "no such file", "a model's folder with config.json"))
-    check_folder(folder)
+        raise UserError(Problem(where, "no such file", "a model folder with config.json"))
+    check_model_folder(folder)
     raw = read_json_file(folder, "config.json")
     family = gguf_family(str(raw.get("model_type")))
     if family is None:
-        known = ", ".join(name for row in FAMILIES for name in row.model_types)
-        raise UserError(Problem(where, f"model_type {raw.get('model_type')}", f"one of {known}", fix))
+        supported = ", ".join(name for row in FAMILIES for name in row.model_types)
+        raise UserError(Problem(where, f"model_type {raw.get('model_type')}", f"one of {supported}", fix))
     try:
-        read = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(read)
+            model = AutoModelForCausalLM.from_config(hf_config)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
         got = f"a configuration that transformers refuses ({first_line(error)})"
         raise UserError(Problem(where, got, f"the configuration of a {raw['model_type']}")) from error
-    config = _filled(read.to_dict())
-    if problems := [Problem(where, got, expected, fix) for got, expected in _unlike(config, raw, family)]:
-        raise UserError(problems)
-    needed = {id(parameter): name for name, parameter in model.named_parameters()}
-    every = list(model.named_parameters(remove_duplicate=False))
-    return Source(
-        folder,
-        config,
-        family,
-        {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
-        {name: needed[id(parameter)] for name, parameter in every if needed[id(parameter)] != name},
-        f"{model.base_model_prefix}.",
-    )
-
-
-def first_line(error: Exception) -> str:
-    """What a library says, as a message of ours quotes it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _filled(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with the values that a family computes where config.json gives none."""
+    # the configuration with the values that a family computes where config.json gives none
+    config = hf_config.to_dict()
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     if hidden and heads:
         config["head_dim"] = config.get("head_dim") or hidden // heads
         config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
     if "n_embd" in config:
         config["n_inner"] = config.get("n_inner") or 4 * config["n_embd"]
-    return config
+    if problems := [Problem(where, got, expected, fix) for got, expected in _unsupported_settings(config, raw, family)]:
+        raise UserError(problems)
+    name_by_id = {id(parameter): name for name, parameter in model.named_parameters()}
+    all_parameters = list(model.named_parameters(remove_duplicate=False))
+    return GgufSource(
+        folder,
+        config,
+        family,
+        {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        {name: name_by_id[id(parameter)] for name, parameter in all_parameters if name_by_id[id(parameter)] != name},
+        f"{model.base_model_prefix}.",
+    )
 
 
-def _unlike(
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's error, for quoting in a message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _unsupported_settings(
     config: Mapping[str, Any], raw: Mapping[str, Any], family: GgufFamily
 ) -> Iterator[tuple[str, str]]:
-    """(got, expected) of each setting that llama.cpp does not follow for this family."""
+    """Yield (got, expected) for each setting that llama.cpp does not follow for this family."""
     if "quantization_config" in raw:
         yield "quantization_config", "unquantized weights"
     for key, values in family.only.items():
         if config.get(key) not in values:
             yield f"{key} {config.get(key)}", f"{key} {' or '.join(str(value) for value in values)}"
-    yield from rope_of(config, family).problems
+    yield from gguf_rope(config, family).problems
     if family.full_every:
-        kinds = config.get("layer_types") or []
+        layer_types = config.get("layer_types") or []
         pattern = [
-            "sliding_attention" if (i + 1) % family.full_every else "full_attention"
-            for i in range(len(kinds))
+            "sliding_attention" if (i + 1) % family.full_every else "full_attention" for i in range(len(layer_types))
         ]
-        if kinds != pattern or config.get("sliding_window") is None:
+        if layer_types != pattern or config.get("sliding_window") is None:
             yield "other layer_types", f"every layer but each {family.full_every}th with a sliding window"
         wide = config["num_hidden_layers"] == family.wide_layers
         scalar = config["hidden_size"] / config["num_attention_heads"] if wide else config["head_dim"]
         if config.get("query_pre_attn_scalar") != scalar:
             yield f"query_pre_attn_scalar {config.get('query_pre_attn_scalar')}", f"{scalar:g}"
-    if not family.own_head and not config.get("tie_word_embeddings"):
+    if not family.can_untie_head and not config.get("tie_word_embeddings"):
         yield "an output matrix of its own (tie_word_embeddings false)", "the embedding as output matrix"
 
 
-def window_of(source: Source) -> int | None:
-    """The sliding window that the model uses and llama.cpp drops, or None."""
+def dropped_window(source: GgufSource) -> int | None:
+    """Return the sliding window that the model uses and llama.cpp drops, or None."""
     config = source.config
-    used = config.get("use_sliding_window", True) and config.get("sliding_window")
-    return int(used) if source.family.drops_window and used else None
+    window = config.get("use_sliding_window", True) and config.get("sliding_window")
+    return int(window) if source.family.drops_window and window else None
 
 
-def context_of(source: Source) -> int:
-    """Tokens up to which llama.cpp computes what transformers does."""
-    trained = int(source.config[source.family.context])
-    return min(trained, window_of(source) or trained)
+def context_length(source: GgufSource) -> int:
+    """Return the number of tokens up to which llama.cpp computes what transformers does."""
+    trained_length = int(source.config[source.family.context])
+    return min(trained_length, dropped_window(source) or trained_length)
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a file. `load` reads it and nothing else."""
+class StoredTensor:
+    """A tensor in a file; `load` reads it and nothing else."""
 
     name: str
     shape: tuple[int, ...]
     load: Callable[[], Any]
 
 
-def stored_tensors(source: Source) -> list[Stored]:
-    """The needed tensors in the order of the files. Raises UserError where they are not the model's."""
+def stored_tensors(source: GgufSource) -> list[StoredTensor]:
+    """Return the needed tensors in file order. Raises UserError where they are not the model's."""
     import torch
 
-    found: dict[str, Stored] = {}
-    strange = []
-    for stored in _in_files(source.folder):
-        name = stored.name
+    tensors: dict[str, StoredTensor] = {}
+    unexpected = []
+    for tensor in _tensors_in_files(source.folder):
+        name = tensor.name
         if name not in source.shapes and source.prefix + name in source.shapes:
             name = source.prefix + name
         if name in source.shapes or name in source.aliases:
-            found[name] = replace(stored, name=name)
-        elif not name.endswith(_BUFFERS):
-            strange.append(name)
+            tensors[name] = replace(tensor, name=name)
+        elif not name.endswith(_BUFFER_SUFFIXES):
+            unexpected.append(name)
     for alias, name in source.aliases.items():
-        if alias in found and name not in found:  # of tied tensors a file may keep either
-            found[name] = replace(found.pop(alias), name=name)
+        if alias in tensors and name not in tensors:  # of tied tensors a file may keep either
+            tensors[name] = replace(tensors.pop(alias), name=name)
     problems = []
     where = str(source.folder)
-    if strange:
-        problems.append(
-            Problem(where, f"other tensors: {listed(strange, 3)}", "those of config.json's model")
-        )
-    if missing := [name for name in source.shapes if name not in found]:
-        problems.append(Problem(where, f"no tensor {listed(missing, 3)}", "all of the model's weights"))
+    if unexpected:
+        problems.append(Problem(where, f"other tensors: {join_names(unexpected, 3)}", "those of config.json's model"))
+    if missing := [name for name in source.shapes if name not in tensors]:
+        problems.append(Problem(where, f"no tensor {join_names(missing, 3)}", "all of the model's weights"))
     problems += [
         Problem(where, f"{name} of shape {item.shape}", f"{source.shapes[name]}, as config.json says")
-        for name, item in found.items()
+        for name, item in tensors.items()
         if name in source.shapes and item.shape != source.shapes[name]
     ]
     if problems:
         raise UserError(problems)
     for alias, name in source.aliases.items():
         # transformers unties what a file holds twice with different numbers
-        if alias in found and torch.equal(found[alias].load(), found[name].load()):
-            del found[alias]
-        elif alias in found and not source.family.own_head:
+        if alias in tensors and torch.equal(tensors[alias].load(), tensors[name].load()):
+            del tensors[alias]
+        elif alias in tensors and not source.family.can_untie_head:
             got = f"{alias} that differs from {name}"
-            raise UserError(
-                Problem(where, got, "the embedding as output matrix", convert_command(source.folder))
-            )
-    return list(found.values())
+            raise UserError(Problem(where, got, "the embedding as output matrix", convert_command(source.folder)))
+    return list(tensors.values())
 
 
-def _in_files(folder: Path) -> Iterator[Stored]:
+def _tensors_in_files(folder: Path) -> Iterator[StoredTensor]:
+    """Yield every tensor of a folder. Raises UserError for missing or damaged files."""
     from safetensors import SafetensorError, safe_open
 
-    if (folder / _INDEX).is_file():
-        names = plain_names(read_json_file(folder, _INDEX), folder / _INDEX, suffixes=(".safetensors",))
+    if (folder / _INDEX_FILE).is_file():
+        names = shard_names(read_json_file(folder, _INDEX_FILE), folder / _INDEX_FILE, suffixes=(".safetensors",))
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
@@ -200,13 +192,13 @@ def _in_files(folder: Path) -> Iterator[Stored]:
                 shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             got = f"a file that is not safetensors, or is damaged ({error})"
-            fix = "fetch or write it again"
+            fix = "download or write it again"
             raise UserError(Problem(str(file), got, "the model's weights", fix)) from None
         for name, shape in shapes.items():
-            yield Stored(name, shape, partial(_load, file, name))
+            yield StoredTensor(name, shape, partial(_load_tensor, file, name))
 
 
-def _load(file: Path, name: str) -> Any:
+def _load_tensor(file: Path, name: str) -> Any:
     """Read one tensor. The file is opened anew for each: the pages of a mapping are let go with it."""
     from safetensors import safe_open
 

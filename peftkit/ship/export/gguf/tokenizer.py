@@ -1,6 +1,6 @@
-"""The tokenizer as GGUF header keys, where llama.cpp is known to cut text as it does; else refused by name.
+"""Tokenizer as GGUF header keys, where llama.cpp is known to split text as it does; else refused by name.
 
-Looked at is what transformers loads, not tokenizer.json: a class may rebuild its rules, and those were
+Checked is what transformers loads, not tokenizer.json: a class may rebuild its rules, and those were
 trained with. llama.cpp names its rules; its own converter finds the name by a hash of token ids, which fails
 for every vocabulary that was resized or trained anew. Here the structure of the pre-tokenizer is recognised.
 """
@@ -19,44 +19,46 @@ from peftkit.ship.export.gguf.names import strips_like_phi3
 from peftkit.ship.export.gguf.source import first_line
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
-_WORDS = (
+_WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_BYTES = ("ByteLevel", False, False)
+_BYTE_LEVEL = ("ByteLevel", False, False)
 # bytes of assigned characters in UTF-8; SmolLM2's vocabulary lacks others
-_IN_TEXT = frozenset({9, 10, 13, *range(32, 127), *range(0x80, 0xC0), *range(0xC2, 0xF1), 0xF3, 0xF4})
+_TEXT_BYTES = frozenset({9, 10, 13, *range(32, 127), *range(0x80, 0xC0), *range(0xC2, 0xF1), 0xF3, 0xF4})
 
 
 @dataclass(frozen=True)
-class Rules:
-    """One of llama.cpp's named ways to cut text for byte-level BPE, and the structure that means the same."""
+class PreTokenizerRules:
+    """One of llama.cpp's named pre-tokenizers for byte-level BPE, and the structure that means the same."""
 
     name: str
     structure: tuple[tuple[Any, ...], ...]
     ignore_merges: bool = False  # a word that is in the vocabulary is taken whole
 
 
-RULES = (
-    Rules("gpt-2", (("ByteLevel", True, False),)),
-    Rules("smollm", (("Digits", True), ("ByteLevel", True, False))),
-    Rules("qwen2", (("Split", _WORDS % "", "Isolated", False), _BYTES)),
-    Rules("llama-bpe", (("Split", _WORDS % "{1,3}", "Isolated", False), _BYTES), ignore_merges=True),
+PRE_TOKENIZERS = (
+    PreTokenizerRules("gpt-2", (("ByteLevel", True, False),)),
+    PreTokenizerRules("smollm", (("Digits", True), ("ByteLevel", True, False))),
+    PreTokenizerRules("qwen2", (("Split", _WORD_PATTERN % "", "Isolated", False), _BYTE_LEVEL)),
+    PreTokenizerRules(
+        "llama-bpe", (("Split", _WORD_PATTERN % "{1,3}", "Isolated", False), _BYTE_LEVEL), ignore_merges=True
+    ),
 )
 
 
 @dataclass
 class Vocabulary:
-    """Header keys, what makes an export wrong as (got, expected), and what to tell."""
+    """A tokenizer as GGUF header keys, with problems as (got, expected) and notes for the user."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     problems: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    phi3: bool = False  # whether special tokens swallow spaces, see names.py
+    strips_spaces: bool = False  # whether special tokens swallow spaces, see names.py
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer of a folder. Raises UserError where there is none that it loads."""
+def load_local_tokenizer(folder: Path) -> Any:
+    """Load transformers' tokenizer of a folder. Raises UserError where there is none that it loads."""
     from transformers import AutoTokenizer
 
     try:
@@ -67,66 +69,98 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(Problem(str(folder), got, "tokenizer.json beside the weights")) from error
 
 
-def vocabulary_of(folder: Path, num_rows: int | None, *, pre: str | None) -> Vocabulary:
-    """The tokenizer of a folder for a model with `num_rows` embeddings.
+def gguf_vocabulary(folder: Path, num_rows: int | None, *, pre: str | None) -> Vocabulary:
+    """Convert the tokenizer of a folder for a model with `num_rows` embeddings.
 
-    `pre` names llama.cpp's rules where the structure is not recognised; nobody checks that they are right.
-    Raises UserError where there is no tokenizer.
+    `pre` names llama.cpp's rules where the structure is not recognised; they are not verified. Raises
+    UserError where there is no tokenizer.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_local_tokenizer(folder)
     if not tokenizer.is_fast:
-        return Vocabulary(problems=[("a tokenizer in Python alone", "one with tokenizer.json")])
+        return Vocabulary(problems=[("a slow tokenizer", "a fast tokenizer with tokenizer.json")])
     num_rows = len(tokenizer) if num_rows is None else num_rows
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model = spec["model"]
     if model["type"] != "BPE":
         return Vocabulary(problems=[(f"a {model['type']} tokenizer", "BPE")])
-    found = Vocabulary(problems=[*_unlike(spec)])
+    vocabulary = Vocabulary(problems=[*_bpe_problems(spec)])
     if model.get("byte_fallback"):
-        _as_pieces(spec, num_rows, pre, found)
+        _fill_sentencepiece(spec, num_rows, pre, vocabulary)
     else:
-        _as_bytes(spec, num_rows, pre, found)
-    _special(tokenizer, folder, found)
-    return found
+        _fill_byte_level(spec, num_rows, pre, vocabulary)
+    # fill in ids of special tokens, the tokens added around a text, and the chat template
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    for name, key in keys.items():
+        if ids[name] is not None:
+            vocabulary.fields[f"tokenizer.ggml.{key}_token_id"] = ids[name]
+    # llama.cpp stops at end of text, of turn and of message
+    extra_stops = [i for i in stop_token_ids(tokenizer, folder) if i != ids["eos"]]
+    for key, i in zip(("eot", "eom"), extra_stops, strict=False):
+        vocabulary.fields[f"tokenizer.ggml.{key}_token_id"] = i
+    if len(extra_stops) > 2:
+        vocabulary.notes.append(f"only 3 of {len(extra_stops) + 1} stop tokens fit into the header")
+    plain_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    special_ids = tokenizer("a")["input_ids"]
+    adds_bos, adds_eos = (
+        special_ids[:1] == [ids["bos"]] != plain_ids[:1],
+        special_ids[-1:] == [ids["eos"]] != plain_ids[-1:],
+    )
+    vocabulary.fields["tokenizer.ggml.add_bos_token"] = adds_bos
+    vocabulary.fields["tokenizer.ggml.add_eos_token"] = adds_eos
+    if special_ids[adds_bos : len(special_ids) - adds_eos] != plain_ids:
+        vocabulary.problems.append((f"tokens {special_ids} around 'a'", "nothing but a start and an end token"))
+    template = tokenizer.chat_template
+    if isinstance(template, str):
+        vocabulary.fields["tokenizer.chat_template"] = template
+    elif template:
+        vocabulary.fields["tokenizer.chat_templates"] = sorted(template.keys() - {"default"})
+        for name, text in template.items():
+            suffix = "" if name == "default" else f".{name}"
+            vocabulary.fields[f"tokenizer.chat_template{suffix}"] = text
+    return vocabulary
 
 
-def _unlike(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _bpe_problems(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     model = spec["model"]
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             yield f"BPE with {key} {model[key]!r}", f"no {key}"
     for token in spec["added_tokens"]:
         if token["single_word"] or token["lstrip"]:
-            odd = "single_word" if token["single_word"] else "lstrip"
-            yield f"the added token {token['content']!r} with {odd}", "tokens that are found anywhere"
+            flag = "single_word" if token["single_word"] else "lstrip"
+            yield f"the added token {token['content']!r} with {flag}", "tokens that match anywhere"
 
 
-def _tokens(spec: Mapping[str, Any], num_rows: int, found: Vocabulary) -> tuple[list[str], list[int]]:
-    """(texts, kinds) by id. Rows without a token are padded; added tokens without a row are left out."""
-    texts, kinds = [f"[PAD{i}]" for i in range(num_rows)], [UNUSED] * num_rows
-    beyond = [text for text, i in spec["model"]["vocab"].items() if i >= num_rows]
-    if beyond:
-        found.problems.append(
-            (f"{len(beyond)} tokens beyond the {num_rows} embeddings", "a row for each token")
+def _token_table(spec: Mapping[str, Any], num_rows: int, vocabulary: Vocabulary) -> tuple[list[str], list[int]]:
+    """Return (texts, token types) by id.
+
+    Rows without a token are padded; added tokens without a row are left out.
+    """
+    texts, token_types = [f"[PAD{i}]" for i in range(num_rows)], [UNUSED] * num_rows
+    out_of_range = [text for text, i in spec["model"]["vocab"].items() if i >= num_rows]
+    if out_of_range:
+        vocabulary.problems.append(
+            (f"{len(out_of_range)} tokens beyond the {num_rows} embeddings", "a row for each token")
         )
     for text, i in spec["model"]["vocab"].items():
         if i < num_rows:
-            texts[i], kinds[i] = text, NORMAL
+            texts[i], token_types[i] = text, NORMAL
     for token in spec["added_tokens"]:
         if token["id"] < num_rows:
             texts[token["id"]] = token["content"]
-            kinds[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+            token_types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
         else:
-            found.notes.append(f"the token {token['content']!r} has no embedding and is left out")
-    return texts, kinds
+            vocabulary.notes.append(f"the token {token['content']!r} has no embedding and is left out")
+    return texts, token_types
 
 
-def structure_of(pre_tokenizer: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], ...]:
-    """A pre-tokenizer as a tuple that can be compared, with what changes the cuts and nothing else."""
+def pre_tokenizer_structure(pre_tokenizer: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], ...]:
+    """Return a pre-tokenizer as a comparable tuple of what changes the cuts, and nothing else."""
     if pre_tokenizer is None:
         return ()
     if pre_tokenizer["type"] == "Sequence":
-        return tuple(part for one in pre_tokenizer["pretokenizers"] for part in structure_of(one))
+        return tuple(part for child in pre_tokenizer["pretokenizers"] for part in pre_tokenizer_structure(child))
     kind = pre_tokenizer["type"]
     if kind == "ByteLevel":
         return ((kind, pre_tokenizer["use_regex"], pre_tokenizer["add_prefix_space"]),)
@@ -138,123 +172,87 @@ def structure_of(pre_tokenizer: Mapping[str, Any] | None) -> tuple[tuple[Any, ..
     return ((kind,),)
 
 
-def _as_bytes(spec: Mapping[str, Any], num_rows: int, pre: str | None, found: Vocabulary) -> None:
-    """Byte-level BPE, what llama.cpp calls gpt2."""
+def _fill_byte_level(spec: Mapping[str, Any], num_rows: int, pre: str | None, vocabulary: Vocabulary) -> None:
+    """Fill in byte-level BPE, which llama.cpp calls gpt2."""
     model = spec["model"]
-    structure = structure_of(spec["pre_tokenizer"])
-    rules = next((rules for rules in RULES if rules.structure == structure), None)
+    structure = pre_tokenizer_structure(spec["pre_tokenizer"])
+    rules = next((rules for rules in PRE_TOKENIZERS if rules.structure == structure), None)
     if pre is not None:
         if rules is None or rules.name != pre:
-            found.notes.append(
-                f"text is cut by the rules {pre!r} as asked: not verified against the tokenizer"
+            vocabulary.notes.append(
+                f"text is split by the rules {pre!r} as requested, not verified against the tokenizer"
             )
     elif rules is None:
-        got = f"a pre-tokenizer of an unknown structure {structure}"
-        known = ", ".join(rules.name for rules in RULES)
-        found.problems.append((got, f"that of {known}; or name llama.cpp's rules yourself (pre), unverified"))
+        got = f"a pre-tokenizer of unknown structure {structure}"
+        names = ", ".join(rules.name for rules in PRE_TOKENIZERS)
+        vocabulary.problems.append((got, f"that of {names}; or name llama.cpp's rules with --pre, unverified"))
     elif rules.ignore_merges != bool(model.get("ignore_merges")):
         got = f"ignore_merges {bool(model.get('ignore_merges'))} with the rules {rules.name}"
-        found.problems.append((got, f"ignore_merges {rules.ignore_merges}"))
+        vocabulary.problems.append((got, f"ignore_merges {rules.ignore_merges}"))
     normalizer = (spec.get("normalizer") or {}).get("type")
     if normalizer == "NFC":
-        found.notes.append(
-            "llama.cpp does not compose accents (NFC): decomposed text gives other tokens there"
-        )
+        vocabulary.notes.append("llama.cpp does not compose accents (NFC): decomposed text gives other tokens there")
     elif normalizer is not None:
-        found.problems.append((f"a normalizer {normalizer}", "none, or NFC"))
-    lacking = {byte for byte, letter in byte_letters().items() if letter not in model["vocab"]}
-    if lacking & _IN_TEXT:
-        got = f"a vocabulary without {len(lacking & _IN_TEXT)} of the bytes of text"
-        found.problems.append(
-            (got, "a token for each: without one, tokenizers and llama.cpp go on differently")
-        )
-    elif lacking:
-        found.notes.append(f"{len(lacking)} bytes, of control characters or of no text, have no token")
-    if stripping := [token["content"] for token in spec["added_tokens"] if token["rstrip"]]:
-        found.problems.append(
-            (f"the added token {stripping[0]!r} with rstrip", "tokens that leave spaces alone")
-        )
-    texts, kinds = _tokens(spec, num_rows, found)
-    found.fields.update(
+        vocabulary.problems.append((f"a normalizer {normalizer}", "none, or NFC"))
+    missing = {byte for byte, character in byte_characters().items() if character not in model["vocab"]}
+    if missing & _TEXT_BYTES:
+        got = f"a vocabulary without {len(missing & _TEXT_BYTES)} of the bytes used in text"
+        vocabulary.problems.append((got, "a token for each: without one, tokenizers and llama.cpp differ"))
+    elif missing:
+        vocabulary.notes.append(f"{len(missing)} bytes, of control characters or outside of text, have no token")
+    if stripping_tokens := [token["content"] for token in spec["added_tokens"] if token["rstrip"]]:
+        vocabulary.problems.append((f"the added token {stripping_tokens[0]!r} with rstrip", "tokens without rstrip"))
+    texts, token_types = _token_table(spec, num_rows, vocabulary)
+    vocabulary.fields.update(
         {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": pre or (rules.name if rules else ""),
             "tokenizer.ggml.tokens": texts,
-            "tokenizer.ggml.token_type": kinds,
+            "tokenizer.ggml.token_type": token_types,
             "tokenizer.ggml.merges": [" ".join(pair) for pair in pieces.merge_pairs(model)],
         }
     )
 
 
-def byte_letters() -> dict[int, str]:
-    """Byte -> the character that stands for it (Radford et al. 2019): itself, or one from U+0100 on."""
+def byte_characters() -> dict[int, str]:
+    """Return byte -> the character that stands for it (Radford et al. 2019): itself, or one from U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def _as_pieces(spec: Mapping[str, Any], num_rows: int, pre: str | None, found: Vocabulary) -> None:
-    """SentencePiece's BPE with bytes for unknown characters, what llama.cpp calls llama."""
-    texts, kinds = _tokens(spec, num_rows, found)
-    shape = pieces.piece_rules(spec, forced=pre == "default")
-    found.problems.extend(shape.problems)
-    found.notes.extend(shape.notes)
+def _fill_sentencepiece(spec: Mapping[str, Any], num_rows: int, pre: str | None, vocabulary: Vocabulary) -> None:
+    """Fill in SentencePiece's BPE with bytes for unknown characters, which llama.cpp calls llama."""
+    texts, token_types = _token_table(spec, num_rows, vocabulary)
+    rules = pieces.read_piece_rules(spec, forced=pre == "default")
+    vocabulary.problems.extend(rules.problems)
+    vocabulary.notes.extend(rules.notes)
     if pre not in {None, "default"}:
-        found.problems.append((f"pre {pre} for SentencePiece's BPE", "none, or default"))
+        vocabulary.problems.append((f"pre {pre} for SentencePiece's BPE", "none, or default"))
     strips = strips_like_phi3(spec)
     if strips is None:
-        found.problems.append(("added tokens with rstrip", "none, or those of Phi-3"))
-    found.phi3 = bool(strips)
-    unknown = spec["model"].get("unk_token")
+        vocabulary.problems.append(("added tokens with rstrip", "none, or those of Phi-3"))
+    vocabulary.strips_spaces = bool(strips)
+    unknown_token = spec["model"].get("unk_token")
     for i, text in enumerate(texts):
-        if kinds[i] == NORMAL and pieces.is_byte(text):
-            kinds[i] = BYTE
-        elif text == unknown:
-            kinds[i] = UNKNOWN
-    found.fields.update(
+        if token_types[i] == NORMAL and pieces.is_byte_token(text):
+            token_types[i] = BYTE
+        elif text == unknown_token:
+            token_types[i] = UNKNOWN
+    vocabulary.fields.update(
         {
             "tokenizer.ggml.model": "llama",
             "tokenizer.ggml.pre": "default",
             "tokenizer.ggml.tokens": texts,
-            "tokenizer.ggml.scores": [shape.scores.get(text, pieces.NEVER) for text in texts],
-            "tokenizer.ggml.token_type": kinds,
-            "tokenizer.ggml.add_space_prefix": shape.adds_space,
+            "tokenizer.ggml.scores": [rules.scores.get(text, pieces.UNREACHABLE_SCORE) for text in texts],
+            "tokenizer.ggml.token_type": token_types,
+            "tokenizer.ggml.add_space_prefix": rules.adds_space,
         }
     )
 
 
-def _special(tokenizer: Any, folder: Path, found: Vocabulary) -> None:
-    """Ids of special tokens, what is added around a text, and the chat template."""
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    for name, key in keys.items():
-        if ids[name] is not None:
-            found.fields[f"tokenizer.ggml.{key}_token_id"] = ids[name]
-    # llama.cpp stops at end of text, of turn and of message
-    others = [i for i in stop_ids(tokenizer, folder) if i != ids["eos"]]
-    for key, i in zip(("eot", "eom"), others, strict=False):
-        found.fields[f"tokenizer.ggml.{key}_token_id"] = i
-    if len(others) > 2:
-        found.notes.append(f"only 3 of {len(others) + 1} stop tokens fit into the header")
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    starts, ends = full[:1] == [ids["bos"]] != bare[:1], full[-1:] == [ids["eos"]] != bare[-1:]
-    found.fields["tokenizer.ggml.add_bos_token"] = starts
-    found.fields["tokenizer.ggml.add_eos_token"] = ends
-    if full[starts : len(full) - ends] != bare:
-        found.problems.append((f"tokens {full} around 'a'", "nothing but a start and an end token"))
-    template = tokenizer.chat_template
-    if isinstance(template, str):
-        found.fields["tokenizer.chat_template"] = template
-    elif template:
-        found.fields["tokenizer.chat_templates"] = sorted(template.keys() - {"default"})
-        for name, text in template.items():
-            suffix = "" if name == "default" else f".{name}"
-            found.fields[f"tokenizer.chat_template{suffix}"] = text
+def stop_token_ids(tokenizer: Any, folder: Path) -> list[int]:
+    """Return the ids that stop generation: the end token, then those of generation_config.json."""
+    from peftkit.model.load import read_stop_ids
 
-
-def stop_ids(tokenizer: Any, folder: Path) -> list[int]:
-    """Ids at which generation stops: the tokenizer's end token, then those of generation_config.json."""
-    from peftkit.model.load import stops_of
-
-    return sorted(stops_of(str(folder), tokenizer), key=lambda i: (i != tokenizer.eos_token_id, i))
+    return sorted(read_stop_ids(str(folder), tokenizer), key=lambda i: (i != tokenizer.eos_token_id, i))

@@ -13,15 +13,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from peftkit.archs import KNOWN, shape_from_config
 from peftkit.evaluate.losses import collate
-from peftkit.model.adapter.attach import attach
+from peftkit.evaluate.step import loss_from_logits
+from peftkit.model.adapter.attach import attach_adapter
 from peftkit.model.load import load_model
-from peftkit.model.meta.trace.caching import reserved_bytes
-from peftkit.model.meta.trace.ledger import FORWARD, Ledger, Snapshot
-from peftkit.model.meta.trace.step import Traced
+from peftkit.model.meta.trace.caching import simulate_reserved_bytes
+from peftkit.model.meta.trace.ledger import FORWARD, Ledger, PhasePeak
+from peftkit.model.meta.trace.step import StepTrace
 from peftkit.plan import Batch, DeviceFacts
 from peftkit.prepare import traced_memory as memory
 from peftkit.prepare.measured_memory import allocator_peak
-from peftkit.train.objectives import supervised
 from tests.conformance.cells import rows_for
 from tests.conftest import save_tiny
 from tests.rigs.plans import plan_for
@@ -36,7 +36,7 @@ def test_the_caching_allocator_rounds_splits_and_reuses():
     def reserved(*steps):
         sizes = [abs(size) for size in dict.fromkeys(abs(s) for s in steps)]
         events = [(sizes.index(abs(size)), size > 0) for size in steps]
-        return reserved_bytes(sizes, events)
+        return simulate_reserved_bytes(sizes, events)
 
     assert reserved(512) == 2 * MIB
     assert reserved(MIB + 512 * 1024) == 20 * MIB
@@ -56,11 +56,11 @@ def test_no_record_reserves_less_than_it_allocates(steps):
         events.append((len(sizes) - 1, True))
         live.append(len(sizes) - 1)
         peak = max(peak, sum(sizes[i] for i in live))
-    assert reserved_bytes(sizes, events) >= peak
+    assert simulate_reserved_bytes(sizes, events) >= peak
 
 
 def test_the_ledger_follows_a_tensor_through_its_life():
-    ledger = Ledger(round_to=1, vocab=99, scratch={}, truth=lambda tensor: True)
+    ledger = Ledger(round_to=1, vocab=99, scratch={}, scalar_value=lambda tensor: True)
     with ledger:
         ledger.phase = FORWARD
         kept = torch.empty(100, device="meta") + 1  # 400 bytes, twice while both live
@@ -80,10 +80,10 @@ def test_a_traced_step_is_what_the_allocator_reports(method, checkpointing, tmp_
     train = {"max_length": 64, "micro_batch": 4, "batch_size": 4, "gradient_checkpointing": checkpointing}
     plan = plan_for(config, {"name": method, "rank": 4} if method != "full" else method, train=train)
     plan = replace(plan, base=replace(plan.base, id=str(folder), inferred=True))  # inferred: plain logits
-    traced = memory.traced(plan, config, Batch(4, 16, 0, 60, is_padded=False))
+    traced = memory.trace_plan(plan, config, Batch(4, 16, 0, 60, is_padded=False))
     predicted = max(traced.peaks[p].allocated_bytes for p in ("forward", "backward")) - traced.static_bytes
 
-    model = attach(load_model(str(folder), plan.base, device="cpu"), plan, tokenizer=None)
+    model = attach_adapter(load_model(str(folder), plan.base, device="cpu"), plan, tokenizer=None)
     model.train()
     if checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -91,7 +91,7 @@ def test_a_traced_step_is_what_the_allocator_reports(method, checkpointing, tmp_
             model.enable_input_require_grads()
     batch = collate(rows_for("causal-lm"), 0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        supervised.loss(model, batch, "causal-lm").backward()
+        loss_from_logits(model, batch, "causal-lm").backward()
     peak = allocator_peak(run)
     # beside the ledger checkpointing holds the CPU's random state, 5,056 bytes, for each layer
     slack = 3 * torch.get_rng_state().nbytes if checkpointing else 0
@@ -116,10 +116,10 @@ def test_three_depths_give_the_whole_model(model_type, method, checkpointing, mo
     train = {"max_length": 64, "micro_batch": 1, "gradient_checkpointing": checkpointing}
     plan = plan_for(config, method, device=GPU, train=train)
     shape = shape_from_config(config)
-    whole = memory.traced(plan, config, plan.batch)
-    seen, traced = [], memory.traced
-    monkeypatch.setattr(memory, "traced", lambda *given: seen.append(given) or traced(*given))
-    few = memory._memory(plan, shape, config, plan.batch)
+    whole = memory.trace_plan(plan, config, plan.batch)
+    seen, traced = [], memory.trace_plan
+    monkeypatch.setattr(memory, "trace_plan", lambda *given: seen.append(given) or traced(*given))
+    few = memory._trace_or_extrapolate(plan, shape, config, plan.batch)
     depths = [12, 18, 24] if layers else [8, 12, 16]
     assert [config["num_hidden_layers"] for _, config, _ in seen] == depths
     for peak in few.peaks:
@@ -132,7 +132,7 @@ def test_stand_ins_have_layers_of_each_kind_in_proportion():
 
     def depths(model_type, num, period=1, **more):
         config = json.loads(tiny_config(model_type, num_hidden_layers=num, **more).to_json_string())
-        return memory._shallow(shape_from_config(config), config, period=period)
+        return memory._stand_in_depths(shape_from_config(config), config, period=period)
 
     kinds = ["sliding_attention"] * 5 + ["full_attention"]
     assert depths("llama", 32) is None
@@ -149,29 +149,29 @@ def test_the_backward_pass_is_told_in_two():
         deep = {**config, "num_hidden_layers": depth}
         train = {"max_length": 64, "batch_size": 1, "gradient_checkpointing": True}
         plan = plan_for(deep, "full", device=GPU, train=train)
-        return memory.traced(plan, deep, plan.batch)
+        return memory.trace_plan(plan, deep, plan.batch)
 
     shallow, *_, deep = found = [at(depth) for depth in (10, 30, 50)]
     assert "logits and loss" in shallow.peaks["backward"].components
     assert "logits and loss" not in deep.peaks["backward"].components
-    assert memory._on_a_line(found)
+    assert memory._is_linear_in_depth(found)
 
 
 @pytest.mark.parametrize("sizes", [(10, 20, 40), (10, 25, 30)])
 def test_what_does_not_grow_evenly_is_not_extrapolated(sizes):
     def step(size):
         names = ("forward", "backward", "backward below", "optimizer step", "evaluation")
-        return Traced({n: Snapshot(n, {"gradients": 1000 * size}) for n in names}, 0, 0, 0, 0)
+        return StepTrace({n: PhasePeak(n, {"gradients": 1000 * size}) for n in names}, 0, 0, 0, 0)
 
-    assert memory._on_a_line([step(size) for size in (10, 20, 30)])
-    assert not memory._on_a_line([step(size) for size in sizes])
+    assert memory._is_linear_in_depth([step(size) for size in (10, 20, 30)])
+    assert not memory._is_linear_in_depth([step(size) for size in sizes])
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "ia3", "prefix", "vera", "oft", "full"])
 def test_what_is_traced_trains_what_was_planned(method):
     config = json.loads(tiny_config("llama").to_json_string())
     plan = plan_for(config, method)
-    assert memory.traced(plan, config, plan.batch).num_trainable == plan.method.num_trainable
+    assert memory.trace_plan(plan, config, plan.batch).num_trainable == plan.method.num_trainable
 
 
 def test_a_traced_plan_is_kept_and_found_again(monkeypatch, tmp_path):

@@ -144,24 +144,16 @@ def piece_tokenizer(*, complete: bool = True, space: bool = True, tab: bool = Fa
         vocab_size=VOCAB - 8, special_tokens=[*special, *bytes_], limit_alphabet=100, max_token_length=8
     )
     # line by line: without a pre-tokenizer a text is one word
-    made.train_from_iterator(
-        [word for text in corpus() for word in text.replace(" ", " \n ").split("\n")], trainer
-    )
+    made.train_from_iterator([word for text in corpus() for word in text.replace(" ", " \n ").split("\n")], trainer)
     vocab = dict(sorted(made.get_vocab().items(), key=lambda item: item[1]))
     if complete:
-        cuts = [
-            (text, cut) for text in vocab if text not in {*special, *bytes_} for cut in range(1, len(text))
-        ]
+        cuts = [(text, cut) for text in vocab if text not in {*special, *bytes_} for cut in range(1, len(text))]
         pairs = [(text[:cut], text[cut:]) for text, cut in cuts]
         merges = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
         made.model = models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     if space:
-        made.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-        )
-    made.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     spec = json.loads(made.to_str())  # bytes are tokens that no text is searched for
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in special]
     return PreTrainedTokenizerFast(

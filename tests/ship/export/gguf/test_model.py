@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from peftkit.errors import UserError
 from peftkit.ship.export.gguf import check_exportable, write_model
-from peftkit.ship.export.gguf.writing import QUANTS, Entry, published, write_file
+from peftkit.ship.export.gguf.writing import QUANTIZED_DTYPES, GgufTensor, publish_file, write_file
 from tests.conftest import ROOT
 from tests.ship.export.gguf.models import byte_tokenizer, save_model
 
@@ -163,9 +163,7 @@ def test_no_name_makes_llama_cpp_think_of_phi3(name: str, llama: Path) -> None:
 
 def _weights(folder: Path, change: Any) -> None:
     """Rewrite a saved model as one file, its tensors changed."""
-    tensors = {
-        name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()
-    }
+    tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
     for file in folder.glob("model*"):
         file.unlink()
     change(tensors)
@@ -194,14 +192,14 @@ def test_weights_that_are_not_the_models_leave_nothing(change: Any, told: str, l
 def test_what_is_there_is_not_overwritten(llama: Path) -> None:
     out = llama.parent / "out.gguf"
     out.write_text("precious")
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="an existing file"):
         write_model(llama, out)
     assert out.read_text() == "precious"
     assert not (llama.parent / "out.gguf.part").exists()
 
 
 def test_a_part_is_removed_whatever_happens(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), published(tmp_path / "out") as part:
+    with pytest.raises(KeyboardInterrupt), publish_file(tmp_path / "out") as part:
         part.write_text("half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
@@ -225,8 +223,8 @@ def test_a_disk_that_fills_up_is_told_and_left_clean(llama: Path) -> None:
 
 def test_room_is_looked_at_before_the_weights(tmp_path: Path) -> None:
     """A tensor of 4 EiB: the header is written, the tensor never asked for."""
-    huge = Entry("huge", (2**31, 2**29), "f32", lambda: pytest.fail("loaded"))
-    with pytest.raises(UserError, match="bytes of GGUF") as error, published(tmp_path / "out") as part:
+    huge = GgufTensor("huge", (2**31, 2**29), "f32", lambda: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="bytes of GGUF") as error, publish_file(tmp_path / "out") as part:
         write_file(part, "llama", {"general.name": "x"}, [huge])
     assert f"{2**62 + 160:,} bytes" in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -235,15 +233,13 @@ def test_room_is_looked_at_before_the_weights(tmp_path: Path) -> None:
 def test_large_tensors_are_converted_in_blocks(tmp_path: Path) -> None:
     """17 million numbers in five blocks are those of one."""
     tensor = torch.arange(17 * 2**20, dtype=torch.float32).reshape(-1, 64).remainder(251)
-    write_file(tmp_path / "out", "llama", {}, [Entry("t", tuple(tensor.shape), "f32", lambda: tensor)])
+    write_file(tmp_path / "out", "llama", {}, [GgufTensor("t", tuple(tensor.shape), "f32", lambda: tensor)])
     assert np.array_equal(read(tmp_path / "out")[1]["t"].data, tensor.numpy())
 
 
 def test_bytes_are_told_while_it_writes(llama: Path) -> None:
     told: list[tuple[int, int]] = []
-    made = write_model(
-        llama, llama.parent / "out.gguf", progress=lambda done, total: told.append((done, total))
-    )
+    made = write_model(llama, llama.parent / "out.gguf", progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (made.num_bytes, made.num_bytes) and told == sorted(told)
 
 
@@ -254,7 +250,7 @@ def test_quantizations_need_llama_cpps_tool(llama: Path, monkeypatch: pytest.Mon
     assert "llama-quantize F16.gguf OUT.gguf Q4_K_M" in str(error.value)
     with pytest.raises(UserError, match="did you mean q4_k_m"):
         check_exportable(llama, dtype="q4_km", pre=None)
-    assert all(hasattr(gguf.LlamaFileType, f"MOSTLY_{name.upper()}") for name in QUANTS)
+    assert all(hasattr(gguf.LlamaFileType, f"MOSTLY_{name.upper()}") for name in QUANTIZED_DTYPES)
 
 
 def test_a_tool_that_fails_leaves_nothing(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,15 +291,7 @@ def test_memory_stays_with_the_largest_tensor(tmp_path: Path, tokenizer: Any) ->
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak(); model.write_model(folder, out, dtype='q8_0'); print(peak() - before)"
     )
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        program,
-        str(tmp_path / "hf"),
-        str(tmp_path / "out.gguf"),
-    ]
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "hf"), str(tmp_path / "out.gguf")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     grown = int(done.stdout.split()[-1])
     total = sum(file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors"))

@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 import torch
 
-from peftkit.model.base.locate import locate
-from peftkit.model.load import loadable
+from peftkit.model.base.locate import locate_base
+from peftkit.model.load import resolve_source
 from peftkit.ship.export.gguf import FAMILIES, write_adapter, write_model
-from peftkit.ship.export.gguf.tokenizer import RULES
-from peftkit.ship.export.ollama import glue_of, go_template, write_modelfile
+from peftkit.ship.export.gguf.tokenizer import PRE_TOKENIZERS
+from peftkit.ship.export.ollama import read_separators, render_go_template, write_modelfile
 from tests.rigs.llama_cpp import RUNS_HERE, Llama, quantize
 from tests.ship.export.gguf.models import (
     TEXTS,
@@ -131,9 +131,7 @@ def test_every_family_computes_what_transformers_computes(name: str, tmp_path: P
 
 
 def test_every_row_of_the_table_is_measured() -> None:
-    assert {model_type for model_type, _ in MODELS.values()} == {
-        t for row in FAMILIES for t in row.model_types
-    }
+    assert {model_type for model_type, _ in MODELS.values()} == {t for row in FAMILIES for t in row.model_types}
 
 
 def test_a_window_is_right_up_to_its_length_and_wrong_beyond(tmp_path: Path) -> None:
@@ -199,34 +197,15 @@ def _strings(count: int) -> Iterator[str]:
     """Words, white space, signs, digits and special tokens of the corpus, shuffled."""
     chance = random.Random(0)
     pool = [word for text in corpus() for word in text.split(" ")]
-    pool += [
-        "<s>",
-        "</s>",
-        "<|user|>",
-        "  ",
-        "\n\n",
-        "\t",
-        "\r\n",
-        "🦙",
-        "é",
-        "北京",
-        "123",
-        "4567",
-        "\u2581",
-        "'LL",
-    ]
+    pool += ["<s>", "</s>", "<|user|>", "  ", "\n\n", "\t", "\r\n", "🦙", "é", "北京", "123", "4567", "\u2581", "'LL"]
     for i in range(count):
         yield ("", " ")[i % 2].join(chance.choices(pool, k=chance.randint(1, 30)))
 
 
-PIECE_KINDS = {
-    "Llama's pieces": {},
-    "Gemma's pieces": {"space": False},
-    "old Gemma's": {"space": False, "tab": True},
-}
+PIECE_KINDS = {"Llama's pieces": {}, "Gemma's pieces": {"space": False}, "old Gemma's": {"space": False, "tab": True}}
 
 
-@pytest.mark.parametrize("kind", [*(rules.name for rules in RULES), *PIECE_KINDS])
+@pytest.mark.parametrize("kind", [*(rules.name for rules in PRE_TOKENIZERS), *PIECE_KINDS])
 def test_text_is_cut_alike(kind: str, tmp_path: Path) -> None:
     """Emoji, Chinese, digits, white space and special tokens, and 400 strings of pieces of them."""
     from transformers import AutoTokenizer
@@ -253,10 +232,7 @@ def test_phi3s_tokens_swallow_spaces_where_they_do(strips: bool, tmp_path: Path)
     for token in spec["added_tokens"]:
         token["rstrip"] = strips and token["content"] not in {"<unk>", "<s>", "<|endoftext|>"}
     made = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     save_model(tmp_path / "phi3", "phi3", made, sliding_window=None)
     path = write_model(tmp_path / "phi3", tmp_path / "out.gguf").path
@@ -275,8 +251,8 @@ def real_smollm() -> tuple[Path, Any, list[int]]:
     """(folder, model, tokens) of SmolLM2."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base = locate("embedded:smollm2-135m-instruct", revision=None, where="base")
-    folder = Path(loadable(base, "base"))
+    base = locate_base("embedded:smollm2-135m-instruct", revision=None, where="base")
+    folder = Path(resolve_source(base, "base"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return folder, model, AutoTokenizer.from_pretrained(folder)(TEXTS[0] + TEXTS[2])["input_ids"][:64]
 
@@ -310,9 +286,7 @@ def test_the_real_smollm(dtype: str, smollm: tuple[Path, Any, list[int]], tmp_pa
         assert same_text
 
 
-def test_the_real_smollm_with_the_defaults_of_llama_cpp(
-    smollm: tuple[Path, Any, list[int]], tmp_path: Path
-) -> None:
+def test_the_real_smollm_with_the_defaults_of_llama_cpp(smollm: tuple[Path, Any, list[int]], tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     path = write_model(smollm[0], tmp_path / "out.gguf", dtype="f32").path
@@ -371,9 +345,9 @@ def test_ollamas_prompt_and_stop_in_llama_cpp(smollm: tuple[Path, Any, list[int]
     path = write_model(folder, tmp_path / "out.gguf", dtype="f16").path
     write_modelfile(path, tmp_path / "Modelfile", folder=folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    glue = glue_of(tokenizer)
+    glue = read_separators(tokenizer)
     assert glue is not None
-    template = go_template(glue)
+    template = render_go_template(glue)
     text = (tmp_path / "Modelfile").read_text()
     assert f'TEMPLATE """{template}"""' in text
     assert 'PARAMETER stop "<|im_end|>"' in text

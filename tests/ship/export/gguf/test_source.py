@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from peftkit.errors import UserError
 from peftkit.ship.export.gguf import FAMILIES, check_exportable
 from peftkit.ship.export.gguf.rope import llama3_factors
-from peftkit.ship.export.gguf.source import context_of, read_source
+from peftkit.ship.export.gguf.source import context_length, read_source
 from tests.rigs.tiny import TINY, tiny_config
 from tests.ship.export.gguf.models import VOCAB, byte_tokenizer
 
@@ -39,11 +39,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 LOCAL = {"rope_type": "default", "rope_theta": 1e4}
 REFUSED = {
     "rope": ("llama", {"rope_parameters": SCALED}, "rope_type dynamic"),
-    "rope attention factor": (
-        "qwen2",
-        {"rope_parameters": {**YARN, "attention_factor": 2.0}},
-        "attention_factor 2.0",
-    ),
+    "rope attention factor": ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 2.0}}, "attention_factor 2.0"),
     "yarn of gemma": ("gemma", {"rope_parameters": YARN}, "rope_type yarn"),
     "partial rotary": (
         "llama",
@@ -52,11 +48,7 @@ REFUSED = {
     ),
     "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
     "gpt2 activation": ("gpt2", {"activation_function": "relu"}, "activation_function relu"),
-    "gpt2 scaling": (
-        "gpt2",
-        {"scale_attn_by_inverse_layer_idx": True},
-        "scale_attn_by_inverse_layer_idx True",
-    ),
+    "gpt2 scaling": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
     "qwen3 bias": ("qwen3", {"attention_bias": True}, "attention_bias True"),
     "gemma2 scalar": ("gemma2", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar 100"),
     "gemma2 layers": (
@@ -111,9 +103,7 @@ def test_all_reasons_come_at_once(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    unigram = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.Unigram([("a", -1.0)])), eos_token="a"
-    )
+    unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", -1.0)])), eos_token="a")
     unigram.save_pretrained(saved(tmp_path, "llama", hidden_act="gelu", rope_parameters=SCALED))
     said = refusal(tmp_path, dtype="q3_k")
     for part in ("hidden_act gelu", "rope_type dynamic", "did you mean q3", "a Unigram tokenizer"):
@@ -155,9 +145,7 @@ def test_what_config_json_leaves_out_is_what_transformers_computes(tmp_path: Pat
     config = read_source(tmp_path).config
     assert (config["head_dim"], config["num_key_value_heads"]) == (16, 4)
     assert AutoConfig.from_pretrained(tmp_path).rms_norm_eps == config["rms_norm_eps"]
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "gpt2", "n_embd": 8, "n_head": 2, "vocab_size": 8})
-    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 8, "n_head": 2, "vocab_size": 8}))
     assert read_source(tmp_path).config["n_inner"] == 32
 
 
@@ -176,7 +164,7 @@ def test_what_config_json_leaves_out_is_what_transformers_computes(tmp_path: Pat
 def test_the_context_ends_where_the_two_differ(
     model_type: str, changes: dict[str, Any], context: int, tmp_path: Path
 ) -> None:
-    assert context_of(read_source(saved(tmp_path, model_type, **changes))) == context
+    assert context_length(read_source(saved(tmp_path, model_type, **changes))) == context
 
 
 def test_factors_of_llama3_are_transformers_own(tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from peftkit.ship.export.gguf.names import safe_name, strips_like_phi3
-from peftkit.ship.export.gguf.pieces import piece_rules
-from peftkit.ship.export.gguf.tokenizer import RULES, Vocabulary, byte_letters, vocabulary_of
+from peftkit.ship.export.gguf.names import safe_model_name, strips_like_phi3
+from peftkit.ship.export.gguf.pieces import read_piece_rules
+from peftkit.ship.export.gguf.tokenizer import PRE_TOKENIZERS, Vocabulary, byte_characters, gguf_vocabulary
 from tests.ship.export.gguf.models import SPECIAL, VOCAB, byte_tokenizer, piece_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, Any]:
-    made = {rules.name: byte_tokenizer(rules.name) for rules in RULES}
+    made = {rules.name: byte_tokenizer(rules.name) for rules in PRE_TOKENIZERS}
     return {**made, "pieces": piece_tokenizer()}
 
 
@@ -37,14 +37,14 @@ def changed(tokenizer: Any, **changes: Any) -> Any:
 
 def seen(tokenizer: Any, folder: Path, *, rows: int = VOCAB, pre: str | None = None) -> Vocabulary:
     tokenizer.save_pretrained(folder)
-    return vocabulary_of(folder, rows, pre=pre)
+    return gguf_vocabulary(folder, rows, pre=pre)
 
 
 def told(found: Vocabulary) -> str:
     return "\n".join(f"got {got}, expected {expected}" for got, expected in found.problems)
 
 
-@pytest.mark.parametrize("rules", RULES, ids=lambda rules: rules.name)
+@pytest.mark.parametrize("rules", PRE_TOKENIZERS, ids=lambda rules: rules.name)
 def test_each_structure_is_known_by_its_name(rules: Any, tokenizers: dict[str, Any], tmp_path: Path) -> None:
     found = seen(tokenizers[rules.name], tmp_path)
     assert not found.problems
@@ -52,9 +52,7 @@ def test_each_structure_is_known_by_its_name(rules: Any, tokenizers: dict[str, A
     assert found.fields["tokenizer.ggml.pre"] == rules.name
 
 
-def test_an_unknown_structure_is_refused_unless_it_is_named(
-    tokenizers: dict[str, Any], tmp_path: Path
-) -> None:
+def test_an_unknown_structure_is_refused_unless_it_is_named(tokenizers: dict[str, Any], tmp_path: Path) -> None:
     odd = changed(
         tokenizers["gpt-2"],
         pre_tokenizer={
@@ -73,24 +71,14 @@ def test_an_unknown_structure_is_refused_unless_it_is_named(
 
 
 def _byte_level(**changes: Any) -> dict[str, Any]:
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "use_regex": True,
-        "trim_offsets": True,
-        **changes,
-    }
+    return {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, "trim_offsets": True, **changes}
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a space in front": ("gpt-2", {"pre_tokenizer": _byte_level(add_prefix_space=True)}, "unknown structure"),
     "lowercase": ("gpt-2", {"normalizer": {"type": "Lowercase"}}, "a normalizer Lowercase"),
     "dropout": ("gpt-2", {"model": {"dropout": 0.5}}, "BPE with dropout 0.5"),
-    "merges ignored": (
-        "qwen2",
-        {"model": {"ignore_merges": True}},
-        "ignore_merges True with the rules qwen2",
-    ),
+    "merges ignored": ("qwen2", {"model": {"ignore_merges": True}}, "ignore_merges True with the rules qwen2"),
     "merges heeded": ("llama-bpe", {"model": {"ignore_merges": False}}, "ignore_merges False"),
     "lstrip": ("gpt-2", {"tokens": {"<|user|>": {"lstrip": True}}}, "'<|user|>' with lstrip"),
     "rstrip": ("gpt-2", {"tokens": {"<|user|>": {"rstrip": True}}}, "'<|user|>' with rstrip"),
@@ -99,12 +87,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "pieces",
         {
             "normalizer": None,
-            "pre_tokenizer": {
-                "type": "Metaspace",
-                "replacement": "\u2581",
-                "prepend_scheme": "first",
-                "split": False,
-            },
+            "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False},
         },
         "Metaspace with prepend_scheme first",
     ),
@@ -115,9 +98,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_what_llama_cpp_cuts_differently_is_refused(
-    name: str, tokenizers: dict[str, Any], tmp_path: Path
-) -> None:
+def test_what_llama_cpp_cuts_differently_is_refused(name: str, tokenizers: dict[str, Any], tmp_path: Path) -> None:
     kind, changes, said = REFUSED[name]
     assert not seen(tokenizers[kind], tmp_path / "plain").problems
     assert said in told(seen(changed(tokenizers[kind], **changes), tmp_path / "changed"))
@@ -126,12 +107,10 @@ def test_what_llama_cpp_cuts_differently_is_refused(
 def test_a_byte_of_text_without_a_token_is_refused(tokenizers: dict[str, Any], tmp_path: Path) -> None:
     spec = json.loads(tokenizers["gpt-2"].backend_tokenizer.to_str())["model"]
     for byte, bad in ((0x04, False), (0xFF, False), (ord("~"), True)):
-        letter = byte_letters()[byte]
+        letter = byte_characters()[byte]
         merges = [pair for pair in spec["merges"] if letter not in "".join(pair)]
         vocab = {text: i for text, i in spec["vocab"].items() if letter not in text}
-        found = seen(
-            changed(tokenizers["gpt-2"], model={"vocab": vocab, "merges": merges}), tmp_path / str(byte)
-        )
+        found = seen(changed(tokenizers["gpt-2"], model={"vocab": vocab, "merges": merges}), tmp_path / str(byte))
         assert bool(found.problems) is bad
         assert any("1 bytes" in note for note in found.notes) is not bad
 
@@ -139,10 +118,10 @@ def test_a_byte_of_text_without_a_token_is_refused(tokenizers: dict[str, Any], t
 def test_letters_of_bytes_are_those_of_tokenizers() -> None:
     from tokenizers.pre_tokenizers import ByteLevel
 
-    assert set(byte_letters().values()) == set(ByteLevel.alphabet())
+    assert set(byte_characters().values()) == set(ByteLevel.alphabet())
     plain = ByteLevel(add_prefix_space=False, use_regex=False)
     for byte in range(128):
-        assert plain.pre_tokenize_str(chr(byte))[0][0] == byte_letters()[byte]
+        assert plain.pre_tokenize_str(chr(byte))[0][0] == byte_characters()[byte]
 
 
 def test_scores_follow_the_merges(tokenizers: dict[str, Any], tmp_path: Path) -> None:
@@ -162,15 +141,15 @@ def test_scores_follow_the_merges(tokenizers: dict[str, Any], tmp_path: Path) ->
 def test_a_vocabulary_with_one_merge_a_token_is_refused() -> None:
     """What `tokenizers` trains: llama.cpp would also join pairs that are no merges."""
     spec = json.loads(piece_tokenizer(complete=False).backend_tokenizer.to_str())
-    assert any("whose union is a token" in got for got, _ in piece_rules(spec).problems)
+    assert any("whose union is a token" in got for got, _ in read_piece_rules(spec).problems)
 
 
 def test_a_byte_without_a_token_is_refused_unless_its_letter_is_one() -> None:
     spec = json.loads(piece_tokenizer(tab=True).backend_tokenizer.to_str())
     assert "<0x09>" not in spec["model"]["vocab"]
-    assert not piece_rules(spec).problems
+    assert not read_piece_rules(spec).problems
     del spec["model"]["vocab"]["<0xE2>"]
-    assert any("without 1 of the 256 bytes" in got for got, _ in piece_rules(spec).problems)
+    assert any("without 1 of the 256 bytes" in got for got, _ in read_piece_rules(spec).problems)
 
 
 def test_merges_out_of_order_are_refused() -> None:
@@ -178,14 +157,14 @@ def test_merges_out_of_order_are_refused() -> None:
     merges = spec["model"]["merges"]
     place = next(i for i in range(len(merges) - 1) if "".join(merges[i]) == "".join(merges[i + 1]))
     merges.append(merges.pop(place))
-    assert any("do not stand together" in got for got, _ in piece_rules(spec).problems)
+    assert any("are not adjacent" in got for got, _ in read_piece_rules(spec).problems)
 
 
 def test_pre_default_takes_the_difference_of_a_metaspace(tokenizers: dict[str, Any], tmp_path: Path) -> None:
     _, changes, _ = REFUSED["first space"]
     found = seen(changed(tokenizers["pieces"], **changes), tmp_path, pre="default")
     assert not found.problems
-    assert any("as asked for" in note for note in found.notes)
+    assert any("as requested by --pre" in note for note in found.notes)
     assert "pre qwen2" in told(seen(tokenizers["pieces"], tmp_path, pre="qwen2"))
 
 
@@ -204,16 +183,12 @@ def test_added_tokens_are_found_in_text_or_are_control(tokenizers: dict[str, Any
     more = changed(tokenizers["gpt-2"])
     more.add_tokens(["<think>"])
     found = seen(more, tmp_path)
-    kinds = dict(
-        zip(found.fields["tokenizer.ggml.tokens"], found.fields["tokenizer.ggml.token_type"], strict=True)
-    )
+    kinds = dict(zip(found.fields["tokenizer.ggml.tokens"], found.fields["tokenizer.ggml.token_type"], strict=True))
     assert kinds["<think>"] == 4
     assert {kinds[text] for text in SPECIAL} == {3}
 
 
-def test_what_is_put_around_a_text_is_what_the_tokenizer_does(
-    tokenizers: dict[str, Any], tmp_path: Path
-) -> None:
+def test_what_is_put_around_a_text_is_what_the_tokenizer_does(tokenizers: dict[str, Any], tmp_path: Path) -> None:
     def template(*pieces: Any) -> dict[str, Any]:
         ids = {"<s>": 1, "</s>": 2, "<|user|>": 3}
         return {
@@ -258,27 +233,23 @@ def test_several_chat_templates_travel(tokenizers: dict[str, Any], tmp_path: Pat
     assert fields["tokenizer.chat_templates"] == ["tool_use"]
 
 
-def test_a_class_that_rebuilds_its_rules_is_exported_as_it_works(
-    tokenizers: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_class_that_rebuilds_its_rules_is_exported_as_it_works(tokenizers: dict[str, Any], tmp_path: Path) -> None:
     """transformers loads a Qwen2 folder as Qwen2Tokenizer, with its own cuts: these were trained with."""
     tokenizers["gpt-2"].save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     loaded = json.loads(AutoTokenizer.from_pretrained(tmp_path).backend_tokenizer.to_str())
     assert loaded["pre_tokenizer"]["type"] == "Sequence"
-    assert vocabulary_of(tmp_path, VOCAB, pre=None).fields["tokenizer.ggml.pre"] == "qwen2"
+    assert gguf_vocabulary(tmp_path, VOCAB, pre=None).fields["tokenizer.ggml.pre"] == "qwen2"
 
 
 def test_phi3_is_known_by_its_tokens() -> None:
     def spec(**strip: bool) -> dict[str, Any]:
         names = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>")
-        return {
-            "added_tokens": [{"content": n, "rstrip": s} for n, s in zip(names, strip.values(), strict=True)]
-        }
+        return {"added_tokens": [{"content": n, "rstrip": s} for n, s in zip(names, strip.values(), strict=True)]}
 
     assert strips_like_phi3(spec(a=False, b=False, c=True, d=False, e=True)) is True
     assert strips_like_phi3(spec(a=False, b=False, c=False, d=False, e=False)) is False
     assert strips_like_phi3(spec(a=False, b=False, c=False, d=False, e=True)) is None
     assert strips_like_phi3({"added_tokens": [{"content": "<|user|>", "rstrip": True}]}) is None
-    assert safe_name("my-Phi-3-mini", phi3=False) == "my-phi-_3-mini"
-    assert safe_name("mine", phi3=True) == "mine (phi-3)"
+    assert safe_model_name("my-Phi-3-mini", phi3=False) == "my-phi-_3-mini"
+    assert safe_model_name("mine", phi3=True) == "mine (phi-3)"

@@ -4,6 +4,16 @@ import peftkit
 from peftkit.errors import UserError
 
 
+def test_the_public_names_are_frozen():
+    """To add or rename one is a decision: change this list, and tell it in CHANGELOG.md."""
+    assert peftkit.__all__ == [
+        *("ExportOptions", "Interrupted", "MergeOptions", "PeftkitError", "Problem", "UserError"),
+        *("check_data", "combine_adapters", "convert_weights", "diagnose_run", "evaluate_run", "export_adapter"),
+        *("finetune", "generate", "inspect_model", "load_recipe", "make_plan", "merge_adapter", "plan_recipe"),
+        *("reproduce_run", "resume_run", "summarize_run", "verify_run"),
+    ]
+
+
 def test_names_are_imported_on_first_use():
     assert set(peftkit.__all__) <= set(dir(peftkit))
     for name in peftkit.__all__:

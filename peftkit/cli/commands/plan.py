@@ -1,0 +1,130 @@
+"""What a recipe needs on a device: parameters, memory, fit, time."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from peftkit.cli.command import OVERRIDES, RECIPE, Command, arg, print_json
+from peftkit.units import show_bytes, show_count, show_percent, show_seconds
+
+if TYPE_CHECKING:
+    from peftkit.api import Account
+
+COMMAND = Command(
+    "plan",
+    "show trainable parameters, memory, fit, changes that fit and time, with reasons",
+    (
+        RECIPE,
+        OVERRIDES,
+        arg("--gpu", metavar="NAME|SIZE|this", default="this", help="rtx4090, h100-80gb, 24GiB, ..."),
+        arg("--trace", action="store_true", help="trace the model on shapes: exact, takes seconds"),
+        arg("--measure", action="store_true", help="measure three steps here, on random weights"),
+        arg("--json", action="store_true"),
+    ),
+)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what a recipe needs on a device. Returns 2 where it does not fit."""
+    from peftkit import api
+
+    recipe = api.load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.measure or arguments.trace:
+        from peftkit.cli.progress import quiet_loggers
+
+        quiet_loggers()
+    report = api.plan_recipe(recipe, gpu=arguments.gpu, trace=arguments.trace, measure=arguments.measure)
+    if arguments.json:
+        print_json(report.to_json())
+    else:
+        print_plan_report(report)
+    return 2 if report.fit.verdict == "does not fit" else 0
+
+
+def print_plan_report(report: Account) -> None:
+    """Print parameters, peak memory by component, fit, nearest changes, time and assumptions."""
+    from peftkit.cli.tables import console_of, escape_cells, new_table, parameters_table
+
+    console = console_of()
+    plan, memory = report.plan, report.memory
+    total = report.num_total
+    console.print(parameters_table(plan.method.trainable_by_role or {}, plan.method.num_trainable or 0, total))
+    layers = ", ".join(f"{place}: {show_count(n)}" for place, n in plan.method.trainable_by_layers.items())
+    console.print(f"by layers: {layers}\n", highlight=False, soft_wrap=True)
+    table = new_table("memory at the peak", "", "", "change this to reduce it")
+    table.columns[1].justify = "right"
+    for row in report.memory_rows():
+        table.add_row(*row)
+    console.print(table)
+    peaks = ", ".join(f"{peak.phase} {show_bytes(peak.allocated_bytes)}" for peak in memory.peaks)
+    console.print(f"\npeaks: {peaks}", highlight=False, soft_wrap=True)
+    console.print(f"driven by {report.driver}", highlight=False, soft_wrap=True)
+    console.print(report.verdict, style="bold", highlight=False)
+    if report.measured_memory is not None:
+        predicted_text, measured_text = (
+            show_bytes(report.measured_memory.predicted_bytes),
+            show_bytes(report.measured_memory.measured_bytes),
+        )
+        line = (
+            f"measured in {report.measured_memory.num_steps} steps on random weights: {measured_text} "
+            "allocated, "
+            f"{predicted_text} predicted"
+        )
+        line += f" ({report.measured_memory.error_percent:+.1f} %)"
+        if report.measured_memory.measured_reserved_bytes and report.measured_memory.predicted_reserved_bytes:
+            predicted_text, measured_text = (
+                show_bytes(report.measured_memory.predicted_reserved_bytes),
+                show_bytes(report.measured_memory.measured_reserved_bytes),
+            )
+            line += (
+                f"; {measured_text} reserved, {predicted_text} predicted "
+                f"({report.measured_memory.reserved_error_percent:+.1f} %)"
+            )
+        trial_line = f"{line}; {show_seconds(report.measured_memory.step_seconds)} a step"
+        console.print(trial_line, highlight=False, soft_wrap=True)
+    if report.changes:
+        changes = new_table("change that fits", "needs", "", "costs")
+        for change in report.changes:
+            row = (" ".join(change.overrides), show_bytes(change.needed_bytes), change.verdict, change.cost)
+            changes.add_row(*escape_cells(row))
+        console.print(changes)
+    work = new_table("", "")
+    work.show_header = False
+    # return rows (name, value) for steps, batch, speed, time, price, disk and data
+    cost = report.work
+    train, batch = plan.train, plan.batch
+    cost_rows = [("optimizer steps", show_count(train.num_steps) if train.num_steps else "unknown without data")]
+    packs = " packs" if train.packing else ""
+    cost_rows.append(("batch", f"{train.batch_size}{packs} in micro-batches of {train.micro_batch}"))
+    cost_rows.append(("gradient checkpointing", train.gradient_checkpointing))
+    if batch is not None:
+        cost_rows.append(
+            ("longest batch", f"{batch.num_rows}{packs or ' rows'} of {show_count(batch.num_tokens)} tokens")
+        )
+    cost_rows.append(("work per step", f"{cost.flops_per_step / 1e12:.2f} TFLOP"))
+    if cost.tokens_per_second and cost.seconds:
+        cost_rows.append(("speed", f"{cost.tokens_per_second:,.3g} tokens/s, as measured on this device"))
+        cost_rows.append(("time", show_seconds(cost.seconds)))
+    else:
+        cost_rows.append(("time", "unknown: no run of this kind was measured on this device yet"))
+    if cost.price is not None:
+        cost_rows.append(("price", f"{cost.price:.2f}"))
+    cost_rows.append(
+        ("disk", f"{show_bytes(cost.checkpoint_bytes)} of checkpoints, {show_bytes(cost.result_bytes)} of result")
+    )
+    if cost.download_bytes:
+        cost_rows.append(("download", f"about {show_bytes(cost.download_bytes)}, unless it is here already"))
+    if cost.tokens_per_trainable is not None and cost.share_of_optimal is not None:
+        text = f"{cost.tokens_per_trainable:.2g} tokens per trained parameter"
+        cost_rows.append(("data", f"{text}; {show_percent(cost.share_of_optimal)} of the compute-optimal number"))
+    for name, value in cost_rows:
+        work.add_row(*escape_cells((name, value)))
+    console.print()
+    console.print(work)
+    for decision in report.plan.decisions:
+        if decision.key.startswith("advice."):
+            text = f"{decision.key.removeprefix('advice.')}: {decision.value}: {decision.reason}"
+            console.print(f"advice on {text}", highlight=False, markup=False, soft_wrap=True)
+    for text in report.assumptions:
+        console.print(f"assumed: {text}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,44 @@
+"""Resume an interrupted run."""
+
+from __future__ import annotations
+
+import argparse
+
+from peftkit.cli.command import OVERRIDES, Command, arg, recipe_path
+
+COMMAND = Command(
+    "resume",
+    "resume an interrupted run",
+    (
+        arg("run", metavar="RUN"),
+        arg(
+            "--allow-changed",
+            action="append",
+            default=[],
+            metavar="WHAT",
+            help="resume although this changed: data, recipe, base, tokenizer or versions",
+        ),
+        arg("--recipe", metavar="FILE", help="recipe of the run, needed if it held secrets"),
+        OVERRIDES,
+        arg("--take-over", action="store_true", help="take over a run locked by a machine that is gone"),
+    ),
+)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Resume an interrupted run."""
+    from peftkit import api
+    from peftkit.cli.commands.finetune import print_summary
+    from peftkit.cli.progress import open_display
+
+    with open_display() as display:
+        summary = api.resume_run(
+            arguments.run,
+            recipe=recipe_path(arguments),
+            overrides=arguments.overrides,
+            allow_changed=arguments.allow_changed,
+            take_over=arguments.take_over,
+            observer=display.show,
+        )
+    print_summary(summary)
+    return 0

@@ -1,0 +1,89 @@
+"""One micro-batch through a model: autocast, loss and backward. The only place where they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peftkit.data.tokens.mask import IGNORE_INDEX
+
+LossFunction = Callable[[Any, Mapping[str, Any], str], Any]  # model, batch, task -> a scalar tensor
+
+
+def autocast(model: Any, precision: str | None) -> Any:
+    """Return the autocast context of a plan's precision ("bf16", "fp16" or None) on the model's device."""
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "")
+    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def to_device(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the batch's tensors on the model's device."""
+    return {key: value.to(model.device) for key, value in batch.items()}
+
+
+def backward(
+    model: Any,
+    batch: Mapping[str, Any],
+    loss: LossFunction,
+    *,
+    task: str,
+    precision: str | None,
+    weight: float | None = None,
+) -> float:
+    """Run forward and backward of a micro-batch; return its loss, times `weight` where given.
+
+    Gradients are accumulated in the model.
+    """
+    tensors = to_device(model, batch)
+    with autocast(model, precision):
+        value = loss(model, tensors, task)
+        if weight is not None:
+            value = value * weight
+    value.backward()
+    return float(value.detach())
+
+
+def forward_inputs(model: Any, batch: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Return a batch's forward arguments: no labels, but for seq2seq the shifted decoder input ids."""
+    inputs = {key: value for key, value in batch.items() if key not in {"labels", "weights", "rows"}}
+    if task == "seq2seq":
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(batch["labels"])
+    return inputs
+
+
+def summed_loss(logits: Any, labels: Any, task: str, weights: Any = None) -> Any:
+    """Compute the cross entropy in nats, summed over the labels in the loss, times their weights if given.
+
+    Logits have shape (rows, positions, vocabulary). Those of a causal LM predict the next token; virtual
+    tokens may precede them.
+    """
+    from torch.nn.functional import cross_entropy
+
+    if task == "causal-lm":
+        logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
+        weights = None if weights is None else weights[:, 1:]
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    if weights is None:
+        return cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
+    label_losses = cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="none")
+    return (label_losses * weights.reshape(-1)).sum()
+
+
+def loss_from_logits(model: Any, batch: Mapping[str, Any], task: str) -> Any:
+    """Compute the mean loss of a micro-batch from the logits."""
+    logits = model(**forward_inputs(model, batch, task)).logits
+    total = summed_loss(logits, batch["labels"], task, batch.get("weights"))
+    return total / batch["labels"].ne(IGNORE_INDEX).sum().clamp(min=1)
+
+
+def fused_loss(model: Any, batch: Mapping[str, Any], task: str) -> Any:
+    """Compute the mean loss of a micro-batch in the head, for a model that TRL's trainer has prepared."""
+    return model(**batch, use_cache=False, fused_lm_head=True).loss
+
+
+def fused_row_sums(model: Any, batch: Mapping[str, Any]) -> Any:
+    """Compute each row's summed loss, shape (rows,), in the head: no logits are held."""
+    return -model(**batch, use_cache=False, fused_lm_head=True).log_probs.sum(-1)

@@ -1,0 +1,247 @@
+"""The stations of a training segment, from loading the base to publishing the result.
+
+A segment is the stretch of training between two loads of the model; `run/finetune.py` calls the stations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftkit import interrupt
+from peftkit.errors import PeftkitError, Problem, UserError
+from peftkit.model.base.identity import IDENTITY_FILE
+from peftkit.plan.packing import mean_row_tokens
+from peftkit.prepare.calibration import calibrate, compare_memory
+from peftkit.prepare.context import RunContext, record_weights
+from peftkit.report import Summary
+from peftkit.rundir import publish_folder, step_of, write_sealed
+from peftkit.rundir.events import (
+    DataEvent,
+    DoneEvent,
+    MemoryEvent,
+    MetricEvent,
+    ParametersEvent,
+    PhaseEvent,
+    PreflightEvent,
+    WarningEvent,
+)
+
+if TYPE_CHECKING:
+    from peftkit.experiments.look import LookOutcome
+    from peftkit.train import Training
+
+_EVA_ROWS = 64  # rows for initialisations that look at the data
+
+
+@dataclass(frozen=True)
+class Continue:
+    """An outcome: train on, from a checkpoint or the start; `base` is the bare model, if it is in memory."""
+
+    context: RunContext
+    checkpoint: Path | None = None
+    base: Any = None
+
+    def from_newest_checkpoint(self) -> Continue:
+        """Return the same, from the newest checkpoint that verifies."""
+        checkpoint, _ = self.context.run.newest_checkpoint()
+        return replace(self, checkpoint=checkpoint)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An outcome: the result is published."""
+
+    summary: Summary
+
+
+def load_base(segment: Continue) -> Any:
+    """Load the base model, unless it is in memory; report the data first."""
+    from transformers import set_seed
+
+    from peftkit.model.load import load_model
+
+    context, plan = segment.context, segment.context.plan
+    if segment.base is None:
+        prepared = context.prepared
+        context.emit(
+            DataEvent(
+                num_train=len(prepared.train),
+                num_eval=len(prepared.eval),
+                num_tokens=prepared.num_tokens,
+                num_learnt=prepared.num_learnt,
+                num_dropped=prepared.truncation.num_dropped,
+                num_cut=prepared.truncation.num_cut,
+                default_template=prepared.uses_default_template,
+                chats=context.prepared_data.chats,
+            )
+        )
+        if plan.base.trust_remote_code:
+            text = f"code that comes with {plan.base.id} is run, as the recipe allows"
+            context.emit(WarningEvent(text=text))
+        context.emit(PhaseEvent(name="model", detail=plan.method.name))
+    interrupt.stop_if_requested()
+    set_seed(plan.seed)
+    model = segment.base or load_model(
+        context.source, plan.base, device=plan.device, on_warning=lambda text: context.emit(WarningEvent(text=text))
+    )
+    interrupt.stop_if_requested()
+    record_weights(context)
+    return model
+
+
+def attach_adapter(segment: Continue, model: Any) -> Any:
+    """Wrap the model with the plan's adapter, keep its initial state, and report the counted parameters."""
+    import torch
+
+    from peftkit.model.adapter import attach
+
+    context, plan, run = segment.context, segment.context.plan, segment.context.run
+    eva_batches = [
+        {"input_ids": torch.tensor([row.input_ids]), "attention_mask": torch.ones(1, len(row.input_ids))}
+        for row in context.prepared.train[:_EVA_ROWS]
+    ]
+    model = attach.attach_adapter(model, plan, context.tokenizer, eva_batches=eva_batches)
+    is_new = segment.checkpoint is None and not run.adapter.exists()
+    attach.save_initial_adapter(model, plan, run.path / "adapter_start", overwrite=is_new)
+    num_trainable, num_total = attach.count_parameters(model)
+    context.emit(
+        ParametersEvent(
+            num_trainable=num_trainable,
+            num_total=num_total,
+            by_role=attach.trainable_by_role(model, plan),
+            num_planned=plan.method.num_trainable,
+        )
+    )
+    if num_trainable == 0:
+        raise PeftkitError("nothing would be trained: no parameter of the model is trainable")
+    return model
+
+
+def assemble_training(segment: Continue, model: Any) -> Training:
+    """Assemble trainer, callbacks and checkpoints; training stops at looks that are still due."""
+    from peftkit.experiments.look import is_look_due
+    from peftkit.model.hardware import reset_peak_memory
+    from peftkit.train import assemble
+
+    context, plan = segment.context, segment.context.plan
+    reset_peak_memory()
+    look_steps = tuple(step for step in plan.diagnose.look_steps if is_look_due(context, step, at_end=False))
+    return assemble(
+        model,
+        replace(plan, diagnose=replace(plan.diagnose, look_steps=look_steps)),
+        context.tokenizer,
+        prepared=context.prepared,
+        run=context.run,
+        emit=context.emit,
+        checkpoint=segment.checkpoint,
+        facts={"fingerprints": context.fingerprints(), "num_rollbacks": len(plan.train.rollbacks)},
+    )
+
+
+def run_preflight(context: RunContext, training: Training) -> None:
+    """Run one forward and backward on the longest rows; see `train/preflight.py`."""
+    from peftkit.model.hardware import read_memory_use
+
+    preflight = training.preflight()
+    context.emit(PreflightEvent(**asdict(preflight), memory=read_memory_use()))
+    interrupt.stop_if_requested()
+
+
+def train_to_next_look(context: RunContext, training: Training, model: Any, checkpoint: Path | None) -> int:
+    """Train to the next look or the end, compare measured with predicted memory, and return the step."""
+    from peftkit.experiments.look import is_look_due
+    from peftkit.model.hardware import read_memory_use, release_memory, reset_peak_memory
+    from peftkit.model.meta.tensors import count_tensor_bytes
+
+    if checkpoint is not None and is_look_due(context, step_of(checkpoint), at_end=False):
+        return step_of(checkpoint)  # killed before it was looked at
+    release_memory()
+    reset_peak_memory()
+    baseline_bytes = read_memory_use().get("resident_bytes", 0) - count_tensor_bytes(model)
+    step = training.run()
+    comparison = compare_memory(context.plan, read_memory_use(), baseline_bytes)
+    if comparison is not None:
+        context.emit(MemoryEvent(**comparison))
+    return step
+
+
+def diagnose(context: RunContext, training: Training, *, step: int, at_end: bool) -> LookOutcome | None:
+    """Look at the run where a look is due at this step: is quality lagging, and why."""
+    from peftkit.experiments.look import is_look_due, try_look
+
+    if not is_look_due(context, step, at_end=at_end):
+        return None
+    return try_look(context, training, step=step, at_end=at_end)
+
+
+def continue_after(look: LookOutcome, context: RunContext, training: Training) -> Continue:
+    """Return how to continue after a look that wrapped the model anew, or came before the end."""
+    from peftkit.experiments.experiment import unwrap_base
+    from peftkit.model.hardware import release_memory
+
+    base = None
+    if look.model is not None:
+        base = unwrap_base(replace(context, plan=look.wrapped_plan), look.model)
+    training.trainer = None  # its optimizer holds what was trained until here
+    release_memory()
+    return Continue(replace(context, plan=look.plan), base=base)
+
+
+def refuse_non_finite(context: RunContext, model: Any) -> None:
+    """Raise UserError for trained tensors that are not finite: nothing of them is ever published."""
+    from peftkit.model.adapter.attach import non_finite_tensors
+
+    names = non_finite_tensors(model)
+    if names:
+        rate = context.plan.train.learning_rate
+        where = f"{context.run.path}, train.learning_rate {rate:g}"
+        got = f"{len(names)} trained tensors with NaN or infinity (for example {names[0]})"
+        fix = f"training diverged: try a learning rate of {rate / 10:g}"
+        raise UserError(Problem(where, got, "finite weights", fix))
+
+
+def report_metric(context: RunContext, model: Any, when: str) -> None:
+    """Compute the recipe's metric on held-out examples, before or after training, and emit it."""
+    from peftkit.evaluate.scores import compute_metrics
+    from peftkit.model.hardware import read_memory_use
+
+    options = context.plan.evaluate
+    if options.metric is None or not context.prepared.eval_examples:
+        return
+    context.emit(PhaseEvent(name="metric", detail=f"{options.metric} {when} training"))
+    metrics = compute_metrics(
+        model,
+        context.tokenizer,
+        context.plan,
+        context.prepared.eval_examples[: options.max_examples],
+        context.prepared.eval[: options.max_examples],
+    )
+    context.emit(
+        MetricEvent(
+            when=when,
+            name=options.metric,
+            value=metrics.scores[options.metric],
+            scores=metrics.scores,
+            num_examples=metrics.num_examples,
+            samples=metrics.samples,
+            memory=read_memory_use(),
+        )
+    )
+
+
+def publish(context: RunContext, model: Any, *, step: int, published_step: int) -> None:
+    """Publish the result with the fingerprints of what it was trained on, and calibrate later predictions."""
+    from peftkit.model.adapter import attach
+    from peftkit.model.hardware import read_memory_use
+
+    plan, run = context.plan, context.run
+    context.emit(PhaseEvent(name="publish", detail="adapter" if plan.method.peft else "model"))
+    result = run.adapter if plan.method.peft else run.model
+    with publish_folder(result, step=published_step, base=plan.base.id) as folder:
+        attach.save_trained(model, plan, context.tokenizer, folder, initial_adapter=run.path / "adapter_start")
+        write_sealed(folder / IDENTITY_FILE, {"step": published_step, **context.fingerprints()})
+    context.emit(DoneEvent(step=step, published_step=published_step, result=result.name, memory=read_memory_use()))
+    mean_length = mean_row_tokens(plan, context.facts)
+    calibrate(run, plan, context.facts.model.shape, device=context.facts.device.name, mean_tokens=mean_length)

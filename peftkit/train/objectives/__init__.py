@@ -1,1 +1,0 @@
-"""One file per task: how its trainer is built."""

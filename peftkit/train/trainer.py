@@ -1,0 +1,95 @@
+"""The trainer of any objective: the class that it names, guarded, on tokenized data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from peftkit.data.tokens.mask import IGNORE_INDEX
+from peftkit.evaluate.step import LossFunction, forward_inputs, fused_loss, loss_from_logits, summed_loss
+from peftkit.model.adapter.attach import cast_trainable_to_fp32
+from peftkit.plan import Plan
+from peftkit.plan.task import trainer_spec
+from peftkit.train.arguments import trainer_arguments
+from peftkit.train.batches import TrainDataset
+from peftkit.train.guard import loss_listener
+from peftkit.train.schedule import build_restart_scheduler
+
+
+def training_loss(plan: Plan) -> LossFunction:
+    """Return the loss of a micro-batch as the plan's trainer computes it."""
+    return fused_loss if trainer_spec(plan).loss == "fused" else loss_from_logits
+
+
+def build_trainer(
+    model: Any,
+    plan: Plan,
+    tokenizer: Any,
+    *,
+    train: TrainDataset,
+    output_dir: Path,
+    callbacks: Sequence[Any],
+    optimizer: Any,
+) -> Any:
+    """Build the plan's trainer over the train dataset. A guard among the callbacks gets each loss.
+
+    Unless it is fused, the loss is computed here from the logits: the Trainer divides a model's own loss by
+    the accumulation or not, depending on whether the model's signature takes loss arguments, which says
+    nothing of what it does.
+    """
+    spec, task, listener = trainer_spec(plan), plan.base.task, loss_listener(callbacks)
+    trainer_class, arguments_class = _named_class(spec.trainer), _named_class(spec.arguments_class)
+    is_fused = spec.loss == "fused"
+
+    def mean_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None, weights: Any = None) -> Any:
+        total = summed_loss(outputs.logits, labels, task, weights)
+        return total / (labels.ne(IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def collate_inputs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = train.collator(items)
+        extras: dict[str, Any] = {key: batch[key] for key in ("labels", "weights", "rows") if key in batch}
+        return {**forward_inputs(model, batch, task), **extras}
+
+    class GuardedTrainer(trainer_class):  # type: ignore[misc, valid-type]
+        """A trainer that reports each micro-batch to the guard, and weighs tokens where rows have weights."""
+
+        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+            rows = inputs.pop("rows")
+            if is_fused:  # TRL miscounts packs, which have no attention mask
+                self.state.num_input_tokens_seen += int(inputs.pop("num_tokens", 0))
+            else:
+                self.compute_loss_func = partial(mean_loss, weights=inputs.pop("weights", None))
+            loss = super().compute_loss(model, inputs, *rest, **named)
+            listener(rows, loss)
+            return loss
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            """Return the Trainer's scheduler, or the restarted one where the plan restarts its schedule."""
+            if plan.train.restart_step:
+                self.lr_scheduler = build_restart_scheduler(plan, optimizer or self.optimizer)
+                return self.lr_scheduler
+            return super().create_scheduler(num_training_steps, optimizer)
+
+    trainer = GuardedTrainer(
+        model=model,
+        args=arguments_class(**trainer_arguments(plan, output_dir=output_dir), **spec.arguments),
+        data_collator=train.collator if is_fused else collate_inputs,
+        train_dataset=train.dataset,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        optimizers=(optimizer, None),
+        **({} if is_fused else {"compute_loss_func": mean_loss}),
+    )
+    if is_fused and plan.method.peft is not None:
+        # TRL casts adapters over 4-bit bases to bf16, which loses small updates and breaks exact resume
+        cast_trainable_to_fp32(model)
+    return trainer
+
+
+def _named_class(name: str) -> Any:
+    """Return a class by its dotted name: the door by which transformers and TRL enter."""
+    module, _, class_name = name.rpartition(".")
+    return getattr(import_module(module), class_name)

@@ -1,0 +1,63 @@
+"""Run directories made before the code was moved into its rooms are read, resumed, diagnosed and merged.
+
+The archive was written by the revision before (0.1.0 at 78465a6), in the folder that is made here again: a
+run's files hold its paths under hashes.
+"""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import peftkit
+from peftkit.plan import read_plan
+from peftkit.rundir import RunDir
+from peftkit.rundir.events import UnknownEvent
+from tests.conftest import TINY_LLAMA
+
+PLACE = Path("/tmp/peftkit-old-runs")
+ARCHIVE = Path(__file__).parents[1] / "assets" / "old_runs.tar.xz"
+
+
+@pytest.fixture
+def old_runs():
+    shutil.rmtree(PLACE, ignore_errors=True)
+    PLACE.mkdir()
+    shutil.copytree(TINY_LLAMA, PLACE / "tiny-llama")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(PLACE, filter="data")
+    yield PLACE
+    shutil.rmtree(PLACE, ignore_errors=True)
+
+
+def test_old_runs_of_each_kind(old_runs, tmp_path):
+    """One test, as the folder has one name: workers would stand in each other's way."""
+    for name in ("lora", "qlora", "prefix", "stopped"):
+        run = RunDir.open(old_runs / name)
+        assert not peftkit.verify_run(run.path).faults
+        events = run.events()
+        assert not [event for event in events if isinstance(event, UnknownEvent)]
+        lines = run.events_file.read_text().splitlines()
+        assert [event.to_json() for event in events] == [json.loads(line) for line in lines], "nothing is lost"
+        assert read_plan(run).to_json().keys() >= {"base", "method", "train", "decisions"}
+        if name != "stopped":
+            summary = peftkit.summarize_run(run.path)
+            assert (summary.num_steps, summary.method) == (6, name)
+            assert peftkit.diagnose_run(run.path).cause == summary.verdict.cause
+
+    resumed = peftkit.resume_run(old_runs / "stopped", allow_changed=["versions"])
+    tensors = load_file(resumed.result / "adapter_model.safetensors")
+    whole = load_file(old_runs / "lora" / "adapter" / "adapter_model.safetensors")
+    assert resumed.num_steps == 6
+    assert all(torch.allclose(tensors[name], whole[name], atol=1e-5) for name in whole), "as if never stopped"
+
+    for name in ("lora", "qlora"):
+        report = peftkit.merge_adapter(
+            old_runs / name, out=tmp_path / name, options=peftkit.MergeOptions(dtype="float32")
+        )
+        assert report.passed
+    assert peftkit.generate(old_runs / "prefix", ["Say alpha number 1"], max_new_tokens=2)
