@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
 def hub_is_offline() -> bool:
@@ -15,9 +17,6 @@ def hub_is_offline() -> bool:
 
 def probe_hub() -> bool:
     """Return True if requests are allowed and the hub accepts a connection within 3 s."""
-    import socket
-    from urllib.parse import urlsplit
-
     if hub_is_offline():
         return False
     has_proxy = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))

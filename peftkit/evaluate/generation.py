@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from peftkit import interrupt
 from peftkit.data.chat.template import adds_bos
 
@@ -40,8 +42,6 @@ def generate_answers(
 
     Prompts of similar length share a batch. The model's training mode is restored.
     """
-    import torch
-
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     is_encoder_decoder = bool(model.config.is_encoder_decoder)

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftkit.data.chat.template import render_prompt
 from peftkit.data.formats import Example
+from peftkit.data.tokens.encode import seq2seq_texts
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.evaluate import metrics
+from peftkit.evaluate.losses import predict_classes
+from peftkit.model.load import model_stop_ids
 from peftkit.plan import Plan
 
 _NUM_SAMPLES = 5
@@ -38,10 +42,7 @@ def compute_metrics(
     """Compute every metric of the plan's task. `rows` are the examples, tokenized."""
     if plan.base.task in {"causal-lm", "seq2seq"}:
         # greedy answers against references
-        from peftkit.data.chat.template import render_prompt
-        from peftkit.data.tokens.encode import seq2seq_texts
         from peftkit.evaluate.generation import generate_answers
-        from peftkit.model.load import model_stop_ids
 
         render = seq2seq_texts if plan.base.task == "seq2seq" else render_prompt
         pairs = [render(example, tokenizer) for example in examples]
@@ -61,7 +62,6 @@ def compute_metrics(
         }
         return TaskMetrics(scores, len(pairs), _sample_answers(examples, answers, references))
     # likeliest classes against references
-    from peftkit.evaluate.losses import predict_classes
 
     predictions = predict_classes(
         model,

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from transformers import set_seed
+
 from peftkit.diagnose.causes import RATE_FACTOR, Arm, Diagnosis, Evidence, Measurement, measure_or_conclude
 from peftkit.diagnose.escalation import SMALL_RANK, Rung, next_rung
 from peftkit.diagnose.quality import EvaluationPoint, Quality, assess_quality
@@ -39,6 +42,7 @@ from peftkit.experiments.gradients import STREAMS, GradientProbe
 from peftkit.experiments.reference import gap_to_full_finetuning
 from peftkit.model.adapter.attach import attach_adapter, trainable_tensors, with_plain_init
 from peftkit.model.adapter.grow import GrownCheckpoint, adapted_weights, grow_adapter
+from peftkit.model.load import load_model
 from peftkit.plan import Plan
 from peftkit.plan.packing import mean_row_tokens
 from peftkit.prepare.context import RunContext
@@ -252,7 +256,6 @@ class Experiment:
             return _mark_unaffordable(evidence, "signals")
         self._announce("signals")
         load_trained(self.model, self.start.trained)
-        import numpy as np
 
         order = np.random.default_rng([self.plan.seed, self.step]).permutation(len(train))[: 2 * num_rows]
         held_out = [self.held_out[i] for i in self.deciding[:num_rows]]
@@ -371,7 +374,6 @@ class Experiment:
     def _attach_candidate(self) -> tuple[Any, ForkStart, Plan]:
         """Attach the candidate's adapter, initialised to compute the same as the old one."""
         assert self.candidate is not None and self.candidate.plan is not None
-        from transformers import set_seed
 
         if self.reporting and self.evaluations and self.evaluations[-1].step == self.step:
             self._reporting_start = self.evaluations[-1].rows.of(self.reporting)
@@ -407,8 +409,6 @@ def unwrap_base(context: RunContext, model: Any) -> Any:
     another order, which would nest the next wrappers the other way round.
     """
     if needs_reload(context.plan):
-        from peftkit.model.load import load_model
-
         return load_model(context.source, context.plan.base, device=context.plan.device)
     return model.unload()
 

@@ -24,6 +24,7 @@ from peftkit.experiments.experiment import Experiment
 from peftkit.experiments.forks import ForkStart
 from peftkit.experiments.growth import add_growth, take_back_growth, write_growth
 from peftkit.experiments.next_recipe import write_next_recipe
+from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.model.hardware import is_out_of_memory
 from peftkit.plan import Plan, read_plan
 from peftkit.plan.plan import Growth
@@ -136,8 +137,6 @@ def num_kept_growths(plan: Plan) -> int:
 
 def start_experiment(context: RunContext, model: Any, checkpoint: Path | None, step: int) -> Experiment:
     """Start an experiment on a run's newest checkpoint, or on the model as it is where there is none."""
-    from peftkit.model.adapter.attach import trainable_tensors
-
     if context.plan.method.peft is None:
         start = ForkStart(trainable_tensors(model), {})  # a copy would be a second model
     elif checkpoint is not None and step_of(checkpoint) == step:

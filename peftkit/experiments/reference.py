@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from peftkit.diagnose.statistics import HeldOutLosses, Interval, paired_gain
 from peftkit.experiments.forks import ForkStart, draw_fork_batches, train_fork, with_learning_rate
 from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.prepare.context import RunContext
+from peftkit.train.checkpoint.restore import load_trained
 from peftkit.train.trainer import training_loss
 from peftkit.train.training import compute_row_losses
 
@@ -38,7 +41,6 @@ def gap_to_full_finetuning(
     num_steps = max(_MIN_STEPS, round(STEPS_SHARE * (plan.train.num_steps or 0)))
     steps = draw_fork_batches(plan, train, num_steps, batch_size=plan.train.batch_size, seed=0)
     tokens, results = 0.0, dict[str, list[HeldOutLosses]]()
-    import torch
 
     initial_state = ForkStart(
         {
@@ -67,10 +69,6 @@ def gap_to_full_finetuning(
 @contextmanager
 def _trainable_weights(model: Any, kind: str, initial_state: ForkStart) -> Iterator[ForkStart]:
     """Make the adapter trainable, or the base weights behind it; restore the base weights afterwards."""
-    import torch
-
-    from peftkit.train.checkpoint.restore import load_trained
-
     load_trained(model, initial_state.trained)
     if kind == "adapter":
         yield initial_state

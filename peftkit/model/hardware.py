@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import importlib.util
 import os
 import platform
@@ -125,7 +126,6 @@ def release_memory() -> None:
 
     Torch's cached blocks on a GPU to the driver, glibc's freed pages on Linux to the system.
     """
-    import gc
 
     import torch
 

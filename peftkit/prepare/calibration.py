@@ -5,6 +5,7 @@ The file holds device names, plan keys and numbers: no paths, no data, no recipe
 
 from __future__ import annotations
 
+import fcntl
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -59,8 +60,6 @@ def read_calibration() -> Calibration:
 @contextmanager
 def _file_lock() -> Iterator[None]:
     """Hold the lock of the calibration file, so that no process overwrites another's measurements."""
-    import fcntl
-
     calibration_file().parent.mkdir(parents=True, exist_ok=True)
     with calibration_file().with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

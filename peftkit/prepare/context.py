@@ -14,6 +14,8 @@ from peftkit.data.rows.examples import Examples
 from peftkit.data.rows.ingest import read_examples
 from peftkit.data.tokens.prepare import TokenizedData
 from peftkit.errors import UserError
+from peftkit.model.hardware import detect_device
+from peftkit.model.load import resolve_source
 from peftkit.plan import Facts, Plan, read_plan
 from peftkit.prepare.data_check import PreparedData, prepare_data
 from peftkit.prepare.environment import environment, fingerprints, resolved_text
@@ -94,9 +96,6 @@ def prepare_run(
 
     A run that has a plan keeps it. Raises UserError for bad data, and for what does not fit.
     """
-    from peftkit.model.hardware import detect_device
-    from peftkit.model.load import resolve_source
-
     start_time = time.monotonic()
     source = resolve_source(base, loaded.where(("base", "id")))
     interrupt.stop_if_requested("interrupted before training")

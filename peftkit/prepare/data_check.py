@@ -9,12 +9,15 @@ from typing import Any
 from peftkit.data.gate.duplicates import SIMILARITY_SAMPLE
 from peftkit.data.gate.finding import CheckInputs
 from peftkit.data.gate.report import DataReport, Totals, histogram
-from peftkit.data.gate.samples import Sample
+from peftkit.data.gate.samples import Sample, make_sample
 from peftkit.data.rows.examples import Examples
 from peftkit.data.rows.ingest import ingest
+from peftkit.data.rows.scan_text import has_secret
 from peftkit.data.tokens.lengths import count_lengths, longest_sides
 from peftkit.data.tokens.mask import Tokenized
 from peftkit.data.tokens.prepare import TokenizedData, tokenize_examples
+from peftkit.model.hardware import detect_device_without_torch
+from peftkit.model.load import load_tokenizer, read_stop_ids, resolve_source
 from peftkit.plan import DataFacts, Facts, Plan, make_plan
 from peftkit.plan.packing import best_sampling
 from peftkit.plan.throughput import estimate_cost
@@ -44,9 +47,6 @@ def check_data(loaded: LoadedRecipe, *, full: bool = False) -> DataReport:
 
     Raises UserError for a recipe, base or source that cannot be read, and where no row is left to train on.
     """
-    from peftkit.model.hardware import detect_device_without_torch
-    from peftkit.model.load import resolve_source
-
     base = find_base(loaded)
     source = resolve_source(base, loaded.where(("base", "id")))
     examples = ingest(loaded.recipe.data, seed=loaded.recipe.seed, where=loaded.where)
@@ -60,7 +60,6 @@ def prepare_data(
 ) -> PreparedData:
     """Tokenize the examples, plan for the rows that remain, and run the checks of the data gate."""
     from peftkit.data.tokens.store import is_weighted
-    from peftkit.model.load import load_tokenizer, read_stop_ids
 
     task = facts.model.shape.task
     facts = replace(facts, data=data_facts(examples, task))
@@ -133,9 +132,6 @@ def prepare_data(
 
 def _pick_samples(rows: Sequence[Tokenized], name: str, data: CheckInputs) -> Iterator[Sample]:
     """Yield the first rows and one from the middle, skipping those that hold a secret."""
-    from peftkit.data.gate.samples import make_sample
-    from peftkit.data.rows.scan_text import has_secret
-
     base, num_samples = data.plan.base, 0
     for index in dict.fromkeys((0, 1, len(rows) // 2, *range(2, _MAX_SAMPLE_TRIES))):
         if num_samples == _SAMPLES_PER_SPLIT or index >= len(rows):

@@ -15,6 +15,7 @@ from typing import Any
 
 from peftkit.data.tokens.mask import Tokenized
 from peftkit.data.tokens.prepare import TokenizedData
+from peftkit.data.tokens.tokenize import tokenizer_sha256
 from peftkit.model.base.identity import base_identity
 from peftkit.plan import DeviceFacts
 from peftkit.plan.plan import BasePlan
@@ -71,8 +72,6 @@ def fingerprints(
     loaded: LoadedRecipe, source: str, base: BasePlan, tokenizer: Any, prepared: TokenizedData
 ) -> dict[str, Any]:
     """Return what must be equal on resume: recipe, data, base, tokenizer and template, versions."""
-    from peftkit.data.tokens.tokenize import tokenizer_sha256
-
     template = str(tokenizer.chat_template or "")
     return {
         "recipe": recipe_sha256(loaded),

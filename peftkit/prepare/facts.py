@@ -18,6 +18,7 @@ from peftkit.model.base.gguf import read_header_config
 from peftkit.model.base.locate import LocatedBase, locate_base
 from peftkit.model.base.shape import infer_base_shape
 from peftkit.model.hardware import detect_device_without_torch
+from peftkit.model.load import explain_pad_token
 from peftkit.plan import DataFacts, Facts, Lengths, Memory, ModelFacts, Plan, TextFacts
 from peftkit.plan.changes import nearest_changes
 from peftkit.plan.fit import check_fit
@@ -116,8 +117,6 @@ def _length_bounds(rows: Sequence[Example], task: str) -> Lengths | None:
 
 def text_facts(tokenizer: Any, prepared: TokenizedData) -> TextFacts:
     """Return what the tokenizer decided: template, spans, padding, and the tokens that end answers."""
-    from peftkit.model.load import explain_pad_token
-
     pad, pad_reason = explain_pad_token(tokenizer)
     style = prepared.style
     ends = tuple(tokenizer.convert_ids_to_tokens([token for token, _ in prepared.seen.ends[:3]]))

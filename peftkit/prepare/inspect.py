@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from peftkit.data.read import read_rows
 from peftkit.model.base.gguf import read_header_config
 from peftkit.model.base.locate import locate_base
 from peftkit.model.base.remote_code import require_pinned_commit
@@ -17,8 +18,6 @@ _CHARACTERS_PER_TOKEN = 4  # of English text, for tokenizers of today
 
 def count_tokens(path: Path) -> int:
     """Estimate the number of tokens in a data file from its characters; no tokenizer is loaded."""
-    from peftkit.data.read import read_rows
-
     rows = read_rows([str(path)], where="--data")
     num_characters = sum(len(str(value)) for row in rows for value in row.fields.values() if value)
     return num_characters // _CHARACTERS_PER_TOKEN

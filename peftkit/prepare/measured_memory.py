@@ -10,12 +10,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
+from peftkit.model.adapter import attach as adapter
+from peftkit.model.load import read_config
 from peftkit.plan import Batch, Plan
-
-if TYPE_CHECKING:
-    pass
 
 NUM_STEPS = 3  # the first makes the optimizer's states, the others are measured
 _STEP_PHASES = ("forward", "backward", "optimizer step")
@@ -121,9 +121,7 @@ def measure_memory(plan: Plan, config: Mapping[str, Any], batch: Batch, *, vocab
     """
     from transformers import PrinterCallback, set_seed
 
-    from peftkit.model.adapter import attach as adapter
     from peftkit.model.hardware import release_memory
-    from peftkit.model.load import read_config
     from peftkit.model.meta.blank import model_from_config
     from peftkit.train.batches import build_train_dataset
     from peftkit.train.trainer import build_trainer
@@ -141,7 +139,6 @@ def measure_memory(plan: Plan, config: Mapping[str, Any], batch: Batch, *, vocab
     callback = _peak_memory_callback(model, on_gpu=on_gpu)
     with tempfile.TemporaryDirectory() as folder:
         # return rows that fill micro-batches of the shapes of `batch`
-        from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 
         synthetic_rows = []
         loss_tokens = -(-batch.num_learnt // batch.num_rows)

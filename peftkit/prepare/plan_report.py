@@ -7,14 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import Any
 
+from peftkit.data.tokens.lengths import count_lengths, longest_sides
+from peftkit.data.tokens.prepare import tokenize_examples
 from peftkit.errors import Problem, UserError
+from peftkit.model.hardware import is_out_of_memory
+from peftkit.model.load import load_tokenizer, read_stop_ids, resolve_source
 from peftkit.plan import DeviceFacts, Facts, Memory, Plan, make_plan
 from peftkit.plan.changes import Change, nearest_changes
 from peftkit.plan.devices import parse_device
 from peftkit.plan.fit import Fit, check_fit
 from peftkit.plan.throughput import RunCost, estimate_cost, flops_per_token, speed_key
 from peftkit.prepare.calibration import add_run, read_calibration
-from peftkit.prepare.facts import light_config, light_facts
+from peftkit.prepare.facts import find_base, light_config, light_facts
 from peftkit.prepare.measured_memory import MeasuredMemory, measure_memory
 from peftkit.prepare.out_of_memory import find_shortage
 from peftkit.prepare.traced_memory import plan_with_traced_memory
@@ -218,8 +222,6 @@ def plan_report(loaded: LoadedRecipe, *, gpu: str = "this", trace: bool = False,
 
 def _measure_on_device(plan: Plan, facts: Facts, config: Mapping[str, Any]) -> tuple[MeasuredMemory | None, str]:
     """Run three real steps on this device and record its speed; or return None and the reason."""
-    from peftkit.model.hardware import is_out_of_memory
-
     assert plan.batch is not None
     shape, batch = facts.model.shape, plan.batch
     try:
@@ -246,11 +248,6 @@ def _measure_on_device(plan: Plan, facts: Facts, config: Mapping[str, Any]) -> t
 
 def _count_tokens(loaded: LoadedRecipe, facts: Facts, plan: Plan, examples: Any) -> tuple[Facts, str]:
     """Return the facts with row lengths in tokens; or the same facts and why they were not counted."""
-    from peftkit.data.tokens.lengths import count_lengths, longest_sides
-    from peftkit.data.tokens.prepare import tokenize_examples
-    from peftkit.model.load import load_tokenizer, read_stop_ids, resolve_source
-    from peftkit.prepare.facts import find_base
-
     try:
         source = resolve_source(find_base(loaded), loaded.where(("base", "id")))
         tokenizer = load_tokenizer(source, plan.base)

@@ -11,8 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peftkit.archs import ModelShape, shape_from_config
+from peftkit.evaluate.step import loss_from_logits
 from peftkit.hub import cache_folder
 from peftkit.methods import METHODS
+from peftkit.model.load import read_config
 from peftkit.plan import Batch, Facts, Memory, Peak, Plan
 from peftkit.plan.fit import check_fit, micro_batches, replace_train, with_micro_batch
 from peftkit.plan.memory import CONTEXT_BYTES, malloc_reserve_bytes, peaks_between_steps
@@ -40,8 +42,6 @@ def trace_plan(plan: Plan, config: Mapping[str, Any], batch: Batch) -> StepTrace
 
     Raises whatever the model's code raises there.
     """
-    from peftkit.evaluate.step import loss_from_logits
-    from peftkit.model.load import read_config
     from peftkit.model.meta.trace.step import trace_step
 
     loss = None if trainer_spec(plan).loss == "fused" else partial(loss_from_logits, task=plan.base.task)

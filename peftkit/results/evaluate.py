@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from peftkit.archs import Task
-from peftkit.data.rows.ingest import ingest, refuse_unusable_rows
+from peftkit.data.rows.ingest import ingest, read_examples, refuse_unusable_rows
 from peftkit.data.tokens.prepare import tokenize_examples
 from peftkit.errors import Problem, UserError
+from peftkit.evaluate.losses import row_losses
+from peftkit.evaluate.scores import compute_metrics
+from peftkit.model.load import model_stop_ids
 from peftkit.objectives import FORMAT_TASKS
 from peftkit.plan.plan import DataPlan
+from peftkit.recipe import load
 from peftkit.recipe.schema import Chat, Data
 from peftkit.results.load import Result, num_learned_positions, open_result
 from peftkit.units import html_table
@@ -72,9 +76,6 @@ class Evaluation:
 
 def load_examples(result: Result, data: str | None, path: Path) -> Any:
     """Load the held-out examples of the run, or all examples of a file."""
-    from peftkit.data.rows.ingest import read_examples
-    from peftkit.recipe import load
-
     if data is not None:
         chat = Chat(system=result.plan.data.system if result.plan else None)
         examples = ingest(Data(train=data, eval=None, chat=chat), seed=0, where=lambda key: "--data")
@@ -115,7 +116,6 @@ def tokenize_for_result(
     data = DataPlan((), None, examples.format, {}, plan.data.mask if plan else "all", policy, length)
     labels = plan.base.labels if plan else ()
     selected_examples = replace(examples, train=tuple(selection), eval=())
-    from peftkit.model.load import model_stop_ids
 
     if result.model is not None and result.task in {"causal-lm", "seq2seq"}:
         stops = frozenset(model_stop_ids(result.model, result.tokenizer))
@@ -173,9 +173,6 @@ def evaluate(path: Path, *, data: str | None = None, contexts: Sequence[int] = (
 
     Raises UserError where there is no result, or no data to measure it on.
     """
-    from peftkit.evaluate.losses import row_losses
-    from peftkit.evaluate.scores import compute_metrics
-
     result = open_result(path)
     examples, selection = load_examples(result, data, path)
     refuse_mismatched_data(result, examples)

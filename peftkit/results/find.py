@@ -7,6 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
+from peftkit.model.adapter.attach import PEFT_TASKS
+from peftkit.model.adapter.load import ADAPTER_CONFIG, read_adapter_config
+from peftkit.model.base.file_checks import check_adapter_weights, check_model_folder
+from peftkit.model.base.identity import base_plan_fields, lacks_4bit_details, read_identity, refuse_other_base
+from peftkit.model.base.locate import locate_base
+from peftkit.model.base.shape import infer_base_shape
+from peftkit.model.load import resolve_source
 from peftkit.objectives import FORMAT_TASKS
 from peftkit.plan import Plan, read_plan
 from peftkit.plan.plan import BasePlan
@@ -66,17 +73,12 @@ def find_adapter(path: Path, *, base: str | None = None) -> Adapter:
     `base` is another location of that same base. Raises UserError where there is none, where it is damaged,
     or where the base is another one.
     """
-    from peftkit.model.base.identity import refuse_other_base
-    from peftkit.model.base.locate import locate_base
-    from peftkit.model.load import resolve_source
-
     if not path_exists(path):
         raise UserError(Problem(str(path), "nothing there", RUN_OR_ADAPTER))
     if is_standalone_adapter(path):
         config = read_checked_config(path)
         if (path / MANIFEST).is_file():  # made by peftkit, and away from its run
             refuse_damaged(path)
-        from peftkit.model.base.identity import lacks_4bit_details, read_identity
 
         is_unknown = lacks_4bit_details(read_identity(path))
         adapter = Adapter(path, standalone_base_plan(path, config, id=base), "", config, is_4bit_unknown=is_unknown)
@@ -124,9 +126,6 @@ def read_checked_config(path: Path) -> dict[str, Any]:
 
     Raises UserError where the folder is incomplete or the configuration names no base.
     """
-    from peftkit.model.adapter.load import ADAPTER_CONFIG, read_adapter_config
-    from peftkit.model.base.file_checks import check_adapter_weights, check_model_folder
-
     check_model_folder(path)
     file, config = str(path / ADAPTER_CONFIG), read_adapter_config(path)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
@@ -143,10 +142,6 @@ def standalone_base_plan(path: Path, config: dict[str, Any], *, id: str | None =
 
     Raises UserError for a classifier, whose class names only the run has.
     """
-    from peftkit.model.adapter.attach import PEFT_TASKS
-    from peftkit.model.base.identity import base_plan_fields, read_identity
-    from peftkit.model.base.locate import locate_base
-    from peftkit.model.base.shape import infer_base_shape
     from peftkit.model.hardware import detect_device
 
     where = str(path / "adapter_config.json")

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from peftkit.archs import Task
+from peftkit.data.chat.template import render_prompt
+from peftkit.data.formats import Example
+from peftkit.data.tokens.encode import ENCODERS, seq2seq_texts
 from peftkit.errors import Problem, UserError
+from peftkit.evaluate.generation import generate_answers
+from peftkit.evaluate.losses import predict_classes
+from peftkit.model.load import model_stop_ids
 from peftkit.results.load import Result, num_learned_positions, open_result
 from peftkit.rundir.events import DataEvent, of_type
 
@@ -24,10 +30,6 @@ def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[s
     plan, run = result.plan, result.run
     if plan is None or run is None:
         # an adapter made elsewhere is asked through the chat template where its tokenizer has one
-        from peftkit.data.chat.template import render_prompt
-        from peftkit.data.formats import Example
-        from peftkit.evaluate.generation import generate_answers
-        from peftkit.model.load import model_stop_ids
 
         chats = bool(result.tokenizer.chat_template)
         texts = []
@@ -48,9 +50,6 @@ def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[s
     model, tokenizer = result.model, result.tokenizer
     if plan.base.task not in {"causal-lm", "seq2seq"}:
         # predict the most likely class of each text, or its words with their tags
-        from peftkit.data.formats import Example
-        from peftkit.data.tokens.encode import ENCODERS
-        from peftkit.evaluate.losses import predict_classes
 
         task, names = cast(Task, plan.base.task), plan.base.labels
         words = [tuple(prompt.split()) for prompt in prompts]
@@ -68,11 +67,6 @@ def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[s
         ]
     chats = any(event.chats for event in of_type(run.events(), DataEvent))
     # generate answers to prompts that are rendered as in training
-    from peftkit.data.chat.template import render_prompt
-    from peftkit.data.formats import Example
-    from peftkit.data.tokens.encode import seq2seq_texts
-    from peftkit.evaluate.generation import generate_answers
-    from peftkit.model.load import model_stop_ids
 
     render = seq2seq_texts if plan.base.task == "seq2seq" else render_prompt
     system = ({"role": "system", "content": plan.data.system},) if plan.data.system else ()

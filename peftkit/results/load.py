@@ -8,6 +8,8 @@ from typing import Any, cast
 
 from peftkit.archs import Task, shape_from_config
 from peftkit.errors import Problem, UserError
+from peftkit.model.adapter.load import load_adapter
+from peftkit.model.load import load_model, load_tokenizer
 from peftkit.plan import Plan, read_plan
 from peftkit.plan.resolve import generation_settings
 from peftkit.recipe.paths import path_exists
@@ -40,7 +42,6 @@ def open_result(path: Path) -> Result:
     if not path_exists(path):
         raise UserError(Problem(str(path), "nothing there", RUN_OR_ADAPTER))
     from peftkit.model.hardware import detect_device
-    from peftkit.model.load import load_model, load_tokenizer
 
     device = detect_device().kind
     if is_full_finetuning_run(path):
@@ -65,9 +66,6 @@ def is_full_finetuning_run(path: Path) -> bool:
 
 def load_adapter_result(adapter: Adapter, *, device: str) -> Result:
     """Load an adapter with its base and tokenizer for inference, the base as it was in training."""
-    from peftkit.model.adapter.load import load_adapter
-    from peftkit.model.load import load_model, load_tokenizer
-
     plan = adapter.plan
     has_tokenizer = (adapter.folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(

@@ -11,6 +11,7 @@ from peftkit.diagnose.verdict import Verdict
 from peftkit.errors import Problem, UserError
 from peftkit.experiments.growth import apply_growths
 from peftkit.experiments.look import publish_verdict, reach_verdict, start_experiment
+from peftkit.model.adapter.load import load_adapter_tensors
 from peftkit.plan import make_plan
 from peftkit.prepare.context import RunContext, prepare_run, write_plan_files, write_recipe
 from peftkit.prepare.facts import light_facts, require_runnable
@@ -96,8 +97,6 @@ def _diagnose_now(
     training = assemble_training(segment, model)
     run_preflight(context, training)
     if adapter is not None:
-        from peftkit.model.adapter.load import load_adapter_tensors
-
         load_adapter_tensors(model, adapter)
     if step is None:
         step = step_of(checkpoint) if adapter is None else (context.plan.train.num_steps or 0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from peftkit.errors import UserError
 from peftkit.experiments.growth import take_back_growth
+from peftkit.model.hardware import is_out_of_memory, read_memory_use, release_memory
 from peftkit.plan import Plan
 from peftkit.plan.fit import replace_train
 from peftkit.prepare import out_of_memory as oom
@@ -34,7 +35,6 @@ def classify_failure(context: RunContext, error: Exception) -> Failure | None:
     if isinstance(error, Diverged):
         return Divergence(str(error), error.first_step)
     # what ran out where, for an out-of-memory error; None for any other
-    from peftkit.model.hardware import is_out_of_memory, read_memory_use
 
     if not is_out_of_memory(error):
         return None
@@ -59,8 +59,6 @@ def _roll_back(context: RunContext, failure: Divergence) -> RunContext:
 
     Raises UserError after MAX_ROLLBACKS.
     """
-    from peftkit.model.hardware import release_memory
-
     release_memory()
     rollbacks, run = context.plan.train.rollbacks, context.run
     step, skipped_step = step_of(run.newest_checkpoint()[0]), 0  # bad steps are never kept
@@ -101,8 +99,6 @@ def _shrink_micro_batch(context: RunContext, shortage: oom.Shortage) -> RunConte
 
     Raises UserError where it does not, or none is smaller.
     """
-    from peftkit.model.hardware import release_memory
-
     release_memory()
     plan = (
         oom.plan_smaller_micro_batch(context.plan, context.facts, shortage)

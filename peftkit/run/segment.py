@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit import interrupt
 from peftkit.errors import PeftkitError, Problem, UserError
+from peftkit.evaluate.scores import compute_metrics
+from peftkit.model.adapter import attach
+from peftkit.model.adapter.attach import non_finite_tensors
 from peftkit.model.base.identity import IDENTITY_FILE
+from peftkit.model.hardware import read_memory_use, release_memory, reset_peak_memory
+from peftkit.model.load import load_model
 from peftkit.plan.packing import mean_row_tokens
 from peftkit.prepare.calibration import calibrate, compare_memory
 from peftkit.prepare.context import RunContext, record_weights
@@ -60,8 +65,6 @@ def load_base(segment: Continue) -> Any:
     """Load the base model, unless it is in memory; report the data first."""
     from transformers import set_seed
 
-    from peftkit.model.load import load_model
-
     context, plan = segment.context, segment.context.plan
     if segment.base is None:
         prepared = context.prepared
@@ -95,8 +98,6 @@ def attach_adapter(segment: Continue, model: Any) -> Any:
     """Wrap the model with the plan's adapter, keep its initial state, and report the counted parameters."""
     import torch
 
-    from peftkit.model.adapter import attach
-
     context, plan, run = segment.context, segment.context.plan, segment.context.run
     eva_batches = [
         {"input_ids": torch.tensor([row.input_ids]), "attention_mask": torch.ones(1, len(row.input_ids))}
@@ -122,7 +123,6 @@ def attach_adapter(segment: Continue, model: Any) -> Any:
 def assemble_training(segment: Continue, model: Any) -> Training:
     """Assemble trainer, callbacks and checkpoints; training stops at looks that are still due."""
     from peftkit.experiments.look import is_look_due
-    from peftkit.model.hardware import reset_peak_memory
     from peftkit.train import assemble
 
     context, plan = segment.context, segment.context.plan
@@ -142,8 +142,6 @@ def assemble_training(segment: Continue, model: Any) -> Training:
 
 def run_preflight(context: RunContext, training: Training) -> None:
     """Run one forward and backward on the longest rows; see `train/preflight.py`."""
-    from peftkit.model.hardware import read_memory_use
-
     preflight = training.preflight()
     context.emit(PreflightEvent(**asdict(preflight), memory=read_memory_use()))
     interrupt.stop_if_requested()
@@ -152,7 +150,6 @@ def run_preflight(context: RunContext, training: Training) -> None:
 def train_to_next_look(context: RunContext, training: Training, model: Any, checkpoint: Path | None) -> int:
     """Train to the next look or the end, compare measured with predicted memory, and return the step."""
     from peftkit.experiments.look import is_look_due
-    from peftkit.model.hardware import read_memory_use, release_memory, reset_peak_memory
     from peftkit.model.meta.tensors import count_tensor_bytes
 
     if checkpoint is not None and is_look_due(context, step_of(checkpoint), at_end=False):
@@ -179,7 +176,6 @@ def diagnose(context: RunContext, training: Training, *, step: int, at_end: bool
 def continue_after(look: LookOutcome, context: RunContext, training: Training) -> Continue:
     """Return how to continue after a look that wrapped the model anew, or came before the end."""
     from peftkit.experiments.experiment import unwrap_base
-    from peftkit.model.hardware import release_memory
 
     base = None
     if look.model is not None:
@@ -191,8 +187,6 @@ def continue_after(look: LookOutcome, context: RunContext, training: Training) -
 
 def refuse_non_finite(context: RunContext, model: Any) -> None:
     """Raise UserError for trained tensors that are not finite: nothing of them is ever published."""
-    from peftkit.model.adapter.attach import non_finite_tensors
-
     names = non_finite_tensors(model)
     if names:
         rate = context.plan.train.learning_rate
@@ -204,9 +198,6 @@ def refuse_non_finite(context: RunContext, model: Any) -> None:
 
 def report_metric(context: RunContext, model: Any, when: str) -> None:
     """Compute the recipe's metric on held-out examples, before or after training, and emit it."""
-    from peftkit.evaluate.scores import compute_metrics
-    from peftkit.model.hardware import read_memory_use
-
     options = context.plan.evaluate
     if options.metric is None or not context.prepared.eval_examples:
         return
@@ -233,9 +224,6 @@ def report_metric(context: RunContext, model: Any, when: str) -> None:
 
 def publish(context: RunContext, model: Any, *, step: int, published_step: int) -> None:
     """Publish the result with the fingerprints of what it was trained on, and calibrate later predictions."""
-    from peftkit.model.adapter import attach
-    from peftkit.model.hardware import read_memory_use
-
     plan, run = context.plan, context.run
     context.emit(PhaseEvent(name="publish", detail="adapter" if plan.method.peft else "model"))
     result = run.adapter if plan.method.peft else run.model

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.request import Request, urlopen
 
 from peftkit.data.read.locate import KNOWN_KINDS, READERS, local_files, select_data_files
 from peftkit.data.read.rows import File
@@ -101,8 +102,6 @@ def remote_files(url: str, where: str, *, timeout: float | None = None) -> list[
     def fetch(transfer: _Transfer) -> list[File]:
         if scheme in {"http", "https"}:
             # fetch one file over HTTP with the standard library:
-            from urllib.request import urlopen
-
             parts = urlsplit(url)
             if "*" in parts.path:
                 fix = "name the files one by one in a list"
@@ -225,8 +224,6 @@ def _check_kind(name: str, url: str, where: str) -> None:
 
 def _make_request(parts: SplitResult) -> Any:
     """Return a request whose password is sent as a header, only to the named host."""
-    from urllib.request import Request
-
     login, _, host = parts.netloc.rpartition("@")
     request = Request(parts._replace(netloc=host, fragment="").geturl(), headers={"User-Agent": "peftkit"})
     if login:

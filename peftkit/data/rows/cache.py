@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -94,8 +95,6 @@ def resumable_entry(kind: str, key: str) -> Iterator[Path]:
 
     Where another process is filling it, yield a fresh one. `publish_entry` makes it the entry.
     """
-    import fcntl
-
     home = _cache_root(kind)
     with (home / f".{key}.lock").open("w") as lock:
         try:

@@ -13,6 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import peft
+import torch
+from peft import get_peft_model_state_dict
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.ia3 import IA3Layer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.vera import VeraLayer
+from peft.utils.other import get_pattern_key
+
 from peftkit.errors import Problem, UserError
 from peftkit.methods.lora import BASE_CHANGING_INITS
 from peftkit.model.adapter.load import ADAPTER_CONFIG, read_adapter_config
@@ -101,7 +111,6 @@ def read_edits(model: Any, folder: Path, shapes: Mapping[str, tuple[int, ...]]) 
     edits_by_parameter: dict[str, list[Edit]] = {}
     used_tensors: set[str] = set()
     peft_model = _peft_model_of(model, folder)
-    from peft import get_peft_model_state_dict
 
     if peft_model.peft_config["default"].peft_type == "ADALORA":
         pass
@@ -145,9 +154,6 @@ def _peft_model_of(model: Any, folder: Path) -> Any:
 
     Raises UserError where it does not fit.
     """
-    import peft
-    import torch
-
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         if isinstance(config, peft.LoraConfig):
@@ -170,12 +176,6 @@ def _base_name(name: str) -> str:
 
 def _layer_edits(peft_model: Any, tensor_names: Collection[str]) -> Iterator[tuple[str, Edit]]:
     """Yield (parameter, edit) of all adapted layers, in model order."""
-    from peft.tuners.adalora import AdaLoraLayer
-    from peft.tuners.ia3 import IA3Layer
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-    from peft.tuners.vera import VeraLayer
-
     for name, module in peft_model.named_modules():
         if isinstance(module, TrainableTokensLayer):
             owner = module.tied_adapter or module
@@ -249,8 +249,6 @@ def lora_rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, fl
     `LoraModel._create_and_replace`.
     {"r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 4}}, "layers.0.q_proj" -> (4, 4.0)
     """
-    from peft.utils.other import get_pattern_key
-
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank = int(ranks.get(get_pattern_key(ranks.keys(), module), config["r"]))
     alpha = float(alphas.get(get_pattern_key(alphas.keys(), module), config["lora_alpha"]))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 
 from peftkit.errors import PeftkitError
 
@@ -55,8 +56,6 @@ def adapted_weights(model: Any) -> dict[str, AdaptedWeight]:
 
     Raises PeftkitError unless it is one unmerged LoRA.
     """
-    from peft.tuners.lora import LoraLayer
-
     kinds = [str(config.peft_type.value) for config in model.peft_config.values()]
     if kinds != ["LORA"]:
         raise PeftkitError(f"only a model with one LoRA adapter can grow: this one has {', '.join(kinds)}")

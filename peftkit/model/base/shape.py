@@ -8,6 +8,7 @@ from peftkit.archs import ModelShape, family_of, shape_from_config
 from peftkit.errors import Problem, UserError
 from peftkit.model.base.locate import LocatedBase
 from peftkit.model.base.remote_code import refuse_foreign_code
+from peftkit.model.base.unknown_family import infer_shape_from_code
 from peftkit.plan.task import decide_task
 
 # Keys that only configurations of models for other things than text have.
@@ -66,7 +67,6 @@ def infer_base_shape(
         ) from None
     if shape is not None:
         return shape
-    from peftkit.model.base.unknown_family import infer_shape_from_code
 
     return infer_shape_from_code(
         base.id if base.path is None else str(base.path),

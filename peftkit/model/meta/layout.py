@@ -10,6 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -35,9 +44,6 @@ def place_tensors(model: Any, names: Iterable[str]) -> dict[str, Placement]:
     {"...experts.3.up_proj.weight": Placement("...experts.gate_up_proj", expert=3, num_experts=8, part=1,
      num_parts=2)}
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -57,7 +63,6 @@ def place_tensors(model: Any, names: Iterable[str]) -> dict[str, Placement]:
             # return the place of a tensor that transformers fuses with others
             placement = Placement(parameter, num_experts=num_experts)
             converter = by_pattern[pattern]
-            from transformers.core_model_loading import Concatenate, MergeModulelist
 
             operations = converter.operations
             num_parts = len(converter.source_patterns)

@@ -8,11 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import AutoConfig
+
 from peftkit.errors import Problem, UserError
 from peftkit.model.base.file_checks import conversion_fix, pickled_weights
 from peftkit.model.base.identity import local_base_folder, weight_files
 from peftkit.model.base.remote_code import check_remote_code
+from peftkit.model.meta.blank import model_from_config
 from peftkit.model.meta.layout import Placement, place_tensors, tied_parameters
+from peftkit.model.quantize import find_4bit_layers, patched_loading
 from peftkit.plan.plan import BasePlan
 
 _DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
@@ -26,8 +32,6 @@ def fetch_weights(source: str, plan: BasePlan) -> Path:
     folder = local_base_folder(source, plan.revision)
     if folder is None or not (weight_files(folder) or Path(source).is_dir()):
         # download the base's files
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
             snapshot = snapshot_download(source, revision=plan.revision, allow_patterns=list(_DOWNLOAD_PATTERNS))
@@ -65,10 +69,6 @@ def meta_model(source: str, plan: BasePlan, *, vocabulary: int | None = None) ->
 
     `vocabulary` is the number of rows where its tables were resized.
     """
-    from transformers import AutoConfig
-
-    from peftkit.model.meta.blank import model_from_config
-
     check_remote_code(source, plan)
     config = AutoConfig.from_pretrained(source, revision=plan.revision, trust_remote_code=plan.trust_remote_code)
     model = model_from_config(replace(plan, quant_type=None), config, device="meta")
@@ -81,14 +81,10 @@ def read_base_layout(
     source: str, plan: BasePlan, folder: Path, names: Iterable[str], *, vocabulary: int | None = None
 ) -> BaseLayout:
     """Read the layout of a base that merging needs; `names` are those of the tensors in its files."""
-    from peftkit.model.quantize import find_4bit_layers, patched_loading
-
     with patched_loading(plan):
         model = meta_model(source, plan, vocabulary=vocabulary)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         # return the base's config.json with the trained model's changes:
-        from transformers import AutoConfig
-
         file_values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         base_config = AutoConfig.from_pretrained(
             source, revision=plan.revision, trust_remote_code=plan.trust_remote_code

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import yaml
+
 from peftkit.secrets import redact
 from peftkit.ship.card.usage import FOLDER_PLACEHOLDER, render_usage
 from peftkit.units import join_names, printable, show_bytes, show_count, show_percent
@@ -131,8 +133,6 @@ def strip_paths(text: str) -> str:
 
 def render_card(facts: CardFacts) -> str:
     """Render the card, ending in a line end. The same facts give the same text."""
-    import yaml
-
     front = yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True, width=2**16)
     title = (
         _escape_markdown(facts.name)

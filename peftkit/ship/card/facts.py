@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
 
 from peftkit.archs import EMBEDDED
 from peftkit.diagnose.statistics import wilson_interval
@@ -174,8 +178,6 @@ def _run_base_facts(plan: BasePlan, fingerprint: Mapping[str, Any]) -> BaseFacts
 
 def _read_license(source: str, revision: str | None) -> dict[str, Any]:
     """Read the licence from the front matter of the base's card, in its folder or the Hub's cache."""
-    import yaml
-
     if not Path(source).is_dir() and not is_hub_id(source):
         return {}
     file = find_model_file(source, "README.md", revision)
@@ -240,10 +242,6 @@ def _source_name(source: str) -> str:
 
 def _count_parameters(file: Path) -> int:
     """Numbers in a safetensors file. Raises UserError where it is damaged."""
-    from math import prod
-
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, framework="np") as tensors:
             return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118

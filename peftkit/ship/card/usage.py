@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 FOLDER_PLACEHOLDER = "path/to/this/folder"  # what a card calls a folder that is not on the Hub
 _TEMPLATE = Path(__file__).with_name("usage.md.jinja")
 _DOCS = {
@@ -30,8 +32,6 @@ def render_usage(*, name: str, task: str, rank: int | None, plain_lora: bool, **
     `facts` are layout, base, revision, num_labels, chats, dtype, quant_type, double_quant and compute_dtype.
     All of them must be safe to stand in code.
     """
-    import jinja2
-
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         **_DOCS,

@@ -9,7 +9,8 @@ from typing import Any
 
 from peftkit.results.find import is_standalone_adapter, run_folder
 from peftkit.rundir import RunDir
-from peftkit.ship.card.card import Layout, TrainingDataFacts
+from peftkit.ship.card.card import Layout, TrainingDataFacts, render_card
+from peftkit.ship.card.facts import read_adapter_facts, read_run_facts
 
 
 def write_card(
@@ -19,9 +20,6 @@ def write_card(
 
     A folder made from anything else keeps its own card.
     """
-    from peftkit.ship.card.card import render_card
-    from peftkit.ship.card.facts import read_adapter_facts, read_run_facts
-
     folder_of_run = run_folder(path)
     if (folder_of_run / "plan.json").is_file():
         facts = read_run_facts(RunDir.open(folder_of_run), name=name, layout=layout, merge_report=merge_report)

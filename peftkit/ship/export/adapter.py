@@ -7,12 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peftkit.errors import PeftkitError, Problem, UserError
+from peftkit.model.adapter.edits import read_edits, refuse_unmergeable
+from peftkit.model.adapter.load import ADAPTER_WEIGHTS
+from peftkit.model.meta.skeleton import meta_model
 from peftkit.results.find import Adapter, find_adapter, find_adapter_folder
 from peftkit.rundir import MANIFEST, publish_folder
 from peftkit.rundir.disk import resolve_new_folder
 from peftkit.rundir.events import Observer
 from peftkit.ship.card.write import write_card
 from peftkit.ship.export.base import Exported, ExportOptions, file_sizes
+from peftkit.ship.files.folder import TOKENIZER_FILES
+from peftkit.ship.files.tensors import read_all_entries, refuse_non_finite
+from peftkit.ship.merge.deltas import low_rank_delta
 
 ENGINES = ("vllm",)
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "peftkit.json")
@@ -30,9 +36,6 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
     adapter = find_adapter(path, base=options.base_model) if options.engine else None
     folder = adapter.folder if adapter is not None else find_adapter_folder(path)
     with publish_folder(out) as staging:
-        from peftkit.model.adapter.load import ADAPTER_WEIGHTS
-        from peftkit.ship.files.tensors import read_all_entries, refuse_non_finite
-
         notes: tuple[str, ...] = ()
         if adapter is not None:
             notes = _rewrite_for_vllm(adapter, staging)
@@ -47,19 +50,13 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
 
 
 def _tokenizer_files(folder: Path) -> Iterator[Path]:
-    from peftkit.ship.files.folder import TOKENIZER_FILES
-
     for path in sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}):
         if path.is_file() and path.name != MANIFEST:
             yield path
 
 
 def _rewrite_for_vllm(adapter: Adapter, staging: Path) -> tuple[str, ...]:
-    from peftkit.model.adapter.edits import read_edits, refuse_unmergeable
-    from peftkit.model.adapter.load import ADAPTER_WEIGHTS
-    from peftkit.model.meta.skeleton import meta_model
     from peftkit.ship.export.vllm import write_for_vllm
-    from peftkit.ship.files.tensors import read_all_entries, refuse_non_finite
 
     refuse_unmergeable(adapter.folder, adapter.config)
     tensors = read_all_entries([adapter.folder / ADAPTER_WEIGHTS])
@@ -78,12 +75,6 @@ def _check_same_deltas(adapter: Adapter, staging: Path) -> None:
 
     ||D' - D|| <= tolerance * ||D|| for each delta D, where the tolerance is what one rounding of B can cause.
     """
-    from peftkit.model.adapter.edits import read_edits
-    from peftkit.model.adapter.load import ADAPTER_WEIGHTS
-    from peftkit.model.meta.skeleton import meta_model
-    from peftkit.ship.files.tensors import read_all_entries
-    from peftkit.ship.merge.deltas import low_rank_delta
-
     sides = []
     for folder in (adapter.folder, staging):
         tensors = read_all_entries([folder / ADAPTER_WEIGHTS])

@@ -14,6 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is its transport's
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
 from peftkit.errors import Problem, UserError
 from peftkit.hub import hub_is_offline, probe_hub
 from peftkit.model.adapter.load import ADAPTER_CONFIG, read_adapter_config
@@ -81,11 +92,9 @@ def push_folder(
     local_base = named_base if isinstance(named_base, str) and named_base and not is_hub_id(named_base) else None
     if (base := local_base) is not None:
         tell(f"{ADAPTER_CONFIG} names its base by a path, {base}: others cannot load it, and it reveals your folders")
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its transport
 
     try:
         # create repository and branch where they are missing, and commit all files; return the URL
-        from huggingface_hub import CommitOperationAdd, HfApi
 
         api = HfApi()
         api.whoami()  # first: without a login the Hub says of everything that it is not there
@@ -147,8 +156,6 @@ def _file_problems(folder: Path, paths: list[Path], allowed: list[Path]) -> Iter
 
 def _safetensors_fault(path: Path) -> str:
     """Return why a file is not complete safetensors; empty where it is."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="np"):
             return ""
@@ -158,14 +165,6 @@ def _safetensors_fault(path: Path) -> str:
 
 def _hub_problem(error: Any, repo: str, revision: str | None) -> Problem:
     """Return an error of the Hub or its client as a Problem with a fix."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalTokenNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     status = getattr(getattr(error, "response", None), "status_code", None)
     target = f"{repo} at {revision}" if revision else repo
     if isinstance(error, LocalTokenNotFoundError):

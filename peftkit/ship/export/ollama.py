@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from peftkit.errors import Problem, UserError
 from peftkit.rundir import publish_folder, write_text
 from peftkit.rundir.disk import resolve_new_folder
@@ -128,8 +130,6 @@ def read_separators(tokenizer: Any, *, start: str = "") -> MessageSeparators | N
 
 def _texts_between(tokenizer: Any, messages: list[tuple[str, str]]) -> list[str] | None:
     """Render messages and return the texts around their contents; None where refused or not found."""
-    import jinja2
-
     try:
         text = tokenizer.apply_chat_template(
             [{"role": role, "content": content} for role, content in messages],

@@ -12,13 +12,17 @@ from typing import Any
 from peftkit.data.tokens.mask import Tokenized
 from peftkit.diagnose.statistics import HeldOutLosses, paired_gain
 from peftkit.errors import UserError
+from peftkit.model.adapter.load import load_weighted_adapters
+from peftkit.model.hardware import detect_device
+from peftkit.model.load import load_model, load_tokenizer, read_stop_ids
 from peftkit.plan.plan import BasePlan
+from peftkit.results.evaluate import load_examples, refuse_mismatched_data, tokenize_for_result
 from peftkit.results.find import Adapter
 from peftkit.results.load import Result, load_adapter_result
 from peftkit.rundir import read_json
 from peftkit.rundir.events import NoticeEvent, Observer, PhaseEvent
 from peftkit.ship.merge.decide import DEQUANTIZED, ORIGINAL, MergeJob, write_merge
-from peftkit.ship.merge.fidelity import Fidelity
+from peftkit.ship.merge.fidelity import Fidelity, compute_outputs, measure_fidelity, prompt_rows
 from peftkit.ship.merge.report import BaseComparison, MergeReport
 
 _MAX_LOST_SHARE = 0.5  # of what the adapter changes
@@ -35,9 +39,6 @@ class ComparisonRows:
     @classmethod
     def of(cls, job: MergeJob, path: Path, observer: Observer) -> ComparisonRows:
         """Select held-out rows of the run or of `--data`; short texts where there are none."""
-        from peftkit.model.load import load_tokenizer
-        from peftkit.ship.merge.fidelity import prompt_rows
-
         adapter, data = job.adapters[0], job.options.data
         has_tokenizer = (adapter.folder / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(
@@ -48,9 +49,6 @@ class ComparisonRows:
         if adapter.run is None and data is None:
             return cls(texts, ())
         try:
-            from peftkit.model.load import read_stop_ids
-            from peftkit.results.evaluate import load_examples, refuse_mismatched_data, tokenize_for_result
-
             result = Result(None, tokenizer, adapter.base.task, adapter.plan, adapter.run, 1, True)
             examples, held_out_examples = load_examples(result, data, path)
             refuse_mismatched_data(result, examples)
@@ -79,8 +77,6 @@ def verify_merge(
     Returns the report with fidelity, reference and problem; with two bases also both comparisons, the
     recommended one, and the gain in loss of the original base in nats per loss token.
     """
-    from peftkit.ship.merge.fidelity import measure_fidelity
-
     if not job.combination.is_plain:
         return _verify_sum(job, report, staging, rows, observer)
     first = job.adapters[0]
@@ -152,11 +148,6 @@ def _verify_sum(
 
     Other combinations have no reference: their report is returned as it is.
     """
-    from peftkit.model.adapter.load import load_weighted_adapters
-    from peftkit.model.hardware import detect_device
-    from peftkit.model.load import load_model, load_tokenizer
-    from peftkit.ship.merge.fidelity import compute_outputs, measure_fidelity
-
     first = job.adapters[0]
     if not job.is_sum_of_lora:
         return report
@@ -189,9 +180,6 @@ def _narrowest_dtype(job: MergeJob, base: BasePlan) -> str:
 
 def _reference_outputs(adapter: Adapter, rows: ComparisonRows) -> tuple[Any, Any]:
     """Return (outputs with the adapter, outputs of its base alone)."""
-    from peftkit.model.hardware import detect_device
-    from peftkit.ship.merge.fidelity import compute_outputs
-
     result = load_adapter_result(adapter, device=detect_device().kind)
     output_options = {"pad_id": result.tokenizer.pad_token_id, "task": result.task}
     expected = compute_outputs(result.model, rows.texts, loss_rows=rows.loss_rows, **output_options)
@@ -204,10 +192,6 @@ def _reference_outputs(adapter: Adapter, rows: ComparisonRows) -> tuple[Any, Any
 
 def _merged_outputs(folder: Path, base: BasePlan, rows: ComparisonRows) -> Any:
     """Return the outputs of the model in a folder, loaded from disk as any reader would."""
-    from peftkit.model.hardware import detect_device
-    from peftkit.model.load import load_model, load_tokenizer
-    from peftkit.ship.merge.fidelity import compute_outputs
-
     merged_plan = replace(base, id=str(folder), revision=None, quant_type=None, overrides={}, labels=())
     config = read_json(folder / "config.json")
     if "quantization_config" in config:  # its other weights stay in the type that they are in

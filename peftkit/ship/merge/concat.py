@@ -17,8 +17,10 @@ import torch
 from peftkit import interrupt
 from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.model.adapter.edits import Edit, Edits
+from peftkit.model.base.identity import IDENTITY_FILE, base_identity
 from peftkit.rundir import publish_folder, write_sealed
 from peftkit.rundir.disk import explain_disk_errors, resolve_new_folder
+from peftkit.ship.files.folder import TOKENIZER_FILES
 from peftkit.ship.files.tensors import TensorEntry
 from peftkit.ship.merge.decide import MergeOptions, read_adapter_set
 from peftkit.ship.merge.plain_lora import LoraPair, write_plain_lora
@@ -163,9 +165,6 @@ def concat_adapters(paths: Sequence[Path], out: Path, options: MergeOptions, *, 
 
     Raises UserError where one is more than LoRA of weights, or of another base.
     """
-    from peftkit.model.base.identity import IDENTITY_FILE, base_identity
-    from peftkit.ship.files.folder import TOKENIZER_FILES
-
     pass  # MOVED
 
     if options.combine != "sum":

@@ -7,10 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from peftkit.errors import Problem, UserError
+from peftkit.model.adapter.edits import read_edits, refuse_unmergeable
+from peftkit.model.adapter.load import ADAPTER_WEIGHTS, resized_vocabulary
+from peftkit.model.base.identity import base_identity, changed_parts
+from peftkit.model.meta.skeleton import fetch_weights, meta_model, read_base_layout
 from peftkit.results.find import Adapter, find_adapter
 from peftkit.rundir.events import Observer, PhaseEvent, ProgressEvent, ignore_event
+from peftkit.ship.files.folder import copy_model_files
+from peftkit.ship.files.tensors import read_all_entries, refuse_non_finite, safetensors_files
 from peftkit.ship.merge.combine import Combination, make_combination
+from peftkit.ship.merge.plan import plan_merge
+from peftkit.ship.merge.write import MergeSources, write_merged
 from peftkit.units import show_bytes
 
 DEQUANTIZED, ORIGINAL = "dequantized", "original"
@@ -97,17 +107,11 @@ class AdapterSet:
 
 def read_adapter_set(paths: Sequence[Path], options: MergeOptions) -> AdapterSet:
     """Read the adapters at `paths`. Raises UserError, before any weight of the base is read."""
-    from peftkit.model.adapter.edits import read_edits, refuse_unmergeable
-    from peftkit.model.adapter.load import ADAPTER_WEIGHTS, resized_vocabulary
-    from peftkit.model.meta.skeleton import meta_model
-    from peftkit.ship.files.tensors import read_all_entries, refuse_non_finite
-
     combination = options.combination(len(paths))
     adapters = tuple(find_adapter(path, base=options.base_model) for path in paths)
     for adapter in adapters:
         refuse_unmergeable(adapter.folder, adapter.config)
     # raise UserError where adapters differ in base, quantization, task, classes or configuration
-    from peftkit.model.base.identity import base_identity, changed_parts
 
     first = adapters[0]
     first_identity = base_identity(first.source, first.base)
@@ -153,12 +157,6 @@ def plan_merge_inputs(paths: Sequence[Path], options: MergeOptions) -> MergeJob:
     For a 4-bit base there is one plan per base (dequantized, original), so that both can be compared. Raises
     UserError for adapters that do not fit together or cannot be merged.
     """
-    import torch
-
-    from peftkit.model.meta.skeleton import fetch_weights, read_base_layout
-    from peftkit.ship.files.tensors import read_all_entries, safetensors_files
-    from peftkit.ship.merge.plan import plan_merge
-
     adapters = read_adapter_set(paths, options)
     first = adapters.adapters[0]
     base = _choose_base(first, options)
@@ -216,9 +214,6 @@ def _choose_base(adapter: Adapter, options: MergeOptions) -> str:
 
 def write_merge(job: MergeJob, base_choice: str, folder: Path, observer: Observer = ignore_event) -> None:
     """Write weights, configuration and tokenizer files into a folder that exists and is empty."""
-    from peftkit.ship.files.folder import copy_model_files
-    from peftkit.ship.merge.write import MergeSources, write_merged
-
     first = job.adapters[0]
     observer(PhaseEvent(name="merge", detail=f"writing {show_bytes(job.plans[base_choice].num_bytes)}"))
     sources = MergeSources(first.base, job.tensors, job.combination, requantize=job.options.requantize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,8 +149,6 @@ def _loss_text(value: float | None) -> str:
 
 def read_merge_report(folder: Path) -> Mapping[str, Any] | None:
     """Return the merge report of a folder; None where it has none."""
-    import json
-
     file = folder / REPORT_FILE
     if not file.is_file():
         return None

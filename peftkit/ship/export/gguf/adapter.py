@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+
 from peftkit.errors import Problem, UserError
 from peftkit.methods.lora import BASE_CHANGING_INITS
 from peftkit.model.adapter.edits import lora_rank_and_scale
@@ -55,7 +58,6 @@ def write_adapter(
         raise UserError(problems)
     source = read_source(base)
     file = adapter / ADAPTER_WEIGHTS
-    from safetensors import safe_open
 
     with safe_open(file, framework="pt") as weights:
         shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
@@ -152,9 +154,6 @@ def _base_copy_problems(adapter: Path, source: GgufSource, names: list[str]) -> 
 
     PEFT saves the base's matrix beside LoRA of an output matrix.
     """
-    import torch
-    from safetensors import safe_open
-
     stored = {tensor.name: tensor for tensor in stored_tensors(source)} if names else {}
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as weights:
         for name in names:
@@ -171,8 +170,6 @@ def _lora_tensors(
     """Yield A and B of a module; B takes the part of the scale that llama.cpp's alpha / rank leaves."""
 
     def load(half: str) -> Any:
-        from safetensors import safe_open
-
         with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as weights:
             tensor = weights.get_tensor(f"{_PREFIX}{module}.lora_{half}.weight").float()
         return tensor if half == "A" else interleave(source, f"{module}.weight", tensor * scale)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from peftkit.errors import PeftkitError, Problem, UserError, did_you_mean
 from peftkit.model.base.file_checks import read_json_file
 from peftkit.rundir import require_free_space
@@ -106,8 +108,6 @@ def write_model(
     names = gguf_tensor_names(source)
     entries = []
     if factors := source.rope.factors:
-        import torch
-
         entries.append(
             GgufTensor("rope_freqs.weight", (len(factors),), "f32", lambda: torch.tensor(factors, dtype=torch.float32))
         )

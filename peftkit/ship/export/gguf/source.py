@@ -8,6 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from peftkit.errors import Problem, UserError
 from peftkit.model.base.file_checks import check_model_folder, read_json_file, shard_names
 from peftkit.ship.export.gguf.families import FAMILIES, GgufFamily, gguf_family
@@ -42,10 +47,6 @@ def convert_command(folder: Path) -> str:
 
 def read_source(folder: Path) -> GgufSource:
     """Read the model of a folder. Raises UserError with all that llama.cpp would compute differently."""
-    import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     where, fix = str(folder / "config.json"), convert_command(folder)
     if not (folder / "config.json").is_file():
         raise UserError(Problem(where, "no such file", "a model folder with config.json"))
@@ -138,8 +139,6 @@ class StoredTensor:
 
 def stored_tensors(source: GgufSource) -> list[StoredTensor]:
     """Return the needed tensors in file order. Raises UserError where they are not the model's."""
-    import torch
-
     tensors: dict[str, StoredTensor] = {}
     unexpected = []
     for tensor in _tensors_in_files(source.folder):
@@ -178,8 +177,6 @@ def stored_tensors(source: GgufSource) -> list[StoredTensor]:
 
 def _tensors_in_files(folder: Path) -> Iterator[StoredTensor]:
     """Yield every tensor of a folder. Raises UserError for missing or damaged files."""
-    from safetensors import SafetensorError, safe_open
-
     if (folder / _INDEX_FILE).is_file():
         names = shard_names(read_json_file(folder, _INDEX_FILE), folder / _INDEX_FILE, suffixes=(".safetensors",))
     else:
@@ -200,7 +197,5 @@ def _tensors_in_files(folder: Path) -> Iterator[StoredTensor]:
 
 def _load_tensor(file: Path, name: str) -> Any:
     """Read one tensor. The file is opened anew for each: the pages of a mapping are let go with it."""
-    from safetensors import safe_open
-
     with safe_open(file, framework="pt") as weights:
         return weights.get_tensor(name)

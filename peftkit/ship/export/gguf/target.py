@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
+from peftkit.model.base.identity import local_base_folder
+from peftkit.model.meta.skeleton import fetch_weights
 from peftkit.results.find import find_adapter
 from peftkit.rundir import publish_folder, write_json
 from peftkit.rundir.disk import resolve_new_folder
@@ -41,7 +43,6 @@ def write_gguf(
 
     `on_written(file, folder)` is called while the folder of the model that the file was made from exists.
     """
-    from peftkit.model.meta.skeleton import fetch_weights
     from peftkit.ship.export import gguf
 
     def progress(done: int, total: int) -> None:
@@ -56,7 +57,6 @@ def write_gguf(
         base = fetch_weights(adapter.source, adapter.base)
         gguf_file = gguf.write_adapter(adapter.folder, base, staging / f"{out.name}-lora.gguf", progress=progress)
         return None, gguf_file.notes
-    from peftkit.model.base.identity import local_base_folder
 
     base_folder = None if adapter is None else local_base_folder(adapter.source, adapter.base.revision)
     config_folder = full_model or base_folder  # tells already whether GGUF can hold the model

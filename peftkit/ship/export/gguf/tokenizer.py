@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from peftkit.errors import Problem, UserError
+from peftkit.model.load import read_stop_ids
 from peftkit.ship.export.gguf import pieces
 from peftkit.ship.export.gguf.names import strips_like_phi3
 from peftkit.ship.export.gguf.source import first_line
@@ -59,8 +62,6 @@ class Vocabulary:
 
 def load_local_tokenizer(folder: Path) -> Any:
     """Load transformers' tokenizer of a folder. Raises UserError where there is none that it loads."""
-    from transformers import AutoTokenizer
-
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -253,6 +254,4 @@ def _fill_sentencepiece(spec: Mapping[str, Any], num_rows: int, pre: str | None,
 
 def stop_token_ids(tokenizer: Any, folder: Path) -> list[int]:
     """Return the ids that stop generation: the end token, then those of generation_config.json."""
-    from peftkit.model.load import read_stop_ids
-
     return sorted(read_stop_ids(str(folder), tokenizer), key=lambda i: (i != tokenizer.eos_token_id, i))

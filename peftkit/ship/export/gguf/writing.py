@@ -132,7 +132,6 @@ def write_file(
                 # convert and write block by block of rows, so that no fp32 copy of a large tensor is
                 # held
                 import gguf
-                import numpy as np
 
                 tensor = entry.load()
                 assert tuple(tensor.shape) == entry.shape, f"{entry.name}: {tuple(tensor.shape)} for {entry.shape}"
