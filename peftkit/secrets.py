@@ -174,7 +174,7 @@ def redact(text: str) -> str:
     return text
 
 
-def redact_value(value: Any) -> Any:
+def redact_value(value: object) -> Any:
     """Redact every string of a JSON-like value, keys too; strings under names such as api_key wholly."""
     if isinstance(value, str):
         return redact(value)

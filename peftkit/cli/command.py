@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from peftkit.errors import Problem, UserError
 
@@ -46,6 +45,6 @@ def recipe_path(arguments: argparse.Namespace) -> str | None:
     return str(arguments.recipe) if arguments.recipe else None
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Print a result as JSON to stdout."""
     print(json.dumps(value, indent=2, default=str))

@@ -108,7 +108,7 @@ class Verdict:
         return html_table(self.rows())
 
 
-def _without_infinity(value: Any) -> Any:
+def _without_infinity(value: object) -> Any:
     if isinstance(value, dict):
         return {key: _without_infinity(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

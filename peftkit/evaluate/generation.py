@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from peftkit import interrupt
 from peftkit.data.chat.template import adds_bos
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def _encode_prompts(prompts: Sequence[str], tokenizer: Any, *, is_encoder_decoder: bool) -> Any:
+
+def _encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool) -> Any:
     """Tokenize prompts.
 
     Padded on the left for decoders, whose prompt ends where the answer begins, else on the right.
@@ -29,8 +32,8 @@ def _encode_prompts(prompts: Sequence[str], tokenizer: Any, *, is_encoder_decode
 
 
 def generate_answers(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit import interrupt
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.evaluate import step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def collate(rows: Sequence[Tokenized], pad_id: int, *, task: str = "causal-lm") -> dict[str, Any]:
@@ -67,7 +70,7 @@ ForwardFunction = Callable[[Any, Mapping[str, Any]], Any]
 
 
 def evaluation_batches(
-    model: Any,
+    model: PreTrainedModel,
     rows: Sequence[Tokenized],
     *,
     pad_id: int,
@@ -113,7 +116,7 @@ class RowLosses:
 
 
 def row_losses(
-    model: Any,
+    model: PreTrainedModel,
     rows: Sequence[Tokenized],
     *,
     pad_id: int,
@@ -148,7 +151,13 @@ def row_losses(
 
 
 def predict_classes(
-    model: Any, rows: Sequence[Tokenized], *, pad_id: int, batch_size: int, task: str, autocast: str | None = None
+    model: PreTrainedModel,
+    rows: Sequence[Tokenized],
+    *,
+    pad_id: int,
+    batch_size: int,
+    task: str,
+    autocast: str | None = None,
 ) -> list[list[int]]:
     """Return the likeliest classes, one per row or per labelled token, in the order of `rows`."""
     predictions: list[list[int]] = [[] for _ in rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from peftkit.data.chat.template import render_prompt
 from peftkit.data.formats import Example
@@ -14,6 +14,9 @@ from peftkit.evaluate import metrics
 from peftkit.evaluate.losses import predict_classes
 from peftkit.model.load import model_stop_ids
 from peftkit.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _NUM_SAMPLES = 5
 
@@ -28,7 +31,7 @@ class TaskMetrics:
 
 
 def _sample_answers(
-    examples: Sequence[Example], answers: Sequence[Any], references: Sequence[Any]
+    examples: Sequence[Example], answers: Sequence[object], references: Sequence[object]
 ) -> list[dict[str, str]]:
     return [
         {"where": e.where, "answer": str(a), "reference": str(r)}
@@ -37,7 +40,11 @@ def _sample_answers(
 
 
 def compute_metrics(
-    model: Any, tokenizer: Any, plan: Plan, examples: Sequence[Example], rows: Sequence[Tokenized]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    examples: Sequence[Example],
+    rows: Sequence[Tokenized],
 ) -> TaskMetrics:
     """Compute every metric of the plan's task. `rows` are the examples, tokenized."""
     if plan.base.task in {"causal-lm", "seq2seq"}:

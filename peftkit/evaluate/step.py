@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.data.tokens.mask import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 LossFunction = Callable[[Any, Mapping[str, Any], str], Any]  # model, batch, task -> a scalar tensor
 
 
-def autocast(model: Any, precision: str | None) -> Any:
+def autocast(model: PreTrainedModel, precision: str | None) -> torch.autocast:
     """Return the autocast context of a plan's precision ("bf16", "fp16" or None) on the model's device."""
     import torch
 
@@ -18,14 +22,14 @@ def autocast(model: Any, precision: str | None) -> Any:
     return torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def to_device(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+def to_device(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return the batch's tensors on the model's device."""
     return {key: value.to(model.device) for key, value in batch.items()}
 
 
 def backward(
-    model: Any,
-    batch: Mapping[str, Any],
+    model: PreTrainedModel,
+    batch: Mapping[str, torch.Tensor],
     loss: LossFunction,
     *,
     task: str,
@@ -45,7 +49,7 @@ def backward(
     return float(value.detach())
 
 
-def forward_inputs(model: Any, batch: Mapping[str, Any], task: str) -> dict[str, Any]:
+def forward_inputs(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], task: str) -> dict[str, Any]:
     """Return a batch's forward arguments: no labels, but for seq2seq the shifted decoder input ids."""
     inputs = {key: value for key, value in batch.items() if key not in {"labels", "weights", "rows"}}
     if task == "seq2seq":
@@ -54,7 +58,7 @@ def forward_inputs(model: Any, batch: Mapping[str, Any], task: str) -> dict[str,
     return inputs
 
 
-def summed_loss(logits: Any, labels: Any, task: str, weights: Any = None) -> Any:
+def summed_loss(logits: Any, labels: Any, task: str, weights: Any = None) -> torch.Tensor:
     """Compute the cross entropy in nats, summed over the labels in the loss, times their weights if given.
 
     Logits have shape (rows, positions, vocabulary). Those of a causal LM predict the next token; virtual
@@ -72,18 +76,18 @@ def summed_loss(logits: Any, labels: Any, task: str, weights: Any = None) -> Any
     return (label_losses * weights.reshape(-1)).sum()
 
 
-def loss_from_logits(model: Any, batch: Mapping[str, Any], task: str) -> Any:
+def loss_from_logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], task: str) -> torch.Tensor:
     """Compute the mean loss of a micro-batch from the logits."""
     logits = model(**forward_inputs(model, batch, task)).logits
     total = summed_loss(logits, batch["labels"], task, batch.get("weights"))
     return total / batch["labels"].ne(IGNORE_INDEX).sum().clamp(min=1)
 
 
-def fused_loss(model: Any, batch: Mapping[str, Any], task: str) -> Any:
+def fused_loss(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], task: str) -> torch.Tensor:
     """Compute the mean loss of a micro-batch in the head, for a model that TRL's trainer has prepared."""
     return model(**batch, use_cache=False, fused_lm_head=True).loss
 
 
-def fused_row_sums(model: Any, batch: Mapping[str, Any]) -> Any:
+def fused_row_sums(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Compute each row's summed loss, shape (rows,), in the head: no logits are held."""
     return -model(**batch, use_cache=False, fused_lm_head=True).log_probs.sum(-1)

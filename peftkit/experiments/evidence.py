@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from peftkit.diagnose.quality import EvaluationPoint
 from peftkit.diagnose.statistics import HeldOutLosses, recorded_rows
 from peftkit.prepare.context import RunContext
 from peftkit.rundir.events import UNSET, EvalEvent, Event, StepEvent, of_type
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _UNTRAINED_NORM_SHARE = 0.5  # of the median row: reserved and resized rows are below, trained ones above
 _MAX_COUNTED_ROWS = 1000  # rows whose learnt tokens are counted
@@ -56,7 +59,9 @@ def sample_numbers(numbers: Sequence[int], limit: int) -> list[int]:
     return sorted(np.random.default_rng(2).choice(np.asarray(numbers), size=limit, replace=False).tolist())
 
 
-def find_untrained_tokens(model: Any, tokenizer: Any, rows: Sequence[Tokenized]) -> UntrainedTokens:
+def find_untrained_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Tokenized]
+) -> UntrainedTokens:
     """Find tokens in the loss whose row of the head is untrained.
 
     A row counts as untrained where its norm is below half the median norm. Returns their names, and their
@@ -90,7 +95,7 @@ def describe_masked_ends(rows: Sequence[Tokenized]) -> list[str]:
     return [f"half of the rows continue for {median_tail} tokens or more after their last token in the loss"]
 
 
-def linear_modules(context: RunContext, model: Any) -> list[Module]:
+def linear_modules(context: RunContext, model: PreTrainedModel) -> list[Module]:
     """Return the linear layers that hooks can watch and an adapter could target."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = {name.replace(".base_layer", "") for name, _ in base.named_modules()}

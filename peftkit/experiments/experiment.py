@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import set_seed
@@ -51,6 +51,9 @@ from peftkit.train.checkpoint.restore import load_trained
 from peftkit.train.checkpoint.snapshot import Tensors
 from peftkit.train.trainer import training_loss
 from peftkit.train.training import compute_row_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SIGNALS_SHARE = 1 / 6  # of a look's budget: what all signals together may take
 _STREAM_ROWS = (8, 64)  # in each of three streams
@@ -133,7 +136,7 @@ class Experiment:
         load_trained(self.model, self.start.trained)
         return self._losses(self.model, self.plan, numbers)
 
-    def _losses(self, model: Any, plan: Plan, numbers: Sequence[int]) -> HeldOutLosses:
+    def _losses(self, model: PreTrainedModel, plan: Plan, numbers: Sequence[int]) -> HeldOutLosses:
         """Measure losses of some held-out rows, charged to the budget."""
         rows = [self.held_out[i] for i in numbers]
         losses = compute_row_losses(model, rows, plan, pad_id=self.pad_id, prepared=not self.is_reloaded)
@@ -402,7 +405,7 @@ def needs_reload(plan: Plan) -> bool:
     return spec is not None and bool(spec.arguments.get("modules_to_save") or plan.method.target_parameters)
 
 
-def unwrap_base(context: RunContext, model: Any) -> Any:
+def unwrap_base(context: RunContext, model: PreTrainedModel) -> PreTrainedModel:
     """Return the base of a wrapped model: unwrapped, or reloaded where unwrapping does not restore it.
 
     PEFT's `unload` leaves trained copies in place of `modules_to_save`, and parameters that it has wrapped in

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from peftkit.rundir import read_json
 from peftkit.train.batches import BatchRows, collate_groups, row_groups
 from peftkit.train.checkpoint.restore import load_trained
 from peftkit.train.checkpoint.snapshot import Tensors, load_tensors, random_states, restore_random_states
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ForkStep = Sequence[Sequence[BatchRows]]  # micro-batches
 _WARMUP_SHARE = 0.2  # of a fork's steps: moments of another rate, or none, are not trusted at once
@@ -82,7 +85,7 @@ def fork_rate_factor(step: int, num_steps: int) -> float:
 
 
 def train_fork(
-    model: Any, plan: Plan, start: ForkStart, steps: Sequence[ForkStep], *, pad_id: int, loss: LossFunction
+    model: PreTrainedModel, plan: Plan, start: ForkStart, steps: Sequence[ForkStep], *, pad_id: int, loss: LossFunction
 ) -> ForkResult:
     """Train from `start` over `steps` at the plan's rate; the model then holds its mean over the second half.
 
@@ -149,7 +152,7 @@ def count_loss_tokens(labels: torch.Tensor, task: str) -> int:
     return int((targets != IGNORE_INDEX).sum())
 
 
-def _fork_optimizer(model: Any, plan: Plan, start: ForkStart) -> Any:
+def _fork_optimizer(model: PreTrainedModel, plan: Plan, start: ForkStart) -> torch.optim.Optimizer:
     """Build the plan's optimizer with the start's state, where that was kept for these tensors."""
     if plan.method.lr_ratio is not None:
         optimizer = build_loraplus_optimizer(model, plan)

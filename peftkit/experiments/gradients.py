@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ from peftkit.evaluate.step import backward, forward_inputs, summed_loss
 from peftkit.experiments.forks import count_loss_tokens
 from peftkit.plan import Plan
 from peftkit.train.checkpoint.snapshot import random_states, restore_random_states
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SKETCH_COLUMNS = 32  # k: wider is closer, and dearer
 STREAMS = ("first", "second", "held out")
@@ -143,7 +146,7 @@ class GradientProbe:
         pieces = [collate(rows[i : i + size], self.pad_id, task=task) for i in range(0, len(rows), size)]
         total = sum(count_loss_tokens(piece["labels"], task) for piece in pieces)
 
-        def share_of_loss(model: Any, batch: Mapping[str, Any], task: str) -> Any:
+        def share_of_loss(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], task: str) -> torch.Tensor:
             logits = model(**forward_inputs(model, batch, task)).logits
             return summed_loss(logits, batch["labels"], task) / max(1, total)
 

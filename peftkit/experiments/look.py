@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.diagnose.causes import (
     CAPACITY,
@@ -43,6 +43,9 @@ from peftkit.rundir.events import (
 )
 from peftkit.secrets import REDACTED
 from peftkit.train.checkpoint.restore import load_trained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MORE_STEPS = 0.5  # of the run: what "more steps" recommends, and what a growth at the end goes on for
 
@@ -135,7 +138,7 @@ def num_kept_growths(plan: Plan) -> int:
     return sum(growth.kept for growth in plan.growths)
 
 
-def start_experiment(context: RunContext, model: Any, checkpoint: Path | None, step: int) -> Experiment:
+def start_experiment(context: RunContext, model: PreTrainedModel, checkpoint: Path | None, step: int) -> Experiment:
     """Start an experiment on a run's newest checkpoint, or on the model as it is where there is none."""
     if context.plan.method.peft is None:
         start = ForkStart(trainable_tensors(model), {})  # a copy would be a second model

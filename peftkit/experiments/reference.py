@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from peftkit.train.checkpoint.restore import load_trained
 from peftkit.train.trainer import training_loss
 from peftkit.train.training import compute_row_losses
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 STEPS_SHARE = 0.1  # of the run's steps, each
 _MIN_STEPS = 20
 FULL_RATE_FACTORS = (0.03, 0.1, 0.3)  # of the adapter's: full fine-tuning wants about a tenth (Schulman et al. 2025)
@@ -29,7 +32,7 @@ _EVAL_COST = 1 / 3
 
 
 def gap_to_full_finetuning(
-    context: RunContext, model: Any, held_out: HeldOutLosses, rows: list[Any], *, pad_id: int
+    context: RunContext, model: PreTrainedModel, held_out: HeldOutLosses, rows: list[Any], *, pad_id: int
 ) -> tuple[Interval, float]:
     """Return how much better full training of the same weights is, and the tokens that this took.
 
@@ -67,7 +70,7 @@ def gap_to_full_finetuning(
 
 
 @contextmanager
-def _trainable_weights(model: Any, kind: str, initial_state: ForkStart) -> Iterator[ForkStart]:
+def _trainable_weights(model: PreTrainedModel, kind: str, initial_state: ForkStart) -> Iterator[ForkStart]:
     """Make the adapter trainable, or the base weights behind it; restore the base weights afterwards."""
     load_trained(model, initial_state.trained)
     if kind == "adapter":

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peftkit.archs import Task
 from peftkit.errors import Problem, UserError
@@ -19,6 +19,9 @@ from peftkit.model.base.remote_code import check_remote_code, find_model_file
 from peftkit.model.base.unknown_family import AUTO_CLASSES
 from peftkit.model.quantize import build_quantization_config, finish_4bit_loading, patched_loading
 from peftkit.plan.plan import BasePlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def resolve_source(base: LocatedBase, where: str) -> str:
@@ -60,7 +63,7 @@ def _access_fix(error: BaseException, source: str) -> str:
     return f"{state}, and the cache may lack some of its files: download it while the hub can be reached"
 
 
-def load_tokenizer(source: str, plan: BasePlan) -> Any:
+def load_tokenizer(source: str, plan: BasePlan) -> PreTrainedTokenizerBase:
     """Load the tokenizer. Raises UserError where the base has none, or it has no EOS or padding token."""
     from transformers import AutoTokenizer
 
@@ -98,7 +101,7 @@ def load_tokenizer(source: str, plan: BasePlan) -> Any:
 _RESERVED_TOKEN = re.compile(r"pad|reserved|unused|placeholder", re.IGNORECASE)
 
 
-def explain_pad_token(tokenizer: Any) -> tuple[str, str]:
+def explain_pad_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Return (padding token, reason for the choice)."""
     pad_token = str(tokenizer.pad_token)
     if pad_token == tokenizer.eos_token:
@@ -111,7 +114,7 @@ def explain_pad_token(tokenizer: Any) -> tuple[str, str]:
     return pad_token, "the tokenizer's own"
 
 
-def read_stop_ids(source: str, tokenizer: Any) -> frozenset[int]:
+def read_stop_ids(source: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Read the token ids that stop generation: generation_config.json's and the tokenizer's EOS."""
     file = Path(source) / "generation_config.json"
     eos_token_id: Any = None
@@ -123,7 +126,7 @@ def read_stop_ids(source: str, tokenizer: Any) -> frozenset[int]:
 
 def load_model(
     source: str, plan: BasePlan, *, device: str, on_warning: Callable[[str], None] = lambda text: None
-) -> Any:
+) -> PreTrainedModel:
     """Load the base with its weights and the task's head. Raises UserError where it cannot be loaded.
 
     `on_warning` is called with what does not stop loading: a head for another number of classes, which is
@@ -201,7 +204,7 @@ def _is_head_tensor(key: str, plan: BasePlan) -> bool:
     return any(f".{name}." in f".{key}" for name in plan.head_modules)
 
 
-def read_config(values: Mapping[str, Any], plan: BasePlan) -> Any:
+def read_config(values: Mapping[str, object], plan: BasePlan) -> PreTrainedConfig:
     """Build transformers' configuration from the content of a config.json, as transformers reads the file.
 
     A base with code of its own is read from its source.
@@ -220,7 +223,7 @@ def attention_argument(plan: BasePlan) -> dict[str, str]:
     return {} if plan.attention is None else {"attn_implementation": plan.attention}
 
 
-def apply_overrides(config: Any, plan: BasePlan) -> Any:
+def apply_overrides(config: Any, plan: BasePlan) -> PreTrainedConfig:
     """Apply the plan's overrides in place: labels, RoPE scaling, and what the family needs."""
     values: dict[str, Any] = dict(plan.overrides)
     scaling = values.pop("rope_scaling", None)
@@ -260,7 +263,7 @@ def rope_parameters(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> di
     return {"rope_parameters": new_parameters, **max_positions}
 
 
-def model_stop_ids(model: Any, tokenizer: Any) -> list[int]:
+def model_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token ids that stop generation: the generation config's and the tokenizer's EOS."""
     eos_token_id = model.generation_config.eos_token_id if model.generation_config else None
     ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id] if eos_token_id is not None else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from peftkit.model.mends import bnb_cpu_repack, falcon_linear
 from peftkit.plan.plan import BasePlan
@@ -12,9 +12,10 @@ from peftkit.plan.targets import matches_target
 
 if TYPE_CHECKING:
     import torch
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-def build_quantization_config(base: BasePlan) -> Any:
+def build_quantization_config(base: BasePlan) -> BitsAndBytesConfig:
     """Build transformers' BitsAndBytesConfig for a plan; None where the base is not quantized."""
     if base.quant_type is None:
         return None
@@ -41,7 +42,7 @@ def patched_loading(base: BasePlan) -> Iterator[None]:
         yield
 
 
-def finish_4bit_loading(model: Any, base: BasePlan) -> None:
+def finish_4bit_loading(model: PreTrainedModel, base: BasePlan) -> None:
     """Quantize fused experts and patch 4-bit layers. Call it again after anything that makes 4-bit layers."""
     if base.quant_type is None:
         return
@@ -49,7 +50,7 @@ def finish_4bit_loading(model: Any, base: BasePlan) -> None:
     bnb_cpu_repack.clear_repack_flag(model)
 
 
-def make_4bit_layers(model: Any, base: BasePlan, fill: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def make_4bit_layers(model: PreTrainedModel, base: BasePlan, fill: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace linear layers and experts of a meta-device model by 4-bit ones, as loading would.
 
     `fill` gives each weight its values and device before it is quantized, one at a time.
@@ -80,7 +81,9 @@ def make_4bit_layers(model: Any, base: BasePlan, fill: Callable[[torch.Tensor], 
     model.config.update({"_is_quantized": True})  # as loading does: some state layers look at it
 
 
-def _quantize_experts(model: Any, base: BasePlan, fill: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+def _quantize_experts(
+    model: PreTrainedModel, base: BasePlan, fill: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> None:
     """Quantize fused experts: 3-D parameters, most of a mixture's weights, which transformers skips."""
     import torch
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
@@ -98,7 +101,7 @@ def _quantize_experts(model: Any, base: BasePlan, fill: Callable[[torch.Tensor],
                 )
 
 
-def share_in_4bit(model: Any) -> float:
+def share_in_4bit(model: PreTrainedModel) -> float:
     """Return the share of parameters stored in 4-bit, counted on the loaded model."""
     from torch.nn.utils.parametrize import is_parametrized
 
@@ -126,7 +129,7 @@ def share_in_4bit(model: Any) -> float:
     return num_4bit / total
 
 
-def find_4bit_layers(model: Any, base: BasePlan) -> dict[str, bool]:
+def find_4bit_layers(model: PreTrainedModel, base: BasePlan) -> dict[str, bool]:
     """Return the parameters that loading would quantize to 4-bit; changes `model`, on the meta device.
 
     The value is True where the layer quantizes its weight transposed (Conv1D).

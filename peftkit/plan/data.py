@@ -13,7 +13,7 @@ from peftkit.recipe.paths import redact_url
 from peftkit.recipe.schema import Source
 
 
-def _describe_source(source: Any) -> Any:
+def _describe_source(source: object) -> Any:
     """Describe a data source in words; a share or None is returned as it is."""
     if not isinstance(source, Source):
         return redact_url(source) if isinstance(source, str) else source

@@ -22,7 +22,7 @@ class DecisionLog:
     made: list[Decision] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
-    def record(self, dotted: str, value: Any, choice: Any = None, reason: str = "") -> Any:
+    def record(self, dotted: str, value: object, choice: object = None, reason: str = "") -> Any:
         """Record `value` with its source; if it is "auto" or None, record `choice` instead. Return it."""
         source = self.loaded.source(tuple(dotted.split(".")))
         if (value is None or value == "auto") and choice is not None:
@@ -31,11 +31,11 @@ class DecisionLog:
         self.made.append(Decision(dotted, value, str(source) if source else "default"))
         return value
 
-    def decide(self, dotted: str, value: Any, reason: str) -> None:
+    def decide(self, dotted: str, value: object, reason: str) -> None:
         """Record a value that follows from the model or the data rather than from the recipe."""
         self.made.append(Decision(dotted, value, "decided", reason))
 
-    def revise(self, dotted: str, value: Any, reason: str) -> None:
+    def revise(self, dotted: str, value: object, reason: str) -> None:
         """Replace an earlier decision on the same key."""
         self.made = [decision for decision in self.made if decision.key != dotted]
         self.decide(dotted, value, reason)

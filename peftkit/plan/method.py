@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from peftkit.archs import ModelShape, Module, Tensor, wildcard_name
 from peftkit.methods import METHODS, Method, PeftSpec, Selection, TokenRows
@@ -174,7 +173,7 @@ def layer_position(name: str) -> LayerPosition | None:
     return None
 
 
-def count_by_layers(method: Method, options: Any, shape: ModelShape, selection: Selection) -> dict[str, int]:
+def count_by_layers(method: Method, options: object, shape: ModelShape, selection: Selection) -> dict[str, int]:
     """Count trained parameters by range of equal layers, for example {"model.layers 0-31": 41943040}.
 
     Parameters outside the layers, or shared by all of them, are listed under those names. The sum equals that

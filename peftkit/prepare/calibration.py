@@ -66,7 +66,7 @@ def _file_lock() -> Iterator[None]:
         yield
 
 
-def add_run(device: str, key: str, *, flops_per_second: float | None, memory: Mapping[str, Any]) -> None:
+def add_run(device: str, key: str, *, flops_per_second: float | None, memory: Mapping[str, object]) -> None:
     """Record what a run measured, as a moving average. Does nothing where the cache is not writable."""
     with suppress(OSError), _file_lock():
         calibration = read_calibration()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit import interrupt
 from peftkit.data.rows.examples import Examples
@@ -28,6 +28,9 @@ from peftkit.rundir.events import ChecksEvent, Event, Observer, PhaseEvent, Warn
 from peftkit.secrets import redact
 from peftkit.units import show_bytes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -44,7 +47,7 @@ class RunContext:
     started: float
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.prepared_data.tokenizer
 
     @property

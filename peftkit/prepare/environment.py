@@ -11,7 +11,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.data.tokens.mask import Tokenized
 from peftkit.data.tokens.prepare import TokenizedData
@@ -22,6 +22,9 @@ from peftkit.plan.plan import BasePlan
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.document import dump_text
 from peftkit.secrets import redact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PACKAGES = (
     "peftkit",
@@ -69,7 +72,7 @@ def resolved_text(loaded: LoadedRecipe) -> str:
 
 
 def fingerprints(
-    loaded: LoadedRecipe, source: str, base: BasePlan, tokenizer: Any, prepared: TokenizedData
+    loaded: LoadedRecipe, source: str, base: BasePlan, tokenizer: PreTrainedTokenizerBase, prepared: TokenizedData
 ) -> dict[str, Any]:
     """Return what must be equal on resume: recipe, data, base, tokenizer and template, versions."""
     template = str(tokenizer.chat_template or "")

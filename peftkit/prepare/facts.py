@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.data.formats import Example
 from peftkit.data.rows.examples import Examples, row_statistic
@@ -25,6 +25,9 @@ from peftkit.plan.fit import check_fit
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.paths import is_data_path
 from peftkit.units import show_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CLOSED_FORM_ERROR = 1.05  # the closed form's error
 
@@ -115,7 +118,7 @@ def _length_bounds(rows: Sequence[Example], task: str) -> Lengths | None:
     return bound_lengths(row_statistic(rows, "asked"), row_statistic(rows, "answered"), task)
 
 
-def text_facts(tokenizer: Any, prepared: TokenizedData) -> TextFacts:
+def text_facts(tokenizer: PreTrainedTokenizerBase, prepared: TokenizedData) -> TextFacts:
     """Return what the tokenizer decided: template, spans, padding, and the tokens that end answers."""
     pad, pad_reason = explain_pad_token(tokenizer)
     style = prepared.style

@@ -10,12 +10,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.model.adapter import attach as adapter
 from peftkit.model.load import read_config
 from peftkit.plan import Batch, Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 NUM_STEPS = 3  # the first makes the optimizer's states, the others are measured
 _STEP_PHASES = ("forward", "backward", "optimizer step")
@@ -58,7 +61,7 @@ def shortened_plan(plan: Plan, batch: Batch) -> Plan:
     return replace(plan, train=train, data=replace(plan.data, eval=None, max_length=batch.num_tokens))
 
 
-def _peak_memory_callback(model: Any, *, on_gpu: bool) -> Any:
+def _peak_memory_callback(model: PreTrainedModel, *, on_gpu: bool) -> Any:
     """Return a callback that measures every step after the first."""
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -75,7 +78,14 @@ def _peak_memory_callback(model: Any, *, on_gpu: bool) -> Any:
             self.profile: Any = None
             self.there = 0
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        def on_step_begin(
+            self,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            optimizer: Any = None,
+            **_: object,
+        ) -> None:
             self.started = time.perf_counter()
             if state.global_step == 0:
                 return
@@ -88,7 +98,9 @@ def _peak_memory_callback(model: Any, *, on_gpu: bool) -> Any:
                 self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
                 self.profile.__enter__()
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        ) -> None:
             if on_gpu:
                 torch.cuda.synchronize()
             if self.profile is None:  # the profiler would slow what it looks at
@@ -114,7 +126,7 @@ def allocator_peak(profile: Any) -> int:
     return highest
 
 
-def measure_memory(plan: Plan, config: Mapping[str, Any], batch: Batch, *, vocab: int) -> MeasuredMemory:
+def measure_memory(plan: Plan, config: Mapping[str, object], batch: Batch, *, vocab: int) -> MeasuredMemory:
     """Train `plan` for a few steps on random weights and rows shaped as `batch`, and compare the memory.
 
     `plan.memory` is what is compared with. Raises what the device raises where it does not fit after all.

@@ -220,7 +220,7 @@ def plan_report(loaded: LoadedRecipe, *, gpu: str = "this", trace: bool = False,
     )
 
 
-def _measure_on_device(plan: Plan, facts: Facts, config: Mapping[str, Any]) -> tuple[MeasuredMemory | None, str]:
+def _measure_on_device(plan: Plan, facts: Facts, config: Mapping[str, object]) -> tuple[MeasuredMemory | None, str]:
     """Run three real steps on this device and record its speed; or return None and the reason."""
     assert plan.batch is not None
     shape, batch = facts.model.shape, plan.batch

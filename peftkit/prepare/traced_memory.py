@@ -37,7 +37,7 @@ _PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists 
 _MAX_CACHED_TRACES = 256  # traces that are kept
 
 
-def trace_plan(plan: Plan, config: Mapping[str, Any], batch: Batch) -> StepTrace:
+def trace_plan(plan: Plan, config: Mapping[str, object], batch: Batch) -> StepTrace:
     """Trace one step and one evaluation of `plan` on the meta device and return the ledger.
 
     Raises whatever the model's code raises there.
@@ -57,7 +57,7 @@ class TraceOutcome:
     from_cache: bool = False
 
 
-def trace_memory(plan: Plan, shape: ModelShape, config: Mapping[str, Any], batch: Batch) -> TraceOutcome:
+def trace_memory(plan: Plan, shape: ModelShape, config: Mapping[str, object], batch: Batch) -> TraceOutcome:
     """Return the traced memory of `plan` on `batch`, from the cache where it was traced before."""
     # compute the cache key of a trace:
     plan_json = plan.to_json()
@@ -93,7 +93,7 @@ def trace_memory(plan: Plan, shape: ModelShape, config: Mapping[str, Any], batch
 
 
 def plan_with_traced_memory(
-    loaded: LoadedRecipe, facts: Facts, plan: Plan, config: Mapping[str, Any]
+    loaded: LoadedRecipe, facts: Facts, plan: Plan, config: Mapping[str, object]
 ) -> tuple[Plan, str]:
     """Return the plan with its traced memory, and a note where the trace failed.
 
@@ -125,7 +125,7 @@ def _smaller_train_plan(loaded: LoadedRecipe, plan: Plan) -> TrainPlan | None:
     return replace(train, gradient_checkpointing=next_level) if may_checkpoint and next_level else None
 
 
-def _trace_or_extrapolate(plan: Plan, shape: ModelShape, config: Mapping[str, Any], batch: Batch) -> Memory:
+def _trace_or_extrapolate(plan: Plan, shape: ModelShape, config: Mapping[str, object], batch: Batch) -> Memory:
     """Trace three shallow models and extrapolate where that is exact; else trace the whole model."""
     period = 2 if plan.train.gradient_checkpointing == "selective" else 1
     depths = _stand_in_depths(shape, config, period=period)
@@ -237,7 +237,7 @@ def memory_from_components(
     )
 
 
-def _stand_in_depths(shape: ModelShape, config: Mapping[str, Any], *, period: int) -> tuple[int, int, int] | None:
+def _stand_in_depths(shape: ModelShape, config: Mapping[str, object], *, period: int) -> tuple[int, int, int] | None:
     """Return three evenly spaced smaller depths to trace instead of the model; None to trace it whole.
 
     Layers of different kinds repeat every `cycle` layers, a multiple of `period`. With N layers, the depths
@@ -261,7 +261,7 @@ def _stand_in_depths(shape: ModelShape, config: Mapping[str, Any], *, period: in
     return None
 
 
-def _counts_are_linear(shape: ModelShape, config: Mapping[str, Any], near: int, far: int) -> bool:
+def _counts_are_linear(shape: ModelShape, config: Mapping[str, object], near: int, far: int) -> bool:
     """Return whether parameter, cache and window counts at two depths extrapolate exactly."""
 
     def counts(shape_at_depth: ModelShape) -> dict[str, int]:

@@ -37,7 +37,7 @@ _EXPECTED: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
-def show_value(value: Any) -> str:
+def show_value(value: object) -> str:
     """Return a value as an error shows it: text in quotes, everything short."""
     if value is None:
         return "nothing"
@@ -67,7 +67,7 @@ def _data_path(location: Iterable[str | int], data: Any) -> tuple[Path, Any]:
     return tuple(path), data
 
 
-def _section_models(annotation: Any) -> list[type[BaseModel]]:
+def _section_models(annotation: object) -> list[type[BaseModel]]:
     """Return the recipe sections in a field's annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
@@ -107,7 +107,7 @@ def _sections_with_key(key: str) -> list[str]:
     return homes
 
 
-def _suggest(path: Path, data: Any, expected: str) -> str:
+def _suggest(path: Path, data: object, expected: str) -> str:
     """Suggest the default value of a field; empty if it has none that fits a line."""
     section = _section_model(path[:-1], data)
     field = section.model_fields.get(str(path[-1])) if section and path else None
@@ -117,7 +117,7 @@ def _suggest(path: Path, data: Any, expected: str) -> str:
     return f"try {path[-1]}: {str(default).lower() if isinstance(default, bool) else default}"
 
 
-def validation_problems(error: ValidationError, data: Any, where: Callable[[Path], str]) -> list[Problem]:
+def validation_problems(error: ValidationError, data: object, where: Callable[[Path], str]) -> list[Problem]:
     """Return all problems of a validation, one per key. `where` gives file, line and key of a path."""
     problems: dict[Path, Problem] = {}
     expected: dict[Path, list[str]] = {}

@@ -71,7 +71,7 @@ def _expand_short_forms(data: dict[str, Any], lines: dict[Key, int]) -> None:
 
 def _merge(
     target: dict[str, Any],
-    layer: Mapping[str, Any],
+    layer: Mapping[str, object],
     sources: dict[Key, ValueSource],
     layer_sources: Mapping[Key, ValueSource],
 ) -> None:
@@ -82,7 +82,7 @@ def _merge(
     sources.update({key: source for key, source in layer_sources.items() if key[0] in layer})
 
 
-def _overlay(target: dict[str, Any], layer: Mapping[str, Any], key: Key = ()) -> Iterator[Key]:
+def _overlay(target: dict[str, Any], layer: Mapping[str, object], key: Key = ()) -> Iterator[Key]:
     """Lay the values of `layer` over those of `target`. Yields the keys whose old values were replaced."""
     for name, value in layer.items():
         path = (*key, name)
@@ -155,7 +155,7 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Pro
     return values, problems
 
 
-def _all_keys(data: Any, key: Key = ()) -> list[Key]:
+def _all_keys(data: object, key: Key = ()) -> list[Key]:
     if len(key) > MAX_DEPTH:
         raise UserError(Problem("recipe", "values nested too deep", "a short recipe"))
     if not isinstance(data, Mapping):
@@ -163,7 +163,7 @@ def _all_keys(data: Any, key: Key = ()) -> list[Key]:
     return [key, *(k for name, value in data.items() for k in _all_keys(value, (*key, name)))]
 
 
-def _invalid_texts(data: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
+def _invalid_texts(data: object, key: Key = ()) -> Iterator[tuple[Key, str]]:
     """Yield (key, problem) for texts that no file and no terminal accepts: NUL, half of a surrogate pair."""
     if isinstance(data, Mapping):
         for name, value in data.items():

@@ -39,7 +39,7 @@ AnyMethod = Annotated[
 ]
 
 
-def _share(value: Any) -> Any:
+def _share(value: object) -> Any:
     """Parse '5%' as 0.05; other values are returned as they are."""
     return parse_share(value) if isinstance(value, str) and value.strip().endswith("%") else value
 
@@ -255,7 +255,7 @@ class Recipe(Options):
 
     @model_validator(mode="before")
     @classmethod
-    def _short_forms(cls, values: Any) -> Any:
+    def _short_forms(cls, values: object) -> Any:
         """Expand `base: gpt2` to `base: {id: gpt2}`, and `method: lora` to `method: {name: lora}`."""
         if isinstance(values, dict):
             values = dict(values)

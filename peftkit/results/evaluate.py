@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peftkit.archs import Task
 from peftkit.data.rows.ingest import ingest, read_examples, refuse_unusable_rows
@@ -22,6 +22,9 @@ from peftkit.recipe import load
 from peftkit.recipe.schema import Chat, Data
 from peftkit.results.load import Result, num_learned_positions, open_result
 from peftkit.units import html_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MAX_WINDOWS = 8  # per context length: enough to see a trend, cheap enough to wait for
 
@@ -125,7 +128,7 @@ def tokenize_for_result(
     return prepared.train, prepared.truncation.num_dropped
 
 
-def loss_by_position(model: Any, stream: Sequence[int], length: int, *, first: int) -> ContextLoss:
+def loss_by_position(model: PreTrainedModel, stream: Sequence[int], length: int, *, first: int) -> ContextLoss:
     """Compute the loss of windows of `length` tokens cut from a stream, by position in the window.
 
     Ranges of positions double from `first`: 0 to first, first to 2 * first, and so on to `length`. Raises

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 from peftkit.archs import Task
 from peftkit.data.chat.template import render_prompt
@@ -16,6 +16,9 @@ from peftkit.evaluate.losses import predict_classes
 from peftkit.model.load import model_stop_ids
 from peftkit.results.load import Result, num_learned_positions, open_result
 from peftkit.rundir.events import DataEvent, of_type
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
@@ -99,7 +102,7 @@ def refuse_beyond_positions(result: Result, prompts: Sequence[str], max_new_toke
         raise UserError(Problem("prompt", got, f"at most {max_positions}, the learned positions of the model"))
 
 
-def tagged_text(tokenizer: Any, words: Sequence[str], tags: Sequence[str]) -> str:
+def tagged_text(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], tags: Sequence[str]) -> str:
     """'word/tag' pairs. A word of which the tokenizer keeps nothing has no tag, and is shown with '?'."""
     tagged_indices = {i for i in tokenizer(list(words), is_split_into_words=True).word_ids(0) if i is not None}
     remaining_tags = iter(tags)

@@ -34,6 +34,8 @@ from peftkit.rundir.events import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from peftkit.experiments.look import LookOutcome
     from peftkit.train import Training
 
@@ -61,7 +63,7 @@ class Finished:
     summary: Summary
 
 
-def load_base(segment: Continue) -> Any:
+def load_base(segment: Continue) -> PreTrainedModel:
     """Load the base model, unless it is in memory; report the data first."""
     from transformers import set_seed
 
@@ -94,7 +96,7 @@ def load_base(segment: Continue) -> Any:
     return model
 
 
-def attach_adapter(segment: Continue, model: Any) -> Any:
+def attach_adapter(segment: Continue, model: PreTrainedModel) -> PreTrainedModel:
     """Wrap the model with the plan's adapter, keep its initial state, and report the counted parameters."""
     import torch
 
@@ -120,7 +122,7 @@ def attach_adapter(segment: Continue, model: Any) -> Any:
     return model
 
 
-def assemble_training(segment: Continue, model: Any) -> Training:
+def assemble_training(segment: Continue, model: PreTrainedModel) -> Training:
     """Assemble trainer, callbacks and checkpoints; training stops at looks that are still due."""
     from peftkit.experiments.look import is_look_due
     from peftkit.train import assemble
@@ -147,7 +149,7 @@ def run_preflight(context: RunContext, training: Training) -> None:
     interrupt.stop_if_requested()
 
 
-def train_to_next_look(context: RunContext, training: Training, model: Any, checkpoint: Path | None) -> int:
+def train_to_next_look(context: RunContext, training: Training, model: PreTrainedModel, checkpoint: Path | None) -> int:
     """Train to the next look or the end, compare measured with predicted memory, and return the step."""
     from peftkit.experiments.look import is_look_due
     from peftkit.model.meta.tensors import count_tensor_bytes
@@ -185,7 +187,7 @@ def continue_after(look: LookOutcome, context: RunContext, training: Training) -
     return Continue(replace(context, plan=look.plan), base=base)
 
 
-def refuse_non_finite(context: RunContext, model: Any) -> None:
+def refuse_non_finite(context: RunContext, model: PreTrainedModel) -> None:
     """Raise UserError for trained tensors that are not finite: nothing of them is ever published."""
     names = non_finite_tensors(model)
     if names:
@@ -196,7 +198,7 @@ def refuse_non_finite(context: RunContext, model: Any) -> None:
         raise UserError(Problem(where, got, "finite weights", fix))
 
 
-def report_metric(context: RunContext, model: Any, when: str) -> None:
+def report_metric(context: RunContext, model: PreTrainedModel, when: str) -> None:
     """Compute the recipe's metric on held-out examples, before or after training, and emit it."""
     options = context.plan.evaluate
     if options.metric is None or not context.prepared.eval_examples:
@@ -222,7 +224,7 @@ def report_metric(context: RunContext, model: Any, when: str) -> None:
     )
 
 
-def publish(context: RunContext, model: Any, *, step: int, published_step: int) -> None:
+def publish(context: RunContext, model: PreTrainedModel, *, step: int, published_step: int) -> None:
     """Publish the result with the fingerprints of what it was trained on, and calibrate later predictions."""
     plan, run = context.plan, context.run
     context.emit(PhaseEvent(name="publish", detail="adapter" if plan.method.peft else "model"))

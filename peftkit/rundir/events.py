@@ -62,7 +62,7 @@ def of_type(events: Sequence[Event], event_type: type[AnyEvent]) -> list[AnyEven
     return [event for event in events if isinstance(event, event_type)]
 
 
-def last_of(events: Sequence[Event], event_type: type[AnyEvent], **fields: Any) -> AnyEvent | None:
+def last_of(events: Sequence[Event], event_type: type[AnyEvent], **fields: object) -> AnyEvent | None:
     """Return the last event of a type with these fields; None where there is none."""
     matches = [
         event

@@ -72,12 +72,12 @@ def write_text(path: Path, text: str) -> None:
     _fsync_folder(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write indented JSON by `write_text`."""
     write_text(path, _json_text(value))
 
 
-def _json_text(value: Any) -> str:
+def _json_text(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -86,12 +86,12 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _content_hash(value: Mapping[str, Any]) -> str:
+def _content_hash(value: Mapping[str, object]) -> str:
     rest = {key: item for key, item in value.items() if key != _SEAL}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+def write_sealed(path: Path, value: Mapping[str, object]) -> None:
     """Write redacted JSON with a hash of its content inside, so that a later change is detected."""
     content = json.loads(
         json.dumps(redact_value(value), ensure_ascii=False)
@@ -124,7 +124,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def publish_folder(
-    final: Path, *, known_hashes: Mapping[str, str] | None = None, sealed: bool = True, **facts: Any
+    final: Path, *, known_hashes: Mapping[str, str] | None = None, sealed: bool = True, **facts: object
 ) -> Iterator[Path]:
     """Yield a temporary sibling to write into; on success it becomes `final`, with a manifest.
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
 from peftkit.train.guard import StepGuard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 _SCORE_FIELDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
@@ -19,13 +22,15 @@ class AdaLoraCallback(TrainerCallback):
     def __init__(self, guard: StepGuard) -> None:
         self.guard = guard
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: object
+    ) -> None:
         if self.guard.skipped:  # there are no gradients to score by
             return
         model.base_model.update_and_allocate(state.global_step + 1)
 
 
-def allocator_state(model: Any) -> dict[str, torch.Tensor]:
+def allocator_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the rank allocator's state by name, for a checkpoint; empty for other methods."""
     allocator = getattr(model.base_model, "rankallocator", None) if hasattr(model, "peft_config") else None
     if allocator is None:
@@ -41,7 +46,7 @@ def allocator_state(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def restore_allocator_state(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+def restore_allocator_state(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
     """Restore the rank allocator's state from a checkpoint's tensors."""
     if not tensors:
         return

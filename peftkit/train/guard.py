@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -20,6 +20,9 @@ from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.plan import Plan
 from peftkit.rundir.events import Observer, SpikeEvent, WarningEvent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 MEDIAN_WINDOW = 64  # losses that a median is taken of
 MIN_MEDIAN_LOSSES = 16  # of them, before there is one
@@ -110,17 +113,21 @@ class StepGuard(TrainerCallback):
         """Return the loss of the step: the Trainer's own number stays NaN once it was."""
         return float(sum(micro_batch.loss for micro_batch in self.seen))
 
-    def add_loss(self, rows: Any, loss: torch.Tensor) -> None:
+    def add_loss(self, rows: object, loss: torch.Tensor) -> None:
         """Add the loss of a micro-batch of the current step."""
         self.seen.append(MicroBatchLoss(rows, loss.detach()))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: object = None, **_: object
+    ) -> None:
         self.initial_sums = {name: _sum(tensor) for name, tensor in trainable_tensors(model).items()}
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.seen, self.skipped = [], False
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: object
+    ) -> None:
         """Drop the step's gradients unless all are finite; clipping spreads one that is not, or leaves it."""
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -130,7 +137,7 @@ class StepGuard(TrainerCallback):
             for parameter in model.parameters():
                 parameter.grad = None
 
-    def check_step(self, step: int, grad_norm: float, *, learning_rate: float, model: Any) -> None:
+    def check_step(self, step: int, grad_norm: float, *, learning_rate: float, model: PreTrainedModel) -> None:
         """Check a finished step. Raises Diverged to roll back, UserError to stop."""
         loss = self.loss
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -208,7 +215,7 @@ class StepGuard(TrainerCallback):
         return asdict(self.history)
 
 
-def loss_listener(callbacks: Sequence[Any]) -> Callable[[Any, torch.Tensor], None]:
+def loss_listener(callbacks: Sequence[object]) -> Callable[[Any, torch.Tensor], None]:
     """Return the guard's `add_loss` from the callbacks, or a function that does nothing."""
     return next(
         (callback.add_loss for callback in callbacks if isinstance(callback, StepGuard)), lambda rows, loss: None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +19,9 @@ from peftkit.model.adapter.attach import modules_by_storage, trainable_tensors
 from peftkit.plan import Plan
 from peftkit.train.batches import BatchRows, collate_groups
 from peftkit.train.checkpoint.snapshot import random_states, restore_random_states
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MAX_SHOWN = 3
 _CHUNK_WORDS = 2**20  # numbers of a tensor that are summed at once
@@ -34,7 +37,7 @@ class Preflight:
     num_frozen: int
 
 
-def frozen_checksums(model: Any) -> dict[str, int]:
+def frozen_checksums(model: PreTrainedModel) -> dict[str, int]:
     """Compute a checksum of every frozen tensor's bytes, weighted by position.
 
     With the bytes as int32 words w in chunks n = 1, 2, ... of _CHUNK_WORDS words, j = 1, 2, ... within a
@@ -56,7 +59,7 @@ def frozen_checksums(model: Any) -> dict[str, int]:
     return sums
 
 
-def _tensors_without_gradient(model: Any) -> list[str]:
+def _tensors_without_gradient(model: PreTrainedModel) -> list[str]:
     """Return trained tensors whose gradient is missing or zero; token rows may be absent from the batch."""
     return [
         name
@@ -65,7 +68,7 @@ def _tensors_without_gradient(model: Any) -> list[str]:
     ]
 
 
-def perturb_zero_init(model: Any) -> dict[str, torch.Tensor]:
+def perturb_zero_init(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Move every trained tensor slightly from its initial value, and return the initial values.
 
     Half of an adapter starts at zero, and its other half gets no gradient until the first has moved.
@@ -88,7 +91,7 @@ def _tensor_problem(where: str, names: Sequence[str], problem_text: str, fix: st
 
 
 def run_preflight(
-    model: Any, plan: Plan, largest: Sequence[BatchRows], *, pad_id: int, loss: LossFunction
+    model: PreTrainedModel, plan: Plan, largest: Sequence[BatchRows], *, pad_id: int, loss: LossFunction
 ) -> Preflight:
     """Run forward and backward on the largest micro-batch that will come, of rows or packs.
 

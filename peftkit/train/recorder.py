@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
@@ -29,6 +29,9 @@ from peftkit.rundir.events import (
 from peftkit.train.checkpoint.snapshot import take_snapshot
 from peftkit.train.checkpoint.writer import CheckpointWriter, CommitResult
 from peftkit.train.guard import StepGuard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 Evaluate = Callable[[Any], RowLosses]
 
@@ -87,7 +90,7 @@ class Recorder(TrainerCallback):
         *,
         guard: StepGuard,
         run: RunDir,
-        facts: Mapping[str, Any],
+        facts: Mapping[str, object],
     ) -> None:
         self.plan, self.emit, self.progress, self.guard = plan, emit, progress, guard
         self.evaluate, self.facts = evaluate, facts
@@ -107,7 +110,7 @@ class Recorder(TrainerCallback):
         patience = self.plan.train.patience
         return patience is not None and self.progress.num_without_gain >= patience
 
-    def measure(self, model: Any, step: int) -> bool:
+    def measure(self, model: PreTrainedModel, step: int) -> bool:
         """Evaluate the model and record the loss of `step`. Returns True if it is the best so far."""
         assert self.evaluate is not None
         losses = self.evaluate(model)
@@ -119,21 +122,25 @@ class Recorder(TrainerCallback):
             self.emit(EarlyStopEvent(step=step, patience=self.plan.train.patience))
         return is_best
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: object
+    ) -> None:
         self.parts = {name: parts[name] for name in ("model", "optimizer", "lr_scheduler")} | {"state": state}
         self.num_tokens = float(state.num_input_tokens_seen)  # of the run that this one goes on with
         self.emit(TrainBeginEvent(step=state.global_step, num_steps=state.max_steps))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.has_ended = True
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.step_start_time = time.monotonic()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.step_seconds = time.monotonic() - self.step_start_time
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> Any:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: object
+    ) -> Any:
         """Finish a step: emit, check, save, evaluate, stop. The Trainer logs each step right after it."""
         if not logs or "loss" not in logs:
             return control

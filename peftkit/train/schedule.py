@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch.optim.lr_scheduler import LambdaLR
 
 from peftkit.plan import Plan
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 _WARMUP_SHARE = 0.05  # of the steps that are left: new directions are not trusted at once
 
@@ -30,6 +33,6 @@ def restart_rate_factor(plan: Plan, step: int) -> float:
     ]
 
 
-def build_restart_scheduler(plan: Plan, optimizer: Any) -> LambdaLR:
+def build_restart_scheduler(plan: Plan, optimizer: Optimizer) -> LambdaLR:
     """Build the restarted schedule as a torch LambdaLR."""
     return LambdaLR(optimizer, lambda step: restart_rate_factor(plan, step))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.data.tokens.mask import IGNORE_INDEX
 from peftkit.evaluate.step import LossFunction, forward_inputs, fused_loss, loss_from_logits, summed_loss
@@ -18,6 +18,11 @@ from peftkit.train.batches import TrainDataset
 from peftkit.train.guard import loss_listener
 from peftkit.train.schedule import build_restart_scheduler
 
+if TYPE_CHECKING:
+    import torch
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
 
 def training_loss(plan: Plan) -> LossFunction:
     """Return the loss of a micro-batch as the plan's trainer computes it."""
@@ -25,15 +30,15 @@ def training_loss(plan: Plan) -> LossFunction:
 
 
 def build_trainer(
-    model: Any,
+    model: PreTrainedModel,
     plan: Plan,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     train: TrainDataset,
     output_dir: Path,
     callbacks: Sequence[Any],
-    optimizer: Any,
-) -> Any:
+    optimizer: Optimizer | None,
+) -> Trainer:
     """Build the plan's trainer over the train dataset. A guard among the callbacks gets each loss.
 
     Unless it is fused, the loss is computed here from the logits: the Trainer divides a model's own loss by
@@ -44,7 +49,7 @@ def build_trainer(
     trainer_class, arguments_class = _named_class(spec.trainer), _named_class(spec.arguments_class)
     is_fused = spec.loss == "fused"
 
-    def mean_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None, weights: Any = None) -> Any:
+    def mean_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None, weights: Any = None) -> torch.Tensor:
         total = summed_loss(outputs.logits, labels, task, weights)
         return total / (labels.ne(IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
 
@@ -56,7 +61,7 @@ def build_trainer(
     class GuardedTrainer(trainer_class):  # type: ignore[misc, valid-type]
         """A trainer that reports each micro-batch to the guard, and weighs tokens where rows have weights."""
 
-        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        def compute_loss(self, model: PreTrainedModel, inputs: Any, *rest: Any, **named: Any) -> Any:
             rows = inputs.pop("rows")
             if is_fused:  # TRL miscounts packs, which have no attention mask
                 self.state.num_input_tokens_seen += int(inputs.pop("num_tokens", 0))
@@ -66,7 +71,7 @@ def build_trainer(
             listener(rows, loss)
             return loss
 
-        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
             """Return the Trainer's scheduler, or the restarted one where the plan restarts its schedule."""
             if plan.train.restart_step:
                 self.lr_scheduler = build_restart_scheduler(plan, optimizer or self.optimizer)

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback
 from transformers.utils import logging
@@ -30,9 +30,12 @@ from peftkit.train.preflight import Preflight, run_preflight
 from peftkit.train.recorder import EvalProgress, Recorder
 from peftkit.train.trainer import build_trainer, training_loss
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 def compute_row_losses(
-    model: Any, rows: Sequence[Tokenized], plan: Plan, *, pad_id: int, prepared: bool = True
+    model: PreTrainedModel, rows: Sequence[Tokenized], plan: Plan, *, pad_id: int, prepared: bool = True
 ) -> RowLosses:
     """Compute the losses of rows; pass `prepared=False` for a model that no trainer has prepared."""
     return row_losses(
@@ -121,15 +124,15 @@ class Training:
 
 
 def assemble(
-    model: Any,
+    model: PreTrainedModel,
     plan: Plan,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     prepared: TokenizedData,
     run: RunDir,
     emit: Observer,
     checkpoint: Path | None,
-    facts: Mapping[str, Any],
+    facts: Mapping[str, object],
 ) -> Training:
     """Build the trainer with our callbacks; a resumed run continues from `checkpoint`.
 
@@ -144,7 +147,7 @@ def assemble(
             emit(WarningEvent(text=f"the best checkpoint, of step {progress.best_step}, is lost: the search restarts"))
             progress.best_step = progress.best_loss = None
 
-    def evaluate(wrapped_model: Any) -> RowLosses:
+    def evaluate(wrapped_model: object) -> RowLosses:
         return compute_row_losses(wrapped_model, held_out, plan, pad_id=tokenizer.pad_token_id)
 
     dataset = build_train_dataset(plan, train, tokenizer.pad_token_id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from peftkit.data.chat.template import (
     NO_CHATS,
@@ -25,6 +25,9 @@ from peftkit.data.formats import Example
 from peftkit.data.jinja.render import is_known_template, render_chat
 from peftkit.errors import Problem, UserError
 from peftkit.units import show_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SAMPLE_CHATS = 24
 _MAX_TEMPLATE_BYTES = 16 * 2**20
@@ -47,7 +50,9 @@ _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _GENERATION_TAG = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
 
-def _markers_are_valid(examples: Sequence[Example], tokenizer: Any, template: str, *, same_text: bool) -> bool:
+def _markers_are_valid(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str, *, same_text: bool
+) -> bool:
     """Return True where a template's markers cover whole answers, on chats that the model's own takes too.
 
     With `same_text`, also only where it renders the same text.
@@ -63,7 +68,7 @@ def _markers_are_valid(examples: Sequence[Example], tokenizer: Any, template: st
     return True
 
 
-def _markers_include_prompt(examples: Sequence[Example], tokenizer: Any, template: str) -> bool:
+def _markers_include_prompt(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     """Whether spans that a template marks begin before the prompt for the answer ends."""
     for example in examples:
         try:
@@ -75,7 +80,7 @@ def _markers_include_prompt(examples: Sequence[Example], tokenizer: Any, templat
     return False
 
 
-def _prefixes_hold(examples: Sequence[Example], tokenizer: Any, mask: str) -> bool:
+def _prefixes_hold(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, mask: str) -> bool:
     try:
         for example in examples:
             render_by_prefixes(example, tokenizer, last_only=mask == "last-turn")
@@ -84,7 +89,7 @@ def _prefixes_hold(examples: Sequence[Example], tokenizer: Any, mask: str) -> bo
     return True
 
 
-def _find_training_template(tokenizer: Any) -> str | None:
+def _find_training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return TRL's template with generation markers for the model's own one; None where TRL knows none.
 
     TRL renders the model's own template to compare it: one that is not known is not tried.
@@ -125,7 +130,9 @@ def read_template(path: Path) -> str:
     return text
 
 
-def choose_style(examples: Sequence[Example], tokenizer: Any, *, mask: str, source: str = "") -> Style:
+def choose_style(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, mask: str, source: str = ""
+) -> Style:
     """Choose how the chats among `examples` are rendered, verified on a sample of them.
 
     Markers of the model's own template come first, TRL's training templates next, rendering prefixes last. A

@@ -6,11 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.data.formats import Example, Message
 from peftkit.data.jinja.render import ChatRequest, render_chat, render_chats
 from peftkit.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # For bases that bring no chat template. Stored with the adapter, so that inference renders alike.
 DEFAULT_TEMPLATE = (
@@ -68,7 +71,7 @@ class Style:
 NO_CHATS = Style("none", None, "no chats in the data")
 
 
-def ensure_chat_template(tokenizer: Any) -> bool:
+def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Give a tokenizer without a chat template the default one. Returns whether it was needed."""
     if tokenizer.chat_template:
         return False
@@ -76,7 +79,7 @@ def ensure_chat_template(tokenizer: Any) -> bool:
     return True
 
 
-def select_template(tokenizer: Any, tools: Any = None) -> str:
+def select_template(tokenizer: PreTrainedTokenizerBase, tools: object = None) -> str:
     """Return the template that chats are rendered with; of several, the one that transformers selects."""
     templates = tokenizer.chat_template
     if not isinstance(templates, Mapping):
@@ -85,7 +88,7 @@ def select_template(tokenizer: Any, tools: Any = None) -> str:
     return str(templates.get(name, templates))
 
 
-def uses_main_template(example: Example, tokenizer: Any) -> bool:
+def uses_main_template(example: Example, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return True where a chat is rendered with the main template: some models have another one for tools."""
     return not example.tools or select_template(tokenizer, example.tools) == select_template(tokenizer)
 
@@ -151,7 +154,12 @@ def _render(
 
 
 def apply_template(
-    tokenizer: Any, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool, where: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: object,
+    *,
+    add_generation_prompt: bool,
+    where: str,
 ) -> str:
     """Render a chat with the model's own template, with or without the generation prompt, as text."""
     options = {"add_generation_prompt": add_generation_prompt, **tokenizer.special_tokens_map}
@@ -173,7 +181,7 @@ def _answer_turns(example: Example) -> list[int]:
     return [number for number, message in turns if message["role"] == "assistant" and number >= example.num_given]
 
 
-def _skip_prompt(text: str, start: int, prompt: str, tokenizer: Any, where: str) -> int:
+def _skip_prompt(text: str, start: int, prompt: str, tokenizer: PreTrainedTokenizerBase, where: str) -> int:
     """Return where the answer of a span that starts at `start` begins: not before its generation prompt ends.
 
     A prompt may end in what the text lacks, such as an open reasoning block. Then only those of its added
@@ -192,7 +200,7 @@ def _skip_prompt(text: str, start: int, prompt: str, tokenizer: Any, where: str)
     return start
 
 
-def render_by_markers(example: Example, tokenizer: Any, template: str, *, within: bool) -> Rendered:
+def render_by_markers(example: Example, tokenizer: PreTrainedTokenizerBase, template: str, *, within: bool) -> Rendered:
     """Render an example with spans from generation markers; with `within`, less the prompt's part.
 
     Raises UserError where the markers do not give each answer once.
@@ -232,7 +240,7 @@ def _rewrites_error(where: str) -> UserError:
     return UserError(Problem(where, got, "a template whose prompt is a prefix of the whole chat", fix))
 
 
-def render_by_prefixes(example: Example, tokenizer: Any, *, last_only: bool) -> Rendered:
+def render_by_prefixes(example: Example, tokenizer: PreTrainedTokenizerBase, *, last_only: bool) -> Rendered:
     """Render an example with spans from prefixes: the chat up to each answer, and with it.
 
     The former is rendered with the generation prompt. Raises UserError where the template rewrites earlier
@@ -327,7 +335,9 @@ def has_misplaced_answer(example: Example, rendered: Rendered) -> bool:
     return False
 
 
-def render(example: Example, tokenizer: Any, style: Style | None = None, *, mask: str = "completion") -> Rendered:
+def render(
+    example: Example, tokenizer: PreTrainedTokenizerBase, style: Style | None = None, *, mask: str = "completion"
+) -> Rendered:
     """Render an example as text with its answer spans.
 
     Raises UserError for a chat that the template refuses, and where earlier turns change when later ones
@@ -361,7 +371,7 @@ def render(example: Example, tokenizer: Any, style: Style | None = None, *, mask
     return replace(rendered, lost=missing, missing_reasoning=reasoning, weight=example.weight)
 
 
-def render_prompt(example: Example, tokenizer: Any) -> tuple[str, str]:
+def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Render the prompt of an example's last turn for generation. Returns (prompt, reference answer)."""
     if not example.messages:
         return example.prompt, example.completion
@@ -371,13 +381,13 @@ def render_prompt(example: Example, tokenizer: Any) -> tuple[str, str]:
     return prompt, example.messages[-1]["content"]
 
 
-def adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return True where a tokenizer puts a bos token before plain text by itself."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-def text_after_answer(tokenizer: Any) -> str:
+def text_after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return what the template writes after an answer; empty where it refuses a chat of two turns."""
     turns = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": _PROBE})
     try:

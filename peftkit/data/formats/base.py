@@ -98,7 +98,7 @@ def reads(name: str, *columns: tuple[str, ...]) -> Callable[[Callable[[Row], Exa
     return register
 
 
-def required_text(values: Mapping[str, Any], name: str, *, answer: bool = False) -> str:
+def required_text(values: Mapping[str, object], name: str, *, answer: bool = False) -> str:
     """Return the text of a field. Raises BadRow if it has none; an empty `answer` fails `empty-answers`."""
     value = values.get(name)
     if not isinstance(value, str):
@@ -109,7 +109,7 @@ def required_text(values: Mapping[str, Any], name: str, *, answer: bool = False)
     return value
 
 
-def optional_text(values: Mapping[str, Any], name: str) -> str:
+def optional_text(values: Mapping[str, object], name: str) -> str:
     """Return the text of a field that may be missing or empty. Raises BadRow for anything but text."""
     value = values.get(name)
     if value is None:
@@ -119,7 +119,7 @@ def optional_text(values: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def loss_weight(values: Mapping[str, Any]) -> float:
+def loss_weight(values: Mapping[str, object]) -> float:
     """Return the `weight` of a row or turn in the loss, 1 if it has none.
 
     Raises BadRow for anything but a number of at least 0.

@@ -28,7 +28,7 @@ _COPIED_KEYS = ("name", "tool_call_id", "weight")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-def _content_text(value: Any) -> str:
+def _content_text(value: object) -> str:
     """Return the text of a turn's content: text, or a list of parts that are all text. Raises BadRow."""
     if isinstance(value, str):
         return value
@@ -57,7 +57,7 @@ def _parse_tool_call(call: Any) -> Mapping[str, Any]:
     return {"id": call["id"], **tool_call} if isinstance(call.get("id"), str) else tool_call
 
 
-def _parse_turn(turn: Any) -> Message:
+def _parse_turn(turn: object) -> Message:
     if not isinstance(turn, Mapping):
         raise BadRow(f"a turn that is {type(turn).__name__}", "turns with role and content")
     role = turn.get("role", turn.get("from"))
@@ -89,7 +89,7 @@ def _parse_turn(turn: Any) -> Message:
     return message
 
 
-def parse_json(value: Any, what: str) -> Any:
+def parse_json(value: object, what: str) -> Any:
     """Return a value, parsed if it is given as JSON text. Raises BadRow."""
     if not isinstance(value, str):
         return value
@@ -99,12 +99,12 @@ def parse_json(value: Any, what: str) -> Any:
         raise BadRow(f"{what} that is not JSON", "JSON") from None
 
 
-def parse_list(value: Any, what: str) -> Any:
+def parse_list(value: object, what: str) -> Any:
     """Return a list, parsed if it is given as JSON text: CSV has no lists. Raises BadRow."""
     return parse_json(value, what) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
 
 
-def parse_turns(turns: Any, name: str) -> tuple[Message, ...]:
+def parse_turns(turns: object, name: str) -> tuple[Message, ...]:
     """Parse a list of turns. Raises BadRow if it is not a list of turns."""
     turns = parse_list(turns, name)
     if not isinstance(turns, list) or not turns:
@@ -125,7 +125,7 @@ def _check_turns(turns: tuple[Message, ...]) -> tuple[Message, ...]:
     return turns
 
 
-def _parse_tools(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+def _parse_tools(values: Mapping[str, object]) -> tuple[Mapping[str, Any], ...]:
     tools = parse_json(values.get("tools") or [], "tools")
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadRow("tools that are not a list of mappings", "JSON Schemas of functions in tools")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from peftkit.data.formats.base import BadRow, Example, loss_weight, reads, required_text
 from peftkit.data.formats.chat import parse_list
 from peftkit.data.read import Row
 
 
-def _parse_class(value: Any, name: str) -> str:
+def _parse_class(value: object, name: str) -> str:
     """Return a class as text: only whole numbers and texts are classes. Raises BadRow."""
     empty = value is None or (isinstance(value, str) and not value.strip())
     if empty or isinstance(value, bool) or not isinstance(value, str | int):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TokenKind = Literal["masked", "learnt", "special", "learnt special"]
 
@@ -29,7 +32,7 @@ class Sample:
     pieces: tuple[Piece, ...]
 
 
-def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> list[Piece]:
+def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     special = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
     pieces: list[Piece] = []
     pending: list[int] = []
@@ -49,7 +52,9 @@ def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> list
     return pieces
 
 
-def make_sample(row: Tokenized, name: str, tokenizer: Any, *, task: str, labels: Sequence[str]) -> Sample:
+def make_sample(
+    row: Tokenized, name: str, tokenizer: PreTrainedTokenizerBase, *, task: str, labels: Sequence[str]
+) -> Sample:
     """Return a row token by token; a class, or the target of seq2seq, follows the input after ` -> `."""
     if task == "causal-lm":
         weights = row.weights or [1.0] * len(row.labels)

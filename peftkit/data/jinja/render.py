@@ -90,7 +90,7 @@ class _Sandbox:
         line, _, self.buffer = b"".join(pieces).partition(b"\n")
         return line
 
-    def render(self, kind: str, template: str, items: Sequence[Any]) -> list[dict[str, Any]]:
+    def render(self, kind: str, template: str, items: Sequence[object]) -> list[dict[str, Any]]:
         """Render items with a template and return a result for each: {"text", "spans"} or {"refused"}.
 
         Raises UserError for a template that exceeds the limits.
@@ -168,13 +168,13 @@ def render_chats(template: str, requests: Sequence[ChatRequest]) -> list[TextAnd
 
 
 def render_chat(
-    turns: Sequence[Mapping[str, Any]], *, template: str, tools: Any = None, **options: Any
+    turns: Sequence[Mapping[str, Any]], *, template: str, tools: object = None, **options: object
 ) -> TextAndSpans:
     """Render one chat; see `render_chats`."""
     return render_chats(template, [ChatRequest(turns, tools, options)])[0]
 
 
-def render_line(template: str, fields: Mapping[str, Any]) -> str:
+def render_line(template: str, fields: Mapping[str, object]) -> str:
     """Render a Jinja line of a recipe's columns with a row's fields, in the sandbox.
 
     Raises jinja2.TemplateError for a row that it refuses, and UserError for a line that exceeds the limits.

@@ -26,7 +26,7 @@ _ALLOWED_EVENTS = {"os.listdir", "os.scandir"}
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-def deny_side_effects(event: str, arguments: tuple[Any, ...]) -> None:
+def deny_side_effects(event: str, arguments: tuple[object, ...]) -> None:
     """Audit hook: raise PermissionError for events that no template needs. It cannot be removed again."""
     if event == "open":
         mode, flags = arguments[1], arguments[2]
@@ -36,7 +36,7 @@ def deny_side_effects(event: str, arguments: tuple[Any, ...]) -> None:
         raise PermissionError(f"it tries {event}")
 
 
-def finalize(value: Any) -> Any:
+def finalize(value: object) -> Any:
     """Return the value of a line's expression. Raises TemplateRuntimeError for lists and mappings."""
     if isinstance(value, str | int | float):
         return value

@@ -183,7 +183,7 @@ def _fetch_problem(url: str, where: str, error: Exception, timeout: float) -> Pr
 
 def _fetch_to_cache(
     address: tuple[str, str],
-    facts: Mapping[str, Any],
+    facts: Mapping[str, object],
     transfer: _Transfer,
     write: Callable[[Path], None],
     size: int | None,

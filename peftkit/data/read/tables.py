@@ -135,7 +135,7 @@ def _row_or_fault(fields: dict[str, Any] | Exception, complex_columns: list[str]
     return Row(fields, where)
 
 
-def to_json_value(value: Any) -> Any:
+def to_json_value(value: object) -> Any:
     """Return an Arrow value as JSON can hold it: dates, times and decimals as ISO text."""
     match value:
         case None | str() | bool() | int() | float():

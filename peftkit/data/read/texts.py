@@ -52,7 +52,7 @@ _STRICT = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_rejec
 _LENIENT = json.JSONDecoder()
 
 
-def _row_or_fault(value: Any, text: str, where: str) -> Row | Fault:
+def _row_or_fault(value: object, text: str, where: str) -> Row | Fault:
     """Return the row of a parsed value; a fault if it is not an object or holds half of a surrogate pair."""
     if not isinstance(value, dict):
         return malformed_fault(where, f"a {type(value).__name__}", "one JSON object")

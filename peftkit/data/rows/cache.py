@@ -26,7 +26,7 @@ _MAX_UNFINISHED_SECONDS = 14 * 86_400
 _META_FILE = "meta.json"
 
 
-def content_key(**parts: Any) -> str:
+def content_key(**parts: object) -> str:
     """Return the content hash of plain values: 40 hex digits that name a cache entry."""
     text = json.dumps({"version": FORMAT_VERSION, **parts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
@@ -111,7 +111,7 @@ def resumable_entry(kind: str, key: str) -> Iterator[Path]:
         (home / f".{key}.lock").unlink(missing_ok=True)
 
 
-def publish_entry(folder: Path, kind: str, key: str, meta: Mapping[str, Any]) -> Path:
+def publish_entry(folder: Path, kind: str, key: str, meta: Mapping[str, object]) -> Path:
     """Move a filled folder to its key, whole or not at all. An entry that came first is kept."""
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     (folder / _META_FILE).write_text(json.dumps({**meta, "sizes": sizes}), encoding="utf-8")

@@ -24,7 +24,7 @@ class JsonLinesWriter:
         self._file = path.open("wb", buffering=_WRITE_BYTES)
         self._offsets = array("Q", [0])
 
-    def append(self, value: Any) -> None:
+    def append(self, value: object) -> None:
         """Append one value as a line of JSON."""
         self._offsets.append(self._offsets[-1] + self._file.write(_encode(value).encode() + b"\n"))
 

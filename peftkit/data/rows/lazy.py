@@ -45,7 +45,7 @@ class Subset(LazySequence[T]):
 class MappedSequence(LazySequence[T]):
     """A function applied to each item of a sequence on access."""
 
-    def __init__(self, items: Sequence[Any], function: Callable[[Any], T]) -> None:
+    def __init__(self, items: Sequence[object], function: Callable[[Any], T]) -> None:
         self._items, self._function = items, function
 
     def __len__(self) -> int:

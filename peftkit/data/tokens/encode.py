@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.archs import Task
 from peftkit.data.chat.template import render_prompt
 from peftkit.data.formats import Example
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Encoder = Callable[[Sequence[Example], Any, Mapping[str, int]], list[Tokenized]]
 
 
-def seq2seq_texts(example: Example, tokenizer: Any) -> tuple[str, str]:
+def seq2seq_texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Return (source text, target text) of an example for an encoder-decoder.
 
     A chat is rendered with the tokenizer's template where it has one; a single question is taken as it is.
@@ -26,7 +29,9 @@ def seq2seq_texts(example: Example, tokenizer: Any) -> tuple[str, str]:
     return example.prompt, example.completion
 
 
-def _encode_seq2seq(examples: Sequence[Example], tokenizer: Any, label_ids: Mapping[str, int]) -> list[Tokenized]:
+def _encode_seq2seq(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, label_ids: Mapping[str, int]
+) -> list[Tokenized]:
     """Encode sources as the tokenizer ends them, and targets as labels that end in the eos token."""
     pairs = [seq2seq_texts(example, tokenizer) for example in examples]
     sources = tokenizer([source for source, _ in pairs])["input_ids"]
@@ -48,7 +53,9 @@ def _with_weight(row: Tokenized, weight: float) -> Tokenized:
     return row if weight == 1.0 else replace(row, weights=[weight] * len(row.labels))
 
 
-def _encode_classes(examples: Sequence[Example], tokenizer: Any, label_ids: Mapping[str, int]) -> list[Tokenized]:
+def _encode_classes(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, label_ids: Mapping[str, int]
+) -> list[Tokenized]:
     """Encode texts; the only label of a row is its class id."""
     texts = tokenizer([example.prompt for example in examples])["input_ids"]
     return [
@@ -62,7 +69,9 @@ def has_several_turns(examples: Sequence[Example]) -> bool:
     return any(len(example.messages) > 2 for example in examples)
 
 
-def _encode_tags(examples: Sequence[Example], tokenizer: Any, label_ids: Mapping[str, int]) -> list[Tokenized]:
+def _encode_tags(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, label_ids: Mapping[str, int]
+) -> list[Tokenized]:
     """Encode words; a word's tag is the label of its first token, its other tokens are ignored."""
     encoded = tokenizer([list(example.words) for example in examples], is_split_into_words=True)
     rows = []

@@ -6,10 +6,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from peftkit.data.chat.template import Rendered, Span, adds_bos, text_after_answer
 from peftkit.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100  # torch's cross entropy leaves these labels out
 
@@ -68,7 +71,7 @@ class _JoinedEncoding:
         return self._offsets[token_index]
 
 
-def encode(batch: Sequence[Rendered], tokenizer: Any) -> list[Encoding]:
+def encode(batch: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
     """Encode texts with a fast tokenizer, on all cores and without the GIL.
 
     Raises UserError for a tokenizer without character offsets (one written in Python).
@@ -83,7 +86,9 @@ def encode(batch: Sequence[Rendered], tokenizer: Any) -> list[Encoding]:
     return list(backend.encode_batch([r.text for r in batch], add_special_tokens=False))
 
 
-def _encode_continuation(piece: str, tokenizer: Any, where: str) -> tuple[list[int], list[tuple[int, int]]]:
+def _encode_continuation(
+    piece: str, tokenizer: PreTrainedTokenizerBase, where: str
+) -> tuple[list[int], list[tuple[int, int]]]:
     """Encode a text that continues another one. Returns (ids, character offsets).
 
     SentencePiece-style tokenizers put a blank before any text. It goes to a guard character that is put first
@@ -98,7 +103,9 @@ def _encode_continuation(piece: str, tokenizer: Any, where: str) -> tuple[list[i
     raise UserError(Problem(where, got, expected, "use a template with a line break before answers"))
 
 
-def _encode_in_pieces(batch: Sequence[tuple[Rendered, list[int]]], tokenizer: Any) -> list[_JoinedEncoding]:
+def _encode_in_pieces(
+    batch: Sequence[tuple[Rendered, list[int]]], tokenizer: PreTrainedTokenizerBase
+) -> list[_JoinedEncoding]:
     """Encode texts in pieces that end where answers begin."""
     backend = tokenizer.backend_tokenizer
     adds_prefix = backend.encode("a", add_special_tokens=False).tokens[:1] != ["a"]
@@ -163,7 +170,7 @@ class _EndTokens:
     added_tokens: frozenset[int]
 
     @classmethod
-    def of(cls, tokenizer: Any, stops: frozenset[int]) -> _EndTokens:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]) -> _EndTokens:
         """Find the end tokens of a tokenizer.
 
         With a chat template, the added tokens that it writes after an answer end a turn; without one, any
@@ -263,7 +270,7 @@ def _label_row(rendered: Rendered, encoded: Encoding, mask: str, ends: _EndToken
 
 def tokenize(
     batch: Sequence[Rendered],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     mask: str,
     stops: frozenset[int] = frozenset(),

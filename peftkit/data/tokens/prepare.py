@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.archs import Task
 from peftkit.data.chat.spans import choose_style, read_template
@@ -22,6 +22,9 @@ from peftkit.data.tokens.tokenize import MemoryWriter, TokenizeJob, write_rows, 
 from peftkit.data.tokens.truncate import TruncationCounts, refuse_long_rows
 from peftkit.errors import Problem, UserError
 from peftkit.plan.plan import DataPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SAMPLE_EXAMPLES = 512  # examples that tell whether turns have to be told apart
 
@@ -75,7 +78,7 @@ class TokenizedData:
 
 def tokenize_examples(
     examples: Examples,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     plan: DataPlan,
     *,
     task: Task = "causal-lm",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.data.formats.base import Example
 from peftkit.data.rows.scan_text import text_of
 from peftkit.data.rows.tally import Tally
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # what other models' templates write: as text it teaches nothing but how to write it
 _FOREIGN = re.compile(
@@ -36,7 +39,7 @@ def _without_blanks(text: str) -> str:
 class TokenScanner:
     """The checks of texts and rows as they are tokenized; they count rows in `tally`."""
 
-    def __init__(self, tokenizer: Any, task: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, task: str) -> None:
         self.tally = Tally()
         self.task = task
         self._decode = tokenizer.decode

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit import interrupt
 from peftkit.archs import Task
@@ -25,6 +25,9 @@ from peftkit.data.tokens.scan_tokens import TokenScanner
 from peftkit.data.tokens.truncate import TruncationCounts, truncate
 from peftkit.plan.plan import DataPlan
 from peftkit.rundir import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CHUNK_EXAMPLES = 512
 FILE_EXAMPLES = 40_000  # examples to a file: what is done again at most after an interruption
@@ -53,7 +56,7 @@ class TokenizeJob:
         )
 
 
-def tokenizer_sha256(tokenizer: Any) -> str:
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash all that a tokenizer does; a slow one by its class, vocabulary and settings."""
     definition = (
         tokenizer.backend_tokenizer.to_str()

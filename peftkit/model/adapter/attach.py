@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.archs import wildcard_name
 from peftkit.errors import PeftkitError, Problem, UserError
@@ -16,8 +16,12 @@ from peftkit.plan.plan import Plan
 from peftkit.plan.targets import unmatched_targets
 from peftkit.rundir import publish_folder, verify_folder
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def _token_ids(tokenizer: Any, tokens: Iterable[str]) -> list[int]:
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> list[int]:
     """Return the sorted ids of `tokens`. Raises UserError for those outside the vocabulary."""
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in tokens if token not in vocabulary]
@@ -44,14 +48,20 @@ PEFT_TASKS = {
 }
 
 
-def _embedding_name(model: Any) -> str:
+def _embedding_name(model: PreTrainedModel) -> str:
     """Return the last part of the input embedding's module name."""
     embedding = model.get_input_embeddings()
     full_name = next(str(name) for name, module in model.named_modules() if module is embedding)
     return full_name.rsplit(".", 1)[-1]
 
 
-def attach_adapter(model: Any, plan: Plan, tokenizer: Any, *, eva_batches: Iterable[Mapping[str, Any]] = ()) -> Any:
+def attach_adapter(
+    model: PreTrainedModel,
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    eva_batches: Iterable[Mapping[str, Any]] = (),
+) -> PreTrainedModel:
     """Wrap the base in the plan's adapter.
 
     For full fine-tuning the base itself is returned, with every parameter trainable. `eva_batches` are
@@ -106,7 +116,7 @@ def with_plain_init(plan: Plan) -> Plan:
     return replace(plan, method=replace(plan.method, peft=plain_spec))
 
 
-def cast_trainable_to_fp32(model: Any) -> None:
+def cast_trainable_to_fp32(model: PreTrainedModel) -> None:
     """Cast trainable parameters to fp32, in place: small updates vanish in 16-bit weights."""
     import torch
 
@@ -121,7 +131,7 @@ def checkpointing_arguments(plan: Plan) -> dict[str, Any]:
     return {"activation_checkpointing_kwargs": {"use_reentrant": False}, "every_n_layers": every_n_layers}
 
 
-def count_parameters(model: Any) -> tuple[int, int]:
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """Count (trainable, total) parameters as PEFT does: a 4-bit weight counts its unquantized numbers."""
     if hasattr(model, "get_nb_trainable_parameters"):
         trainable, total = model.get_nb_trainable_parameters()
@@ -130,7 +140,7 @@ def count_parameters(model: Any) -> tuple[int, int]:
     return trainable, sum(p.numel() for p in model.parameters())
 
 
-def trainable_by_role(model: Any, plan: Plan) -> dict[str, int]:
+def trainable_by_role(model: PreTrainedModel, plan: Plan) -> dict[str, int]:
     """Count trainable parameters by module role, in model order."""
     counts: dict[str, int] = {}
     head = next(
@@ -167,12 +177,12 @@ def _role(name: str, plan: Plan, *, table: str, head: str) -> str:
     return "embeddings" if table in parts else "norms"
 
 
-def trainable_tensors(model: Any) -> dict[str, Any]:
+def trainable_tensors(model: PreTrainedModel) -> dict[str, Any]:
     """Return the trainable parameters by name, in model order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def modules_by_storage(model: Any) -> list[list[str]]:
+def modules_by_storage(model: PreTrainedModel) -> list[list[str]]:
     """Group the names of adapted modules by the storage of their base weight; a group of two is a tie."""
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -185,12 +195,12 @@ def modules_by_storage(model: Any) -> list[list[str]]:
     return list(groups.values())
 
 
-def non_finite_tensors(model: Any) -> list[str]:
+def non_finite_tensors(model: PreTrainedModel) -> list[str]:
     """Return the names of trainable tensors that contain NaN or infinity."""
     return [name for name, tensor in trainable_tensors(model).items() if not bool(tensor.isfinite().all())]
 
 
-def save_initial_adapter(model: Any, plan: Plan, folder: Path, *, overwrite: bool) -> None:
+def save_initial_adapter(model: PreTrainedModel, plan: Plan, folder: Path, *, overwrite: bool) -> None:
     """Save the adapter's initial weights, for methods that subtract them from the base (PiSSA, OLoRA).
 
     A damaged copy is replaced; with `overwrite` any, because a newly attached adapter is the initial one.
@@ -213,7 +223,9 @@ def needs_initial_adapter(plan: Plan) -> bool:
     return spec is not None and spec.arguments.get("init_lora_weights") in BASE_CHANGING_INITS
 
 
-def save_trained(model: Any, plan: Plan, tokenizer: Any, folder: Path, *, initial_adapter: Path) -> None:
+def save_trained(
+    model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase, folder: Path, *, initial_adapter: Path
+) -> None:
     """Save the trained PEFT adapter, or the whole model after full fine-tuning, with the tokenizer.
 
     PiSSA and OLoRA adapters are converted to plain LoRA of twice the rank on the original base.
@@ -230,7 +242,7 @@ def save_trained(model: Any, plan: Plan, tokenizer: Any, folder: Path, *, initia
     card.unlink(missing_ok=True)  # PEFT's template of a card: placeholders that say nothing of this run
 
 
-def build_loraplus_optimizer(model: Any, plan: Plan) -> Any:
+def build_loraplus_optimizer(model: PreTrainedModel, plan: Plan) -> torch.optim.Optimizer:
     """Build AdamW with LoRA+'s larger learning rate for B (Hayou et al. 2024), by PEFT's own builder."""
     import torch
     from peft.optimizers import create_loraplus_optimizer

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import peft
 import torch
@@ -26,6 +26,9 @@ from peft.utils.other import get_pattern_key
 from peftkit.errors import Problem, UserError
 from peftkit.methods.lora import BASE_CHANGING_INITS
 from peftkit.model.adapter.load import ADAPTER_CONFIG, read_adapter_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EditKind = Literal["whole", "lora", "dora", "vera", "embedding", "experts", "shift", "scale", "rows"]
 _PEFT_PREFIX = "base_model.model."
@@ -77,7 +80,7 @@ class Edit:
 Edits = Mapping[str, tuple[Edit, ...]]  # by the parameter's name in the base, in the order of application
 
 
-def refuse_unmergeable(folder: Path, config: Mapping[str, Any]) -> None:
+def refuse_unmergeable(folder: Path, config: Mapping[str, object]) -> None:
     """Raise UserError, with all problems at once, for adapters that cannot be merged."""
     where, kind = str(folder / ADAPTER_CONFIG), str(config.get("peft_type"))
     problems = []
@@ -100,7 +103,9 @@ def refuse_unmergeable(folder: Path, config: Mapping[str, Any]) -> None:
         raise UserError(problems)
 
 
-def read_edits(model: Any, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Edit, ...]]:
+def read_edits(
+    model: PreTrainedModel, folder: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[Edit, ...]]:
     """Return the edits of an adapter folder by parameter of `model`, a meta-device base (it gets wrapped).
 
     `shapes` are those of the tensors in the adapter's file. Raises UserError where one of them is unused, or
@@ -149,7 +154,7 @@ def read_edits(model: Any, folder: Path, shapes: Mapping[str, tuple[int, ...]]) 
     return {parameter: tuple(edits) for parameter, edits in edits_by_parameter.items()}
 
 
-def _peft_model_of(model: Any, folder: Path) -> Any:
+def _peft_model_of(model: PreTrainedModel, folder: Path) -> Any:
     """Wrap the base in the adapter's PEFT model on the meta device.
 
     Raises UserError where it does not fit.

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 
 from peftkit.errors import PeftkitError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Tensors = dict[str, torch.Tensor]
 NamedTensors = Mapping[str, torch.Tensor]
@@ -51,7 +54,7 @@ class GrownCheckpoint:
     restarted: tuple[str, ...]
 
 
-def adapted_weights(model: Any) -> dict[str, AdaptedWeight]:
+def adapted_weights(model: PreTrainedModel) -> dict[str, AdaptedWeight]:
     """Return the adapted weights of a PeftModel by module.
 
     Raises PeftkitError unless it is one unmerged LoRA.
@@ -90,7 +93,7 @@ _Origins = Mapping[str, _Origin]  # by the new name
 
 def grow_adapter(
     trained: NamedTensors,
-    optimizer: Mapping[str, Any],
+    optimizer: Mapping[str, object],
     initial: NamedTensors,
     *,
     old: AdaptedWeights,

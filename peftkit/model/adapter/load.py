@@ -9,10 +9,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from peftkit.errors import Problem, UserError
 from peftkit.model.base.file_checks import check_adapter_weights, check_model_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MAX_NAMES = 3
@@ -46,7 +49,7 @@ def _parse_finite(text: str) -> float:
     return value if math.isfinite(value) else _reject_constant(text)
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
+def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Load a saved adapter onto the base, for inference.
 
     Raises UserError unless the file has exactly the adapter's tensors, each of its shape, finite, and present
@@ -94,7 +97,9 @@ def load_adapter(model: Any, folder: Path) -> Any:
     return peft_model
 
 
-def load_weighted_adapters(model: Any, folders: Sequence[Path], weights: Sequence[float]) -> Any:
+def load_weighted_adapters(
+    model: PreTrainedModel, folders: Sequence[Path], weights: Sequence[float]
+) -> PreTrainedModel:
     """Load several LoRA adapters onto the base, active at once, each times its weight, for inference.
 
     Raises UserError as `load_adapter` does.
@@ -115,7 +120,7 @@ def load_weighted_adapters(model: Any, folders: Sequence[Path], weights: Sequenc
     return peft_model.eval()
 
 
-def load_adapter_tensors(model: Any, folder: Path) -> None:
+def load_adapter_tensors(model: PreTrainedModel, folder: Path) -> None:
     """Copy a saved adapter's tensors into one that was attached by a plan.
 
     Raises UserError where names or shapes differ: the recipe then describes another adapter.
@@ -137,7 +142,7 @@ def load_adapter_tensors(model: Any, folder: Path) -> None:
     set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
 
 
-def resized_vocabulary(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+def resized_vocabulary(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Return the number of embedding rows in an adapter's file, where it differs from the model's; else None.
 
     PEFT saves both tables whole beside an adapter that was trained after `resize_token_embeddings`.
@@ -170,7 +175,7 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(Problem(str(file), got, "the adapter's weights", "download or save it again")) from None
 
 
-def _compare_with_file(peft_model: Any, folder: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[Problem]:
+def _compare_with_file(peft_model: object, folder: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[Problem]:
     """Yield a problem for missing, unexpected, non-finite, and wrongly loaded tensors."""
     import torch
     from peft import get_peft_model_state_dict

@@ -107,7 +107,7 @@ def read_json_file(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def shard_names(index: Mapping[str, Any], path: Path, *, suffixes: Iterable[str]) -> list[str]:
+def shard_names(index: Mapping[str, object], path: Path, *, suffixes: Iterable[str]) -> list[str]:
     """Return the weight files of a sharded index, sorted.
 
     Raises UserError where an entry is not the plain name of an existing file with one of the `suffixes`.

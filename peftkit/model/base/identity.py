@@ -111,7 +111,7 @@ def base_identity(source: str, plan: BasePlan) -> dict[str, Any]:
     }
 
 
-def base_plan_fields(identity: Mapping[str, Any]) -> dict[str, Any]:
+def base_plan_fields(identity: Mapping[str, object]) -> dict[str, Any]:
     """Return an adapter's recorded overrides and quantization of its base, as fields of a `BasePlan`.
 
     Early adapters recorded only the type of 4-bit: see `lacks_4bit_details`.
@@ -131,7 +131,7 @@ def base_plan_fields(identity: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def changed_parts(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     """Return which of configuration and weights differ between two bases, where both sides know them.
 
     Names and revisions are not compared.
@@ -141,7 +141,7 @@ def changed_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [names[key] for key in keys if old.get(key) and new.get(key) and old[key] != new[key]]
 
 
-def lacks_4bit_details(identity: Mapping[str, Any]) -> bool:
+def lacks_4bit_details(identity: Mapping[str, object]) -> bool:
     """Return whether an adapter's base was in 4-bit and its identity does not say which layers and how."""
     quantization = identity.get("quantization")
     return isinstance(quantization, Mapping) and "skip_modules" not in quantization

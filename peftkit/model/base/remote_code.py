@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from peftkit.errors import Problem, UserError
 from peftkit.hub import hub_is_reachable
@@ -27,7 +26,7 @@ def require_pinned_commit(model: str, revision: str | None, *, where: str, remed
         raise UserError(Problem(where, got, "a pinned commit: 40 hex digits", fix))
 
 
-def _code_references(auto_map: Any) -> Iterator[str]:
+def _code_references(auto_map: object) -> Iterator[str]:
     """Yield the class references of an auto_map: texts, lists of texts, or a dict of them."""
     if isinstance(auto_map, str):
         yield auto_map
@@ -36,7 +35,7 @@ def _code_references(auto_map: Any) -> Iterator[str]:
             yield from _code_references(value)
 
 
-def refuse_foreign_code(config: Mapping[str, Any], model: str, where: str) -> None:
+def refuse_foreign_code(config: Mapping[str, object], model: str, where: str) -> None:
     """Raise UserError where a configuration names code of another repository, or outside its folder."""
     for reference in _code_references(config.get("auto_map")):
         owner, separator, name = reference.rpartition("--")

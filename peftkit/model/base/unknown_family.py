@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.archs import ModelShape, Task
 from peftkit.archs.inferred import InspectedLayer, infer_shape
 from peftkit.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 AUTO_CLASSES: Mapping[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -37,7 +40,7 @@ def _describe_layer(name: str, module: Any) -> InspectedLayer | None:
     return InspectedLayer(name, "norm" if norm else "other", count)
 
 
-def list_layers(model: Any) -> list[InspectedLayer]:
+def list_layers(model: PreTrainedModel) -> list[InspectedLayer]:
     """Return every module with parameters of its own; tied ones once."""
     layers: list[InspectedLayer] = []
     counted_ids: set[int] = set()
@@ -72,7 +75,7 @@ def list_layers(model: Any) -> list[InspectedLayer]:
 
 def infer_shape_from_code(
     source: str,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     *,
     revision: str | None,
     task: Task,

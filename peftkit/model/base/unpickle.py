@@ -43,7 +43,7 @@ class _Refused(Exception):
     """The reason why a file is not converted."""
 
 
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+def _audit(event: str, arguments: tuple[object, ...]) -> None:
     """Raise _Refused on events that weights never need: an audit hook, which cannot be removed."""
     if event == "open":
         mode, flags = arguments[1], arguments[2]

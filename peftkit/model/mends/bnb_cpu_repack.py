@@ -7,12 +7,15 @@ Seen in bitsandbytes 0.50.2. No setting turns it off, so the flag is cleared on 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FLAG = "support_avx512bf16_for_cpu"
 
 
-def clear_repack_flag(model: Any) -> int:
+def clear_repack_flag(model: PreTrainedModel) -> int:
     """Clear the repacking flag of every 4-bit layer. Returns the number of layers that had it set."""
     cleared = 0
     for module in model.modules():

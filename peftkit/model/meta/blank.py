@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -12,10 +12,13 @@ from peftkit.model.load import apply_overrides, attention_argument
 from peftkit.model.quantize import finish_4bit_loading, make_4bit_layers, patched_loading
 from peftkit.plan.plan import BasePlan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _RANDOM_STD = 0.02  # of random weights: what most models start with
 
 
-def model_from_config(base: BasePlan, config: Any, *, device: str) -> Any:
+def model_from_config(base: BasePlan, config: object, *, device: str) -> PreTrainedModel:
     """Build the model that loading would return, 4-bit layers included, from its configuration alone.
 
     On the meta device it has shapes only; elsewhere weights are random with standard deviation 0.02, made on

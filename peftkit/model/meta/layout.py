@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -18,6 +18,9 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Placement:
     is_plain: bool = True
 
 
-def place_tensors(model: Any, names: Iterable[str]) -> dict[str, Placement]:
+def place_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Placement]:
     """Map tensor names in the files to their place in `model`, which may be on the meta device.
 
     Tensors that transformers does not read are left out.
@@ -82,7 +85,7 @@ def place_tensors(model: Any, names: Iterable[str]) -> dict[str, Placement]:
     return placements
 
 
-def tied_parameters(model: Any) -> dict[str, tuple[str, ...]]:
+def tied_parameters(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """Return, for each tied parameter, all names of its tensor, its own among them."""
     groups: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -20,6 +20,9 @@ from peftkit.model.meta.blank import model_from_config
 from peftkit.model.meta.layout import Placement, place_tensors, tied_parameters
 from peftkit.model.quantize import find_4bit_layers, patched_loading
 from peftkit.plan.plan import BasePlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
 
@@ -64,7 +67,7 @@ class BaseLayout:
     config: Mapping[str, Any]
 
 
-def meta_model(source: str, plan: BasePlan, *, vocabulary: int | None = None) -> Any:
+def meta_model(source: str, plan: BasePlan, *, vocabulary: int | None = None) -> PreTrainedModel:
     """Build the base on the meta device, without 4-bit layers.
 
     `vocabulary` is the number of rows where its tables were resized.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def weight_tensors(model: Any) -> Iterator[tuple[torch.Tensor, bool]]:
+
+def weight_tensors(model: PreTrainedModel) -> Iterator[tuple[torch.Tensor, bool]]:
     """Yield (tensor, is trainable) of all parameters, with the scales of 4-bit ones; no buffers."""
     for parameter in model.parameters():
         yield parameter.data, parameter.requires_grad
@@ -33,7 +36,7 @@ def _quantization_scales(state: Any) -> Iterator[torch.Tensor]:
         yield state.state2.code
 
 
-def count_tensor_bytes(model: Any) -> int:
+def count_tensor_bytes(model: PreTrainedModel) -> int:
     """Count the bytes of all weights and buffers, each storage once."""
     tensors = [*(tensor for tensor, _ in weight_tensors(model)), *model.buffers()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

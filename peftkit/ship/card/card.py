@@ -255,7 +255,7 @@ def _escape_markdown(text: str) -> str:
     return _MARKUP.sub(r"\\\1", _sanitize(text))
 
 
-def _format_value(value: Any) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

@@ -42,7 +42,7 @@ _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 def read_run_facts(
-    run: RunDir, *, name: str = "", layout: Layout | None = None, merge_report: Mapping[str, Any] | None = None
+    run: RunDir, *, name: str = "", layout: Layout | None = None, merge_report: Mapping[str, object] | None = None
 ) -> CardFacts:
     """Read the facts of a finished run, for its own result or for what was made from it.
 
@@ -108,7 +108,7 @@ def read_run_facts(
 
 
 def read_adapter_facts(
-    folder: Path, *, name: str = "", layout: Layout = "adapter", merge_report: Mapping[str, Any] | None = None
+    folder: Path, *, name: str = "", layout: Layout = "adapter", merge_report: Mapping[str, object] | None = None
 ) -> CardFacts:
     """Read the facts of an adapter folder without its run, made here or elsewhere, from its own files.
 
@@ -205,7 +205,7 @@ _SHOWN_SETTINGS = (
 _SETTING_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 
 
-def _peft_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _peft_settings(config: Mapping[str, object]) -> dict[str, Any]:
     """Return PEFT's settings that have an effect, by their common names."""
     settings: dict[str, Any] = {}
     for key in _SHOWN_SETTINGS:
@@ -218,14 +218,14 @@ def _peft_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _max_rank(config: Mapping[str, Any]) -> int | None:
+def _max_rank(config: Mapping[str, object]) -> int | None:
     """Return the largest rank of any module."""
     pattern = config.get("rank_pattern")
     ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
     return max((rank for rank in ranks if isinstance(rank, int)), default=None)
 
 
-def _is_plain_lora(class_name: str, config: Mapping[str, Any]) -> bool:
+def _is_plain_lora(class_name: str, config: Mapping[str, object]) -> bool:
     """Return whether it is LoRA that every engine knows: one scale, one rank, only the two matrices."""
     lora_settings = ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save")
     other_settings = ("target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens")

@@ -6,7 +6,6 @@ The tests execute the Python of a generated card as it stands. Commands that the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -26,7 +25,7 @@ _AUTO_CLASSES = {
 }
 
 
-def render_usage(*, name: str, task: str, rank: int | None, plain_lora: bool, **facts: Any) -> str:
+def render_usage(*, name: str, task: str, rank: int | None, plain_lora: bool, **facts: object) -> str:
     """Render the last section of a card: how to load the model.
 
     `facts` are layout, base, revision, num_labels, chats, dtype, quant_type, double_quant and compute_dtype.

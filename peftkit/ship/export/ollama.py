@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jinja2
 
@@ -23,6 +23,9 @@ from peftkit.ship.export.base import Exported, ExportOptions, file_sizes
 from peftkit.ship.export.gguf.target import write_gguf
 from peftkit.ship.export.gguf.tokenizer import load_local_tokenizer, stop_token_ids
 from peftkit.ship.export.gguf.writing import require_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SYSTEM_PROBE, _USER_PROBES, _ANSWER_PROBES = (
     "SystemProbe",
@@ -107,7 +110,7 @@ def _modelfile_path(path: Path, out: Path) -> str:
     return f"./{path.name}" if path.parent == out.resolve().parent else str(path)
 
 
-def read_separators(tokenizer: Any, *, start: str = "") -> MessageSeparators | None:
+def read_separators(tokenizer: PreTrainedTokenizerBase, *, start: str = "") -> MessageSeparators | None:
     """Read the separators of a chat template, without the start token; None where they are not constant."""
     roles = [("user", _USER_PROBES[0]), ("assistant", _ANSWER_PROBES[0]), ("user", _USER_PROBES[1])]
     roles += [("assistant", _ANSWER_PROBES[1]), ("user", _USER_PROBES[2])]
@@ -128,7 +131,7 @@ def read_separators(tokenizer: Any, *, start: str = "") -> MessageSeparators | N
     return None if any("{{" in text or '"""' in text or "}}" in text for text in separators.texts) else separators
 
 
-def _texts_between(tokenizer: Any, messages: list[tuple[str, str]]) -> list[str] | None:
+def _texts_between(tokenizer: PreTrainedTokenizerBase, messages: list[tuple[str, str]]) -> list[str] | None:
     """Render messages and return the texts around their contents; None where refused or not found."""
     try:
         text = tokenizer.apply_chat_template(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peftkit.errors import Problem, UserError
 from peftkit.model.adapter.edits import Edit, Edits
@@ -62,7 +61,7 @@ def _unserved_problems(path: Path, edits: Edits) -> Iterator[Problem]:
 
 def write_for_vllm(
     adapter: Path,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     edits: Edits,
     tensors: Mapping[str, TensorEntry],
     out: Path,
@@ -96,7 +95,7 @@ def _scaled_pair(edit: Edit, tensors: Mapping[str, TensorEntry]) -> LoraPair:
 
 
 def _rewrite_notes(
-    config: Mapping[str, Any], pairs: Mapping[str, Edit], tensors: Mapping[str, TensorEntry], rank: int
+    config: Mapping[str, object], pairs: Mapping[str, Edit], tensors: Mapping[str, TensorEntry], rank: int
 ) -> Iterator[str]:
     scales = sorted({edit.scale for edit in pairs.values()})
     if scales != [1.0]:

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -51,7 +50,7 @@ class ConcatenatedLora:
 def write_concatenated(
     sources: Sequence[AdapterSource],
     weights: Sequence[float],
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     out: Path,
     *,
     rank: int | None,

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from peftkit.data.tokens.mask import Tokenized
 from peftkit.evaluate.losses import RowLosses, evaluation_batches, row_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _MAX_LOGITS = 2**26  # logits kept of a model: 256 MiB in fp32
 _BATCH_ROWS = 4
@@ -70,7 +73,7 @@ class Fidelity:
         return f"a KL divergence of {self.kl:.2g}, {share:.0%} of what the adapter changes{hint}"
 
 
-def prompt_rows(tokenizer: Any, task: str) -> list[Tokenized]:
+def prompt_rows(tokenizer: PreTrainedTokenizerBase, task: str) -> list[Tokenized]:
     """Return rows to compare on where none are held out: short texts of several kinds."""
     rows = []
     for text in PROMPTS:
@@ -81,7 +84,7 @@ def prompt_rows(tokenizer: Any, task: str) -> list[Tokenized]:
 
 
 def compute_outputs(
-    model: Any, rows: Sequence[Tokenized], *, pad_id: int, task: str, loss_rows: Sequence[Tokenized] = ()
+    model: PreTrainedModel, rows: Sequence[Tokenized], *, pad_id: int, task: str, loss_rows: Sequence[Tokenized] = ()
 ) -> ModelOutputs:
     """Compute logits on the first tokens of the first `rows`, and the loss on all of `loss_rows`."""
     short_rows = [

@@ -18,7 +18,7 @@ _PREFIX = "base_model.model."
 
 def write_plain_lora(
     out: Path,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     modules: Sequence[str],
     pair: Callable[[str], LoraPair],
     *,
@@ -57,7 +57,7 @@ def target_modules(adapted: Collection[str], parameters: Collection[str]) -> lis
 _BASE_KEYS = ("base_model_name_or_path", "revision", "task_type", "peft_version", "auto_mapping")
 
 
-def plain_lora_config(config: Mapping[str, Any], rank: int, modules: list[str]) -> dict[str, Any]:
+def plain_lora_config(config: Mapping[str, object], rank: int, modules: list[str]) -> dict[str, Any]:
     """Return PEFT's configuration of plain LoRA with scale 1, and what `config` says of the base."""
     return {
         **{key: config[key] for key in _BASE_KEYS if key in config},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,8 +16,11 @@ from peftkit.rundir import read_json, write_json
 from peftkit.train.adalora import restore_allocator_state
 from peftkit.train.checkpoint.snapshot import load_tensors, restore_random_states, unwrap_optimizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-def load_trained(model: Any, source: Path | Mapping[str, torch.Tensor]) -> None:
+
+def load_trained(model: PreTrainedModel, source: Path | Mapping[str, torch.Tensor]) -> None:
     """Copy trained tensors, or a checkpoint's, into the model. Raises PeftkitError if they do not match."""
     tensors = load_tensors(source, "trained") if isinstance(source, Path) else source
     parameters = trainable_tensors(model)
@@ -40,7 +43,9 @@ class TrainBeginCallback(TrainerCallback):
     def __init__(self, action: Callable[[], None]) -> None:
         self.act = action
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self.act()
 
 
@@ -62,13 +67,13 @@ class CheckpointRestorer(TrainerCallback):
 
     def on_train_begin(
         self,
-        args: Any,
-        state: Any,
-        control: Any,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
         model: Any = None,
         optimizer: Any = None,
         lr_scheduler: Any = None,
-        **_: Any,
+        **_: object,
     ) -> None:
         load_trained(model, self.folder)
         optimizer_optimizer = unwrap_optimizer(optimizer)
@@ -102,11 +107,13 @@ class CheckpointRestorer(TrainerCallback):
         if scaler is not None and self.state.get("loss_scale"):
             scaler.load_state_dict(self.state["loss_scale"])
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         if self.at_epoch_end:  # the next epoch's data loader draws from the random state
             self._restore_random_states()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._restore_random_states()
 
     def _restore_random_states(self) -> None:

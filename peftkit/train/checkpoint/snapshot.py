@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.rundir import RunDir, publish_folder, verify_folder, write_json
 from peftkit.train.adalora import allocator_state
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _NUM_KEPT = 2  # besides the best one
 _JSON_TYPES = (bool, int, float, str, type(None), list)
 SHARD_BYTES = 2**29  # what is serialized at once: a second copy of so many bytes, not of everything
@@ -31,12 +34,12 @@ Tensors = dict[str, torch.Tensor]
 RandomStates = tuple[Tensors, dict[str, Any]]
 
 
-def unwrap_optimizer(optimizer: Any) -> Any:
+def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return torch's optimizer from inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def optimizer_state(model: Any, optimizer: Any) -> tuple[Tensors, dict[str, Any]]:
+def optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[Tensors, dict[str, Any]]:
     """Return the optimizer's state by "parameter|field": (tensors, plain values)."""
     names = {id(parameter): name for name, parameter in trainable_tensors(model).items()}
     tensors, values = {}, {}
@@ -139,7 +142,13 @@ def load_tensors(folder: Path, stem: str) -> Tensors:
 
 
 def take_snapshot(
-    *, model: Any, optimizer: Any, scheduler: Any, state: Any, extra_state: Mapping[str, Any], facts: Mapping[str, Any]
+    *,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    state: Any,
+    extra_state: Mapping[str, Any],
+    facts: Mapping[str, Any],
 ) -> TrainingSnapshot:
     """Return the training's current state.
 

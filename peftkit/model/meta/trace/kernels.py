@@ -77,7 +77,7 @@ class TargetKernels(TorchFunctionMode):
         # casts by the weight's id; the weight is held too, so that the id stays its own
         self._casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._casts.clear()  # as leaving an autocast region does
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
@@ -110,7 +110,7 @@ class TargetKernels(TorchFunctionMode):
                 )
         return func(*args, **options)
 
-    def _cast(self, value: Any) -> Any:
+    def _cast(self, value: object) -> Any:
         """Cast an fp32 tensor to the autocast dtype; a trainable weight is cast once per region."""
         assert self.autocast is not None
         if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:

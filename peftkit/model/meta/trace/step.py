@@ -10,7 +10,7 @@ import gc
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from peftkit.model.meta.trace.ledger import BACKWARD, BACKWARD_BELOW, EVALUATION
 from peftkit.plan import Plan
 from peftkit.plan.memory import evaluation_batch, optimizer_memory
 from peftkit.plan.plan import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Any]
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
@@ -51,7 +54,9 @@ class StepTrace:
         return found
 
 
-def build_training_model(plan: Plan, config: Any, *, recomputing: Callable[[], Any] = nullcontext) -> Any:
+def build_training_model(
+    plan: Plan, config: object, *, recomputing: Callable[[], Any] = nullcontext
+) -> PreTrainedModel:
     """Build the plan's model on the meta device in training mode: base, 4-bit layers, adapter, checkpointing.
 
     `recomputing` returns the context in which checkpointed layers run again.
@@ -78,13 +83,13 @@ def meta_batch(batch: Batch, task: str) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(shape, dtype=torch.long, device="meta") for name, shape in shapes.items()}
 
 
-def _fused_loss(model: Any, batch: Mapping[str, Any]) -> Any:
+def _fused_loss(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Compute a value with the fused loss's graph: the head returns log-probabilities, not logits."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     return model(**inputs, use_cache=False).logits.sum()
 
 
-def _lm_head(model: Any, batch: Batch, target: KernelTarget) -> LMHead:
+def _lm_head(model: PreTrainedModel, batch: Batch, target: KernelTarget) -> LMHead:
     """Return the LM head as the trainer's fused loss sees it."""
     config = model.config.get_text_config()
     return LMHead(
@@ -95,7 +100,7 @@ def _lm_head(model: Any, batch: Batch, target: KernelTarget) -> LMHead:
     )
 
 
-def trace_step(plan: Plan, config: Any, batch: Batch, *, loss: LossFunction | None) -> StepTrace:
+def trace_step(plan: Plan, config: object, batch: Batch, *, loss: LossFunction | None) -> StepTrace:
     """Trace a training step and an evaluation pass of `plan` on `batch`.
 
     `config` is the base's configuration, `loss` the training loss (None: TRL's fused one). Raises whatever

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -88,7 +87,7 @@ def write_adapter(
     return GgufFile(out, num_bytes, len(entries), "f32")
 
 
-def _config_problems(adapter: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
+def _config_problems(adapter: Path, config: Mapping[str, object]) -> Iterator[Problem]:
     """Yield a problem for each setting that an adapter of llama.cpp cannot hold."""
     where, expected = (str(adapter / ADAPTER_CONFIG), "plain LoRA of linear layers, all that llama.cpp supports")
     fix = _merge_hint(adapter)
@@ -115,7 +114,7 @@ def _merge_hint(adapter: Path) -> str:
 
 
 def _module_ranks(
-    adapter: Path, config: Mapping[str, Any], source: GgufSource, shapes: Mapping[str, tuple[int, ...]]
+    adapter: Path, config: Mapping[str, object], source: GgufSource, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, int]:
     """Return module -> rank in the file's order.
 
@@ -169,7 +168,7 @@ def _lora_tensors(
 ) -> Iterator[GgufTensor]:
     """Yield A and B of a module; B takes the part of the scale that llama.cpp's alpha / rank leaves."""
 
-    def load(half: str) -> Any:
+    def load(half: str) -> torch.Tensor:
         with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as weights:
             tensor = weights.get_tensor(f"{_PREFIX}{module}.lora_{half}.weight").float()
         return tensor if half == "A" else interleave(source, f"{module}.weight", tensor * scale)

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -114,7 +113,7 @@ def write_model(
     for tensor in tensors:
         shape = tensor.shape[::-1] if is_transposed(source, tensor.name) else tensor.shape
 
-        def load(tensor: StoredTensor = tensor) -> Any:
+        def load(tensor: StoredTensor = tensor) -> torch.Tensor:
             return to_gguf_layout(source, tensor.name, tensor.load())
 
         gguf_name = names[tensor.name]

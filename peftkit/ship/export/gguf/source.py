@@ -195,7 +195,7 @@ def _tensors_in_files(folder: Path) -> Iterator[StoredTensor]:
             yield StoredTensor(name, shape, partial(_load_tensor, file, name))
 
 
-def _load_tensor(file: Path, name: str) -> Any:
+def _load_tensor(file: Path, name: str) -> torch.Tensor:
     """Read one tensor. The file is opened anew for each: the pages of a mapping are let go with it."""
     with safe_open(file, framework="pt") as weights:
         return weights.get_tensor(name)

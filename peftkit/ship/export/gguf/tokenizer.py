@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
@@ -20,6 +20,9 @@ from peftkit.model.load import read_stop_ids
 from peftkit.ship.export.gguf import pieces
 from peftkit.ship.export.gguf.names import strips_like_phi3
 from peftkit.ship.export.gguf.source import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 _WORD_PATTERN = (
@@ -60,7 +63,7 @@ class Vocabulary:
     strips_spaces: bool = False  # whether special tokens swallow spaces, see names.py
 
 
-def load_local_tokenizer(folder: Path) -> Any:
+def load_local_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load transformers' tokenizer of a folder. Raises UserError where there is none that it loads."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -252,6 +255,6 @@ def _fill_sentencepiece(spec: Mapping[str, Any], num_rows: int, pre: str | None,
     )
 
 
-def stop_token_ids(tokenizer: Any, folder: Path) -> list[int]:
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[int]:
     """Return the ids that stop generation: the end token, then those of generation_config.json."""
     return sorted(read_stop_ids(str(folder), tokenizer), key=lambda i: (i != tokenizer.eos_token_id, i))

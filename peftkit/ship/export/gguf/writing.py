@@ -88,7 +88,7 @@ def _refuse_existing(out: Path) -> None:
 def write_file(
     part: Path,
     architecture: str,
-    fields: Mapping[str, Any],
+    fields: Mapping[str, object],
     entries: Sequence[GgufTensor],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
