@@ -17,7 +17,7 @@ from peftkit.prepare.context import RunContext, prepare_run, write_plan_files, w
 from peftkit.prepare.facts import light_facts, require_runnable
 from peftkit.recipe import load
 from peftkit.run.resume import load_run_recipe, reopen_run, require_unchanged
-from peftkit.run.segment import Continue, assemble_training, attach_adapter, load_base, run_preflight
+from peftkit.run.stations import Segment, assemble_training, attach_adapter, load_base, run_preflight
 from peftkit.rundir import RunDir, lock_run, step_of
 from peftkit.rundir.events import DoneEvent, Observer, VerdictEvent, ignore_event, last_of, of_type
 
@@ -92,7 +92,7 @@ def _diagnose_now(
         where = context.loaded.where(("data", "eval"))
         fix = "set data.eval: 5% and train again, or give a file of rows that were not trained on"
         raise UserError(Problem(where, "no held-out rows", "held-out rows to judge by", fix))
-    segment = Continue(context, checkpoint)
+    segment = Segment(context, checkpoint)
     model = attach_adapter(segment, load_base(segment))
     training = assemble_training(segment, model)
     run_preflight(context, training)

@@ -2,7 +2,7 @@
 
 finetune        recipe -> facts -> plan -> data -> run directory, then segment after segment
 train_segment   model -> adapter -> preflight -> train -> diagnose -> publish: one line per station
-segment.py      the stations themselves
+stations.py     the stations themselves
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from peftkit.prepare.context import prepare_run, write_plan_files, write_recipe
 from peftkit.prepare.facts import light_facts, require_runnable
 from peftkit.recipe import LoadedRecipe
 from peftkit.report import Summary, read_summary
-from peftkit.run.segment import Continue, Finished
+from peftkit.run import stations
+from peftkit.run.stations import Finished, Segment
 from peftkit.rundir import RunDir, is_disk_full, lock_run, step_of
 from peftkit.rundir.disk import next_free_path
 from peftkit.rundir.events import InterruptedEvent, Observer, PhaseEvent, ResumeEvent, ignore_event
@@ -38,20 +39,20 @@ def finetune(loaded: LoadedRecipe, *, out: Path | None = None, observer: Observe
         observer(PhaseEvent(name="base", detail=first_plan.base.id))
         context = prepare_run(loaded, facts, examples, base, run, observer)  # data, then the final plan
         write_plan_files(context)
-        return train_and_publish(Continue(context))
+        return train_and_publish(Segment(context))
 
 
-def train_and_publish(segment: Continue) -> Summary:
+def train_and_publish(segment: Segment) -> Summary:
     """Train segment after segment until the result is published.
 
-    A training is one segment, unless a diagnosis changes the model, the recipe asks to recover from a
-    divergence or from running out of memory, or the process is stopped and resumed.
+    A training is one segment, unless a look comes before its end, the recipe asks to recover from a divergence
+    or from running out of memory, or the process is stopped and resumed. A look has a checkpoint before it.
     """
     from peftkit.run.recovery import Failure, classify_failure, recover_run
 
     while True:
         context = segment.context
-        outcome: Continue | Finished | Failure
+        outcome: Segment | Finished | Failure
         try:
             outcome = train_segment(segment)
         except Interrupted:
@@ -66,17 +67,15 @@ def train_and_publish(segment: Continue) -> Summary:
             outcome = failure
         if isinstance(outcome, Finished):
             return outcome.summary
-        if not isinstance(outcome, Continue):
-            # outside the handler, whose traceback held the tensors that were in the way
-            segment = Continue(context)
-            outcome = Continue(recover_run(context, outcome))
+        if isinstance(outcome, Failure):
+            # outside the handler, whose traceback held the tensors that were in the way; so did the segment
+            segment = Segment(context)
+            outcome = Segment(recover_run(context, outcome))
         segment = outcome.from_newest_checkpoint()
 
 
-def train_segment(segment: Continue) -> Continue | Finished:
-    """Train from a checkpoint, or from the start, until a look changes the model or the run is finished."""
-    from peftkit.run import segment as stations
-
+def train_segment(segment: Segment) -> Segment | Finished:
+    """Train from a checkpoint, or from the start, to the next look or to the published result."""
     context, checkpoint = segment.context, segment.checkpoint
     model = stations.load_base(segment)
     model = stations.attach_adapter(segment, model)
@@ -94,9 +93,9 @@ def train_segment(segment: Continue) -> Continue | Finished:
     if step < (context.plan.train.num_steps or 0):
         interrupt.stop_if_requested()
 
-    look = stations.diagnose(context, training, step=step, at_end=at_end)
-    if look is not None and (look.is_rewrapped or not at_end):
-        return stations.continue_after(look, context, training)
+    look = stations.diagnose_if_due(context, training, step=step, at_end=at_end)
+    if look is not None and (look.is_rewrapped or not at_end):  # experiments took the model, or it goes on
+        return stations.segment_after_look(look, context, training)
 
     published_step = training.load_best(step)
     stations.refuse_non_finite(context, model)
@@ -126,7 +125,7 @@ def new_run(path: Path) -> Iterator[RunDir]:
     folder_existed = path.exists()
     run = RunDir.create(path)
     with interrupt.catch_signals(), lock_run(run.path), explain_stop(run):
-        RunDir.create(path)  # another may have begun and ended a run between the two
+        RunDir.create(path)  # another may have begun and ended a run here before the lock
         run.remove_leftovers()
         try:
             yield run

@@ -21,7 +21,7 @@ from peftkit.prepare.traced_memory import plan_with_traced_memory
 from peftkit.recipe import LoadedRecipe, load
 from peftkit.report import Summary, read_summary
 from peftkit.run.finetune import explain_stop, train_and_publish
-from peftkit.run.segment import Continue
+from peftkit.run.stations import Segment
 from peftkit.rundir import MANIFEST, RunDir, lock_run, read_json, read_sealed, verify_folder, write_sealed
 from peftkit.rundir.events import (
     ChangedEvent,
@@ -90,7 +90,7 @@ def resume(
             context = require_unchanged(context, allow_changed, checkpoint)
         else:
             write_plan_files(context)
-        return train_and_publish(Continue(context, checkpoint))
+        return train_and_publish(Segment(context, checkpoint))
 
 
 def _complete_published(run: RunDir, observer: Observer) -> Summary | None:

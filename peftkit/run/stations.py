@@ -1,13 +1,13 @@
 """The stations of a training segment, from loading the base to publishing the result.
 
-A segment is the stretch of training between two loads of the model; `run/finetune.py` calls the stations.
+`run/finetune.py` calls them, in the order of this file.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftkit import interrupt
 from peftkit.errors import PeftkitError, Problem, UserError
@@ -43,14 +43,14 @@ _EVA_ROWS = 64  # rows for initialisations that look at the data
 
 
 @dataclass(frozen=True)
-class Continue:
-    """An outcome: train on, from a checkpoint or the start; `base` is the bare model, if it is in memory."""
+class Segment:
+    """A stretch of training between two builds of the model, from a checkpoint or from the start."""
 
     context: RunContext
     checkpoint: Path | None = None
-    base: Any = None
+    base_in_memory: PreTrainedModel | None = None  # the bare base, where the segment before left one
 
-    def from_newest_checkpoint(self) -> Continue:
+    def from_newest_checkpoint(self) -> Segment:
         """Return the same, from the newest checkpoint that verifies."""
         checkpoint, _ = self.context.run.newest_checkpoint()
         return replace(self, checkpoint=checkpoint)
@@ -58,17 +58,17 @@ class Continue:
 
 @dataclass(frozen=True)
 class Finished:
-    """An outcome: the result is published."""
+    """The outcome of the last segment: the result is published."""
 
     summary: Summary
 
 
-def load_base(segment: Continue) -> PreTrainedModel:
-    """Load the base model, unless it is in memory; report the data first."""
+def load_base(segment: Segment) -> PreTrainedModel:
+    """Load the base model, or take the one in memory; a fresh load reports the data first."""
     from transformers import set_seed
 
     context, plan = segment.context, segment.context.plan
-    if segment.base is None:
+    if segment.base_in_memory is None:
         prepared = context.prepared
         context.emit(
             DataEvent(
@@ -88,7 +88,7 @@ def load_base(segment: Continue) -> PreTrainedModel:
         context.emit(PhaseEvent(name="model", detail=plan.method.name))
     interrupt.stop_if_requested()
     set_seed(plan.seed)
-    model = segment.base or load_model(
+    model = segment.base_in_memory or load_model(
         context.source, plan.base, device=plan.device, on_warning=lambda text: context.emit(WarningEvent(text=text))
     )
     interrupt.stop_if_requested()
@@ -96,8 +96,11 @@ def load_base(segment: Continue) -> PreTrainedModel:
     return model
 
 
-def attach_adapter(segment: Continue, model: PreTrainedModel) -> PreTrainedModel:
-    """Wrap the model with the plan's adapter, keep its initial state, and report the counted parameters."""
+def attach_adapter(segment: Segment, model: PreTrainedModel) -> PreTrainedModel:
+    """Wrap the model with a new adapter of the plan, save its initial state, and report the counted parameters.
+
+    A checkpoint's weights come later, with the optimizer's state: `assemble_training`.
+    """
     import torch
 
     context, plan, run = segment.context, segment.context.plan, segment.context.run
@@ -122,8 +125,8 @@ def attach_adapter(segment: Continue, model: PreTrainedModel) -> PreTrainedModel
     return model
 
 
-def assemble_training(segment: Continue, model: PreTrainedModel) -> Training:
-    """Assemble trainer, callbacks and checkpoints; training stops at looks that are still due."""
+def assemble_training(segment: Segment, model: PreTrainedModel) -> Training:
+    """Assemble trainer and callbacks, and the restoring of the checkpoint; training stops at the looks still due."""
     from peftkit.experiments.look import is_look_due
     from peftkit.train import assemble
 
@@ -150,12 +153,15 @@ def run_preflight(context: RunContext, training: Training) -> None:
 
 
 def train_to_next_look(context: RunContext, training: Training, model: PreTrainedModel, checkpoint: Path | None) -> int:
-    """Train to the next look or the end, compare measured with predicted memory, and return the step."""
+    """Train to the next look or the end, compare measured with predicted memory, and return the step.
+
+    Returns at once where the checkpoint's own look is still due: the process was killed before it.
+    """
     from peftkit.experiments.look import is_look_due
     from peftkit.model.meta.tensors import count_tensor_bytes
 
     if checkpoint is not None and is_look_due(context, step_of(checkpoint), at_end=False):
-        return step_of(checkpoint)  # killed before it was looked at
+        return step_of(checkpoint)
     release_memory()
     reset_peak_memory()
     baseline_bytes = read_memory_use().get("resident_bytes", 0) - count_tensor_bytes(model)
@@ -166,8 +172,8 @@ def train_to_next_look(context: RunContext, training: Training, model: PreTraine
     return step
 
 
-def diagnose(context: RunContext, training: Training, *, step: int, at_end: bool) -> LookOutcome | None:
-    """Look at the run where a look is due at this step: is quality lagging, and why."""
+def diagnose_if_due(context: RunContext, training: Training, *, step: int, at_end: bool) -> LookOutcome | None:
+    """Look at the run where a look is due at this step: is quality lagging, and why. None where none is due."""
     from peftkit.experiments.look import is_look_due, try_look
 
     if not is_look_due(context, step, at_end=at_end):
@@ -175,16 +181,16 @@ def diagnose(context: RunContext, training: Training, *, step: int, at_end: bool
     return try_look(context, training, step=step, at_end=at_end)
 
 
-def continue_after(look: LookOutcome, context: RunContext, training: Training) -> Continue:
-    """Return how to continue after a look that wrapped the model anew, or came before the end."""
+def segment_after_look(look: LookOutcome, context: RunContext, training: Training) -> Segment:
+    """Return the segment after a look: the plan that it left, the base unwrapped, the trainer freed."""
     from peftkit.experiments.experiment import unwrap_base
 
-    base = None
+    base_in_memory = None
     if look.model is not None:
-        base = unwrap_base(replace(context, plan=look.wrapped_plan), look.model)
+        base_in_memory = unwrap_base(replace(context, plan=look.wrapped_plan), look.model)
     training.trainer = None  # its optimizer holds what was trained until here
     release_memory()
-    return Continue(replace(context, plan=look.plan), base=base)
+    return Segment(replace(context, plan=look.plan), base_in_memory=base_in_memory)
 
 
 def refuse_non_finite(context: RunContext, model: PreTrainedModel) -> None:
