@@ -200,7 +200,7 @@ def test_generate_answers_from_a_run(recipe, tmp_path):
 
 
 def test_the_system_prompt_of_the_recipe_is_asked_with(recipe, tmp_path, monkeypatch):
-    from peftkit.evaluate import generation
+    from peftkit.results import generate as generation
 
     recipe["data"]["chat"] = {"system": "Answer with one word."}
     summary = peftkit.finetune(recipe, out=tmp_path / "run")
