@@ -35,13 +35,13 @@ LLAMA_405B = {
 }
 WARM = """
 import sys, time
-from peftkit.run.account import account
+from peftkit.prepare.plan_report import plan_report
 from peftkit.recipe import load
 import trl, bitsandbytes
 from trl import SFTTrainer
-account(load(sys.argv[1], ["train.max_length=64", "train.micro_batch=1"]), gpu="h100-80gb", trace=True)
+plan_report(load(sys.argv[1], ["train.max_length=64", "train.micro_batch=1"]), gpu="h100-80gb", trace=True)
 started = time.perf_counter()
-account(load(sys.argv[1], ["train.micro_batch=2"]), gpu="h100-80gb", trace=True)
+plan_report(load(sys.argv[1], ["train.micro_batch=2"]), gpu="h100-80gb", trace=True)
 print(time.perf_counter() - started)
 """
 

@@ -68,10 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("peftkit: interrupted; nothing was lost", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
     except Exception as error:  # noqa: BLE001  Python itself would print the traceback with every secret in it
+        if isinstance(error, BrokenPipeError):
+            try:
+                print(flush=True)
+            except BrokenPipeError:  # who read the output has gone, as `| head` does
+                sys.stderr.close()
+                return 0
         # print an unexpected error's traceback without secrets, and how to report it
         import traceback
 

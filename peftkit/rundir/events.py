@@ -1,7 +1,7 @@
 """Events of a run: one frozen type per kind, written as one JSON line each, read back typed.
 
 A reader asks for a type (`of_type(events, StepEvent)`). An event is also a mapping of its fields, "event"
-included, so that an observer written for plain dicts works as it is. Lines of an unknown kind, or without a
+included, for observers that read `event["step"]`; `to_json()` gives the dict. Lines of an unknown kind, or without a
 field that their type needs, are read as `UnknownEvent` and lose nothing.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
 MemoryUse = Mapping[str, int]  # "resident_bytes", "allocated_bytes", "peak_..._bytes": what the device tells
@@ -89,14 +90,16 @@ def read_event(record: Mapping[str, Any]) -> Event:
     return event_type(**values, extra=others)
 
 
-class _Unset:
-    """The default of fields that are left out of a line unless they are set, to None included."""
+class _Unset(Enum):
+    """The default of fields that are left out of a line unless they are set, to None included; false."""
 
-    def __repr__(self) -> str:
-        return "unset"
+    UNSET = "unset"
+
+    def __bool__(self) -> bool:
+        return False
 
 
-UNSET: Any = _Unset()
+UNSET: Any = _Unset.UNSET
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

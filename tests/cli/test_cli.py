@@ -66,6 +66,12 @@ def test_bad_recipes(case, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml"]
 
 
+def test_a_reader_that_has_gone_is_no_error():
+    command = f"{sys.executable} -m peftkit schema | true; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_bad_paths(tmp_path, recipe_file):
     assert "a folder" in refuse("finetune", tmp_path)
     assert "no such file" in refuse("finetune", "nowhere.yaml")

@@ -123,12 +123,12 @@ def test_a_kill_in_the_middle_of_a_growth_loses_nothing(moment, grown, tmp_path,
     from peftkit.experiments import growth as escalate
 
     source, _, whole = grown
-    name = {"before it counts": "write_sealed", "after it counts": "settle_growths"}[moment]
+    name = {"before it counts": "write_sealed", "after it counts": "apply_growths"}[moment]
     real, calls = getattr(escalate, name), []
 
     def killed(*arguments):
         calls.append(arguments)
-        if name == "settle_growths" or str(arguments[0]).endswith("killed/plan.json"):
+        if name == "apply_growths" or str(arguments[0]).endswith("killed/plan.json"):
             raise KeyboardInterrupt
         return real(*arguments)
 

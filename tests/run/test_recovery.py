@@ -122,7 +122,7 @@ def test_a_kill_in_the_middle_of_a_rollback_changes_nothing(steep, tmp_path, mon
     whole = peftkit.finetune(steep, out=tmp_path / "whole")
     assert len(of(tmp_path / "whole", "rollback")) == 2
 
-    for name in ("write_sealed", "set_left_aside"):
+    for name in ("write_sealed", "set_aside_abandoned"):
 
         def killed(*arguments):
             raise KeyboardInterrupt

@@ -193,7 +193,7 @@ def test_kill_nine_and_resume_from_the_command_line(long_recipe, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "continuing from step" in done.stderr
+    assert "resuming from step" in done.stderr
     assert weights(peftkit.summarize_run(run.path)) == weights(whole)
 
 

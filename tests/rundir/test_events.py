@@ -1,5 +1,6 @@
 """Events are written as lines and read back typed; unknown and old ones lose nothing."""
 
+import copy
 import json
 from dataclasses import MISSING, fields
 
@@ -8,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkit.rundir import RunDir
-from peftkit.rundir.events import EVENT_TYPES, StepEvent, UnknownEvent, WarningEvent, last_of, of_type, read_event
+from peftkit.rundir.events import (
+    EVENT_TYPES,
+    UNSET,
+    StepEvent,
+    UnknownEvent,
+    WarningEvent,
+    last_of,
+    of_type,
+    read_event,
+)
 
 VALUES = st.integers() | st.text() | st.none() | st.floats(allow_nan=False) | st.lists(st.integers(), max_size=3)
 TYPES = sorted(set(EVENT_TYPES.values()) - {UnknownEvent}, key=lambda event_type: event_type.kind)
@@ -51,3 +61,7 @@ def test_events_are_found_by_type():
     assert last_of(events, WarningEvent, text="a") is events[0]
     assert last_of(events, StepEvent) is None
     assert events[0].get("text") == events[0]["text"] == "a"
+
+
+def test_what_is_not_set_is_false_and_stays_unset_in_a_copy():
+    assert not UNSET and copy.deepcopy(UNSET) is UNSET

@@ -160,7 +160,7 @@ import sys
 from dataclasses import replace
 from peftkit.errors import UserError
 from peftkit.model.load import load_tokenizer
-from tests.plans import cpu_plan
+from tests.rigs.plans import cpu_plan
 plan = replace(cpu_plan().base, id="org/name", revision=None)
 print(load_tokenizer("org/name", plan).eos_token)
 with open(sys.argv[1], "ab") as file:

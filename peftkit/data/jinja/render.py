@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from peftkit.errors import Problem, UserError
 
 TIMEOUT_SECONDS = 10.0  # for one chat: those in use take a thousandth of one
 _START_SECONDS = 120.0
+_MAX_GROUP_CHARACTERS = 2**18
 _PROGRAM = Path(__file__).with_name("sandbox.py")
 _ENVIRONMENT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV")
 _OWN_SHA256 = {  # peftkit's default template, and that of the embedded SmolLM2
@@ -75,63 +76,94 @@ class _Sandbox:
             self.process.communicate()
         self.process = None
 
-    def _read_line(self, seconds: float) -> bytes | None:
-        """Return the process's next line; None where it times out, or the process ends."""
+    def _read_line(self, seconds: float) -> bytes:
+        """Return the process's next line. Raises TimeoutError, and EOFError where the process has ended."""
         assert self.process is not None and self.process.stdout is not None
         deadline, pieces = time.monotonic() + seconds, [self.buffer]
         while b"\n" not in pieces[-1]:
             remaining = deadline - time.monotonic()
             if remaining <= 0 or not select.select([self.process.stdout], [], [], remaining)[0]:
-                return None
+                raise TimeoutError
             piece = os.read(self.process.stdout.fileno(), 2**20)
             if not piece:
-                return None
+                raise EOFError
             pieces.append(piece)
         line, _, self.buffer = b"".join(pieces).partition(b"\n")
         return line
 
-    def render(self, kind: str, template: str, items: Sequence[object]) -> list[dict[str, Any]]:
+    def _exchange(self, kind: str, template: str, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """Send items as JSON texts and return the results, up to the first that exceeds a limit.
+
+        A request is one line, read whole before it is answered: neither side waits for the other.
+        """
+        if self.process is None or self.owner_pid != os.getpid() or self.process.poll() is not None:
+            environment = {name: os.environ[name] for name in _ENVIRONMENT_VARIABLES if name in os.environ}
+            self.owner_pid, self.buffer = os.getpid(), b""
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-W", "ignore", str(_PROGRAM)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for us: it would be taken for a bad template
+                env={**environment, "HF_HUB_OFFLINE": "1"},
+            )
+            if self._read_line(_START_SECONDS) != b"ready":
+                raise RuntimeError("the process that renders templates did not start")
+        assert self.process is not None and self.process.stdin is not None
+        request = f'{{"kind": "{kind}", "template": {json.dumps(template)}, "items": [{", ".join(texts)}]}}\n'
+        self.process.stdin.write(request.encode())
+        self.process.stdin.flush()
+        results: list[dict[str, Any]] = []
+        while len(results) < len(texts) and not (results and "limit" in results[-1]):
+            try:
+                results.append(json.loads(self._read_line(TIMEOUT_SECONDS)))
+            except TimeoutError:
+                results.append({"limit": f"takes more than {TIMEOUT_SECONDS:g} seconds"})
+        return results
+
+    def render(self, kind: str, template: str, items: Iterable[object]) -> list[dict[str, Any]]:
         """Render items with a template and return a result for each: {"text", "spans"} or {"refused"}.
 
         Raises UserError for a template that exceeds the limits.
         """
         results: list[dict[str, Any]] = []
         with self.lock:
-            if template not in self.limits:
-                if self.process is None or self.owner_pid != os.getpid() or self.process.poll() is not None:
-                    environment = {name: os.environ[name] for name in _ENVIRONMENT_VARIABLES if name in os.environ}
-                    self.owner_pid, self.buffer = os.getpid(), b""
-                    self.process = subprocess.Popen(
-                        [sys.executable, "-P", "-W", "ignore", str(_PROGRAM)],
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=subprocess.DEVNULL,
-                        start_new_session=True,  # Ctrl-C is for us: it would be taken for a bad template
-                        env={**environment, "HF_HUB_OFFLINE": "1"},
-                    )
-                    if self._read_line(_START_SECONDS) != b"ready":
+            for texts in _groups(json.dumps(item) for item in items):
+                if template in self.limits:
+                    break
+                try:
+                    try:
+                        answers = self._exchange(kind, template, texts)
+                    except (BrokenPipeError, EOFError):  # killed from outside, for all we know
                         self.stop()
-                        raise RuntimeError("the process that renders templates did not start")
-                assert self.process is not None and self.process.stdin is not None
-                request = {"kind": kind, "template": template, "items": items}
-                self.process.stdin.write(json.dumps(request).encode() + b"\n")
-                self.process.stdin.flush()
-                while len(results) < len(items) and template not in self.limits:
-                    line = self._read_line(TIMEOUT_SECONDS)
-                    result = {} if line is None else json.loads(line)
-                    if line is None:
-                        has_exited = self.process.poll() is not None
-                        self.stop()
-                        seconds_text = f"takes more than {TIMEOUT_SECONDS:g} seconds"
-                        self.limits[template] = "ended the render process" if has_exited else seconds_text
-                    elif "limit" in result:
-                        self.limits[template] = result["limit"]
-                        self.stop()  # the results that it would still write are nobody's
-                    results.append(result)
+                        answers = self._exchange(kind, template, texts)
+                except (BrokenPipeError, EOFError):
+                    answers = [{"limit": "ended the render process"}]
+                except BaseException:
+                    self.stop()  # the answers that it still writes are nobody's
+                    raise
+                if limit := answers[-1].get("limit"):
+                    self.limits[template] = limit
+                    self.stop()
+                results.extend(answers)
         if limit := self.limits.get(template):
             got, fix = f"a template that {limit} for one {kind}", "use another template"
             raise UserError(Problem(f"{kind} template", got, f"a template that only formats the {kind}", fix))
         return results
+
+
+def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield texts in groups of at most a quarter of a megabyte, or of one."""
+    group: list[str] = []
+    num_characters = 0
+    for text in texts:
+        if group and num_characters + len(text) > _MAX_GROUP_CHARACTERS:
+            yield group
+            group, num_characters = [], 0
+        group.append(text)
+        num_characters += len(text)
+    if group:
+        yield group
 
 
 _SANDBOX = _Sandbox()
@@ -159,7 +191,7 @@ def render_chats(template: str, requests: Sequence[ChatRequest]) -> list[TextAnd
                 raise jinja2.TemplateRuntimeError(str(error)) from None
             rendered.append((str(text), [span for chat_spans in spans for span in chat_spans]))
         return rendered
-    items = [{"turns": [dict(t) for t in r.turns], "tools": r.tools, "options": dict(r.options)} for r in requests]
+    items = ({"turns": [dict(t) for t in r.turns], "tools": r.tools, "options": dict(r.options)} for r in requests)
     results = _SANDBOX.render("chat", template, items)
     for result in results:
         if "refused" in result:

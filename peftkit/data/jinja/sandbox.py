@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import sys
+import time
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +21,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import render_jinja_template
 
 _MAX_EXTRA_BYTES = 2**30
+_MAX_CPU_SECONDS = 30
+_OUT_OF_MEMORY = "takes more than a gigabyte of memory"
 _MAX_CHARACTERS = 2**26  # characters of a chat as text
 _FORBIDDEN_EVENTS = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "signal.", "urllib.")
 _ALLOWED_EVENTS = {"os.listdir", "os.scandir"}
@@ -64,7 +67,7 @@ def render_item(kind: str, template: str, item: dict[str, Any]) -> dict[str, Any
             return {"limit": f"makes a text of {len(text):,} characters"}
         return {"text": str(text), "spans": spans}
     except MemoryError:
-        return {"limit": "takes more than a gigabyte of memory"}
+        return {"limit": _OUT_OF_MEMORY}
     except BaseException as error:  # noqa: BLE001  a hostile template may raise anything: told, whatever it is
         return {"refused": f"{error or type(error).__name__}"[:500]}
 
@@ -79,10 +82,16 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     sys.addaudithook(deny_side_effects)
     print("ready", flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        for item in request["items"]:
-            print(json.dumps(render_item(request["kind"], request["template"], item)), flush=True)
+    try:
+        for line in sys.stdin:
+            request = json.loads(line)
+            for item in request["items"]:
+                # who started this process may be gone, and cannot end what never ends
+                seconds = int(time.process_time()) + _MAX_CPU_SECONDS
+                resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+                print(json.dumps(render_item(request["kind"], request["template"], item)), flush=True)
+    except MemoryError:
+        print(json.dumps({"limit": _OUT_OF_MEMORY}), flush=True)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ def test_a_jinja_line_makes_a_column():
         rename(Row({"title": "x"}, "w"))
     with pytest.raises(UserError, match="a Jinja template"):
         make_renamer({"prompt": "{{ title "}, first)
+    with pytest.raises(UserError, match="no filter or test 'uper'"):
+        make_renamer({"prompt": "{{ title | uper }}"}, first)
 
 
 def test_a_line_is_data_and_not_code():

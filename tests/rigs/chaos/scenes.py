@@ -81,7 +81,7 @@ class Scenes:
         ended = (out / "adapter").exists()
         before = RunDir(out).newest_checkpoint()[0] if begun and not ended else None
         answer = self.order("resume" if begun else "finetune", out)
-        if answer["status"] != 0 and not ("is finished" in answer["log"] and answer["status"] == 2):
+        if answer["status"] != 0 and not ("a finished run" in answer["log"] and answer["status"] == 2):
             return f"going on ended with {answer['status']}: {answer['log'][-500:]}"
         if "Traceback" in answer["log"]:
             return f"a traceback: {answer['log'][-800:]}"
