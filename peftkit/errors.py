@@ -58,3 +58,8 @@ def did_you_mean(word: str, candidates: Sequence[str]) -> str:
     """Return a sentence that suggests the nearest candidate, or lists all of them."""
     suggestions = nearest(word, candidates)
     return f"did you mean {suggestions[0]}?" if suggestions else f"known: {', '.join(sorted(candidates))}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error, for quoting in a message; its type where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

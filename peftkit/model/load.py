@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from peftkit.archs import Task
-from peftkit.errors import Problem, UserError
+from peftkit.errors import Problem, UserError, first_line
 from peftkit.hub import hub_is_offline, hub_is_reachable
 from peftkit.model.base.file_checks import check_file_size, check_model_folder
 from peftkit.model.base.gguf import convert_gguf_base
@@ -76,7 +76,7 @@ def load_tokenizer(source: str, plan: BasePlan) -> PreTrainedTokenizerBase:
             local_files_only=_is_cache_only(source),
         )
     except (OSError, ValueError) as error:
-        got, expected = f"no tokenizer ({_first_line(error)})", "a tokenizer beside the weights"
+        got, expected = f"no tokenizer ({first_line(error)})", "a tokenizer beside the weights"
         raise UserError(Problem(f"base {plan.id}", got, expected, _access_fix(error, source))) from error
     if tokenizer.eos_token is None and plan.task in {"causal-lm", "seq2seq"}:
         raise UserError(
@@ -168,7 +168,7 @@ def load_model(
         raise UserError(
             Problem(
                 f"base {plan.id}",
-                f"a model that cannot be loaded ({_first_line(error)})",
+                f"a model that cannot be loaded ({first_line(error)})",
                 f"a model for {plan.task} with safetensors weights",
                 _access_fix(error, source),
             )
@@ -268,7 +268,3 @@ def model_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     eos_token_id = model.generation_config.eos_token_id if model.generation_config else None
     ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id] if eos_token_id is not None else []
     return list(dict.fromkeys([*ids, tokenizer.eos_token_id]))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peftkit.errors import Problem, UserError
 from peftkit.report import Summary, read_summary
@@ -79,7 +78,13 @@ def reproduce(
     old_fingerprints, new_fingerprints = (
         read_sealed(one.path / "environment.json")["fingerprints"] for one in (run, second_run)
     )
-    step_numbers = [_step_numbers(one) for one in (run, second_run)]
+    step_numbers = [  # of each step, as last repeated; as text, so that NaN equals NaN
+        {
+            event.step: tuple(repr(event[name]) for name in _COMPARED_FIELDS)
+            for event in of_type(one.events(), StepEvent)
+        }
+        for one in (run, second_run)
+    ]
     numbers = sorted(step_numbers[0].keys() | step_numbers[1].keys())
     # weights files that are not the same bytes in two results
     second = _verified_result(second_run)
@@ -108,9 +113,3 @@ def _verified_result(run: RunDir) -> Path:
     if faults := verify_folder(folder):
         raise UserError([Problem(str(folder), fault, "files as peftkit wrote them") for fault in faults])
     return folder
-
-
-def _step_numbers(run: RunDir) -> dict[int, tuple[Any, ...]]:
-    """Return the numbers of each step, as last repeated; as text, so that NaN equals NaN."""
-    steps = of_type(run.events(), StepEvent)
-    return {event.step: tuple(repr(event[name]) for name in _COMPARED_FIELDS) for event in steps}

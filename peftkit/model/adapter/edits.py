@@ -23,7 +23,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.vera import VeraLayer
 from peft.utils.other import get_pattern_key
 
-from peftkit.errors import Problem, UserError
+from peftkit.errors import Problem, UserError, first_line
 from peftkit.methods.lora import BASE_CHANGING_INITS
 from peftkit.model.adapter.load import ADAPTER_CONFIG, read_adapter_config
 
@@ -168,8 +168,7 @@ def _peft_model_of(model: PreTrainedModel, folder: Path) -> Any:
             return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     except Exception as error:
         # a configuration that is damaged fails in any part of PEFT: with the type that the part raises
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        got = f"an adapter that does not fit this base ({first_line})"
+        got = f"an adapter that does not fit this base ({first_line(error)})"
         raise UserError(Problem(str(folder), got, "an adapter of this base")) from error
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.archs import ModelShape, Task
 from peftkit.archs.inferred import InspectedLayer, infer_shape
-from peftkit.errors import Problem, UserError
+from peftkit.errors import Problem, UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,11 +110,10 @@ def infer_shape_from_code(
             model = auto_class.from_config(model_config, trust_remote_code=trust_remote_code)
     except Exception as error:
         # whatever the foreign code raises, the base is what the user has to look at
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             Problem(
                 where,
-                f"{source}, of the unknown family {config.get('model_type')!r} ({first_line})",
+                f"{source}, of the unknown family {config.get('model_type')!r} ({first_line(error)})",
                 f"a model that transformers can build for {task}",
             )
         ) from error

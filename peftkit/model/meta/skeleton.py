@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig
 
-from peftkit.errors import Problem, UserError
+from peftkit.errors import Problem, UserError, first_line
 from peftkit.model.base.file_checks import conversion_fix, pickled_weights
 from peftkit.model.base.identity import local_base_folder, weight_files
 from peftkit.model.base.remote_code import check_remote_code
@@ -39,7 +39,7 @@ def fetch_weights(source: str, plan: BasePlan) -> Path:
         try:
             snapshot = snapshot_download(source, revision=plan.revision, allow_patterns=list(_DOWNLOAD_PATTERNS))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            got = f"weights that cannot be downloaded ({str(error).strip().splitlines()[0][:200]})"
+            got = f"weights that cannot be downloaded ({first_line(error)})"
             fix = "the hub must be reachable and the model's licence accepted, or use a local folder"
             raise UserError(Problem(f"base {plan.id}", got, "a base that can be downloaded", fix)) from None
         folder = Path(snapshot)

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from peftkit.errors import Problem, UserError
+from peftkit.errors import Problem, UserError, first_line
 from peftkit.model.base.file_checks import check_model_folder, read_json_file, shard_names
 from peftkit.ship.export.gguf.families import FAMILIES, GgufFamily, gguf_family
 from peftkit.ship.export.gguf.rope import GgufRope, gguf_rope
@@ -83,11 +83,6 @@ def read_source(folder: Path) -> GgufSource:
         {name: name_by_id[id(parameter)] for name, parameter in all_parameters if name_by_id[id(parameter)] != name},
         f"{model.base_model_prefix}.",
     )
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a library's error, for quoting in a message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _unsupported_settings(

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
-from peftkit.errors import Problem, UserError
+from peftkit.errors import Problem, UserError, first_line
 from peftkit.model.load import read_stop_ids
 from peftkit.ship.export.gguf import pieces
 from peftkit.ship.export.gguf.names import strips_like_phi3
-from peftkit.ship.export.gguf.source import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
