@@ -4,12 +4,12 @@ import ast
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.house.figures import count_figures
 
 PACKAGE = ROOT / "peftkit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -129,27 +129,11 @@ def test_extras_and_constraints_pin_what_is_imported():
     assert {"torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "datasets", "pydantic"} <= pins
 
 
-def test_functions_are_not_shredded():
-    """A private function that is used once carries a concept, or is inlined: at most 12 % of all functions."""
-    references, private, num_functions = Counter(), [], 0
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                num_functions += 1
-                if node.name.startswith("_") and not node.name.startswith("__"):
-                    private.append((path, node.name))
-            elif isinstance(node, ast.Name | ast.Attribute):
-                references[path, node.id if isinstance(node, ast.Name) else node.attr] += 1
-    share = sum(references[one] == 1 for one in private) / num_functions
-    print(f"private functions used once: {share:.1%} of {num_functions}")
-    assert share <= 0.12
-
-
-def test_no_two_public_classes_share_a_name():
-    names = Counter(
-        node.name
-        for path in MODULES
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
-    )
-    assert [name for name, count in names.items() if count > 1] == []
+def test_functions_are_whole_and_names_mean_one_thing():
+    """A private function that is used once carries a concept, or is inlined."""
+    figures = count_figures(ROOT)
+    print(figures)
+    assert figures["private functions used once"] <= 0.12
+    assert figures["public class names with several meanings"] == 0
+    assert figures["imports inside functions"] <= 0.08
+    assert figures["functions with Any in the signature"] <= 0.14
