@@ -9,6 +9,7 @@ Every public function is imported on first use, so that `import peftkit` costs n
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -32,8 +33,6 @@ __all__ = sorted(_HOMES)  # noqa: PLE0605  frozen by tests/test_api.py
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'peftkit' has no attribute {name!r}")

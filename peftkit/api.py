@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +70,6 @@ RecipeLike = str | Path | Mapping[str, Any] | Recipe | LoadedRecipe
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
     if name in _LAZY_MODULES:
         return getattr(import_module(_LAZY_MODULES[name]), name)
     raise AttributeError(f"module 'peftkit.api' has no attribute {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -76,8 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stderr.close()
                 return 0
         # print an unexpected error's traceback without secrets, and how to report it
-        import traceback
-
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
         print(
             "peftkit: internal error, a bug in peftkit: please report it with the lines above "

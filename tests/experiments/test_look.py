@@ -1,5 +1,6 @@
 """Verdicts on real runs, growth in them, and what a kill, a rollback and plain PEFT make of it."""
 
+import copy
 import os
 import shutil
 import signal
@@ -20,21 +21,25 @@ from tests.conftest import TINY_LLAMA, chat, write_jsonl
 WORDS = ("alpha", "beta", "gamma", "delta")
 
 
-@pytest.fixture
-def narrow(tmp_path):
+def narrow_recipe(folder):
     """q and v at rank 2 on a task that wants more, with a target that is out of reach and room to look."""
     rows = [chat(f"Say {WORDS[i * 7 % 4]} number {i}", f"{WORDS[i * 7 % 4]} {WORDS[i * 7 % 4]}") for i in range(200)]
     return {
         "base": str(TINY_LLAMA),
         "method": {"name": "lora", "rank": 2, "targets": ["q", "v"], "dropout": 0.1},
         "data": {
-            "train": str(write_jsonl(tmp_path / "rows.jsonl", rows)),
+            "train": str(write_jsonl(folder / "rows.jsonl", rows)),
             "eval": "30%",
             "waive": ["near-leakage", "near-duplicates"],
         },
         "train": {"max_steps": 100, "batch_size": 4, "micro_batch": 4, "max_length": 64, "learning_rate": 3e-3},
         "diagnose": {"target": {"value": 0.001}, "bounds": {"compute": "90%"}},
     }
+
+
+@pytest.fixture
+def narrow(tmp_path):
+    return narrow_recipe(tmp_path)
 
 
 def weights(summary):
@@ -75,11 +80,18 @@ def test_the_next_recipe_is_ready_and_says_what_changed(narrow, tmp_path):
     assert peftkit.make_plan(tmp_path / "run" / "next-recipe.yaml").train.num_steps
 
 
+@pytest.fixture(scope="module")
+def grown_run(tmp_path_factory):
+    place = tmp_path_factory.mktemp("grown")
+    recipe = narrow_recipe(place)
+    recipe["diagnose"]["escalate"] = "auto"
+    return recipe, place / "grown", peftkit.finetune(recipe, out=place / "grown")
+
+
 @pytest.fixture
-def grown(narrow, tmp_path):
-    """A run in `auto`, its recipe, and its folder."""
-    narrow["diagnose"]["escalate"] = "auto"
-    return narrow, tmp_path / "grown", peftkit.finetune(narrow, out=tmp_path / "grown")
+def grown(grown_run):
+    """A run in `auto`, trained once; its recipe, to change, and its folder, to read."""
+    return copy.deepcopy(grown_run[0]), *grown_run[1:]
 
 
 def test_a_run_grows_early_and_what_it_made_is_plain_peft(grown):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from peftkit.cli.command import Command, arg
-from peftkit.errors import Problem, UserError
+from peftkit.errors import Problem, UserError, did_you_mean
 
 COMMAND = Command(
     "recipes",
@@ -32,7 +32,6 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.action == "show":
         print(show_shipped(names[0]), end="")
     else:
-        from peftkit.errors import did_you_mean
         from peftkit.methods import METHODS
 
         if names[1] not in METHODS:

@@ -13,16 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import peft
-import torch
-from peft import get_peft_model_state_dict
-from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.ia3 import IA3Layer
-from peft.tuners.lora import LoraLayer
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.vera import VeraLayer
-from peft.utils.other import get_pattern_key
-
 from peftkit.errors import Problem, UserError, first_line
 from peftkit.methods.lora import BASE_CHANGING_INITS
 from peftkit.model.adapter.load import ADAPTER_CONFIG, read_adapter_config
@@ -111,6 +101,8 @@ def read_edits(
     `shapes` are those of the tensors in the adapter's file. Raises UserError where one of them is unused, or
     a module needs one that is missing: a merge that leaves something out is wrong.
     """
+    from peft import get_peft_model_state_dict
+
     refuse_unmergeable(folder, read_adapter_config(folder))
     parameters = set(model.state_dict())
     edits_by_parameter: dict[str, list[Edit]] = {}
@@ -159,6 +151,9 @@ def _peft_model_of(model: PreTrainedModel, folder: Path) -> Any:
 
     Raises UserError where it does not fit.
     """
+    import peft
+    import torch
+
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         if isinstance(config, peft.LoraConfig):
@@ -180,6 +175,12 @@ def _base_name(name: str) -> str:
 
 def _layer_edits(peft_model: Any, tensor_names: Collection[str]) -> Iterator[tuple[str, Edit]]:
     """Yield (parameter, edit) of all adapted layers, in model order."""
+    from peft.tuners.adalora import AdaLoraLayer
+    from peft.tuners.ia3 import IA3Layer
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.vera import VeraLayer
+
     for name, module in peft_model.named_modules():
         if isinstance(module, TrainableTokensLayer):
             owner = module.tied_adapter or module
@@ -253,6 +254,8 @@ def lora_rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, fl
     `LoraModel._create_and_replace`.
     {"r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 4}}, "layers.0.q_proj" -> (4, 4.0)
     """
+    from peft.utils.other import get_pattern_key
+
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank = int(ranks.get(get_pattern_key(ranks.keys(), module), config["r"]))
     alpha = float(alphas.get(get_pattern_key(alphas.keys(), module), config["lora_alpha"]))

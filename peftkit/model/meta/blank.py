@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import transformers
 
 from peftkit.model.base.unknown_family import AUTO_CLASSES
 from peftkit.model.load import apply_overrides, attention_argument
@@ -24,6 +23,8 @@ def model_from_config(base: BasePlan, config: object, *, device: str) -> PreTrai
     On the meta device it has shapes only; elsewhere weights are random with standard deviation 0.02, made on
     `device` one at a time, so that at most one unquantized weight exists at once.
     """
+    import transformers
+
     auto_class = getattr(transformers, AUTO_CLASSES[cast(Any, base.task)])
     with patched_loading(base), torch.device("meta"):
         model = auto_class.from_config(

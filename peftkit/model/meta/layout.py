@@ -10,15 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -47,6 +38,15 @@ def place_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Pla
     {"...experts.3.up_proj.weight": Placement("...experts.gate_up_proj", expert=3, num_experts=8, part=1,
      num_parts=2)}
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -8,10 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import AutoConfig
-
 from peftkit.errors import Problem, UserError, first_line
 from peftkit.model.base.file_checks import conversion_fix, pickled_weights
 from peftkit.model.base.identity import local_base_folder, weight_files
@@ -32,6 +28,9 @@ def fetch_weights(source: str, plan: BasePlan) -> Path:
 
     Raises UserError where they are pickled only, or cannot be downloaded.
     """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
     folder = local_base_folder(source, plan.revision)
     if folder is None or not (weight_files(folder) or Path(source).is_dir()):
         # download the base's files
@@ -72,6 +71,8 @@ def meta_model(source: str, plan: BasePlan, *, vocabulary: int | None = None) ->
 
     `vocabulary` is the number of rows where its tables were resized.
     """
+    from transformers import AutoConfig
+
     check_remote_code(source, plan)
     config = AutoConfig.from_pretrained(source, revision=plan.revision, trust_remote_code=plan.trust_remote_code)
     model = model_from_config(replace(plan, quant_type=None), config, device="meta")
@@ -84,6 +85,8 @@ def read_base_layout(
     source: str, plan: BasePlan, folder: Path, names: Iterable[str], *, vocabulary: int | None = None
 ) -> BaseLayout:
     """Read the layout of a base that merging needs; `names` are those of the tensors in its files."""
+    from transformers import AutoConfig
+
     with patched_loading(plan):
         model = meta_model(source, plan, vocabulary=vocabulary)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftkit.errors import Problem, UserError, first_line
 from peftkit.model.base.file_checks import check_model_folder, read_json_file, shard_names
@@ -47,6 +45,9 @@ def convert_command(folder: Path) -> str:
 
 def read_source(folder: Path) -> GgufSource:
     """Read the model of a folder. Raises UserError with all that llama.cpp would compute differently."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     where, fix = str(folder / "config.json"), convert_command(folder)
     if not (folder / "config.json").is_file():
         raise UserError(Problem(where, "no such file", "a model folder with config.json"))

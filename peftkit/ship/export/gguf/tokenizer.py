@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
-
 from peftkit.errors import Problem, UserError, first_line
 from peftkit.model.load import read_stop_ids
 from peftkit.ship.export.gguf import pieces
@@ -64,6 +62,8 @@ class Vocabulary:
 
 def load_local_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load transformers' tokenizer of a folder. Raises UserError where there is none that it loads."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
