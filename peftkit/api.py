@@ -7,21 +7,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.data.gate.report import DataReport
-from peftkit.diagnose.verdict import Verdict
-from peftkit.model.base.convert import Converted
 from peftkit.plan import Plan
-from peftkit.plan.inspection import Inspection
-from peftkit.prepare.plan_report import Account
 from peftkit.recipe import LoadedRecipe, Recipe, load
 from peftkit.report import Summary, read_summary
-from peftkit.results.evaluate import Evaluation
-from peftkit.run.reproduce import Reproduction
-from peftkit.run.verify import Verification
 from peftkit.rundir import RunDir
 from peftkit.rundir.events import Observer, ignore_event
 
 if TYPE_CHECKING:
+    from peftkit.data.gate.report import DataReport
+    from peftkit.diagnose.verdict import Verdict
+    from peftkit.model.base.convert import Converted
+    from peftkit.plan.inspection import Inspection
+    from peftkit.prepare.plan_report import Account
+    from peftkit.results.evaluate import Evaluation
+    from peftkit.run.reproduce import Reproduction
+    from peftkit.run.verify import Verification
     from peftkit.ship.export import Exported, ExportOptions
     from peftkit.ship.merge.concat import Combined
     from peftkit.ship.merge.merge import MergeOptions
@@ -59,12 +59,18 @@ __all__ = [
     "summarize_run",
     "verify_run",
 ]
-_LAZY_MODULES = {  # torch comes with them
+_LAZY_MODULES = {  # each with what it needs: a mistake in a recipe costs none of them
+    "Account": "peftkit.prepare.plan_report",
     "Combined": "peftkit.ship.merge.concat",
+    "Converted": "peftkit.model.base.convert",
+    "DataReport": "peftkit.data.gate.report",
+    "Evaluation": "peftkit.results.evaluate",
     "ExportOptions": "peftkit.ship.export",
     "Exported": "peftkit.ship.export",
+    "Inspection": "peftkit.plan.inspection",
     "MergeOptions": "peftkit.ship.merge.merge",
     "MergeReport": "peftkit.ship.merge.report",
+    "Verdict": "peftkit.diagnose.verdict",
 }
 RecipeLike = str | Path | Mapping[str, Any] | Recipe | LoadedRecipe
 
