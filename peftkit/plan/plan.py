@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from peftkit.errors import Problem, UserError
 from peftkit.methods import PeftSpec
@@ -13,8 +15,14 @@ from peftkit.rundir import RunDir, read_sealed
 Dtype = str  # "float32" | "bfloat16" | "float16", as torch names them
 
 
+class _Closed:
+    """A part of the plan that takes no unknown fields when it is read."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
 @dataclass(frozen=True)
-class Decision:
+class Decision(_Closed):
     """One decided value. `source` is a recipe line, the command line, "default" or "decided"."""
 
     key: str
@@ -24,7 +32,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class BasePlan:
+class BasePlan(_Closed):
     """The base model and the precision of its weights."""
 
     id: str
@@ -46,7 +54,7 @@ class BasePlan:
 
 
 @dataclass(frozen=True)
-class MethodPlan:
+class MethodPlan(_Closed):
     """The method with targets resolved. `trainable_by_role` is None only in a plan that is refused."""
 
     name: str
@@ -66,7 +74,7 @@ class MethodPlan:
 
 
 @dataclass(frozen=True)
-class DataPlan:
+class DataPlan(_Closed):
     """The data that is read and how it becomes tokens and labels."""
 
     train: tuple[str, ...]
@@ -83,7 +91,7 @@ class DataPlan:
 
 
 @dataclass(frozen=True)
-class TrainPlan:
+class TrainPlan(_Closed):
     """The settings of training. `num_steps` is None until the number of rows is known.
 
     With `packing` the rows of `batch_size` and `micro_batch` are packs of examples.
@@ -114,7 +122,7 @@ class TrainPlan:
 
 
 @dataclass(frozen=True)
-class EvaluatePlan:
+class EvaluatePlan(_Closed):
     """Metrics beside the loss. `generation_batch` prompts are answered at once."""
 
     metric: str | None
@@ -125,7 +133,7 @@ class EvaluatePlan:
 
 
 @dataclass(frozen=True)
-class DiagnosePlan:
+class DiagnosePlan(_Closed):
     """The target of the diagnosis, its steps, and the bounds of an escalation.
 
     `look_steps` are the steps at which the run pauses for a diagnosis; its end is diagnosed unless it is off.
@@ -144,7 +152,7 @@ class DiagnosePlan:
 
 
 @dataclass(frozen=True)
-class Growth:
+class Growth(_Closed):
     """An escalation: its step, its cause, and its changes of the recipe.
 
     One that did not pay off is rolled back: `kept` is False.
@@ -157,7 +165,7 @@ class Growth:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(_Closed):
     """The shapes of one micro-batch.
 
     `num_labels` is the target's length of an encoder-decoder, `num_learnt` counts the tokens in the loss.
@@ -177,7 +185,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Peak:
+class Peak(_Closed):
     """The peak of one phase of the work: bytes on the device by component."""
 
     phase: str  # "forward" | "backward" | "optimizer step" | "evaluation" | "checkpoint write" | ...
@@ -189,7 +197,7 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(_Closed):
     """The memory that a plan needs.
 
     `reserved_bytes` is held by torch's allocator, `context_bytes` by the process beside it.
@@ -224,7 +232,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(_Closed):
     """Everything decided for one run."""
 
     base: BasePlan
@@ -246,44 +254,16 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
-        """Restore the plan that `to_json` wrote."""
-        method = dict(value["method"])
-        if method["peft"] is not None:
-            method["peft"] = PeftSpec(**method["peft"])
-        for key in ("target_modules", "target_parameters", "token_rows"):
-            method[key] = tuple(method[key])
-        base = dict(value["base"])
-        for key in ("labels", "head_modules", "skip_4bit", "experts_4bit"):
-            base[key] = tuple(base[key])
-        data = {**value["data"], "train": tuple(value["data"]["train"])}
-        data["waive"] = tuple(data.get("waive", ()))
-        batch, memory = value.get("batch"), value.get("memory")
-        rollbacks = value["train"].get("rollbacks", ())
-        diagnose = dict(value.get("diagnose", {}))
-        diagnose["look_steps"] = tuple(diagnose.get("look_steps", ()))
-        growths = [{**growth, "overrides": tuple(growth["overrides"])} for growth in value.get("growths", ())]
-        return cls(
-            base=BasePlan(**base),
-            method=MethodPlan(**method),
-            data=DataPlan(**data),
-            train=TrainPlan(**{**value["train"], "rollbacks": tuple(map(tuple, rollbacks))}),
-            evaluate=EvaluatePlan(**value["evaluate"]),
-            device=value["device"],
-            seed=value["seed"],
-            decisions=tuple(Decision(**item) for item in value["decisions"]),
-            diagnose=DiagnosePlan(**diagnose),
-            growths=tuple(Growth(**growth) for growth in growths),
-            batch=None if batch is None else Batch(**batch),
-            memory=None if memory is None else Memory.from_json(memory),
-        )
+        """Restore the plan that `to_json` wrote. Raises ValueError for unknown, missing and unfit values."""
+        return TypeAdapter(cls).validate_python(value)
 
 
 def read_plan(run: RunDir) -> Plan:
     """Read the plan of a run. Raises UserError if plan.json cannot be read."""
+    path = run.path / "plan.json"
     try:
-        return Plan.from_json(read_sealed(run.path / "plan.json"))
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        where = str(run.path / "plan.json")
-        raise UserError(Problem(where, f"a plan that cannot be read ({error})", "the plan of a run")) from None
+        return Plan.from_json(read_sealed(path))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        got = f"a plan that cannot be read ({'.'.join(map(str, fault['loc']))}: {fault['msg']})"
+        raise UserError(Problem(str(path), got, "the plan of a run")) from None

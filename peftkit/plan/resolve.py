@@ -61,7 +61,7 @@ def _base_plan(d: DecisionLog, facts: Facts, method: Method) -> tuple[BasePlan, 
     if recipe.base.trust_remote_code:
         d.record("base.trust_remote_code", True)
     dtype, autocast = _choose_precision(d, facts, method)
-    skip, experts = _plan_4bit(d, facts, method) if method.quantized else ((), ())
+    skip, experts = _plan_4bit(d, facts) if method.quantized else ((), ())
     overrides = {**shape.family.overrides, **rope_overrides(d, shape)}
     missing_packages = missing_kernels(shape)
     if missing_packages:
@@ -122,7 +122,7 @@ def unquantized_base(shape: ModelShape, *, id: str, kind: str, revision: str | N
     )
 
 
-def _plan_4bit(d: DecisionLog, facts: Facts, method: Method) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _plan_4bit(d: DecisionLog, facts: Facts) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Choose (modules kept out of 4-bit, fused experts put into it).
 
     Records how much of the model is stored in 4-bit.

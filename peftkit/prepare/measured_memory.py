@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
-from peftkit.model.adapter import attach as adapter
+from peftkit.model.adapter import attach
 from peftkit.model.load import read_config
 from peftkit.plan import Batch, Plan
 
@@ -141,10 +141,10 @@ def measure_memory(plan: Plan, config: Mapping[str, object], batch: Batch, *, vo
     assert plan.memory is not None
     on_gpu = plan.device == "cuda"
     predicted_bytes = max(p.allocated_bytes for p in plan.memory.peaks if p.phase in _STEP_PHASES)
-    trial_plan = adapter.with_plain_init(shortened_plan(plan, batch))
+    trial_plan = attach.with_plain_init(shortened_plan(plan, batch))
     set_seed(plan.seed)
     device = "cuda:0" if on_gpu else plan.device
-    model = adapter.attach_adapter(
+    model = attach.attach_adapter(
         model_from_config(trial_plan.base, read_config(config, trial_plan.base), device=device), trial_plan, None
     )
     release_memory()
@@ -190,7 +190,7 @@ def measure_memory(plan: Plan, config: Mapping[str, object], batch: Batch, *, vo
             train=dataset,
             output_dir=Path(folder),
             callbacks=[callback],
-            optimizer=adapter.build_loraplus_optimizer(model, trial_plan) if trial_plan.method.lr_ratio else None,
+            optimizer=attach.build_loraplus_optimizer(model, trial_plan) if trial_plan.method.lr_ratio else None,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -107,7 +107,7 @@ def _sections_with_key(key: str) -> list[str]:
     return homes
 
 
-def _suggest(path: Path, data: object, expected: str) -> str:
+def _suggest(path: Path, data: object) -> str:
     """Suggest the default value of a field; empty if it has none that fits a line."""
     section = _section_model(path[:-1], data)
     field = section.model_fields.get(str(path[-1])) if section and path else None
@@ -163,7 +163,7 @@ def validation_problems(error: ValidationError, data: object, where: Callable[[P
             fix = (
                 did_you_mean(value, expected_text.replace(" or ", ", ").split(", "))
                 if kind == "literal_error" and isinstance(value, str) and len(expected[path]) == 1
-                else _suggest(path, data, expected_text)
+                else _suggest(path, data)
             )
             problems[path] = Problem(where(path), show_value(value), expected_text, fix if "known:" not in fix else "")
     return list(problems.values())

@@ -9,7 +9,7 @@ from peftkit.experiments.growth import take_back_growth
 from peftkit.model.hardware import is_out_of_memory, read_memory_use, release_memory
 from peftkit.plan import Plan
 from peftkit.plan.fit import replace_train
-from peftkit.prepare import out_of_memory as oom
+from peftkit.prepare import out_of_memory
 from peftkit.prepare.context import RunContext
 from peftkit.prepare.traced_memory import trace_memory
 from peftkit.rundir import MANIFEST, RunDir, read_json, step_of, verify_folder, write_sealed
@@ -27,7 +27,7 @@ class Divergence:
     first_step: int
 
 
-Failure = Divergence | oom.Shortage
+Failure = Divergence | out_of_memory.Shortage
 
 
 def classify_failure(context: RunContext, error: Exception) -> Failure | None:
@@ -41,7 +41,7 @@ def classify_failure(context: RunContext, error: Exception) -> Failure | None:
     usage = read_memory_use()
     last_step = last_of(context.run.events(), StepEvent)
     occupied_bytes = usage.get("peak_allocated_bytes", usage.get("resident_bytes", 0))
-    return oom.find_shortage(error, step=last_step.step if last_step else None, occupied_bytes=occupied_bytes)
+    return out_of_memory.find_shortage(error, step=last_step.step if last_step else None, occupied_bytes=occupied_bytes)
 
 
 def recover_run(context: RunContext, failure: Failure) -> RunContext:
@@ -94,14 +94,14 @@ def set_aside_abandoned(run: RunDir, plan: Plan) -> None:
             run.set_aside(skipped_step, "left")
 
 
-def _shrink_micro_batch(context: RunContext, shortage: oom.Shortage) -> RunContext:
+def _shrink_micro_batch(context: RunContext, shortage: out_of_memory.Shortage) -> RunContext:
     """Return the context with a smaller micro-batch, where the recipe allows it.
 
     Raises UserError where it does not, or none is smaller.
     """
     release_memory()
     plan = (
-        oom.plan_smaller_micro_batch(context.plan, context.facts, shortage)
+        out_of_memory.plan_smaller_micro_batch(context.plan, context.facts, shortage)
         if context.plan.train.on_oom == "adapt"
         else None
     )
@@ -109,7 +109,7 @@ def _shrink_micro_batch(context: RunContext, shortage: oom.Shortage) -> RunConte
     context.emit(
         OutOfMemoryEvent(
             phase=shortage.phase,
-            text=oom.describe_shortage(context.plan, shortage),
+            text=out_of_memory.describe_shortage(context.plan, shortage),
             micro_batch=context.plan.train.micro_batch,
             next_micro_batch=plan.train.micro_batch if plan else None,
             next_accumulation=plan.train.accumulation if plan else None,
@@ -119,7 +119,7 @@ def _shrink_micro_batch(context: RunContext, shortage: oom.Shortage) -> RunConte
     if plan is None:
         checkpoint_note = f"; the checkpoint of step {step} is whole" if step else ""
         where = f"{context.run.path}{checkpoint_note}"
-        raise UserError(oom.shortage_problem(context.loaded, context.facts, context.plan, shortage, where))
+        raise UserError(out_of_memory.shortage_problem(context.loaded, context.facts, context.plan, shortage, where))
     assert plan.batch is not None
     outcome = trace_memory(plan, context.facts.model.shape, context.config, plan.batch)
     plan = replace(plan, memory=outcome.memory or plan.memory)

@@ -5,8 +5,9 @@ import pytest
 from peftkit.errors import UserError
 from peftkit.plan import Plan
 from peftkit.plan.diagnosis import EARLY_LOOK_SHARE
-from peftkit.plan.plan import Growth
+from peftkit.plan.plan import Growth, read_plan
 from peftkit.recipe import check_recipe, load
+from peftkit.rundir import RunDir, write_sealed
 from tests.rigs.plans import cpu_plan
 
 
@@ -91,3 +92,13 @@ def test_a_plan_with_growths_comes_back_from_json():
 
     plan = replace(cpu_plan(), growths=(Growth(20, "rank", ("method.rank=32",), kept=False),))
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_with_an_unknown_field_is_refused_by_its_name(tmp_path):
+    run = RunDir.create(tmp_path / "run")
+    plan = cpu_plan().to_json()
+    write_sealed(run.path / "plan.json", plan)
+    assert read_plan(run) == cpu_plan()
+    write_sealed(run.path / "plan.json", {**plan, "train": {**plan["train"], "warmth": 1}})
+    with pytest.raises(UserError, match=r"plan\.json: got a plan that cannot be read \(train\.warmth"):
+        read_plan(run)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from peftkit.data.gate import balance
-from peftkit.data.gate import counted as noticed
-from peftkit.data.gate import duplicates as alike
-from peftkit.data.gate import learnable as learning
+from peftkit.data.gate import balance, counted, duplicates, learnable
 from peftkit.data.gate.finding import CheckInputs, DataFinding
 
 # in the order in which they are told: rows, then what they say, then tokens
 CHECKS: Mapping[str, Callable[[CheckInputs], DataFinding]] = {
-    **noticed.checks(),
-    **alike.CHECKS,
+    **counted.checks(),
+    **duplicates.CHECKS,
     **balance.CHECKS,
-    **learning.CHECKS,
+    **learnable.CHECKS,
 }
 
 

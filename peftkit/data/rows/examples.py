@@ -85,12 +85,6 @@ class Examples:
         """Return the classes of both sets, sorted."""
         return labels_of([*self.train, *self.eval]) if self.format in CLASSES else ()
 
-    @property
-    def labels_never_learnt(self) -> tuple[str, ...]:
-        """Classes that only held-out rows have."""
-        trained = set(self.train_labels)
-        return tuple(label for label in self.eval_labels if label not in trained)
-
 
 _TEMPLATE_BYTES = 32  # what a chat template may add to a turn, in tokens
 

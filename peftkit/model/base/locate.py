@@ -67,7 +67,7 @@ def check_embedded_sha256(base: LocatedBase, where: str) -> None:
 _LITGPT_FILES = ("lit_model.pth",)
 
 
-def _read_config_file(path: Path, where: str) -> dict[str, Any]:
+def _read_config_file(path: Path) -> dict[str, Any]:
     """Read a config.json. Raises UserError where it has no model_type."""
     config = read_json_file(path.parent, path.name)
     if not isinstance(config.get("model_type"), str):
@@ -149,7 +149,7 @@ def locate_base(
             raise UserError(Problem(where, f"{model_id}, which does not exist", "a .gguf file"))
         return LocatedBase(model_id, "gguf", path, None)
     if exists and shapes_alone and path.name == "config.json" and path.is_file():
-        return LocatedBase(model_id, "folder", path.parent, _read_config_file(path, where))
+        return LocatedBase(model_id, "folder", path.parent, _read_config_file(path))
     if exists and path.is_dir():
         # locate a base in a local folder
         config_file = path / "config.json"
@@ -173,7 +173,7 @@ def locate_base(
                 )
             )
         check_model_folder(path)
-        config = _read_config_file(config_file, where)
+        config = _read_config_file(config_file)
         if not shapes_alone and not any(path.glob("*.safetensors")):
             pickled = pickled_weights(path)
             got = f"the folder {path} with {pickled[0]} only" if pickled else f"the folder {path} without weights"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftkit.model.adapter import attach as adapter
+from peftkit.model.adapter import attach
 from peftkit.model.meta.blank import model_from_config
 from peftkit.model.meta.tensors import weight_tensors
 from peftkit.model.meta.trace.caching import simulate_reserved_bytes
@@ -61,12 +61,12 @@ def build_training_model(
 
     `recomputing` returns the context in which checkpointed layers run again.
     """
-    model = adapter.attach_adapter(
-        model_from_config(plan.base, config, device="meta"), adapter.with_plain_init(plan), None
+    model = attach.attach_adapter(
+        model_from_config(plan.base, config, device="meta"), attach.with_plain_init(plan), None
     )
     model.train()
     if plan.train.gradient_checkpointing != "none":
-        arguments = adapter.checkpointing_arguments(plan)
+        arguments = attach.checkpointing_arguments(plan)
         arguments["activation_checkpointing_kwargs"]["context_fn"] = lambda: (nullcontext(), recomputing())
         model.activation_checkpointing_enable(**arguments)
         if plan.method.peft is not None:
