@@ -1,6 +1,6 @@
 """Choice of how chats are rendered: which template, and what locates the answers, verified on a sample.
 
-The only user of TRL in `data/`: its training templates carry generation markers.
+The only importer of TRL in `data/`: its training templates carry generation markers.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftkit.data.chat.template import (
     NO_CHATS,
@@ -47,7 +47,6 @@ _PROBE_CHATS = (
     ),
 )
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_GENERATION_TAG = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 
 
 def _markers_are_valid(
@@ -114,9 +113,19 @@ def read_template(path: Path) -> str:
             got = f"{path} of {show_bytes(path.stat().st_size)}"
             raise UserError(Problem("data.chat.template", got, f"at most {show_bytes(_MAX_TEMPLATE_BYTES)}"))
         text = path.read_text(encoding="utf-8")
-        # transformers' {% generation %} tag is a scope to the parser
-        plain = _GENERATION_TAG.sub(lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}", text)
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+
+        class GenerationTag(jinja2.ext.Extension):
+            """transformers' {% generation %} around what the assistant says, for parsing alone."""
+
+            tags = {"generation"}  # noqa: RUF012  Jinja's own way
+
+            def parse(self, parser: Any) -> Any:
+                line = next(parser.stream).lineno
+                return jinja2.nodes.Scope(
+                    parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+                )
+
+        jinja2.Environment(extensions=[GenerationTag, "jinja2.ext.loopcontrols"]).parse(text)
         render_chat([_USER_TURN], template=text)
     except OSError as error:
         got = f"{path}, which cannot be read ({error.strerror})"

@@ -48,7 +48,7 @@ class Rendered:
     text: str
     answers: tuple[Span, ...]
     where: str
-    lost: str = ""
+    missing: str = ""
     missing_reasoning: str = ""
     weight: float = 1.0  # of the row
 
@@ -145,8 +145,8 @@ def _render(
     import jinja2
 
     tool_list = list(tools or ()) or None
+    chats = [ChatRequest(_turns(messages, template), tool_list, options) for messages, options in requests]
     try:
-        chats = [ChatRequest(_turns(messages, template), tool_list, options) for messages, options in requests]
         return render_chats(template, chats)
     except (jinja2.TemplateError, TypeError) as error:
         got = f"a chat that the model's template refuses ({error})"
@@ -213,7 +213,7 @@ def render_by_markers(example: Example, tokenizer: PreTrainedTokenizerBase, temp
     (text, spans), *prompts = _render(template, requests, example.tools, example.where)
     num_answers = sum(message["role"] == "assistant" for message in example.messages)
     if len(spans) > num_answers:
-        # spans, those that touch as one:
+        # join spans that touch: some templates mark the last end token by itself
         merged: list[tuple[int, int]] = []
         for start, end in spans:
             if merged and merged[-1][1] == start:
@@ -364,11 +364,11 @@ def render(
         return rendered
     if has_misplaced_answer(example, rendered):
         # nothing is learnt of such a row: a wrong mask would be worse
-        return replace(rendered, answers=(), lost="an answer that is not where the template puts answers")
+        return replace(rendered, answers=(), missing="an answer that is not where the template puts answers")
     missing, reasoning = missing_content(example, rendered), missing_reasoning(example, rendered)
     if not (missing or reasoning) and example.weight == 1.0:
         return rendered
-    return replace(rendered, lost=missing, missing_reasoning=reasoning, weight=example.weight)
+    return replace(rendered, missing=missing, missing_reasoning=reasoning, weight=example.weight)
 
 
 def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The formats of training data: one function each turns a row into an `Example`, listed in a table."""
+"""The formats of training data: one function each turns a row into an `Example`, under `@reads`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ _ORDER = (
     *("preference", "chat", "prompt-completion", "instruction", "question-answer", "seq2seq"),
     *("token-classification", "classification", "text"),
 )
+assert set(_ORDER) == READERS.keys(), "a format without a place in the order"
 FORMATS: dict[str, Format] = {name: READERS[name] for name in _ORDER}
 CLASSES = frozenset({"token-classification", "classification"})
 _MAX_COLUMNS_SHOWN = 20  # columns that a message names

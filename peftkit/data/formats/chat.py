@@ -136,13 +136,10 @@ def _parse_tools(values: Mapping[str, object]) -> tuple[Mapping[str, Any], ...]:
 def _chat(row: Row) -> Example:
     values = row.fields
     name = "messages" if "messages" in values else "conversations"
-    # shareGPT keeps the system prompt in a column of its own
-    prompt_turns = _check_turns(parse_turns(values.get(name), name))
-    system = values.get("system")
-    if isinstance(system, str) and system.strip() and prompt_turns[0]["role"] != "system":
-        turns = ({"role": "system", "content": system}, *prompt_turns)
-    else:
-        turns = prompt_turns
+    turns = _check_turns(parse_turns(values.get(name), name))
+    system = values.get("system")  # ShareGPT keeps the system prompt in a column of its own
+    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
+        turns = ({"role": "system", "content": system}, *turns)
     tools = _parse_tools(values) if values.get("tools") else ()
     return Example(row.where, messages=turns, tools=tools, weight=loss_weight(values))
 
@@ -155,7 +152,7 @@ def _prompt_completion(row: Row) -> Example:
         turns = _check_turns(parse_turns([*prompt, *completion], "prompt and completion"))
         tools = _parse_tools(values) if values.get("tools") else ()
         return Example(row.where, messages=turns, num_given=len(prompt), tools=tools, weight=loss_weight(values))
-    prompt_text, completion_text = (required_text(values, "prompt"), required_text(values, "completion", answer=True))
+    prompt_text, completion_text = required_text(values, "prompt"), required_text(values, "completion", answer=True)
     return Example(row.where, prompt=prompt_text, completion=completion_text, weight=loss_weight(values))
 
 

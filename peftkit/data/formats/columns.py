@@ -15,21 +15,22 @@ RowRenamer = Callable[[Row], Row]
 
 def make_renamer(columns: Mapping[str, str], first: Row, where: str = "data.columns") -> RowRenamer:
     """Return the function that renames a row's fields. Raises UserError if the first row lacks a column."""
-    import jinja2
-
     if not columns:
         return lambda row: row
     templates = {ours: theirs for ours, theirs in columns.items() if "{{" in theirs or "{%" in theirs}
-    environment = jinja2.Environment()
-    for line in templates.values():
-        try:
-            tree = environment.parse(line)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(Problem(where, f"{line!r} ({error})", "a Jinja template")) from None
-        used = [node.name for node in tree.find_all((jinja2.nodes.Filter, jinja2.nodes.Test))]
-        known = {*environment.filters, *environment.tests}
-        if unknown := [name for name in used if name not in known]:
-            raise UserError(Problem(where, f"{line!r} (no filter or test {unknown[0]!r})", "a Jinja template"))
+    if templates:
+        import jinja2
+
+        environment = jinja2.Environment()
+        for line in templates.values():
+            try:
+                tree = environment.parse(line)
+            except jinja2.TemplateSyntaxError as error:
+                raise UserError(Problem(where, f"{line!r} ({error})", "a Jinja template")) from None
+            for kind, known in ((jinja2.nodes.Filter, environment.filters), (jinja2.nodes.Test, environment.tests)):
+                if unknown := [node.name for node in tree.find_all(kind) if node.name not in known]:
+                    fault = f"{line!r} (no {kind.__name__.lower()} {unknown[0]!r})"
+                    raise UserError(Problem(where, fault, "a Jinja template"))
     renamed = {ours: theirs for ours, theirs in columns.items() if ours not in templates}
     missing = [name for name in renamed.values() if name not in first.fields]
     if missing:

@@ -56,7 +56,8 @@ def unseen_labels(data: CheckInputs) -> DataFinding:
     if data.examples.format not in CLASSES or not len(data.examples.eval):
         return DataFinding("unseen-labels", "pass", "no classes to compare")
     train_classes, eval_classes = set(data.examples.train_labels), set(data.examples.eval_labels)
-    missing_in_train, missing_in_eval = (sorted(eval_classes - train_classes), sorted(train_classes - eval_classes))
+    missing_in_train = sorted(eval_classes - train_classes)
+    missing_in_eval = sorted(train_classes - eval_classes)
     if missing_in_train:
         classes = set(missing_in_train)
         rows = [(e.where, e.label or "tags") for e in data.examples.eval if {e.label, *e.tags} & classes]

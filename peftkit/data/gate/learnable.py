@@ -44,7 +44,7 @@ def end_agreement(data: CheckInputs) -> DataFinding:
 
 
 def pad_token(data: CheckInputs) -> DataFinding:
-    """Report a padding token that equals the end token: it stays in the loss, masked by position alone."""
+    """Report a padding token that equals the end token: padding is masked by position, ends stay in the loss."""
     tokenizer = data.tokenizer
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad != eos:

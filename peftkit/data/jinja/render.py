@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
+from peftkit.units import shorten
 
 TIMEOUT_SECONDS = 10.0  # for one chat: those in use take a thousandth of one
 _START_SECONDS = 120.0
@@ -107,7 +108,11 @@ class _Sandbox:
                 start_new_session=True,  # Ctrl-C is for us: it would be taken for a bad template
                 env={**environment, "HF_HUB_OFFLINE": "1"},
             )
-            if self._read_line(_START_SECONDS) != b"ready":
+            try:
+                is_ready = self._read_line(_START_SECONDS) == b"ready"
+            except (TimeoutError, EOFError):
+                is_ready = False
+            if not is_ready:
                 raise RuntimeError("the process that renders templates did not start")
         assert self.process is not None and self.process.stdin is not None
         request = f'{{"kind": "{kind}", "template": {json.dumps(template)}, "items": [{", ".join(texts)}]}}\n'
@@ -147,8 +152,10 @@ class _Sandbox:
                     self.stop()
                 results.extend(answers)
         if limit := self.limits.get(template):
-            got, fix = f"a template that {limit} for one {kind}", "use another template"
-            raise UserError(Problem(f"{kind} template", got, f"a template that only formats the {kind}", fix))
+            key = {"chat": "data.chat.template", "row": "data.columns"}[kind]
+            which = "a template" if kind == "chat" else repr(shorten(template))
+            got = f"{which} that {limit} for one {kind}"
+            raise UserError(Problem(key, got, f"a template that only formats the {kind}", f"use another: {key}"))
         return results
 
 

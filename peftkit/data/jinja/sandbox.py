@@ -23,7 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 _MAX_EXTRA_BYTES = 2**30
 _MAX_CPU_SECONDS = 30
 _OUT_OF_MEMORY = "takes more than a gigabyte of memory"
-_MAX_CHARACTERS = 2**26  # characters of a chat as text
+_MAX_CHARACTERS = 2**26  # characters of a rendered text
 _FORBIDDEN_EVENTS = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "signal.", "urllib.")
 _ALLOWED_EVENTS = {"os.listdir", "os.scandir"}
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -40,7 +40,7 @@ def deny_side_effects(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def finalize(value: object) -> Any:
-    """Return the value of a line's expression. Raises TemplateRuntimeError for lists and mappings."""
+    """Return the value of a line's expression. Raises TemplateRuntimeError for anything but text and numbers."""
     if isinstance(value, str | int | float):
         return value
     if isinstance(value, jinja2.Undefined):
@@ -86,9 +86,9 @@ def main() -> None:
         for line in sys.stdin:
             request = json.loads(line)
             for item in request["items"]:
-                # who started this process may be gone, and cannot end what never ends
-                seconds = int(time.process_time()) + _MAX_CPU_SECONDS
-                resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+                # the parent may be gone, and unable to kill a render that never ends
+                soft, hard = int(time.process_time()) + _MAX_CPU_SECONDS, resource.getrlimit(resource.RLIMIT_CPU)[1]
+                resource.setrlimit(resource.RLIMIT_CPU, (soft if hard < 0 else min(soft, hard), hard))
                 print(json.dumps(render_item(request["kind"], request["template"], item)), flush=True)
     except MemoryError:
         print(json.dumps({"limit": _OUT_OF_MEMORY}), flush=True)

@@ -84,8 +84,7 @@ def local_files(path: str, split: str, where: str) -> list[File]:
         if path_exists(candidate)
         else "paths in a recipe are relative to the recipe's folder"
     )
-    missing_path = UserError(Problem(where, f"{path}, which does not exist", "a data file", fix))
-    raise missing_path
+    raise UserError(Problem(where, f"{path}, which does not exist", "a data file", fix))
 
 
 def _folder_files(folder: Path, split: str, where: str) -> list[File]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
-from urllib.request import Request, urlopen
 
 from peftkit.data.read.locate import KNOWN_KINDS, READERS, local_files, select_data_files
 from peftkit.data.read.rows import File
@@ -101,13 +100,13 @@ def remote_files(url: str, where: str, *, timeout: float | None = None) -> list[
 
     def fetch(transfer: _Transfer) -> list[File]:
         if scheme in {"http", "https"}:
-            # fetch one file over HTTP with the standard library:
+            # one file over HTTP, with the standard library
             parts = urlsplit(url)
             if "*" in parts.path:
                 fix = "name the files one by one in a list"
                 raise UserError(Problem(where, redact_url(url), "one file: a web server has no file list", fix))
             _check_kind(parts.path, url, where)
-            with urlopen(_make_request(parts), timeout=timeout) as response:
+            with _open_http(parts, timeout) as response:
                 transfer.record_progress()
                 if response.headers.get_content_type() == "text/html":
                     fix = "use the address of the file itself, often called raw or download"
@@ -123,9 +122,8 @@ def remote_files(url: str, where: str, *, timeout: float | None = None) -> list[
                 cached = _fetch_to_cache(
                     (url, parts.path), dict(response.headers), transfer, write, int(size) if size else None
                 )
-                fetch_http = File(cached, redact_url(url))
-            return [fetch_http]
-        # fetch the files of a URL of any filesystem that fsspec knows:
+                return [File(cached, redact_url(url))]
+        # any filesystem that fsspec knows
         import fsspec
 
         if scheme not in fsspec.available_protocols():
@@ -165,8 +163,8 @@ def _fetch_problem(url: str, where: str, error: Exception, timeout: float) -> Pr
     if isinstance(error, FileNotFoundError):
         return Problem(where, f"{name}, which does not exist", "a data file", "check the address")
     if isinstance(error, ImportError):
-        got = f"{name} without the package that reads {urlsplit(url).scheme}://"
         scheme = urlsplit(url).scheme
+        got = f"{name} without the package that reads {scheme}://"
         from fsspec.registry import known_implementations
 
         package = known_implementations.get(scheme, {}).get("class", "fsspec").split(".")[0]
@@ -222,14 +220,16 @@ def _check_kind(name: str, url: str, where: str) -> None:
         raise UserError(Problem(where, redact_url(url), f"a file of a known kind: {KNOWN_KINDS}"))
 
 
-def _make_request(parts: SplitResult) -> Any:
-    """Return a request whose password is sent as a header, only to the named host."""
+def _open_http(parts: SplitResult, timeout: float) -> Any:
+    """Open a URL, whose password is sent as a header, only to the named host. Returns the response."""
+    from urllib.request import Request, urlopen
+
     login, _, host = parts.netloc.rpartition("@")
     request = Request(parts._replace(netloc=host, fragment="").geturl(), headers={"User-Agent": "peftkit"})
     if login:
         token = base64.b64encode(unquote(login).encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {token}")
-    return request
+    return urlopen(request, timeout=timeout)
 
 
 def _fetch_one(system: Any, path: str, urls: tuple[str, str], transfer: _Transfer) -> File:

@@ -61,7 +61,7 @@ class LocatedSource:
             raise UserError(Problem(name, "no rows", "at least one row"))
         if self._file_stamps() != self._stamps:
             got = "files that changed while they were read"
-            raise UserError(Problem(redact_url(self.source.path), got, "files that do not change", "run it again"))
+            raise UserError(Problem(name, got, "files that do not change", "run it again"))
 
 
 def read(source: Source, *, where: str) -> Iterator[Row | Fault]:

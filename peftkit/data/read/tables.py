@@ -76,9 +76,9 @@ def _small_batches(batches: Iterable[Any]) -> Iterator[Any]:
     Raises ArrowInvalid for offsets outside their buffer, which would crash the process. Text that is not
     UTF-8 is left to the row that holds it.
     """
-    for batch in batches:
-        import pyarrow
+    import pyarrow
 
+    for batch in batches:
         for column in batch.columns:
             try:
                 column.validate(full=True)
@@ -91,11 +91,11 @@ def _small_batches(batches: Iterable[Any]) -> Iterator[Any]:
 
 def rows_of_batches(file: File, schema: Any, batches: Iterable[Any]) -> Iterator[Row | Fault]:
     """Yield the rows of Arrow batches; a row without a JSON form is a fault."""
-    if (name := first_duplicate(schema.names)) is not None:
-        raise file.refuse(f"the column {shorten(name)!r} twice", "unique column names")
-    # return the schema with nanoseconds cut to the microseconds of Python's times; None if it has none
     import pyarrow
 
+    if (name := first_duplicate(schema.names)) is not None:
+        raise file.refuse(f"the column {shorten(name)!r} twice", "unique column names")
+    # nanoseconds are cut to the microseconds of Python's times; None: no column has any
     microsecond_fields = [field.with_type(_microsecond_type(field.type)) for field in schema]
     microsecond_schema = pyarrow.schema(microsecond_fields, schema.metadata)
     coarse = None if microsecond_schema.equals(schema) else microsecond_schema

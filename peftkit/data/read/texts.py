@@ -77,14 +77,14 @@ def read_json_lines(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | F
             elif not line.text.isspace():
                 where = f"{file.name}:{line.number}"
                 try:
-                    parse_line = _row_or_fault(_STRICT.decode(line.text), line.text, where)
+                    item = _row_or_fault(_STRICT.decode(line.text), line.text, where)
                 except _InvalidValueError as error:
-                    parse_line = malformed_fault(
+                    item = malformed_fault(
                         where, str(error), "one JSON object", "JSON has no NaN, and each key only once"
                     )
                 except (ValueError, RecursionError) as error:
-                    parse_line = malformed_fault(where, f"a line that is not JSON ({error})", "one JSON object")
-                yield parse_line
+                    item = malformed_fault(where, f"a line that is not JSON ({error})", "one JSON object")
+                yield item
 
 
 def read_json_array(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]:
@@ -123,7 +123,9 @@ def read_json_array(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | F
         position = _skip_blanks(text, position + 1) if has_more else position
     if text[position : position + 1] != "]" or _skip_blanks(text, position + 1) != len(text):
         line = text.count("\n", 0, position) + 1
-        raise file.refuse("text that is not JSON (the list is not closed)", "a list of objects", line=line)
+        raise file.refuse(
+            "text that is not JSON (a comma or the end of the list is due)", "a list of objects", line=line
+        )
 
 
 def _array_element(file: File, text: str, position: int, where: str) -> tuple[Row | Fault, int]:
@@ -190,10 +192,11 @@ def _csv_records(source: Iterator[Line], delimiter: str, name: str, limit: int) 
             got = f"a record of more than {limit:,} bytes, up to line {feed.last}"
             fault = malformed_fault(f"{name}:{feed.first}", got, "a quote that closes", fix)
         except csv.Error as error:
-            got = f"quotes that do not match ({error}), up to line {feed.last}"
+            got, expected = f"quotes that do not match ({error}), up to line {feed.last}", "matching quotes"
             if "new-line" in str(error):
-                got, fix = "a carriage return that ends no line", "quote the cell, or end lines by line feeds"
-            fault = malformed_fault(f"{name}:{feed.first}", got, "matching quotes", fix)
+                got, expected = "a carriage return that ends no line", "lines that end in line feeds"
+                fix = "quote the cell, or end lines by line feeds"
+            fault = malformed_fault(f"{name}:{feed.first}", got, expected, fix)
         yield feed.fault or fault or cells, f"{name}:{feed.first}"
 
 

@@ -32,7 +32,7 @@ def row_statistics(example: Example) -> tuple[int, int, int, int]:
 
 
 class StoredExamples(Subset[Example]):
-    """Examples on disk. `name` identifies their content; `statistics` has the `ROW_STATISTICS` by name."""
+    """Examples on disk. `name` identifies their content; `columns` has the `ROW_STATISTICS` by name."""
 
     def __init__(
         self, items: Sequence[Example], numbers: Sequence[int], *, name: str, columns: Mapping[str, Sequence[int]]

@@ -99,7 +99,7 @@ class _Ingestion:
         rename_columns = make_renamer(columns, row, self.where(("data", "columns")))
         try:
             renamed_row = rename_columns(row)
-        except BadRow as error:  # a line of columns that this row does not fill
+        except BadRow as error:  # a template in columns that cannot render this row
             raise UserError(Problem(row.where, error.got, error.expected)) from None
         name, parse = select_reader(renamed_row, source.format or self.data.format)
         return _RowConverter(name, rename_columns, parse)
@@ -202,7 +202,7 @@ def _read_sources(
         common_format([*parts, part], where(_EVAL_KEY))
         held_out_rows.extend(range(part.start, part.stop))
     if isinstance(data.eval, float) and data.eval > 0:
-        # (rows to train on, rows held out, how many went back to training)
+        # rows that a training row nearly repeats go back to training
         units = [ingestion.units[number] for number in train_rows]
         held_out, num_near_duplicates = hold_out_share(units, data.eval, seed), 0
         if held_out:

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 DUPLICATE_SIMILARITY = 0.8  # Jaccard similarity from which two texts are near duplicates
 _SHINGLE_BYTES = 8  # bytes
-_MIN_SHINGLES = 12  # runs that a text must have to be compared: shorter ones are alike by chance
+_MIN_SHINGLES = 12  # shingles that a text must have to be compared: shorter ones are alike by chance
 _BINS, _BANDS = 32, 8
-_MIN_EQUAL_MINIMA = 0.6  # of the minima: of texts that are SAME, one in five hundred has fewer in common
+_MIN_EQUAL_MINIMA = 0.6  # of the minima: of near duplicates, one in five hundred has fewer in common
 _CHUNK_TEXTS = 512
 _COMMON_SHARE = 0.2
 _SAMPLE_TEXTS = 1024

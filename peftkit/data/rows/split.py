@@ -46,7 +46,8 @@ def without_near_duplicates(
     from peftkit.data.rows.similar import common_shingles, find_near_duplicates, match_near_duplicates
 
     common = common_shingles(texts)
-    remaining, new_train_rows = (set(held_out), [number for number in range(len(texts)) if number not in held_out])
+    remaining = set(held_out)
+    new_train_rows = [number for number in range(len(texts)) if number not in held_out]
     for _ in range(_MAX_ROUNDS):
         numbers = sorted(remaining)
         matches = match_near_duplicates([texts[n] for n in numbers], (texts[n] for n in new_train_rows), common)

@@ -40,7 +40,7 @@ def _encode_seq2seq(
     return [
         _with_weight(
             Tokenized(list(s), list(t) if t and t[-1] == end else [*t, end], e.where),
-            (e.weight * float((e.messages[-1] if e.messages else {}).get("weight", 1.0))),
+            e.weight * float(e.messages[-1].get("weight", 1.0) if e.messages else 1.0),  # its last turn's, too
         )
         for s, t, e in zip(sources, targets, examples, strict=True)
     ]
@@ -65,7 +65,7 @@ def _encode_classes(
 
 
 def has_several_turns(examples: Sequence[Example]) -> bool:
-    """Return True where some chat has more than one question and answer, so that turns need a template."""
+    """Return True where some chat has more than a question and its answer, so that turns need a template."""
     return any(len(example.messages) > 2 for example in examples)
 
 

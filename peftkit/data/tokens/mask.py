@@ -160,13 +160,13 @@ def _tokenizes_differently(encoded: Encoding, start: int, text: str) -> bool:
 
 @dataclass(frozen=True)
 class _EndTokens:
-    """Tokens that may end a turn: `stops` end generation, `turn_ends` end a turn in the template.
+    """Tokens that may end a turn: `stops` end generation, `turn_ends` also a turn in the template.
 
     `added_tokens` are all that stand beside the tokenizer's vocabulary of words.
     """
 
     stops: frozenset[int]
-    close: frozenset[int]
+    turn_ends: frozenset[int]
     added_tokens: frozenset[int]
 
     @classmethod
@@ -215,11 +215,11 @@ def _loss_range(rendered: Rendered, encoded: Encoding, ids: list[int], span: Spa
     tail = stop
     while tail > first and (ids[tail - 1] in ends.added_tokens or _is_blank(encoded, tail - 1, text)):
         tail -= 1
-    end_positions = [position for position in range(tail, stop) if ids[position] in ends.close]
+    end_positions = [position for position in range(tail, stop) if ids[position] in ends.turn_ends]
     if end_positions:
         stop_positions = [position for position in end_positions if ids[position] in ends.stops]
         return first, (stop_positions[0] if stop_positions else end_positions[-1]) + 1
-    if stop < num_tokens and ids[stop] in ends.close:
+    if stop < num_tokens and ids[stop] in ends.turn_ends:
         stop += 1
     return first, stop
 
@@ -230,9 +230,9 @@ def _lacks_end_token(rendered: Rendered, encoded: Encoding, ids: list[int], stop
     if not stop or not all(_is_blank(encoded, position, text) for position in range(stop, len(ids))):
         return False
     last_position = stop - 1
-    while last_position > 0 and ids[last_position] not in ends.close and _is_blank(encoded, last_position, text):
+    while last_position > 0 and ids[last_position] not in ends.turn_ends and _is_blank(encoded, last_position, text):
         last_position -= 1
-    return ids[last_position] not in ends.close
+    return ids[last_position] not in ends.turn_ends
 
 
 def _label_row(rendered: Rendered, encoded: Encoding, mask: str, ends: _EndTokens, eos: int | None) -> Tokenized:

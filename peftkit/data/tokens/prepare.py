@@ -142,7 +142,7 @@ def _build_result(
     train, held_out, eval_numbers = sets
     refuse_long_rows(truncation, job.plan)
     if examples.train and not train:
-        # why no row is left to learn from
+        # say why no row is left to train on
         counts = truncation[0]
         masked_rows = scan.tally.of("masked-rows")
         if masked_rows.count:

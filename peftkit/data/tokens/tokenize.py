@@ -90,8 +90,9 @@ def _tokenize_chunks(examples: Sequence[Example], job: TokenizeJob, scanner: Tok
             rendered = [render(e, job.tokenizer, job.style, mask=job.plan.mask) for e in chunk]
             for example, rendered_row in zip(chunk, rendered, strict=True):
                 scanner.text(example)
-                if rendered_row.lost:
-                    scanner.tally.add("template", rendered_row.where, f"not in the rendered text: {rendered_row.lost}")
+                if rendered_row.missing:
+                    missing_text = f"not in the rendered text: {rendered_row.missing}"
+                    scanner.tally.add("template", rendered_row.where, missing_text)
                 if rendered_row.missing_reasoning:
                     scanner.tally.add("reasoning", rendered_row.where, rendered_row.missing_reasoning)
             next_chunk = (rendered, pool.submit(encode, rendered, job.tokenizer))
