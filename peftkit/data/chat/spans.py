@@ -106,7 +106,7 @@ def _find_training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def read_template(path: Path) -> str:
     """Read a chat template from a file. Raises UserError where it cannot be read, or is no Jinja template."""
-    import jinja2
+    import jinja2.ext
 
     try:
         if path.stat().st_size > _MAX_TEMPLATE_BYTES:

@@ -409,7 +409,7 @@ def test_tool_calls_are_learnt_and_what_tools_say_is_not(family):
     tokenizer = tokenizer_of(family)
     _, [made], [row] = trained(tokenizer, [example(TOOLS)], "completion", family.stops)
     assert learnt(tokenizer, row) == family.tools
-    assert not made.lost
+    assert not made.missing
 
 
 @by_name([family for family in FAMILIES if family.reasons])

@@ -146,7 +146,7 @@ def test_learnt_are_the_answers_with_their_end_tokens(family):
         for one, made, row in zip(examples, rendered, rows, strict=True):
             assert learnt(tokenizer, row) == family.learnt(one.messages, mask)
             assert made.text == apply_template(tokenizer, one.messages, (), add_generation_prompt=False, where="")
-            assert not made.lost
+            assert not made.missing
             if family.bos:
                 assert row.input_ids[0] == tokenizer.bos_token_id != row.input_ids[1]
 
@@ -177,7 +177,7 @@ def test_a_system_turn_goes_into_the_first_user_turn_where_it_must(template):
     tokenizer = with_tokens(template, (), bos="<s>", eos="</s>")
     made = render(example(CHATS["three"]), tokenizer)
     assert made.text.startswith("<s>[INST] Be brief.\n\nWhat is 1+1? [/INST]")
-    assert not made.lost
+    assert not made.missing
 
 
 def test_a_system_text_that_moves_with_the_turns_is_refused():
@@ -211,7 +211,7 @@ def test_an_answer_elsewhere_than_where_it_is_marked_is_told_and_never_learnt():
 
     made = render(example(CHATS["two"]), tokenizer, Style("the model's own", swapped, "its markers"))
     assert made.answers == ()
-    assert "is not where" in made.lost
+    assert "is not where" in made.missing
 
 
 def test_a_tokenizer_without_an_end_token_is_named_where_one_is_needed():

@@ -37,8 +37,10 @@ def test_a_jinja_line_makes_a_column():
         rename(Row({"title": "x"}, "w"))
     with pytest.raises(UserError, match="a Jinja template"):
         make_renamer({"prompt": "{{ title "}, first)
-    with pytest.raises(UserError, match="no filter or test 'uper'"):
+    with pytest.raises(UserError, match="no filter 'uper'"):
         make_renamer({"prompt": "{{ title | uper }}"}, first)
+    with pytest.raises(UserError, match="no filter 'defined'"):
+        make_renamer({"prompt": "{{ title | defined }}"}, first)
 
 
 def test_a_line_is_data_and_not_code():
