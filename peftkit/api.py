@@ -65,6 +65,8 @@ _LAZY_MODULES = {  # each with what it needs: a mistake in a recipe costs none o
     "Converted": "peftkit.model.base.convert",
     "DataReport": "peftkit.data.gate.report",
     "Evaluation": "peftkit.results.evaluate",
+    "Reproduction": "peftkit.run.reproduce",
+    "Verification": "peftkit.run.verify",
     "ExportOptions": "peftkit.ship.export",
     "Exported": "peftkit.ship.export",
     "Inspection": "peftkit.plan.inspection",

@@ -1,6 +1,9 @@
+import re
+
 import pytest
 
 import peftkit
+from peftkit import api
 from peftkit.errors import UserError
 
 
@@ -20,6 +23,14 @@ def test_names_are_imported_on_first_use():
         assert getattr(peftkit, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         peftkit.nonsense  # noqa: B018
+
+
+def test_every_type_that_the_api_names_can_be_imported_from_it():
+    functions = [getattr(api, name) for name in api.__all__ if name.islower()]
+    text = " ".join(str(note) for function in functions for note in function.__annotations__.values())
+    named = set(re.findall(r"\b[A-Z][a-z]\w+", text)) - {"Any", "Mapping", "None", "Path", "Sequence"}
+    assert {"Reproduction", "Verification", "Account", "Verdict"} <= named
+    assert [name for name in named if not hasattr(api, name)] == []
 
 
 def test_a_path_a_dict_and_a_recipe_make_the_same_plan(recipe):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -71,9 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:  # noqa: BLE001  Python itself would print the traceback with every secret in it
         if isinstance(error, BrokenPipeError):
-            try:
-                print(flush=True)
-            except BrokenPipeError:  # who read the output has gone, as `| head` does
+            poll = select.poll()
+            for stream in (sys.stdout, sys.stderr):
+                poll.register(stream.fileno(), 0)
+            if poll.poll(0):  # who read the output has gone, as `| head` does: another pipe may break, too
                 sys.stderr.close()
                 return 0
         # print an unexpected error's traceback without secrets, and how to report it

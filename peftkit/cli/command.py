@@ -47,4 +47,4 @@ def recipe_path(arguments: argparse.Namespace) -> str | None:
 
 def print_json(value: object) -> None:
     """Print a result as JSON to stdout."""
-    print(json.dumps(value, indent=2, default=str))
+    print(json.dumps(value, indent=2))

@@ -172,8 +172,7 @@ def _(event: ForkEvent) -> str:
 def _(event: GrowthEvent) -> str:
     return (
         f"step {event.step}: the adapter grows to {event.num_trainable:,} trainable parameters, at a "
-        "learning "
-        f"rate of {event.learning_rate:.2e}; {event.num_steps} steps in total"
+        f"learning rate of {event.learning_rate:.2e}; {event.num_steps} steps in total"
     )
 
 
@@ -314,7 +313,8 @@ def open_bytes_display() -> Iterator[Observer]:
         def show_lines(event: Event) -> None:
             nonlocal last_line_time
             if not isinstance(event, ProgressEvent):
-                print(printable_line(event), file=sys.stderr, flush=True)
+                if line := printable_line(event):
+                    print(line, file=sys.stderr, flush=True)
             elif time.monotonic() - last_line_time >= _LINE_SECONDS:
                 last_line_time = time.monotonic()
                 text = f"written {show_bytes(event.done_bytes)} of {show_bytes(event.total_bytes)}"
@@ -330,7 +330,7 @@ def open_bytes_display() -> Iterator[Observer]:
             if isinstance(event, ProgressEvent):
                 is_done = event.done_bytes >= event.total_bytes
                 progress.update(task, completed=event.done_bytes, total=event.total_bytes, visible=not is_done)
-            else:
-                progress.console.print(printable_line(event), highlight=False, markup=False)
+            elif line := printable_line(event):
+                progress.console.print(line, highlight=False, markup=False)
 
         yield show

@@ -25,9 +25,8 @@ def render_next_recipe(loaded: LoadedRecipe, verdict: Verdict) -> str:
     if "max_steps" in after.get("train", {}) and "train.max_steps" in " ".join(overrides):
         after["train"].pop("epochs", None)  # the one overrules the other
     lines = dump_text(after).splitlines()
-    keys = dict.fromkeys(text.split("=", 1)[0].partition(".")[::2] for text in overrides)
-    for section, last_key in keys:
-        name = last_key or "name"  # `method=lora` is method.name
+    paths = [text.split("=", 1)[0].partition(".") for text in overrides]
+    for section, name in dict.fromkeys((section, key or "name") for section, _, key in paths):  # method=lora: its name
         line_number, old_section = _find_key_line(lines, section, name), before.get(section)
         if line_number is not None:
             old_value = old_section.get(name, "the default") if isinstance(old_section, dict) else "the default"

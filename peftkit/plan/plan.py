@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -15,14 +17,8 @@ from peftkit.rundir import RunDir, read_sealed
 Dtype = str  # "float32" | "bfloat16" | "float16", as torch names them
 
 
-class _Closed:
-    """A part of the plan that takes no unknown fields when it is read."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
-
 @dataclass(frozen=True)
-class Decision(_Closed):
+class Decision:
     """One decided value. `source` is a recipe line, the command line, "default" or "decided"."""
 
     key: str
@@ -32,7 +28,7 @@ class Decision(_Closed):
 
 
 @dataclass(frozen=True)
-class BasePlan(_Closed):
+class BasePlan:
     """The base model and the precision of its weights."""
 
     id: str
@@ -54,7 +50,7 @@ class BasePlan(_Closed):
 
 
 @dataclass(frozen=True)
-class MethodPlan(_Closed):
+class MethodPlan:
     """The method with targets resolved. `trainable_by_role` is None only in a plan that is refused."""
 
     name: str
@@ -74,7 +70,7 @@ class MethodPlan(_Closed):
 
 
 @dataclass(frozen=True)
-class DataPlan(_Closed):
+class DataPlan:
     """The data that is read and how it becomes tokens and labels."""
 
     train: tuple[str, ...]
@@ -91,7 +87,7 @@ class DataPlan(_Closed):
 
 
 @dataclass(frozen=True)
-class TrainPlan(_Closed):
+class TrainPlan:
     """The settings of training. `num_steps` is None until the number of rows is known.
 
     With `packing` the rows of `batch_size` and `micro_batch` are packs of examples.
@@ -122,7 +118,7 @@ class TrainPlan(_Closed):
 
 
 @dataclass(frozen=True)
-class EvaluatePlan(_Closed):
+class EvaluatePlan:
     """Metrics beside the loss. `generation_batch` prompts are answered at once."""
 
     metric: str | None
@@ -133,7 +129,7 @@ class EvaluatePlan(_Closed):
 
 
 @dataclass(frozen=True)
-class DiagnosePlan(_Closed):
+class DiagnosePlan:
     """The target of the diagnosis, its steps, and the bounds of an escalation.
 
     `look_steps` are the steps at which the run pauses for a diagnosis; its end is diagnosed unless it is off.
@@ -152,7 +148,7 @@ class DiagnosePlan(_Closed):
 
 
 @dataclass(frozen=True)
-class Growth(_Closed):
+class Growth:
     """An escalation: its step, its cause, and its changes of the recipe.
 
     One that did not pay off is rolled back: `kept` is False.
@@ -165,7 +161,7 @@ class Growth(_Closed):
 
 
 @dataclass(frozen=True)
-class Batch(_Closed):
+class Batch:
     """The shapes of one micro-batch.
 
     `num_labels` is the target's length of an encoder-decoder, `num_learnt` counts the tokens in the loss.
@@ -185,7 +181,7 @@ class Batch(_Closed):
 
 
 @dataclass(frozen=True)
-class Peak(_Closed):
+class Peak:
     """The peak of one phase of the work: bytes on the device by component."""
 
     phase: str  # "forward" | "backward" | "optimizer step" | "evaluation" | "checkpoint write" | ...
@@ -197,7 +193,7 @@ class Peak(_Closed):
 
 
 @dataclass(frozen=True)
-class Memory(_Closed):
+class Memory:
     """The memory that a plan needs.
 
     `reserved_bytes` is held by torch's allocator, `context_bytes` by the process beside it.
@@ -209,6 +205,12 @@ class Memory(_Closed):
     context_bytes: int
     host_bytes: int  # optimizer states that live in host memory
     bound: str  # what is known of the error, where the numbers are only a bound
+
+    def __post_init__(self) -> None:
+        sizes = [self.reserved_bytes, self.context_bytes, self.host_bytes]
+        sizes += [size for peak in self.peaks for size in peak.components.values()]
+        if not self.peaks or min(sizes) < 0:
+            raise ValueError("peaks and sizes in bytes are expected")
 
     @property
     def peak(self) -> Peak:
@@ -223,16 +225,11 @@ class Memory(_Closed):
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Memory:
         """Restore the value that `asdict` wrote. Raises ValueError for anything else."""
-        sizes = [value["reserved_bytes"], value["context_bytes"], value["host_bytes"]]
-        for peak in value["peaks"]:
-            sizes += dict(peak["components"]).values()
-        if not value["peaks"] or not all(isinstance(size, int) and size >= 0 for size in sizes):
-            raise ValueError("peaks and sizes in bytes are expected")
-        return cls(**{**value, "peaks": tuple(Peak(**peak) for peak in value["peaks"])})
+        return TypeAdapter(cls).validate_json(json.dumps(value), strict=True)
 
 
 @dataclass(frozen=True)
-class Plan(_Closed):
+class Plan:
     """Everything decided for one run."""
 
     base: BasePlan
@@ -247,6 +244,7 @@ class Plan(_Closed):
     growths: tuple[Growth, ...] = ()
     batch: Batch | None = None  # the largest micro-batch that will come
     memory: Memory | None = None
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # and of its parts, when it is read
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, for plan.json."""
@@ -254,8 +252,13 @@ class Plan(_Closed):
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
-        """Restore the plan that `to_json` wrote. Raises ValueError for unknown, missing and unfit values."""
-        return TypeAdapter(cls).validate_python(value)
+        """Restore the plan that `to_json` wrote. Raises ValueError for unknown, missing and invalid values."""
+        return _plan_adapter().validate_json(json.dumps(value), strict=True)
+
+
+@cache
+def _plan_adapter() -> TypeAdapter[Plan]:
+    return TypeAdapter(Plan)
 
 
 def read_plan(run: RunDir) -> Plan:

@@ -16,10 +16,10 @@ from peftkit.units import show_bytes
 # Where a frame of the traceback stands tells the phase; the innermost that tells anything counts.
 _PHASES = (
     ("/peftkit/model/load.py", "loading"),
-    ("/peftkit/model/adapter.py", "start of the adapter"),
+    ("/peftkit/model/adapter/attach.py", "start of the adapter"),
     ("/peftkit/evaluate/generation.py", "generation"),
     ("/peftkit/evaluate/losses.py", "evaluation"),
-    ("/peftkit/train/snapshot.py", "checkpoint write"),
+    ("/peftkit/train/checkpoint/snapshot.py", "checkpoint write"),
     ("/torch/optim/", "optimizer step"),
     ("/bitsandbytes/optim/", "optimizer step"),
     ("/torch/autograd/graph.py", "backward"),

@@ -110,6 +110,45 @@ class Chat(Options):
 AnySource = str | Source
 
 
+CheckName = Literal[
+    "malformed-rows",
+    "encoding",
+    "missing-fields",
+    "empty-answers",
+    "roles",
+    "chosen-equals-rejected",
+    "preference-length",
+    "secrets",
+    "emails",
+    "control-characters",
+    "mojibake",
+    "special-tokens",
+    "foreign-markers",
+    "duplicates",
+    "near-duplicates",
+    "leakage",
+    "near-leakage",
+    "held-out",
+    "labels",
+    "unseen-labels",
+    "languages",
+    "lengths",
+    "template",
+    "reasoning",
+    "round-trip",
+    "unknown-tokens",
+    "double-bos",
+    "masked-rows",
+    "end-token",
+    "end-agreement",
+    "pad-token",
+    "rows-dropped",
+    "cut-answers",
+    "vocabulary",
+    "enough-data",
+]
+
+
 class Data(Options):
     """Training data and held-out data."""
 
@@ -263,42 +302,3 @@ class Recipe(Options):
                 if isinstance(values.get(key), str):
                     values[key] = {inner: values[key]}
         return values
-
-
-CheckName = Literal[
-    "malformed-rows",
-    "encoding",
-    "missing-fields",
-    "empty-answers",
-    "roles",
-    "chosen-equals-rejected",
-    "preference-length",
-    "secrets",
-    "emails",
-    "control-characters",
-    "mojibake",
-    "special-tokens",
-    "foreign-markers",
-    "duplicates",
-    "near-duplicates",
-    "leakage",
-    "near-leakage",
-    "held-out",
-    "labels",
-    "unseen-labels",
-    "languages",
-    "lengths",
-    "template",
-    "reasoning",
-    "round-trip",
-    "unknown-tokens",
-    "double-bos",
-    "masked-rows",
-    "end-token",
-    "end-agreement",
-    "pad-token",
-    "rows-dropped",
-    "cut-answers",
-    "vocabulary",
-    "enough-data",
-]

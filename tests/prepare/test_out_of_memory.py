@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from peftkit.prepare import out_of_memory
 from peftkit.rundir import RunDir, verify_folder
-from tests.conftest import TINY_LLAMA, chat, write_jsonl
+from tests.conftest import ROOT, TINY_LLAMA, chat, write_jsonl
 
+PLACES = dict(out_of_memory._PHASES)
 ROOM = 170 * 2**20  # beyond what the process has at the limit's start
 RUN = """
 import json, resource, sys
@@ -118,3 +120,13 @@ def test_no_memory_before_the_first_step_shows_in_the_preflight(wide, tmp_path):
     [problem] = json.loads(stopped.stdout)
     assert "before the first step" in problem["got"]
     assert RunDir(tmp_path / "run").checkpoint_steps() == []
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_place_of_an_error_tells_its_phase(place):
+    """And our own places are files that exist: a file that moved would turn its errors into the forward's."""
+    if place.startswith("/peftkit/"):
+        assert (ROOT / place.removeprefix("/")).is_file()
+    with pytest.raises(MemoryError) as raised:
+        exec(compile("raise MemoryError", f"/somewhere{place}", "exec"))
+    assert out_of_memory.find_shortage(raised.value, step=2, occupied_bytes=1).phase == PLACES[place]

@@ -71,5 +71,5 @@ def test_a_memory_that_is_none_is_refused(change):
         "bound": "",
     }
     assert Memory.from_json(whole).peak.allocated_bytes == 1
-    with pytest.raises(ValueError, match="bytes are expected"):
+    with pytest.raises(ValueError, match=r"bytes are expected|valid integer"):
         Memory.from_json({**whole, **change})

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     verification = api.verify_run(arguments.run)
     if arguments.json:
-        print_json({**asdict(verification), "faults": verification.faults})
+        print_json({**asdict(verification), "path": str(verification.path), "faults": verification.faults})
     else:
         print_verification(verification)
     return 2 if verification.faults else 0
