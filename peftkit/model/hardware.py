@@ -37,7 +37,7 @@ def _detect_cpu() -> DeviceFacts:
     return DeviceFacts(
         kind="cpu",
         name=fields.get("model name", "CPU"),
-        memory_bytes=psutil.virtual_memory().total,
+        memory_bytes=memory.total,
         used_bytes=used_by_others,
         supports_bf16=has_bf16,
         has_bitsandbytes=_has_bitsandbytes(),
@@ -50,7 +50,7 @@ def detect_device_without_torch() -> DeviceFacts:
         return replace(_detect_cpu(), kind="mps", name="Apple GPU", supports_bf16=False)
     nvidia_smi, visible_devices = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
     if nvidia_smi is None or visible_devices in {"", "-1"}:
-        detect_nvidia = None
+        gpu = None
     else:
         selection = ["-i", visible_devices.split(",")[0]] if visible_devices else []
         query = [
@@ -64,7 +64,7 @@ def detect_device_without_torch() -> DeviceFacts:
             name, mebibytes, used_mebibytes, capability = (
                 part.strip() for part in result.stdout.splitlines()[0].split(",")
             )
-            detect_nvidia = DeviceFacts(
+            gpu = DeviceFacts(
                 kind="cuda",
                 name=name,
                 memory_bytes=int(mebibytes) * 2**20,
@@ -73,8 +73,8 @@ def detect_device_without_torch() -> DeviceFacts:
                 used_bytes=int(used_mebibytes) * 2**20,
             )
         except (subprocess.SubprocessError, OSError, ValueError, IndexError):
-            detect_nvidia = None  # torch has the last word, and a difference is told
-    return detect_nvidia or _detect_cpu()
+            gpu = None  # torch has the last word, and a difference is reported
+    return gpu or _detect_cpu()
 
 
 def detect_device() -> DeviceFacts:

@@ -93,8 +93,8 @@ def load_tokenizer(source: str, plan: BasePlan) -> PreTrainedTokenizerBase:
         # labels are masked by position, so that a padding token that is the end token hides nothing
         added_tokens = tokenizer.added_tokens_decoder.values()
         names = [token.content for token in added_tokens if token.special and _RESERVED_TOKEN.search(token.content)]
-        find_reserved_token = min(names, key=lambda name: "pad" not in name.lower(), default=None)
-        tokenizer.pad_token = find_reserved_token or tokenizer.eos_token
+        reserved_token = min(names, key=lambda name: "pad" not in name.lower(), default=None)
+        tokenizer.pad_token = reserved_token or tokenizer.eos_token
     return tokenizer
 
 
@@ -140,9 +140,7 @@ def load_model(
     auto_class = getattr(transformers, AUTO_CLASSES[cast(Task, plan.task)])
     try:
         with patched_loading(plan):
-            from transformers import AutoConfig
-
-            config = AutoConfig.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(
                 source,
                 revision=plan.revision,
                 trust_remote_code=plan.trust_remote_code,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-def build_quantization_config(base: BasePlan) -> BitsAndBytesConfig:
+def build_quantization_config(base: BasePlan) -> BitsAndBytesConfig | None:
     """Build transformers' BitsAndBytesConfig for a plan; None where the base is not quantized."""
     if base.quant_type is None:
         return None

@@ -38,9 +38,9 @@ def test_a_checkpoint_that_could_not_be_written_gives_the_best_back():
     progress = EvalProgress()
     progress.note(2.0, 10, 0.0)
     progress.note(1.5, 20, 0.0)
-    progress.missing(15)
+    progress.lost(15)
     assert progress.best_step == 20
-    progress.missing(20)
+    progress.lost(20)
     assert (progress.best_step, progress.best_loss) == (10, 2.0)
     assert not progress.note(1.0, 30, 0.0, has_checkpoint=False)
     assert (progress.best_step, progress.last_step) == (10, 30)

@@ -58,7 +58,7 @@ def _embedding_name(model: PreTrainedModel) -> str:
 def attach_adapter(
     model: PreTrainedModel,
     plan: Plan,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     eva_batches: Iterable[Mapping[str, Any]] = (),
 ) -> PreTrainedModel:
@@ -73,15 +73,13 @@ def attach_adapter(
         return model
     import peft
 
-    # raise UserError for targets that match no module or parameter:
+    # PEFT silently drops targets that match nothing
     parameters = [name for name, _ in model.named_parameters()]
     modules = [name for name, _ in model.named_modules() if name]
     problems = unmatched_targets(modules, plan.method.target_modules, "method.targets")
     problems += unmatched_targets(parameters, plan.method.target_parameters, "method.targets", what="parameter")
     if problems:
         raise UserError(problems)
-    # build PEFT's configuration of the plan's adapter
-
     spec = plan.method.peft
     assert spec is not None
     arguments = deepcopy(dict(spec.arguments))  # PEFT writes into lists that it is given
@@ -163,7 +161,7 @@ def _role(name: str, plan: Plan, *, table: str, head: str) -> str:
     if plan.method.peft is None:
         return "the rest"
     if ".lora_" in name and plan.method.target_parameters:
-        # return the role of a LoRA tensor of fused experts
+        # PEFT nests its wrappers of several parameters of one module: the outermost is the last one named
         inner = place.count(".base_layer.")
         experts = [role for module, role in plan.method.roles.items() if role.startswith("experts")]
         return experts[-1 - inner] if inner < len(experts) else experts[0]

@@ -108,10 +108,7 @@ def read_edits(
     edits_by_parameter: dict[str, list[Edit]] = {}
     used_tensors: set[str] = set()
     peft_model = _peft_model_of(model, folder)
-
-    if peft_model.peft_config["default"].peft_type == "ADALORA":
-        pass
-    else:
+    if peft_model.peft_config["default"].peft_type != "ADALORA":  # its file holds the ranks that are left
         expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
         problems = [
             Problem(
@@ -191,7 +188,7 @@ def _layer_edits(peft_model: Any, tensor_names: Collection[str]) -> Iterator[tup
             value = {"value": f"{owner_name}.trainable_tokens_delta"}
             yield f"{_base_name(name).removesuffix('.token_adapter')}.weight", Edit("rows", value, ids=ids)
         elif isinstance(module, IA3Layer):
-            # yield IA3's scaling of outputs and bias, or of a feed-forward layer's inputs (Liu et al
+            # IA3 (Liu et al. 2022) scales outputs and their bias, or the inputs of a feed-forward layer
             scales, base_name = {"value": f"{name}.ia3_l"}, _base_name(name)
             of_inputs = bool(module.is_feedforward)
             edit = Edit("scale", scales, transposed=bool(module.fan_in_fan_out), scales_inputs=of_inputs)
@@ -203,7 +200,7 @@ def _layer_edits(peft_model: Any, tensor_names: Collection[str]) -> Iterator[tup
             parts |= {"A": "base_model.vera_A", "B": "base_model.vera_B"}
             yield f"{_base_name(name)}.weight", Edit("vera", parts, transposed=bool(module.fan_in_fan_out))
         elif isinstance(module, AdaLoraLayer):
-            # return AdaLoRA's edit:
+            # PEFT divides by the rank that training began with, plus 1e-5, whatever rank is left
             scale = float(module.scaling["default"]) / (module.r["default"] + 1e-5)
             adalora_factors = {part: f"{name}.lora_{part}" for part in ("A", "B", "E")}
             adalora_edit = Edit("lora", adalora_factors, scale, transposed=bool(module.fan_in_fan_out))

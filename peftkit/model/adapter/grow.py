@@ -103,16 +103,15 @@ def grow_adapter(
     """Return the checkpoint of the new adapter that computes the same function as the old one.
 
     Args:
-    trained, optimizer: the old checkpoint's, `optimizer` with tensors and plain values alike.
-    initial: the trainable tensors of the new model at initialisation.
-    old, new: the `adapted_weights` of both models.
-    directions: (k, d_in), or (num_experts, k, d_in), by the weight's name in the base: new rows of A,
-        or the first rows of a new module's A. Those beyond the free rows are dropped; PEFT's own fill
-        the rest.
-        All new rows get the mean norm of the old ones.
+        trained, optimizer: the old checkpoint's, `optimizer` with tensors and plain values alike.
+        initial: the trainable tensors of the new model at initialisation.
+        old, new: the `adapted_weights` of both models.
+        directions: (k, d_in), or (num_experts, k, d_in), by the weight's name in the base: new rows of A,
+            or the first rows of a new module's A. Those beyond the free rows are dropped; PEFT's own fill
+            the rest.
 
-    Raises PeftkitError where the new adapter cannot hold the old one, or its B A is not zero at
-    initialisation.
+    All new rows get the mean norm of the old ones. Raises PeftkitError where the new adapter cannot hold the
+    old one, or its B A is not zero at initialisation.
     """
     states: dict[str, _StateFields] = {}
     for key, value in optimizer.items():
@@ -250,9 +249,7 @@ def _grow_pair(
     ones.
     """
     num_experts = initial[0].shape[0] // adapted.rank
-    if not (initial[0].any() and initial[1].any()):
-        pass
-    else:
+    if initial[0].any() and initial[1].any():
         a = _by_expert(initial[0], num_experts).double()
         b = initial[1].double().view(initial[1].shape[0], -1, num_experts)
         inner, outer = torch.einsum("eri,eqi->erq", a, a), torch.einsum("ore,oqe->erq", b, b)

@@ -61,7 +61,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     check_model_folder(folder)
     check_adapter_weights(folder)
     shapes = _read_shapes(folder)
-    # raise UserError for configured sizes beyond any in the file:
+    # PEFT would allocate sizes from the configuration beyond those in the file
     config = read_adapter_config(folder)
     largest = max((max(shape, default=1) for shape in shapes.values()), default=0)
     ranks = config.get("rank_pattern")
@@ -183,7 +183,7 @@ def _compare_with_file(peft_model: object, folder: Path, shapes: dict[str, tuple
 
     file = str(folder / ADAPTER_WEIGHTS)
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    # return the embeddings saved with the adapter, if any are among `extra_names`
+    # PEFT saves the embeddings beside an adapter that changed the vocabulary
     extra_names = shapes.keys() - expected.keys()
     from peft import get_peft_model_state_dict
 

@@ -139,8 +139,8 @@ def convert_weights(path: Path, *, out: Path) -> Converted:
             )
         # as transformers and PEFT look for them
         single_name = "adapter_model" if sources[0].name.startswith("adapter") else "model"
-        shard_names = [f"model-{i:05d}-of-{len(sources):05d}" for i in range(1, len(sources) + 1)]
-        names = shard_names if len(sources) > 1 else [single_name]
+        numbered_names = [f"model-{i:05d}-of-{len(sources):05d}" for i in range(1, len(sources) + 1)]
+        names = numbered_names if len(sources) > 1 else [single_name]
         targets = [staging / f"{name}.safetensors" for name in names]
         jobs = [(s, t, _MAX_EXPANSION * n + 2**20) for s, t, n in zip(sources, targets, sizes, strict=True)]
         results = _run_reader(jobs)

@@ -46,7 +46,7 @@ def contained_file(folder: Path, name: str) -> Path:
     Raises UserError where the name or a symlink leads out of the folder.
     """
     path = folder / name
-    # return the folder that symlinks may lead into:
+    # symlinks may lead into the folder, or into its repository of a hub cache
     resolved = folder.resolve()
     repository = resolved.parent.parent
     is_snapshot = resolved.parent.name == "snapshots" and (repository / "blobs").is_dir()

@@ -1,4 +1,4 @@
-"""Conversion of pickled weights to safetensors: a separate program, run by peftkit.model.convert.
+"""Conversion of pickled weights to safetensors: a separate program, run by peftkit.model.base.convert.
 
 It is the only file that reads such weights, and it trusts nothing: torch's restricted reader accepts tensors
 only; memory is capped; and once it reads, this process may start no program, open no socket, and write,
@@ -15,6 +15,7 @@ import re
 import resource
 import sys
 import zipfile
+from collections.abc import Mapping
 from pickle import UnpicklingError
 from typing import Any
 
@@ -61,6 +62,21 @@ def _equal_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(*flat)
 
 
+def _with_own_storage(tensors: Mapping[str, torch.Tensor], max_bytes: int) -> dict[str, torch.Tensor]:
+    """Return every tensor with a storage of its own, as safetensors asks. Raises _Refused beyond `max_bytes`."""
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if num_bytes > max_bytes:
+        raise _Refused(f"tensors that expand to {num_bytes:,} bytes, more than the {max_bytes:,} allowed")
+    separate, storages = {}, set[int]()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        owns_storage = tensor.is_contiguous() and tensor.numel() * tensor.element_size() == storage.nbytes()
+        is_first = storage.data_ptr() not in storages
+        separate[name] = tensor.detach() if owns_storage and is_first else tensor.detach().contiguous().clone()
+        storages.add(storage.data_ptr())
+    return separate
+
+
 def convert_file(source: str, target: str, max_bytes: int) -> dict[str, Any]:
     """Convert one file to safetensors and compare what was written. Returns names and sizes."""
     with open(source, "rb") as file:  # noqa: PTH123
@@ -87,19 +103,8 @@ def convert_file(source: str, target: str, max_bytes: int) -> dict[str, Any]:
             raise _Refused(f"{name!r} is {type(value).__name__}, expected a flat dict of tensors")
         if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
             raise _Refused(f"{name!r} is no plain tensor ({value.layout}, {value.device})")
-    check_tensors = {name: value.detach() for name, value in content.items()}
-    # return every tensor with a storage of its own, as safetensors asks
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in check_tensors.values())
-    if num_bytes > max_bytes:
-        raise _Refused(f"tensors that expand to {num_bytes:,} bytes, more than the {max_bytes:,} allowed")
-    storages: set[int] = set()
-    separate = {}
-    for name, tensor in check_tensors.items():
-        storage = tensor.untyped_storage()
-        owns_storage = tensor.is_contiguous() and tensor.numel() * tensor.element_size() == storage.nbytes()
-        separate[name] = tensor if owns_storage and storage.data_ptr() not in storages else tensor.contiguous().clone()
-        storages.add(storage.data_ptr())
-    tensors = separate
+    tensors = _with_own_storage(content, max_bytes)
+    content = value = None  # the originals of copies
     save_file(tensors, target, metadata={"format": "pt"})
     with safe_open(target, framework="pt") as output:
         mismatched = [name for name, tensor in tensors.items() if not _equal_bytes(output.get_tensor(name), tensor)]
@@ -114,9 +119,7 @@ def main() -> int:
     jobs = json.load(sys.stdin)
     results: list[dict[str, Any]] = []
     num_bytes = 3 * max((max_bytes for _, _, max_bytes in jobs), default=0)
-    if sys.platform != "linux":
-        pass
-    else:
+    if sys.platform == "linux":
         with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123  nothing but the system is asked
             used_bytes = int(file.read().split()[0]) * resource.getpagesize()
         limit = used_bytes + num_bytes + _SPARE_BYTES
@@ -130,13 +133,14 @@ def main() -> int:
         except BaseException as error:  # noqa: BLE001  a hostile file may make anything of it: told, never run
             text = str(error).strip()
             if isinstance(error, MemoryError):
-                describe_fault = "it needs more memory than its size allows"
+                fault = "it needs more memory than its size allows"
             elif isinstance(error, UnpicklingError):
                 match = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", text)
-                describe_fault = f"code or objects in it ({match[1]})" if match else "code or objects in it"
+                fault = f"code or objects in it ({match[1]})" if match else "code or objects in it"
             else:
-                describe_fault = text.splitlines()[0] if text else type(error).__name__
-            print(json.dumps({"fault": describe_fault[:300], "source": source}))
+                # torch's messages go on to advise the reader that runs code
+                fault = text.splitlines()[0] if text else type(error).__name__
+            print(json.dumps({"fault": fault[:300], "source": source}))
             return 1
     print(json.dumps({"made": results}))
     return 0

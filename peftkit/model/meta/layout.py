@@ -63,10 +63,9 @@ def place_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Pla
             placements[name] = Placement(parameter)
         else:
             num_experts = int(state[parameter].shape[0])
-            # return the place of a tensor that transformers fuses with others
+            # a tensor that transformers fuses with others
             placement = Placement(parameter, num_experts=num_experts)
             converter = by_pattern[pattern]
-
             operations = converter.operations
             num_parts = len(converter.source_patterns)
             operation_types = tuple(type(operation) for operation in operations)

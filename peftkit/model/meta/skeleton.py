@@ -33,8 +33,6 @@ def fetch_weights(source: str, plan: BasePlan) -> Path:
 
     folder = local_base_folder(source, plan.revision)
     if folder is None or not (weight_files(folder) or Path(source).is_dir()):
-        # download the base's files
-
         try:
             snapshot = snapshot_download(source, revision=plan.revision, allow_patterns=list(_DOWNLOAD_PATTERNS))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -54,7 +52,7 @@ def fetch_weights(source: str, plan: BasePlan) -> Path:
 class BaseLayout:
     """The layout of a base.
 
-    `shapes` by parameter; `in_4bit` as `find_4bit_layers`; `tied_parameters` as `tied_parameters`.
+    `shapes` by parameter; `in_4bit` as `find_4bit_layers` returns it, `ties` as `tied_parameters` does.
     `config` is the merged model's config.json: the base's own, with the changes that training made.
     """
 
@@ -90,7 +88,7 @@ def read_base_layout(
     with patched_loading(plan):
         model = meta_model(source, plan, vocabulary=vocabulary)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        # return the base's config.json with the trained model's changes:
+        # the base's config.json with what differs in the trained model: head, labels, positions
         file_values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         base_config = AutoConfig.from_pretrained(
             source, revision=plan.revision, trust_remote_code=plan.trust_remote_code

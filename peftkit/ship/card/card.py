@@ -38,7 +38,7 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|$~])")
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """Facts of the base: `id` only where the Hub knows it by that, `display_name` otherwise.
+    """Facts of the base: `id` only where the Hub knows it by that; `said` is its name otherwise.
 
     `license_name` and `license_link` go with the licence "other", as the Hub has it.
     """
@@ -73,7 +73,7 @@ class TrainingDataFacts:
 
 @dataclass(frozen=True)
 class Score:
-    """A metric before and after training, with a 95 % interval over `num` of `unit`."""
+    """A metric before and after training, with a 95 % interval over `num` of what `of` names."""
 
     name: str
     after: float
@@ -117,7 +117,7 @@ class CardFacts:
 
 
 def is_hub_id(text: str | None) -> bool:
-    """Return whether a text reads like owner/name (or a Hub's own name), not like a path or a secret."""
+    """Return whether a text reads like owner/name (or a bare name such as gpt2), not like a path or a secret."""
     return len(text or "") <= 96 and _is_code_safe(text, _HUB_ID)
 
 
@@ -186,14 +186,12 @@ def render_card(facts: CardFacts) -> str:
         ("Merge fidelity", _fidelity_rows(facts.merge)),
         ("Versions", list(facts.versions.items())),
     ):
-        # the rows that say something as a table; empty where none does
         cells = [
             (label, _format_value(value)) for label, value in rows if value is not None and value not in ("", (), [])
         ]
         lines = [f"| {_escape_markdown(label)} | {value} |\n" for label, value in cells]
-        render_table = "".join(["| | |\n|---|---|\n", *lines]) if lines else ""
-        if table := render_table:
-            parts.append(f"## {heading}\n\n{table}")
+        if lines:  # only rows that say something, only tables that have rows
+            parts.append("".join([f"## {heading}\n\n| | |\n|---|---|\n", *lines]))
     usage = render_usage(
         layout=facts.layout,
         name=_sanitize(facts.name) if is_hub_id(facts.name) and "/" in facts.name else FOLDER_PLACEHOLDER,

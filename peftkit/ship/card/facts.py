@@ -74,7 +74,8 @@ def read_run_facts(
     sha256 = fingerprints.get("data")
     sources = plan.data.train
     data_facts = TrainingDataFacts(
-        names=tuple(map(_source_name, sources)),
+        # without folders, passwords and queries
+        names=tuple(redact_url(s) if is_url(s) else Path(s).name if is_data_path(s) else s for s in sources),
         hub_ids=tuple(name for name in sources if not is_data_path(name) and is_hub_id(name)),
         num_train=counts.get("num_train"),
         num_eval=counts.get("num_eval"),
@@ -122,7 +123,7 @@ def read_adapter_facts(
     tasks = {peft_task: task for task, peft_task in PEFT_TASKS.items()}
     versions = {**({"peft": config["peft_version"]} if config.get("peft_version") else {})}
     versions |= {key: value for key, value in sealed.get("versions", {}).items() if value}
-    # return the facts of the base that an adapter names, with more where peftkit wrote its identity
+    # the base that the adapter names; its identity, where peftkit wrote one, says more
     identity = read_identity(folder)
     source = str(identity.get("id") or config.get("base_model_name_or_path") or "")
     revision = identity.get("revision") or config.get("revision")
@@ -233,15 +234,8 @@ def _is_plain_lora(class_name: str, config: Mapping[str, object]) -> bool:
     return class_name == "LoraConfig" and is_unset and config.get("init_lora_weights", True) in {True, "gaussian"}
 
 
-def _source_name(source: str) -> str:
-    """A source of data without folders, passwords and queries."""
-    if is_url(source):
-        return redact_url(source)
-    return Path(source).name if is_data_path(source) else source
-
-
 def _count_parameters(file: Path) -> int:
-    """Numbers in a safetensors file. Raises UserError where it is damaged."""
+    """Count the numbers in a safetensors file. Raises UserError where it is damaged."""
     try:
         with safe_open(file, framework="np") as tensors:
             return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118

@@ -31,7 +31,9 @@ def render_usage(*, name: str, task: str, rank: int | None, plain_lora: bool, **
     `facts` are layout, base, revision, num_labels, chats, dtype, quant_type, double_quant and compute_dtype.
     All of them must be safe to stand in code.
     """
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         **_DOCS,
         **facts,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from peftkit.errors import PeftkitError, Problem, UserError
@@ -41,18 +40,14 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
             notes = _rewrite_for_vllm(adapter, staging)
         else:
             refuse_non_finite(read_all_entries([folder / ADAPTER_WEIGHTS]))
-            for name in [name for name in _ADAPTER_FILES if (folder / name).is_file()]:
-                shutil.copyfile(folder / name, staging / name)
-        for file in _tokenizer_files(folder):
-            shutil.copyfile(file, staging / file.name)
+            for name in _ADAPTER_FILES:
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, staging / name)
+        for file in sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}):
+            if file.is_file() and file.name != MANIFEST:
+                shutil.copyfile(file, staging / file.name)
         write_card(staging, path, name=options.repo or out.name, layout="adapter")
     return Exported(str(out), file_sizes(out), notes)
-
-
-def _tokenizer_files(folder: Path) -> Iterator[Path]:
-    for path in sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}):
-        if path.is_file() and path.name != MANIFEST:
-            yield path
 
 
 def _rewrite_for_vllm(adapter: Adapter, staging: Path) -> tuple[str, ...]:

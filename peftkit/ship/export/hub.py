@@ -62,7 +62,6 @@ def push_folder(
     sent, for pickles, files that are incomplete or hold secrets, and where the Hub may not be contacted; and
     for what the Hub refuses.
     """
-    # (names to push, names left out)
     if not folder.is_dir():
         raise UserError(Problem(str(folder), "no folder", "a folder with an adapter or a model"))
     check_model_folder(folder)
@@ -90,12 +89,12 @@ def push_folder(
         read_adapter_config(folder).get("base_model_name_or_path") if (folder / ADAPTER_CONFIG).is_file() else None
     )
     local_base = named_base if isinstance(named_base, str) and named_base and not is_hub_id(named_base) else None
-    if (base := local_base) is not None:
-        tell(f"{ADAPTER_CONFIG} names its base by a path, {base}: others cannot load it, and it reveals your folders")
+    if local_base is not None:
+        note = "others cannot load it, and it reveals your folders"
+        tell(f"{ADAPTER_CONFIG} names its base by a path, {local_base}: {note}")
 
     try:
-        # create repository and branch where they are missing, and commit all files; return the URL
-
+        # one commit; repository and branch are created where they are missing
         api = HfApi()
         api.whoami()  # first: without a login the Hub says of everything that it is not there
         repo_id = api.create_repo(repo, private=private, exist_ok=True).repo_id

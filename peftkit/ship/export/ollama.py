@@ -179,8 +179,6 @@ def render_go_template(separators: MessageSeparators) -> str:
 
 def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
     """Write a folder for `ollama create NAME -f Modelfile`. Raises UserError as the GGUF export does."""
-    pass  # MOVED
-
     if options.lora:
         got, fix = "an adapter without its base", "leave out --lora: Ollama runs the merged model everywhere"
         raise UserError(Problem("--lora", got, "the merged model", fix))

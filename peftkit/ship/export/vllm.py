@@ -68,7 +68,7 @@ def write_for_vllm(
     *,
     parameters: Collection[str],
 ) -> VllmAdapter:
-    """Write configuration and weights into `out`, a folder that is there; `parameters` are all of the base's.
+    """Write configuration and weights into `out`, a folder that exists; `parameters` are all of the base's.
 
     Scales are folded into B, ranks padded with zeros to the largest, both exact but for one rounding of B.
     Raises UserError for what vLLM rejects.
@@ -87,7 +87,7 @@ def write_for_vllm(
 
 
 def _scaled_pair(edit: Edit, tensors: Mapping[str, TensorEntry]) -> LoraPair:
-    """A and B with the scale in B."""
+    """Return A and B with the scale in B."""
     a, b = (tensors[edit.tensors[side]].read() for side in "AB")
     if "E" in edit.tensors:  # AdaLoRA's singular values
         a = (a.float() * tensors[edit.tensors["E"]].read().float()).to(a.dtype)

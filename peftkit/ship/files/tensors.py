@@ -108,7 +108,7 @@ def _parse_entry(file: Path, name: str, fields: Mapping[str, Any], data_start: i
     start, end = (int(offset) for offset in fields["data_offsets"])
     shape = tuple(int(size) for size in fields["shape"])
     if fields["dtype"] not in SAFETENSORS_DTYPES:
-        return TensorEntry(name, torch.uint8, (end - start,), file, data_start + start)  # told of by `entries`
+        return TensorEntry(name, torch.uint8, (end - start,), file, data_start + start)  # reported by read_entries
     entry = TensorEntry(name, SAFETENSORS_DTYPES[fields["dtype"]], shape, file, data_start + start)
     if min(shape, default=0) < 0 or start < 0 or end - start != entry.num_bytes:
         raise ValueError(f"{name} with offsets that do not fit its shape")

@@ -86,6 +86,7 @@ def merge_combined(
         for index, (adapter_edits, read, adapter_weight) in zip(indices, active, strict=True):
             delta = adapter_delta(weight, adapter_edits, read, place=place)
             if combination.how == "dare":
+                # the same for a weight whatever else is merged, and whichever file holds it
                 text = f"{combination.seed} {index} {place.parameter} {place.expert} {place.part}"
                 weight_seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
                 delta = dare(delta, combination, weight_seed)

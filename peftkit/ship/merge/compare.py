@@ -115,7 +115,7 @@ def verify_merge(
         BaseComparison(base, measure_fidelity(trained_outputs, outputs_by_base[base], base_outputs=base_outputs))
         for base in (DEQUANTIZED, ORIGINAL)
     )
-    # how much lower the second's loss is, paired by row
+    # how much lower the loss on the original base is, paired by row
     before = outputs_by_base[DEQUANTIZED]
     after = outputs_by_base[ORIGINAL]
     documents = tuple(range(len(before.losses.sums)))

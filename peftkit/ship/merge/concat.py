@@ -90,15 +90,14 @@ def write_concatenated(
     def pair(module: str) -> LoraPair:
         # A of all, and B of all with weights and scales
         parts = parts_by_module[module]
-        a = [factors["A"].float() * factors.get("E", torch.ones(1, 1)).float() for _, factors, _ in parts]
-        b = [factors["B"].float() * (weight * edit.scale) for weight, factors, edit in parts]
-        stack_factors = torch.cat(a), torch.cat(b, dim=1)
-        factors, exact_sum = stack_factors, _exact_sum(parts_by_module[module])
+        a = [f["A"].float() * f.get("E", torch.ones(1, 1)).float() for _, f, _ in parts]
+        b = [f["B"].float() * (weight * edit.scale) for weight, f, edit in parts]
+        factors, exact_sum = (torch.cat(a), torch.cat(b, dim=1)), _exact_sum(parts)
         if target_rank < factors[0].shape[0]:
             factors = _truncated_svd(factors, target_rank)
         residual = (exact_sum - factors[1].double() @ factors[0].double()).square().sum()
         residuals[module] = float(residual), float(exact_sum.square().sum())
-        part_energies[module] = sum(float(_exact_sum([part]).square().sum()) for part in parts_by_module[module])
+        part_energies[module] = sum(float(_exact_sum([part]).square().sum()) for part in parts)
         return factors
 
     write_plain_lora(out, config, list(parts_by_module), pair, rank=target_rank, parameters=parameters)
@@ -164,8 +163,6 @@ def concat_adapters(paths: Sequence[Path], out: Path, options: MergeOptions, *, 
 
     Raises UserError where one is more than LoRA of weights, or of another base.
     """
-    pass  # MOVED
-
     if options.combine != "sum":
         got, fix = f"{options.combine} with --as-adapter", "leave out --as-adapter, or --combine"
         raise UserError(Problem("--combine", got, "sum", fix))

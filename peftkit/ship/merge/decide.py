@@ -79,7 +79,7 @@ class MergeJob:
     combination: Combination
     base: str
     base_folder: Path
-    tensors: tuple[Any, ...]  # name -> Entry, of each adapter's file
+    tensors: tuple[Any, ...]  # name -> TensorEntry, of each adapter's file
     plans: dict[str, Any]  # choice of base -> MergePlan
 
     @property
@@ -100,7 +100,7 @@ class AdapterSet:
 
     adapters: tuple[Adapter, ...]
     how: Combination
-    sources: tuple[tuple[Any, Any], ...]  # of each: its edits, and name -> Entry of its file
+    sources: tuple[tuple[Any, Any], ...]  # of each: its edits, and name -> TensorEntry of its file
     vocabulary_size: int | None
     parameters: frozenset[str]
 
@@ -111,8 +111,7 @@ def read_adapter_set(paths: Sequence[Path], options: MergeOptions) -> AdapterSet
     adapters = tuple(find_adapter(path, base=options.base_model) for path in paths)
     for adapter in adapters:
         refuse_unmergeable(adapter.folder, adapter.config)
-    # raise UserError where adapters differ in base, quantization, task, classes or configuration
-
+    # one base, quantization, task, classes and configuration for all
     first = adapters[0]
     first_identity = base_identity(first.source, first.base)
     for other in adapters[1:]:
@@ -132,7 +131,7 @@ def read_adapter_set(paths: Sequence[Path], options: MergeOptions) -> AdapterSet
             if first_value != other_value:
                 got = f"{name}: {other_value or 'none'}"
                 raise UserError(Problem(str(other.folder), got, f"{first_value or 'none'}, as the first's"))
-    first, tensors = (adapters[0], [read_all_entries([adapter.folder / ADAPTER_WEIGHTS]) for adapter in adapters])
+    tensors = [read_all_entries([adapter.folder / ADAPTER_WEIGHTS]) for adapter in adapters]
     for file_tensors in tensors:
         refuse_non_finite(file_tensors)
     shapes = [{name: entry.shape for name, entry in file_tensors.items()} for file_tensors in tensors]

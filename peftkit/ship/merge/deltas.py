@@ -27,7 +27,7 @@ def merge_weight(
     if len(edits) == 1 and edits[0].kind in {"lora", "embedding"} and weight.dtype == dtype:
         return _add_low_rank(weight, edits[0], read)
     if len(edits) == 1 and edits[0].is_additive and weight.dtype == dtype:
-        # the sum, in place and slice by slice:
+        # in place and slice by slice: no third copy of the weight is made
         delta = edit_delta(edits[0], read, place=place, shape=weight.shape)
         rows = max(1, _SLICE_NUMBERS // max(1, weight[0].numel())) if weight.ndim else 1
         for weight_slice, delta_slice in zip(torch.split(weight, rows), torch.split(delta, rows), strict=True):

@@ -47,11 +47,10 @@ def merge(paths: Sequence[Path], out: Path, options: MergeOptions, *, observer: 
         require_free_space(out, num_bytes, what="the merged model", fix="make room, or choose another --out")
         with explain_disk_errors(out, num_bytes):
             # write, compare, and publish what holds
-            path = paths[0]
             with publish_folder(out, sealed=False) as staging:
                 start_time = time.monotonic()
                 write_merge(job, job.base, staging, observer)
-                # build the report of a merge before any comparison
+                # names only, no folders: the report travels with the model
                 plan, first = job.plans[job.base], job.adapters[0]
                 weights = job.combination.weights
                 unverified_report = MergeReport(
@@ -82,12 +81,11 @@ def merge(paths: Sequence[Path], out: Path, options: MergeOptions, *, observer: 
                 report = verify_merge(job, report, staging, base_choices, rows, observer)
                 if not report.passed and not job.options.force:
                     raise PeftkitError(
-                        f"the merged model differs from the trained one: {report.problem}. Nothing was "
-                        "written; "
+                        f"the merged model differs from the trained one: {report.problem}. Nothing was written; "
                         "--force writes it all the same"
                     )
                 write_json(staging / REPORT_FILE, report.to_json())
-                write_card(staging, path, name=out.name, layout="model", merge_report=report.to_json())
+                write_card(staging, paths[0], name=out.name, layout="model", merge_report=report.to_json())
             return report
 
 

@@ -21,7 +21,7 @@ class OutputTensor:
     """One tensor to write. `source` is None where only the adapter has it (a task's head).
 
     `is_4bit`: training held it in 4-bit; `is_transposed_4bit`: quantized in transposed layout;
-    `roundtrip_4bit`: goes through 4-bit before the adapter is added.
+    `in_4bit`: goes through 4-bit before the adapter is added.
     """
 
     name: str

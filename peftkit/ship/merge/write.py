@@ -65,8 +65,8 @@ def write_merged(plan: MergePlan, sources: MergeSources, folder: Path, *, progre
     if list(tensor_bytes) != [SINGLE_FILE]:
         write_json(folder / INDEX_FILE, shard_index(tensor_bytes))
     config = dict(plan.config)
-    if sources.requantize:
-        config["quantization_config"] = build_quantization_config(sources.base).to_dict()
+    if sources.requantize and (quantization := build_quantization_config(sources.base)):
+        config["quantization_config"] = quantization.to_dict()
     write_json(folder / "config.json", config)
 
 
@@ -93,7 +93,7 @@ def check_combination_identity(plan: MergePlan, reads: Sequence[TensorReader], c
 def _stored_tensors(
     output: OutputTensor, value: torch.Tensor, sources: MergeSources
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """A tensor as it is written: itself, or its codes in 4-bit with their scales."""
+    """Yield a tensor as it is written: itself, or its codes in 4-bit with their scales."""
     if sources.requantize and output.is_4bit:
         dense = value.to(getattr(torch, sources.base.dtype))
         packed = pack_4bit(dense, sources.base, transposed=output.is_transposed_4bit)
@@ -167,19 +167,17 @@ class _BaseWeights:
                     output.source.read().to(base_dtype), self._base, transposed=output.is_transposed_4bit
                 )
             if place.parameter not in self._fused_cache:
-                # return all experts of a parameter, fused as in the model
+                # all experts of the parameter, fused as in the model
                 outputs = self._expert_outputs[place.parameter]
                 first_output = outputs[0]
                 assert first_output.place is not None and first_output.source is not None
                 shape = list(first_output.source.shape)
                 shape[first_output.place.axis] *= first_output.place.num_parts
-                fuse_experts = torch.empty(
-                    (first_output.place.num_experts, *shape), dtype=getattr(torch, self._base.dtype)
-                )
+                fused = torch.empty((first_output.place.num_experts, *shape), dtype=getattr(torch, self._base.dtype))
                 for fused_output in outputs:
                     assert fused_output.place is not None and fused_output.source is not None
-                    _expert_part(fuse_experts, fused_output.place).copy_(fused_output.source.read())
-                self._fused_cache[place.parameter] = round_trip_4bit(fuse_experts, self._base, transposed=False)
+                    _expert_part(fused, fused_output.place).copy_(fused_output.source.read())
+                self._fused_cache[place.parameter] = round_trip_4bit(fused, self._base, transposed=False)
                 while len(self._fused_cache) > _CACHED_STACKS:
                     self._fused_cache.popitem(last=False)
             return _expert_part(self._fused_cache[place.parameter], place).clone()

@@ -27,7 +27,7 @@ from peftkit.plan.plan import Batch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LossFunction = Callable[[Any, Mapping[str, Any]], Any]
+TracedLoss = Callable[[Any, Mapping[str, Any]], Any]
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
 
 
@@ -100,7 +100,7 @@ def _lm_head(model: PreTrainedModel, batch: Batch, target: KernelTarget) -> LMHe
     )
 
 
-def trace_step(plan: Plan, config: object, batch: Batch, *, loss: LossFunction | None) -> StepTrace:
+def trace_step(plan: Plan, config: object, batch: Batch, *, loss: TracedLoss | None) -> StepTrace:
     """Trace a training step and an evaluation pass of `plan` on `batch`.
 
     `config` is the base's configuration, `loss` the training loss (None: TRL's fused one). Raises whatever
@@ -123,7 +123,7 @@ def trace_step(plan: Plan, config: object, batch: Batch, *, loss: LossFunction |
     if static.workspace_bytes:
         ledger.allocate(static.workspace_bytes, "workspaces")
 
-    # record what exists before the step:
+    # before the step: weights, adapter, optimizer states, gradients of earlier passes
     def arrived(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         ledger.see(parameter.grad, "gradients")

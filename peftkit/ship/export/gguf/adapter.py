@@ -57,7 +57,6 @@ def write_adapter(
         raise UserError(problems)
     source = read_source(base)
     file = adapter / ADAPTER_WEIGHTS
-
     with safe_open(file, framework="pt") as weights:
         shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     try:

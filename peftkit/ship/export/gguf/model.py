@@ -53,13 +53,12 @@ def _read_model(folder: Path, *, dtype: str, pre: str | None) -> tuple[GgufSourc
     require_gguf(str(folder))
     dtypes = (*GGUF_DTYPES, *QUANTIZED_DTYPES)
     if dtype not in dtypes:
-        dtype_problems = [Problem("dtype", dtype, "a type of GGUF weights", did_you_mean(dtype, dtypes))]
+        problems = [Problem("dtype", dtype, "a type of GGUF weights", did_you_mean(dtype, dtypes))]
     elif dtype in QUANTIZED_DTYPES and shutil.which("llama-quantize") is None:
         fix = f"export as f16, then: llama-quantize F16.gguf OUT.gguf {dtype.upper()}"
-        dtype_problems = [Problem("dtype", f"{dtype} without llama-quantize on PATH", "llama.cpp's tools", fix)]
+        problems = [Problem("dtype", f"{dtype} without llama-quantize on PATH", "llama.cpp's tools", fix)]
     else:
-        dtype_problems = []
-    problems = [*dtype_problems]
+        problems = []
     source: GgufSource | None = None
     try:
         source = read_source(folder)
@@ -99,6 +98,8 @@ def write_model(
     what llama.cpp would compute differently, an existing `out`, and a disk without room.
     """
     source, vocabulary = _read_model(folder, dtype=dtype, pre=pre)
+    import gguf
+
     tensors = stored_tensors(source)
     # what llama-quantize starts from: bf16 weights lose nothing as bf16
     intermediate_dtype = "bf16" if str(source.config.get("dtype")).endswith("bfloat16") else "f16"
@@ -118,13 +119,11 @@ def write_model(
 
         gguf_name = names[tensor.name]
         if len(shape) == 1 or gguf_name == "position_embd.weight":
-            tensor_dtype = "f32"
+            tensor_dtype = "f32"  # vectors and learned positions: small, and llama.cpp adds them in fp32
         else:
             tensor_dtype = "f16" if direct_dtype == "q8_0" and shape[-1] % _Q8_BLOCK_SIZE else direct_dtype
-        entries.append(GgufTensor(names[tensor.name], shape, tensor_dtype, load))
+        entries.append(GgufTensor(gguf_name, shape, tensor_dtype, load))
     name = name or folder.resolve().name
-    import gguf
-
     architecture, family, config = source.family.architecture, source.family, source.config
     model = {
         "context_length": context_length(source),
@@ -157,8 +156,7 @@ def write_model(
         if dtype in GGUF_DTYPES:
             num_bytes = write_file(part, source.family.architecture, fields, entries, progress)
         else:
-            # write 16 bits beside the output, then quantize that with llama.cpp's own tool; return the
-            # bytes
+            # 16 bits beside the output, then llama.cpp's own quantization of it
             room = 2 * sum(data_size(entry) for entry in entries)  # both files are there for a while
             fix = "make room, or give an output on another disk"
             require_free_space(part.parent, room, what="a 16-bit file and its quantization", fix=fix)

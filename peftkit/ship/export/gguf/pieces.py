@@ -88,18 +88,12 @@ def _check_spaces(spec: Mapping[str, Any], rules: PieceRules, *, forced: bool) -
     """Check how spaces become pieces: replaced everywhere, and put before each text between specials."""
     normalizer, pre = spec.get("normalizer"), spec.get("pre_tokenizer")
     parts = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
-    scheme = (
-        (
-            str(pre["prepend_scheme"])
-            if (pre is not None and pre["type"] == "Metaspace" and not pre.get("split", True)) and pre
-            else None
-        )
-        if parts == [None]
-        else None
-    )
-    spaces_replaced = parts == [_REPLACE] and (
-        pre is None or bool(pre["type"] == "Split" and pre["pattern"] == {"String": " "})
-    )
+    scheme = None
+    if parts == [None] and pre is not None and pre["type"] == "Metaspace" and not pre.get("split", True):
+        scheme = str(pre["prepend_scheme"])
+    # Gemma splits at spaces that its normalizer has replaced: it splits nothing
+    splits_nothing = pre is None or bool(pre["type"] == "Split" and pre["pattern"] == {"String": " "})
+    spaces_replaced = parts == [_REPLACE] and splits_nothing
     rules.adds_space = not spaces_replaced and scheme != "never"
     if spaces_replaced or scheme == "never" or (parts == [_PREPEND, _REPLACE] and pre is None):
         pass

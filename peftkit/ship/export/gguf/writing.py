@@ -99,7 +99,7 @@ def write_file(
     a number has no finite value in the target dtype.
     """
     try:
-        # write everything before the data and return its bytes
+        # everything before the data
         import gguf
         import numpy as np
 
@@ -129,10 +129,7 @@ def write_file(
         with part.open("ab") as file:
             for count, entry in enumerate(entries, 1):
                 interrupt.stop_if_requested("interrupted while writing GGUF; nothing is left of it")
-                # convert and write block by block of rows, so that no fp32 copy of a large tensor is
-                # held
-                import gguf
-
+                # block by block of rows: no fp32 copy of a large tensor is held
                 tensor = entry.load()
                 assert tuple(tensor.shape) == entry.shape, f"{entry.name}: {tuple(tensor.shape)} for {entry.shape}"
                 if tensor.ndim == 1:
@@ -148,6 +145,7 @@ def write_file(
                         fix = "train it again" if got.startswith("NaN") else "export as bf16 or f32"
                         raise UserError(Problem(entry.name, got, f"finite numbers as {entry.dtype}", fix))
                     file.write(data.tobytes())
+                del tensor, block  # before the next is read
                 size_bytes = data_size(entry)
                 file.write(bytes(_padded_size(size_bytes) - size_bytes))
                 if count == len(entries) or count % 16 == 0:
