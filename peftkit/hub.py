@@ -1,4 +1,4 @@
-"""Reachability of the model hub, probed once and briefly: its own clients retry for half a minute."""
+"""Reachability of the model hub, probed briefly (its own clients retry for half a minute), and the cache folder."""
 
 from __future__ import annotations
 

@@ -39,21 +39,20 @@ def print_data_report(report: DataReport) -> None:
     for sample in report.samples:
         where = printable(sample.where.replace(f"{Path.cwd()}/", ""))
         console.print(Text(f"\n{sample.set}: {where}", style="bold"))
-        # render a row with its tokens in colour; without colours, trained tokens stand between ⟦ and ⟧
-        render_sample = Text()
+        text = Text()  # without colours, trained tokens stand between ⟦ and ⟧
         previous_trained = False
         for piece in sample.pieces:
             trained = piece.kind.startswith("learnt")
             if not coloured and trained != previous_trained:
-                render_sample.append("⟦" if trained else "⟧")
+                text.append("⟦" if trained else "⟧")
             previous_trained = trained
-            render_sample.append(printable(piece.text), style=_TOKEN_STYLES[piece.kind])
-            if len(render_sample) > _MAX_CHARACTERS:
-                render_sample.append(" ...", style="dim")
+            text.append(printable(piece.text), style=_TOKEN_STYLES[piece.kind])
+            if len(text) > _MAX_CHARACTERS:
+                text.append(" ...", style="dim")
                 break
         if not coloured and previous_trained:
-            render_sample.append("⟧")
-        console.print(render_sample)
+            text.append("⟧")
+        console.print(text)
     console.print()
     max_count = max((count for _, count in report.histogram), default=1)
     for upper, count in report.histogram:
@@ -70,9 +69,7 @@ def print_data_report(report: DataReport) -> None:
     for finding in report.findings:
         status_text = (f"{finding.status:<6} ", _STATUS_STYLES[finding.status])
         console.print(Text.assemble(status_text, f"{finding.check:<22} {printable(finding.said)}"))
-        if finding.status == "pass":
-            pass
-        else:
+        if finding.status != "pass":
             folder_prefix = f"{Path.cwd()}/"
             for row_place, what in finding.rows[:_MAX_ROWS]:
                 console.print(Text(printable(f"         {row_place}: {what}".replace(folder_prefix, "")), style="dim"))

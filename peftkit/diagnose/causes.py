@@ -176,9 +176,8 @@ def _data_problem(e: Evidence) -> Diagnosis | None:
     signals = e.signals
     if signals is not None and signals.is_collapsed:
         reason = (
-            f"the layers' gradients are {signals.reach:.0e} of the head's: a learning rate that was too "
-            "high has left "
-            "them where no layer changes the loss"
+            f"the layers' gradients are {signals.reach:.0e} of the head's: a learning rate that was too high has "
+            "left them where no layer changes the loss"
         )
         return Diagnosis("learning rate too high", reason)
     if e.has_questions and e.dependence is not None and signals is not None:
@@ -195,7 +194,7 @@ def _data_problem(e: Evidence) -> Diagnosis | None:
         reason = f"the held-out loss has risen since its best by {worsened}"
         if e.train_loss is not None and e.train_loss < e.rows.mean:
             return Diagnosis("data: overfitting", f"{reason}, and the training loss is {e.train_loss:.3f}")
-    # rows of training that are known while held-out rows are not
+    # training rows are known by heart, held-out rows are not
     if e.train_loss is None or e.train_loss >= MEMORISED_LOSS_SHARE * e.rows.mean:
         return None
     reason = f"the training loss is {e.train_loss:.3f}, the held-out loss {e.rows.mean:.3f}"
@@ -213,18 +212,11 @@ def _conclude_from_forks(e: Evidence) -> Diagnosis:
         reason = f"the grown adapter is better than going on by {e.gain_over('candidate', 'continue')}"
         return Diagnosis(e.candidate, reason, "candidate", proven=_is_proven(e))
     is_untried = "rate up" not in e.arms and "rate up" not in e.unaffordable
-    if e.candidate != "target modules" or e.signals is None or is_untried:
-        lacks_adapted_layers = False
-    else:
-        lacks_adapted_layers = e.signals.share_unadapted > MIN_UNADAPTED_SHARE and not e.beats("rate up", "continue")
-    if lacks_adapted_layers:
-        assert e.signals is not None
+    may_lack_layers = e.candidate == "target modules" and not is_untried and not e.beats("rate up", "continue")
+    if may_lack_layers and e.signals is not None and e.signals.share_unadapted > MIN_UNADAPTED_SHARE:
         reason = f"{e.signals.share_unadapted:.0%} of the gradients' energy lies in layers without an adapter"
-        fork_note = (
-            "the fork was too short to show it"
-            if "candidate" in e.arms
-            else "the diagnosis budget allowed no fork for it"
-        )
+        was_tried = "candidate" in e.arms
+        fork_note = "the fork was too short to show it" if was_tried else "the diagnosis budget allowed no fork for it"
         return Diagnosis("target modules", f"{reason}; {fork_note}")
     higher_rate_gain = e.gain_over("rate up", "continue")
     tolerates_higher_rate = still_improves and not e.beats("continue", "rate up")

@@ -78,15 +78,14 @@ def next_rung(
     """
     if untrained_tokens.share >= MIN_UNTRAINED_SHARE:
         reason = (
-            f"{untrained_tokens.share:.0%} of the tokens in the loss are "
-            f"{len(untrained_tokens.tokens)} tokens whose rows in the head are untrained"
+            f"{untrained_tokens.share:.0%} of the tokens in the loss are one of {len(untrained_tokens.tokens)} "
+            "whose rows in the head are untrained"
         )
         if len(untrained_tokens.tokens) > MAX_TOKEN_ROWS:
             return Rung("embeddings or head", (), rank, reason, also_train=("embeddings",))
         return Rung("embeddings or head", (), rank, reason, tokens=untrained_tokens.tokens)
     data_size = (num_loss_tokens, loss) if early else None
     if signals.unadapted > signals.residual:
-        # add adapters on the roles that are worth it
         ranked = signals.by_worth()
         best = ranked[0][1]
         shares = signals.shares()

@@ -88,10 +88,10 @@ def _bootstrap_interval(sums: Floats, rows: HeldOutLosses, looks: int) -> Interv
     weights ~ Multinomial(n, 1/n), shape (NUM_RESAMPLES, n);  means = weights @ sums / weights @ counts
     bounds = mean + f * (quantile(means, [a, 1 - a]) - mean),  a = (1 - CONFIDENCE) / looks / 2
 
-    n is the number of documents, whose rows are drawn together; f is `_small_sample_factor(n)`.
+    n is the number of documents, whose rows are drawn together; f corrects for few of them.
 
-    sums (4, 2, 6), counts (2, 2, 2), documents (0, 0, 1)
-    # per document: sums (6, 6), counts (4, 2); mean = 12 / 6 = 2.0; resamples give 1.5, 2.0 or 3.0
+    Example: sums (4, 2, 6), counts (2, 2, 2), documents (0, 0, 1): per document sums (6, 6) and counts
+    (4, 2); mean = 12 / 6 = 2.0; resamples give 1.5, 2.0 or 3.0.
     """
     documents, place = np.unique(np.asarray(rows.documents), return_inverse=True)
     by_document = np.bincount(place, weights=sums, minlength=len(documents))
@@ -104,7 +104,7 @@ def _bootstrap_interval(sums: Floats, rows: HeldOutLosses, looks: int) -> Interv
     means = (weights @ by_document) / np.maximum(weights @ counts, 1e-12)
     tail = (1 - CONFIDENCE) / looks / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    # return the factor by which the percentile bootstrap of `num` documents is too narrow
+    # the percentile bootstrap of few documents is too narrow by sqrt(n / (n - 1)) and by t / z (Hesterberg 2015)
     num = len(documents)
     z, free = 1.96, num - 1
     t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)

@@ -13,6 +13,7 @@ from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.evaluate import metrics
 from peftkit.evaluate.losses import predict_classes
 from peftkit.model.load import model_stop_ids
+from peftkit.objectives import OBJECTIVES
 from peftkit.plan import Plan
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def compute_metrics(
     rows: Sequence[Tokenized],
 ) -> TaskMetrics:
     """Compute every metric of the plan's task. `rows` are the examples, tokenized."""
-    if plan.base.task in {"causal-lm", "seq2seq"}:
+    if OBJECTIVES[plan.base.task].generates_answers:
         # greedy answers against references
         from peftkit.evaluate.generation import generate_answers
 

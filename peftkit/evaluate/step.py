@@ -1,4 +1,7 @@
-"""One micro-batch through a model: autocast, loss and backward. The only place where they are written."""
+"""One micro-batch through a model: autocast, loss and backward, for all but the Trainer and the memory trace.
+
+The Trainer has its own loop, and `model.meta.trace` follows it on the meta device.
+"""
 
 from __future__ import annotations
 

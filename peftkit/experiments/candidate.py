@@ -66,7 +66,7 @@ def _plan_rung(context: RunContext, rung: Rung, rank: int) -> Candidate:
     """Plan a rung at a rank, or return a candidate with what forbids it."""
     options = context.loaded.recipe.method
     assert isinstance(options, LoraOptions)
-    # return the overrides of a rung in the recipe's own keys
+    # the rung in the recipe's own keys
     spec = context.plan.method.peft
     assert spec is not None
     current_rank, alpha = int(spec.arguments["r"]), float(spec.arguments["lora_alpha"])

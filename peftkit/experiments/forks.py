@@ -104,15 +104,14 @@ def train_fork(
             rate_factor = fork_rate_factor(number, len(steps))
             for group, peak_rate in zip(optimizer.param_groups, peak_rates, strict=True):
                 group["lr"] = rate_factor * peak_rate
-            # accumulate gradients of the mean loss over a step's loss tokens
+            # gradients of the mean over the step's loss tokens, as in training
             batches = [collate_groups(plan, micro_batch, pad_id) for micro_batch in step]
             counts = [count_loss_tokens(batch["labels"], plan.base.task) for batch in batches]
-            total = 0.0
+            value = 0.0
             for batch, count in zip(batches, counts, strict=True):
                 weight = count / max(1, sum(counts))
-                total += backward(model, batch, loss, task=plan.base.task, precision=plan.train.autocast, weight=weight)
-            value, tokens = total, sum(row.length for groups in step for group in groups for row in group)
-            num_tokens += tokens
+                value += backward(model, batch, loss, task=plan.base.task, precision=plan.train.autocast, weight=weight)
+            num_tokens += sum(row.length for groups in step for group in groups for row in group)
             norm = torch.nn.utils.clip_grad_norm_(trainable_tensors(model).values(), plan.train.max_grad_norm)
             losses.append(value)
             if not (np.isfinite(value) and bool(norm.isfinite())):

@@ -34,7 +34,7 @@ STREAMS = ("first", "second", "held out")
 class _GradientSketch:
     """The gradient sketch of one layer, G of shape (d_out, d_in), per stream.
 
-    `right_products` holds G [Om, (I - Qa Qa^T) Om], (d_out, columns); `left_products` holds Psi G, (k, d_in).
+    `out` holds G [Om, (I - Qa Qa^T) Om], (d_out, columns); `into` holds Psi G, (k, d_in).
     """
 
     right: torch.Tensor  # (d_in, columns)
@@ -94,7 +94,7 @@ class GradientProbe:
         own_hook = self.plan.train.gradient_checkpointing == "none"
         if own_hook:
             base.enable_input_require_grads()  # without, the first layers get no gradient and stay silent
-        generator, hook = torch.Generator().manual_seed(0), []
+        generator, handles = torch.Generator().manual_seed(0), []
         places = {m.name: (base.get_submodule(m.name), m.d_in, m.d_out) for m in self.modules}
         head = base.get_output_embeddings()
         if head is not None and getattr(head, "weight", None) is not None and head.weight.ndim == 2:
@@ -102,6 +102,7 @@ class GradientProbe:
         for name, (module, d_in, d_out) in places.items():
             right = torch.randn(d_in, SKETCH_COLUMNS, generator=generator).to(self.model.device)
             left = torch.randn(SKETCH_COLUMNS, d_out, generator=generator).to(self.model.device)
+            # AdaLoRA's factors are bare parameters, which have no `weight`
             if not (hasattr(module, "lora_A") and hasattr(dict(module.lora_A.items()).get("default"), "weight")):
                 self.sketches[name] = _GradientSketch(right, left, None, None)
             else:
@@ -111,8 +112,8 @@ class GradientProbe:
                 row_basis = rows.to(self.model.device)
                 projected = right - row_basis @ (row_basis.T @ right)
                 self.sketches[name] = _GradientSketch(torch.cat([right, projected], dim=1), left, row_basis, columns)
-            hook.append(module.register_forward_hook(self._forward_hook(name)))
-        handles, was_training, rng_states = hook, self.model.training, random_states()
+            handles.append(module.register_forward_hook(self._forward_hook(name)))
+        was_training, rng_states = self.model.training, random_states()
         # dropout would only add noise; but layers are recomputed in training mode only
         self.model.train(not own_hook)
         for module in self.model.modules():

@@ -29,7 +29,7 @@ def write_growth(
 ) -> None:
     """Write the growth of a run from `before`, at a checkpoint, to `after`, whose last growth this is.
 
-    `grown_adapter` holds the tensors of the new checkpoint, from `model/grow.py`; `optimizer` those of its
+    `grown_adapter` holds the tensors of the new checkpoint, from `model/adapter/grow.py`; `optimizer` those of its
     optimizer, empty where the optimizer starts anew.
     """
     from safetensors.torch import save_file
@@ -49,7 +49,7 @@ def write_growth(
             copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in group.items()}
             save_file(copies, staging / f"{stem}.safetensors")
         shutil.copyfile(checkpoint / "random.safetensors", staging / "random.safetensors")
-        # A checkpoint's state for the grown adapter:
+        # losses of before say nothing of the grown adapter: the best is searched anew
         progress = {**state["progress"], "best_loss": None, "best_step": None}
         progress |= {"earlier_loss": None, "earlier_step": None, "num_without_gain": 0, "patience_loss": None}
         as_grown = {**state, "optimizer": dict(values), "progress": progress}

@@ -26,6 +26,7 @@ from peftkit.experiments.growth import add_growth, take_back_growth, write_growt
 from peftkit.experiments.next_recipe import write_next_recipe
 from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.model.hardware import is_out_of_memory
+from peftkit.objectives import OBJECTIVES
 from peftkit.plan import Plan, read_plan
 from peftkit.plan.plan import Growth
 from peftkit.prepare.context import RunContext
@@ -57,7 +58,7 @@ class LookOutcome:
     verdict: Verdict
     plan: Plan
     model: Any
-    wrapped_plan: Plan  # by which plan
+    wrapped_plan: Plan  # by which its adapter was attached
     is_rewrapped: bool
 
 
@@ -159,7 +160,7 @@ def start_experiment(context: RunContext, model: PreTrainedModel, checkpoint: Pa
         evaluations,
         num_divergences,
         train_loss,
-        has_questions=context.plan.base.task == "causal-lm",
+        has_questions="dependence on the question" in OBJECTIVES[context.plan.base.task].health_signs,
         clipped_share=share_clipped,
         spent_share=sum(e.overhead for e in of_type(events, VerdictEvent) if e.step < step),
     )
@@ -184,7 +185,6 @@ def reach_verdict(
     if not experiment.is_rewrapped:
         load_trained(experiment.model, experiment.start.trained)
     quality = evidence.quality
-    # return every number behind a verdict as plain values
     signals = evidence.signals
     verdict_numbers: dict[str, Any] = {
         "train_loss": evidence.train_loss,
@@ -321,7 +321,7 @@ def _take_back_failed_growth(context: RunContext, experiment: Experiment) -> Loo
     )
     experiment.evaluations = earlier
     quality = experiment.judge_quality()
-    message = f"the escalation at step {growth.step} gained {growth_gain}: it was reverted"
+    message = f"the escalation at step {growth.step} gained {growth_gain}: it was undone"
     verdict = Verdict(
         experiment.step,
         quality.state,

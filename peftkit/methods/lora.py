@@ -69,16 +69,16 @@ def count(options: LoraOptions, shape: ModelShape, selection: Selection) -> dict
     by_kind = shape.by_role()
     whole_parts = set(_whole_parts(options))
     tokens = {token for item in options.also_train if isinstance(item, TokenRows) for token in item.tokens}
-    count_also = {}
+    also_counts = {}
     if tokens:
-        count_also["tokens"] = len(tokens) * shape.dims.hidden
+        also_counts["tokens"] = len(tokens) * shape.dims.hidden
     if "norms" in whole_parts:
-        count_also["norms"] = by_kind.get("norms", 0)
+        also_counts["norms"] = by_kind.get("norms", 0)
     if "embeddings" in whole_parts or ("head" in whole_parts and shape.tied_embeddings):
-        count_also["embeddings"] = by_kind.get("embeddings", 0)  # tied to the head, it is trained once
+        also_counts["embeddings"] = by_kind.get("embeddings", 0)  # tied to the head, it is trained once
     if "head" in whole_parts and not shape.tied_embeddings:
-        count_also["head"] = by_kind.get("head", 0)
-    return {**counts, **count_also, **count_head(shape)}
+        also_counts["head"] = by_kind.get("head", 0)
+    return {**counts, **also_counts, **count_head(shape)}
 
 
 def _whole_parts(options: LoraOptions) -> list[str]:

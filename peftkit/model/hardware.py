@@ -15,11 +15,15 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from peftkit.plan import DeviceFacts
 from peftkit.plan.memory import CONTEXT_BYTES
+
+if TYPE_CHECKING:
+    import torch
 
 _FAST_BF16_CAPABILITY = 8.0  # Ampere and later compute bf16 in their tensor cores
 
@@ -106,6 +110,29 @@ def reset_peak_memory() -> None:
     else:
         with suppress(OSError):  # the kernel's own switch: 5 resets the peak of resident memory
             Path("/proc/self/clear_refs").write_text("5")
+
+
+def synchronize() -> None:
+    """Wait until the GPU has done what was queued; nothing to do on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def device_random_state() -> torch.Tensor | None:
+    """Return the random state of the GPU; None on a CPU, whose state is torch's own."""
+    import torch
+
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def restore_device_random_state(state: torch.Tensor) -> None:
+    """Restore the random state of the GPU; without a GPU there is none to restore."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state.to(torch.uint8))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

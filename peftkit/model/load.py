@@ -18,6 +18,7 @@ from peftkit.model.base.locate import GATED_FIX, LocatedBase, check_embedded_sha
 from peftkit.model.base.remote_code import check_remote_code, find_model_file
 from peftkit.model.base.unknown_family import AUTO_CLASSES
 from peftkit.model.quantize import build_quantization_config, finish_4bit_loading, patched_loading
+from peftkit.objectives import OBJECTIVES
 from peftkit.plan.plan import BasePlan
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def load_tokenizer(source: str, plan: BasePlan) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         got, expected = f"no tokenizer ({first_line(error)})", "a tokenizer beside the weights"
         raise UserError(Problem(f"base {plan.id}", got, expected, _access_fix(error, source))) from error
-    if tokenizer.eos_token is None and plan.task in {"causal-lm", "seq2seq"}:
+    if tokenizer.eos_token is None and OBJECTIVES[plan.task].generates_answers:
         raise UserError(
             Problem(
                 f"base {plan.id}",

@@ -1,4 +1,4 @@
-"""The interface of an objective: what a training optimizes, as data. Each objective is one file.
+"""The interface of an objective: what a training optimizes, as data. Each objective is one file, one per task.
 
 Nothing here imports torch: classes are named, and `train/trainer.py` builds them.
 """
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from peftkit.archs import Task
 
-Need = Literal["reference log-probabilities", "generation", "reward"]
+HealthSign = Literal["dependence on the question"]
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,13 @@ class Objective:
     """What a training optimizes: its task, the data and the trainer that it takes, and its health signs.
 
     Args:
-    task: the head that the model needs.
-    formats: the data formats that only this objective learns from; empty where prompts and answers do.
-    metrics: metrics on held-out rows, the first by default unless answers have to be generated for it.
-    trainer: the trainer that works for every model.
-    fused_trainer: a leaner one for models whose head computes the loss, on rows without weights.
-    needs: what a step takes beside the model and a batch.
-    rows_per_example: rows in memory per example of the data: 2 for pairs.
-    health: events and values by which a sound training is told from a broken one.
+        task: the head that the model needs.
+        formats: the data formats that only this objective learns from; empty where prompts and answers do.
+        metrics: metrics on held-out rows, the first by default unless answers have to be generated for it.
+        trainer: the trainer that works for every model.
+        fused_trainer: a leaner one for models whose head computes the loss, on rows without weights.
+        generates_answers: whether the model writes its answers; otherwise it picks among classes.
+        health_signs: what tells a sound training from a broken one, beside the losses and gradient norms.
     """
 
     name: str
@@ -50,9 +49,7 @@ class Objective:
     trainer: TrainerSpec
     fused_trainer: TrainerSpec | None = None
     generates_answers: bool = False
-    needs: frozenset[Need] = frozenset()
-    rows_per_example: int = 1
-    health: tuple[str, ...] = ("loss", "grad_norm", "eval loss")
+    health_signs: tuple[HealthSign, ...] = ()
 
     @property
     def default_metric(self) -> tuple[str, str]:

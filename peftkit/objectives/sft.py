@@ -21,5 +21,5 @@ OBJECTIVE = Objective(
         loss="fused",
     ),
     generates_answers=True,
-    health=("loss", "grad_norm", "eval loss", "dependence on the question"),
+    health_signs=("dependence on the question",),
 )

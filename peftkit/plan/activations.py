@@ -274,27 +274,23 @@ def activation_bytes(
     layer_coefficients = corrections.get("layer", {})
     costs_by_kind: dict[Any, tuple[LayerActivations, float]] = {}
 
-    def of(block: Layer) -> tuple[LayerActivations, float]:
+    def layer_cost(block: Layer) -> tuple[LayerActivations, float]:
         kind = (block.kind, tuple(is_adapted(module, plan) for module in block.modules))
         if kind not in costs_by_kind:
             correction = _linear_correction(layer_coefficients, layer_features(block, shape, batch))
-            if plan.train.autocast is None:
-                cast_bytes = 0.0
-            else:
-                spec = plan.method.peft
-                adapted_modules = [m for m in block.modules if is_adapted(m, plan)]
-                if spec is None and plan.base.dtype != "float32":
-                    cast_bytes = 0.0
-                elif spec is None:
-                    cast_bytes = sum(2.0 * max(1, m.num) * m.d_in * m.d_out for m in adapted_modules)
-                else:
-                    rank = spec.arguments.get("r", 0) if "Lora" in spec.class_name else 0
-                    cast_bytes = sum(2.0 * rank * (m.d_in + m.d_out) for m in adapted_modules)
+            # autocast keeps a 16-bit copy of every fp32 weight until the pass ends: of A and B, or of the base
+            spec, cast_bytes = plan.method.peft, 0.0
+            adapted_modules = [m for m in block.modules if is_adapted(m, plan)] if plan.train.autocast else []
+            if spec is not None:
+                rank = spec.arguments.get("r", 0) if "Lora" in spec.class_name else 0
+                cast_bytes = sum(2.0 * rank * (m.d_in + m.d_out) for m in adapted_modules)
+            elif plan.base.dtype == "float32":
+                cast_bytes = sum(2.0 * max(1, m.num) * m.d_in * m.d_out for m in adapted_modules)
             costs_by_kind[kind] = (layer_activations(block, shape, plan, batch, correction), cast_bytes)
         return costs_by_kind[kind]
 
-    layers = [of(block)[0] for block in blocks]
-    layer_casts = [of(block)[1] for block in blocks]
+    layers = [layer_cost(block)[0] for block in blocks]
+    layer_casts = [layer_cost(block)[1] for block in blocks]
     inputs = shape.dims.hidden * types.hidden
     mode = plan.train.gradient_checkpointing
     recomputed = [mode == "full" or (mode == "selective" and i % 2 == 0) for i in range(len(layers))]
@@ -303,9 +299,8 @@ def activation_bytes(
         first_norm_bytes = shape.dims.hidden * (4 if shape.family.norm == "RMSNorm" or types.autocast else types.hidden)
         saved_bytes -= first_norm_bytes
     is_full = plan.method.peft is None
-    head_bytes: float = shape.dims.hidden * (
-        4 + types.hidden * (2 if is_full else 1)
-    )  # the last norm, and the head's input
+    # the last norm, and the head's input
+    head_bytes: float = shape.dims.hidden * (4 + types.hidden * (2 if is_full else 1))
     if blocks:
         head_bytes += _linear_correction(corrections.get("above", {}), layer_features(blocks[0], shape, batch))
     head_bytes += 20 if is_full else 16  # token ids, and what a norm keeps per token

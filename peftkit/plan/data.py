@@ -60,7 +60,6 @@ def data_plan(d: DecisionLog, facts: Facts) -> DataPlan:
     is_weighted = bool(facts.data and facts.data.weighted)
     if is_weighted:
         d.decide("data.weights", True, "rows or turns have weights: the loss is computed from the logits")
-    # what becomes of rows that are longer than the model is to see
     task = facts.model.shape.task
     best, why = "drop", "a truncated answer teaches the model to stop early"
     if kind == "text" and task == "causal-lm":
@@ -76,7 +75,6 @@ def data_plan(d: DecisionLog, facts: Facts) -> DataPlan:
                 d.refuse(f"data.chat.{name}", f"a setting of chats for {kind} data", "nothing")
             d.record(f"data.chat.{name}", getattr(chat, name))
     if facts.text is not None:
-        # what the tokenizer settles
         for name in ("template", "system", "thinking") if facts.text.template == "none" else ():
             if d.loaded.source(("data", "chat", name)):
                 d.refuse(f"data.chat.{name}", "a setting of chats", "nothing, as no row is a chat", "leave it out")

@@ -33,21 +33,17 @@ def diagnose_plan(
 ) -> DiagnosePlan:
     """Plan the diagnosis that the recipe asks for, as far as method, data and device allow it."""
     options = d.loaded.recipe.diagnose
-    escalate_option = d.loaded.recipe.diagnose.escalate
-    if escalate_option == "off":
-        escalate = str(d.record("diagnose.escalate", escalate_option))
+    escalate: str = options.escalate
+    has_rows = d.loaded.recipe.data.eval and (facts.data is None or facts.data.num_eval > 0)
+    obstacle = growth_obstacle(d.loaded.recipe.method, method, train)
+    if escalate != "off" and not has_rows:
+        escalate = "off"
+        d.decide("diagnose.escalate", escalate, "no held-out rows to measure quality on: set data.eval: 5%")
+    elif escalate == "auto" and obstacle:
+        escalate = "recommend"
+        d.decide("diagnose.escalate", escalate, obstacle)
     else:
-        has_rows = d.loaded.recipe.data.eval and (facts.data is None or facts.data.num_eval > 0)
-        if not has_rows:
-            d.decide("diagnose.escalate", "off", "no held-out rows to measure quality on: set data.eval: 5%")
-            escalate = "off"
-        else:
-            why = growth_obstacle(d.loaded.recipe.method, method, train) if escalate_option == "auto" else ""
-            if why:
-                d.decide("diagnose.escalate", "recommend", why)
-                escalate = "recommend"
-            else:
-                escalate = str(d.record("diagnose.escalate", escalate_option))
+        d.record("diagnose.escalate", escalate)
     target = options.target
     if target is not None and target.metric not in {"eval_loss", evaluate.metric}:
         d.refuse(
@@ -85,16 +81,13 @@ def diagnose_plan(
         first = max(train.num_warmup_steps + 1, round(EARLY_LOOK_SHARE * steps))
         d.decide("diagnose.looks", [first, steps], "early, when growing the adapter costs no steps, and at the end")
         looks = (first,)
-    if bounds.max_memory is None:
-        memory = None
-    else:
+    memory = None
+    if bounds.max_memory is not None:
         try:
-            memory = parse_device(bounds.max_memory, facts.device, where=d.where("diagnose.bounds.max_memory"))[
-                0
-            ].memory_bytes
+            device, _ = parse_device(bounds.max_memory, facts.device, where=d.where("diagnose.bounds.max_memory"))
+            memory = device.memory_bytes
         except UserError as error:
             d.problems.extend(error.problems)
-            memory = None
     return DiagnosePlan(
         escalate=escalate,
         metric=target.metric if target else "eval_loss",

@@ -160,11 +160,10 @@ def choose_auto_values(plan: Plan, facts: Facts, free: AutoValues, *, can_recomp
         fit = check_fit(memory, facts.device)
         if smallest is None or fit.needed_bytes < smallest[0]:
             smallest = (fit.needed_bytes, variant)
-        # return the relative time of a step per token
         tokens = variant.train.micro_batch * mean_row_tokens(variant, facts)
         sampling, shares = best_sampling(variant, facts)
         start = _PASS_OVERHEAD_TOKENS.get(facts.device.kind, 64)
-        relative_step_time = (
+        relative_step_time = (  # per token
             _RECOMPUTE_FACTOR[variant.train.gradient_checkpointing]
             / (1 - shares.get(sampling, 0.0))
             * (1 + start / tokens)

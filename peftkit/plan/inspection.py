@@ -154,11 +154,10 @@ def make_inspection(model_id: str, shape: ModelShape, *, data_tokens: int | None
         used = shape.experts_per_token
         num_active -= sum(m.num_parameters * max(0, m.num - used) // m.num for m in shape.modules if m.in_experts)
     missing_packages = missing_kernels(shape)
-    if not shape.num_windowed:
-        window = ""
-    else:
+    window = ""
+    if shape.num_windowed:
         window = f"{shape.num_windowed} of {shape.num_cached_layers} layers keep {shape.window:,} tokens"
-    # FLOPs per token (Kaplan et al
+    # a multiplication and an addition per parameter and token, twice that backward (Kaplan et al. 2020)
     growth = "linear in the length"
     if shape.family.has_attention:
         growth = "quadratic in the length" + (" in its attention layers" if shape.family.is_recurrent else "")

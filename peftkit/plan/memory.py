@@ -1,7 +1,7 @@
 """Memory of a plan in closed form: what stays on the device, and what a step adds at its peak.
 
 No torch. Weights, adapter, gradients, optimizer states and logits are counted exactly; activations follow
-`plan.activations`. The trace (`model.trace`) gives the same values from the real code.
+`plan.activations`. The trace (`model.meta.trace`) gives the same values from the real code.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from peftkit.archs import ModelShape
+from peftkit.objectives import OBJECTIVES
 from peftkit.plan.activations import activation_bytes, is_adapted, is_fitted, virtual_tokens
 from peftkit.plan.plan import Batch, Memory, Peak, Plan
 from peftkit.plan.targets import matches_target
+from peftkit.plan.task import trainer_spec
 
 TensorShape = Sequence[int]
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -139,7 +141,7 @@ def _head_bytes(shape: ModelShape, plan: Plan, batch: Batch) -> tuple[int, int]:
     """Return (forward, backward) peak bytes of logits and loss."""
     item = 2 if plan.train.autocast else ITEM_BYTES[plan.base.dtype]
     vocab, rows = shape.dims.vocab, batch.num_rows
-    if plan.base.task == "causal-lm" and not (plan.base.inferred or plan.method.token_rows):
+    if trainer_spec(plan).loss == "fused":
         on_gpu = plan.device == "cuda"
         num = batch.num_learnt if on_gpu else rows * (batch.num_tokens - 1)
         tokens, columns = min(num, TILE_TOKENS), min(vocab, TILE_VOCAB)
@@ -149,7 +151,7 @@ def _head_bytes(shape: ModelShape, plan: Plan, batch: Batch) -> tuple[int, int]:
         softcap = TILE_BYTES["softcap"] if shape.family.name == "Gemma 2" else 0
         tile_elements = tokens * columns
         return tile + tile_elements * TILE_BYTES["forward"], tile + tile_elements * (TILE_BYTES["backward"] + softcap)
-    if plan.base.task in {"causal-lm", "seq2seq"}:
+    if OBJECTIVES[plan.base.task].generates_answers:
         length = batch.num_labels if plan.base.task == "seq2seq" else batch.num_tokens
         num_logits = rows * length * vocab
         return num_logits * (2 * item + (4 if item == 2 else 0) + 4), num_logits * 12
@@ -282,7 +284,7 @@ def closed_form_memory(shape: ModelShape, plan: Plan, batch: Batch, *, fixed_par
 def peaks_between_steps(shape: ModelShape, plan: Plan, batch: Batch, resident: Mapping[str, int]) -> list[Peak]:
     """Return the peaks of a checkpoint write, which copies nothing on the device, and of generation."""
     peaks = [Peak("checkpoint write", _merge_components(resident, {}))]
-    if batch.eval_rows and plan.evaluate.metric in {"exact_match", "token_f1"}:
+    if batch.eval_rows and plan.evaluate.metric and OBJECTIVES[plan.base.task].generates_answers:
         peaks.append(Peak("generation", _merge_components(resident, {"cache": generation_bytes(shape, plan, batch)})))
     return peaks
 

@@ -45,9 +45,7 @@ def _resolve_selection(d: DecisionLog, shape: ModelShape, method: Method) -> Sel
         d.record("method.targets", targets_option, endings, reason)
     else:
         d.record("method.targets", endings)
-    if "all-linear" not in ([targets] if isinstance(targets, str) else targets):
-        pass
-    else:
+    if "all-linear" in ([targets] if isinstance(targets, str) else targets):
         reasons: dict[str, list[str]] = {}
         for module in shape.modules:
             if module.blocked_reason:
@@ -89,9 +87,7 @@ def method_plan(d: DecisionLog, shape: ModelShape, num_steps: int | None) -> Met
     options = d.loaded.recipe.method
     method = METHODS[options.name]
     reason = refusal_reason(method, shape)
-    if not reason:
-        is_refused = False
-    else:
+    if reason:
         alternative = nearest_method(method, shape)
         d.refuse(
             "method.name",
@@ -99,8 +95,7 @@ def method_plan(d: DecisionLog, shape: ModelShape, num_steps: int | None) -> Met
             f"a method that works on {shape.family.name}",
             f"{reason}; the nearest that works: {alternative}",
         )
-        is_refused = True
-    selection = Selection() if is_refused else _resolve_selection(d, shape, method)
+    selection = Selection() if reason else _resolve_selection(d, shape, method)
     d.record("method.name", method.name)
     recorded_names = {"name", "targets", "alpha"} if isinstance(options, LoraOptions) else {"name", "targets"}
     for name, value in options.model_dump(mode="json").items():
@@ -111,7 +106,7 @@ def method_plan(d: DecisionLog, shape: ModelShape, num_steps: int | None) -> Met
         d.record("method.alpha", options.alpha, options.scale_alpha, "2 x rank")
         tokens = [t for item in options.also_train if isinstance(item, TokenRows) for t in item.tokens]
         rows = tuple(dict.fromkeys(tokens))
-    if not is_refused:
+    if not reason:
         for conflict in method.conflicts(options, shape, selection):
             d.refuse(f"method.{conflict.key}", conflict.got, conflict.expected, conflict.fix)
     if method.adds_penalty and (shape.task != "causal-lm" or shape.family.inferred):

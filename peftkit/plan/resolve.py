@@ -9,7 +9,7 @@ from peftkit.archs import Family, ModelShape
 from peftkit.errors import UserError
 from peftkit.methods import METHODS, Method
 from peftkit.methods.qlora import QloraOptions
-from peftkit.objectives import FORMAT_TASKS, OBJECTIVES
+from peftkit.objectives import OBJECTIVES
 from peftkit.plan.advice import advice
 from peftkit.plan.data import data_plan, rope_overrides
 from peftkit.plan.decisions import DecisionLog
@@ -178,11 +178,10 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
     default = 16 if num_train is None else max(1, min(16, num_train))
     default = max(fixed_micro_batch, default - default % fixed_micro_batch)
     batch = d.record("train.batch_size", train.batch_size, default, "16 examples per step, or all if there are fewer")
-    trainer_rows = choose_rows(d, facts, method, max_length, batch)
-    if train.micro_batch == "auto":
-        rows, micro = trainer_rows, 1  # chosen by memory, once everything else is decided
-    else:
-        rows, micro = trainer_rows, d.record("train.micro_batch", train.micro_batch)
+    rows = choose_rows(d, facts, method, max_length, batch)
+    micro = 1  # where auto, it is chosen by memory, once everything else is decided
+    if train.micro_batch != "auto":
+        micro = d.record("train.micro_batch", train.micro_batch)
     steps = _num_steps(d, rows)
     learning_rate = d.record("train.learning_rate", train.learning_rate, rate, rate_reason)
     d.record("train.schedule.kind", train.schedule.kind)
@@ -204,29 +203,22 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
             "an installed bitsandbytes",
             "pip install 'peftkit[qlora]', or leave it at auto",
         )
-    checkpointing_option = d.loaded.recipe.train.gradient_checkpointing
-    if checkpointing_option != "auto":
-        checkpointing = str(
-            d.record(
-                "train.gradient_checkpointing",
-                ("full" if checkpointing_option else "none")
-                if isinstance(checkpointing_option, bool)
-                else checkpointing_option,
-            )
-        )
-    else:
-        checkpointing = "none"  # chosen by memory, once everything else is decided
+    checkpointing = "none"  # where auto, it is chosen by memory, once everything else is decided
+    level = train.gradient_checkpointing
+    if level != "auto":
+        checkpointing = {True: "full", False: "none"}[level] if isinstance(level, bool) else level
+        d.record("train.gradient_checkpointing", checkpointing)
     d.record("train.max_grad_norm", train.max_grad_norm)
     d.record("train.weight_decay", train.weight_decay)
     interval = max(1, math.ceil((steps or 100) / _EVALS_PER_RUN))
     eval_steps = d.record("train.eval_steps", train.eval_steps, interval, f"{_EVALS_PER_RUN} evaluations in the run")
-    rate_reason = (
+    checkpoint_reason = (
         "with each evaluation"
         if eval_steps <= interval
         else f"{_EVALS_PER_RUN} in the run, so that a kill loses no more than that"
     )
     checkpoint_steps = d.record(
-        "train.checkpoint_steps", train.checkpoint_steps, min(eval_steps, interval), rate_reason
+        "train.checkpoint_steps", train.checkpoint_steps, min(eval_steps, interval), checkpoint_reason
     )
     early_stopping = train.early_stopping
     d.record("train.early_stopping", early_stopping.model_dump() if early_stopping else None)
@@ -267,7 +259,6 @@ def make_plan(loaded: LoadedRecipe, facts: Facts, *, to_train: bool = True) -> P
     base, autocast = _base_plan(d, facts, method)
     data = data_plan(d, facts)
     train = _train_plan(d, facts, method, autocast, data.max_length)
-    # plan the metric, and how answers are generated for families that need care
     options, shape = d.loaded.recipe.evaluate, facts.model.shape
     family = shape.family
     metric = d.record("evaluate.metric", options.metric, *OBJECTIVES[shape.task].default_metric)
@@ -278,7 +269,7 @@ def make_plan(loaded: LoadedRecipe, facts: Facts, *, to_train: bool = True) -> P
         d.refuse("evaluate.metric", f"{metric} for {shape.task}", f"one of {metrics}")
     if metric is not None and facts.data and facts.data.format == "text":
         d.refuse("evaluate.metric", "a metric on raw text", "null", "raw text has no answer to compare with")
-    if shape.task in FORMAT_TASKS.values() and d.loaded.source(("evaluate", "max_new_tokens")):
+    if not OBJECTIVES[shape.task].generates_answers and d.loaded.source(("evaluate", "max_new_tokens")):
         d.refuse("evaluate.max_new_tokens", f"a length for {shape.task}", "nothing", "a classifier generates no text")
     for name in ("max_examples", "max_new_tokens"):
         d.record(f"evaluate.{name}", getattr(options, name))

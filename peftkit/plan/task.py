@@ -30,7 +30,7 @@ def decide_task(task_option: str, data_format: str | None, family: Family | None
     if task is None:
         heads = ", ".join(family.heads)
         return Problem(where, f"{task_name} on {family.name}", f"a task that it has a head for: {heads}")
-    if task in FORMAT_TASKS.values() and data_format is not None and data_task is None:
+    if not OBJECTIVES[task].generates_answers and data_format is not None and data_task is None:
         got = f"{data_format} data for {family.name}, which is trained for {task}"
         fix = "columns text and label, or tokens and tags; or use a decoder as base"
         return Problem("data.format", got, f"{task} data", fix)

@@ -113,7 +113,6 @@ def prepare_run(
         observer(WarningEvent(text=f"{text}: is the right torch installed?"))
     prepared_data = prepare_data(loaded, facts, examples, source)
     facts, plan = prepared_data.facts, prepared_data.plan
-    # what the data gate says
     observer(ChecksEvent(verdict=prepared_data.report.verdict, batching=prepared_data.report.totals.batching))
     for finding in prepared_data.report.findings:
         if finding.status in {"warn", "waived"}:

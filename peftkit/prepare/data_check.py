@@ -59,7 +59,8 @@ def prepare_data(
     loaded: LoadedRecipe, facts: Facts, examples: Examples, source: str, *, full: bool = False, to_train: bool = True
 ) -> PreparedData:
     """Tokenize the examples, plan for the rows that remain, and run the checks of the data gate."""
-    from peftkit.data.tokens.store import is_weighted
+    from peftkit.data.gate.checks import run_checks
+    from peftkit.data.tokens.store import Counts, is_weighted
 
     task = facts.model.shape.task
     facts = replace(facts, data=data_facts(examples, task))
@@ -80,11 +81,6 @@ def prepare_data(
     plan = make_plan(loaded, facts, to_train=to_train)
     data = CheckInputs(examples, prepared, plan, tokenizer, facts, stops, full)
     is_chat = prepared.style.source != "none" or bool(examples.train[0].messages)
-    # what the gate says of data that is prepared
-    from peftkit.data.gate.checks import run_checks
-    from peftkit.data.tokens.store import Counts
-
-    examples, prepared, plan = data.examples, data.prepared, data.plan
     lengths = Counts.of(prepared.train).tokens.tolist()
     samples = [*_pick_samples(prepared.train, "train", data), *_pick_samples(prepared.eval, "eval", data)]
     is_full_scan = data.full or max(len(examples.train), len(examples.eval)) <= SIMILARITY_SAMPLE
@@ -95,11 +91,11 @@ def prepare_data(
     if train.packing and row_lengths is not None and row_lengths.packs is not None:
         packs = row_lengths.packs
         fill = row_lengths.num_tokens / (packs.num * packs.room)
-        describe_batching = f"{packs.num:,} packs of {packs.room:,} tokens, {fill:.1%} full; {train.batch_size} a step"
+        batching = f"{packs.num:,} packs of {packs.room:,} tokens, {fill:.1%} full; {train.batch_size} a step"
     else:
         sampling, shares = best_sampling(plan, data.facts)
         message = f"{train.batch_size} rows a step, {train.micro_batch} at a time"
-        describe_batching = (
+        batching = (
             f"{message}, {sampling}: about {shares[sampling]:.0%} padding" if shares else f"{message}: no padding"
         )
     totals = Totals(
@@ -110,7 +106,7 @@ def prepare_data(
         num_learnt=prepared.num_learnt,
         longest=sorted_lengths[-1],
         median=sorted_lengths[len(sorted_lengths) // 2],
-        batching=describe_batching,
+        batching=batching,
         num_steps=plan.train.num_steps,
         tokens_per_second=work.tokens_per_second,
         seconds=work.seconds,

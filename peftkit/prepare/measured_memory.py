@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.model.adapter import attach
+from peftkit.model.hardware import read_memory_use, release_memory, reset_peak_memory, synchronize
 from peftkit.model.load import read_config
 from peftkit.plan import Batch, Plan
 
@@ -90,7 +91,7 @@ def _peak_memory_callback(model: PreTrainedModel, *, on_gpu: bool) -> Any:
             if state.global_step == 0:
                 return
             if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
+                reset_peak_memory()
             elif state.global_step == 1:
                 states = getattr(optimizer, "optimizer", optimizer).state.values()
                 optimizer_tensors = [t for state in states for t in state.values() if torch.is_tensor(t)]
@@ -101,13 +102,13 @@ def _peak_memory_callback(model: PreTrainedModel, *, on_gpu: bool) -> Any:
         def on_step_end(
             self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
         ) -> None:
-            if on_gpu:
-                torch.cuda.synchronize()
+            synchronize()
             if self.profile is None:  # the profiler would slow what it looks at
                 self.seconds = min(self.seconds, time.perf_counter() - self.started)
             if on_gpu and state.global_step > 1:
-                self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
-                self.reserved_bytes = max(self.reserved_bytes, torch.cuda.max_memory_reserved())
+                usage = read_memory_use()
+                self.peak_bytes = max(self.peak_bytes, usage["peak_allocated_bytes"])
+                self.reserved_bytes = max(self.reserved_bytes, usage["peak_reserved_bytes"])
             if self.profile is not None:
                 self.profile.__exit__(None, None, None)
                 self.peak_bytes = self.there + allocator_peak(self.profile)
@@ -133,7 +134,6 @@ def measure_memory(plan: Plan, config: Mapping[str, object], batch: Batch, *, vo
     """
     from transformers import PrinterCallback, set_seed
 
-    from peftkit.model.hardware import release_memory
     from peftkit.model.meta.blank import model_from_config
     from peftkit.train.batches import build_train_dataset
     from peftkit.train.trainer import build_trainer
@@ -150,8 +150,7 @@ def measure_memory(plan: Plan, config: Mapping[str, object], batch: Batch, *, vo
     release_memory()
     callback = _peak_memory_callback(model, on_gpu=on_gpu)
     with tempfile.TemporaryDirectory() as folder:
-        # return rows that fill micro-batches of the shapes of `batch`
-
+        # rows that fill micro-batches of the shapes of `batch`
         synthetic_rows = []
         loss_tokens = -(-batch.num_learnt // batch.num_rows)
         for number in range(NUM_STEPS * trial_plan.train.accumulation * batch.num_rows):
@@ -171,7 +170,7 @@ def measure_memory(plan: Plan, config: Mapping[str, object], batch: Batch, *, vo
                 labels = [position % max(2, len(trial_plan.base.labels)) for position in range(length)]
             synthetic_rows.append(Tokenized(ids, labels, str(number)))
         dataset = build_train_dataset(trial_plan, synthetic_rows, pad_id=0)
-        # the trainer wants one to pad with
+        # the Trainer pads with a tokenizer's token
         from tokenizers import Tokenizer, models
         from transformers import PreTrainedTokenizerFast
 

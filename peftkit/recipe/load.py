@@ -208,7 +208,7 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     _expand_short_forms(override_values, {})
     command = ValueSource("command line", "command line", Path.cwd(), 1_000_000)
     _merge(data, override_values, sources, {k: command for k in _all_keys(override_values) if k})
-    # `max_steps` of a later layer overrules `epochs` of an earlier one:
+    # two lengths of training conflict, unless `max_steps` of a later layer overrules `epochs` of an earlier one
     train = data.get("train")
     epochs, steps = (sources.get(("train", key)) for key in ("epochs", "max_steps"))
     if isinstance(train, dict) and epochs and steps and epochs.rank < steps.rank and train["max_steps"] is not None:

@@ -16,7 +16,7 @@ from peftkit.errors import Problem, UserError
 from peftkit.evaluate.losses import row_losses
 from peftkit.evaluate.scores import compute_metrics
 from peftkit.model.load import model_stop_ids
-from peftkit.objectives import FORMAT_TASKS
+from peftkit.objectives import FORMAT_TASKS, OBJECTIVES
 from peftkit.plan.plan import DataPlan
 from peftkit.recipe import load
 from peftkit.recipe.schema import Chat, Data
@@ -94,7 +94,7 @@ def load_examples(result: Result, data: str | None, path: Path) -> Any:
 def refuse_mismatched_data(result: Result, examples: Any) -> None:
     """Raise UserError for data of another task, or with classes that the result was not trained on."""
     task = FORMAT_TASKS.get(examples.format)
-    is_classifier = result.task in FORMAT_TASKS.values()
+    is_classifier = not OBJECTIVES[result.task].generates_answers
     if task != (result.task if is_classifier else None) or (result.task == "seq2seq" and examples.format == "text"):
         got = f"{examples.format} data for a result of {result.task}"
         raise UserError(Problem("--data", got, f"data for {result.task}"))
@@ -120,7 +120,7 @@ def tokenize_for_result(
     labels = plan.base.labels if plan else ()
     selected_examples = replace(examples, train=tuple(selection), eval=())
 
-    if result.model is not None and result.task in {"causal-lm", "seq2seq"}:
+    if result.model is not None and OBJECTIVES[result.task].generates_answers:
         stops = frozenset(model_stop_ids(result.model, result.tokenizer))
     prepared = tokenize_examples(
         selected_examples, result.tokenizer, data, task=cast(Task, result.task), labels=labels, stops=stops

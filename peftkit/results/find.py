@@ -14,7 +14,7 @@ from peftkit.model.base.identity import base_plan_fields, lacks_4bit_details, re
 from peftkit.model.base.locate import locate_base
 from peftkit.model.base.shape import infer_base_shape
 from peftkit.model.load import resolve_source
-from peftkit.objectives import FORMAT_TASKS
+from peftkit.objectives import OBJECTIVES
 from peftkit.plan import Plan, read_plan
 from peftkit.plan.plan import BasePlan
 from peftkit.plan.resolve import unquantized_base
@@ -148,7 +148,7 @@ def standalone_base_plan(path: Path, config: dict[str, Any], *, id: str | None =
     task = {peft_task: own_task for own_task, peft_task in PEFT_TASKS.items()}.get(
         str(config.get("task_type")), "causal-lm"
     )
-    if task in FORMAT_TASKS.values():
+    if not OBJECTIVES[task].generates_answers:
         got = f"an adapter for {task} without its run"
         raise UserError(Problem(str(path), got, "the run, which knows the names of the classes"))
     revision = None if id else config.get("revision")

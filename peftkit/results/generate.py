@@ -14,6 +14,7 @@ from peftkit.errors import Problem, UserError
 from peftkit.evaluate.generation import generate_answers
 from peftkit.evaluate.losses import predict_classes
 from peftkit.model.load import model_stop_ids
+from peftkit.objectives import OBJECTIVES
 from peftkit.results.load import Result, num_learned_positions, open_result
 from peftkit.rundir.events import DataEvent, of_type
 
@@ -51,9 +52,8 @@ def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[s
         )
         return [text.strip() for text in answers]
     model, tokenizer = result.model, result.tokenizer
-    if plan.base.task not in {"causal-lm", "seq2seq"}:
-        # predict the most likely class of each text, or its words with their tags
-
+    if not OBJECTIVES[plan.base.task].generates_answers:
+        # the most likely class of each text, or its words with their tags
         task, names = cast(Task, plan.base.task), plan.base.labels
         words = [tuple(prompt.split()) for prompt in prompts]
         examples = [

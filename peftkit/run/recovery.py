@@ -34,8 +34,6 @@ def classify_failure(context: RunContext, error: Exception) -> Failure | None:
     """Return the recoverable failure behind an error, without its frames; None where there is none."""
     if isinstance(error, Diverged):
         return Divergence(str(error), error.first_step)
-    # what ran out where, for an out-of-memory error; None for any other
-
     if not is_out_of_memory(error):
         return None
     usage = read_memory_use()

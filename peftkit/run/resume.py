@@ -125,10 +125,8 @@ def load_run_recipe(run: RunDir, recipe_file: Path | None, overrides: Sequence[s
     run_recipe = load(run.path / "resolved.yaml")
     if recipe_file is None:
         if any(REDACTED in source.path for source in run_recipe.recipe.data.sources):
-            got, fix = (
-                "a data source whose secrets were not stored",
-                f"peftkit resume {run.path} --recipe FILE [key=value ...]",
-            )
+            got = "a data source whose secrets were not stored"
+            fix = f"peftkit resume {run.path} --recipe FILE [key=value ...]"
             raise UserError(Problem(str(run.path), got, "the recipe that it was started with", fix))
         return run_recipe
     loaded = load(recipe_file, overrides)
@@ -177,7 +175,6 @@ def require_unchanged(context: RunContext, allowed_changes: Sequence[str], check
         context.emit(WarningEvent(text=text))
     if changed_parts:
         if "recipe" in changed_parts:
-            # the stage with the plan of a changed recipe
             plan, _ = plan_with_traced_memory(context.loaded, context.facts, context.prepared_data.plan, context.config)
             signatures = [
                 json.dumps(

@@ -1,4 +1,4 @@
-"""Free disk space, checked before anything is written."""
+"""What an output needs before anything is written: free disk space, and a folder that can be made."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from peftkit.errors import Problem, UserError
 from peftkit.rundir.files import is_disk_full
 from peftkit.units import show_bytes
 
+_MAX_NAME_BYTES = 200  # file systems allow 255 bytes, and temporary names are longer
+_OTHER_OUT_FIX = "choose another --out"
+
 
 def require_free_space(folder: Path, num_bytes: int, *, what: str, fix: str) -> None:
     """Raise UserError if a folder's disk has less than `num_bytes` free. The folder may not exist yet."""
@@ -20,10 +23,6 @@ def require_free_space(folder: Path, num_bytes: int, *, what: str, fix: str) -> 
     if num_bytes > free:
         got = f"{show_bytes(free)} free for {what}"
         raise UserError(Problem(str(folder), got, f"{show_bytes(num_bytes)} free", fix))
-
-
-_MAX_NAME_BYTES = 200  # file systems allow 255 bytes, and temporary names are longer
-_OTHER_OUT_FIX = "choose another --out"
 
 
 def resolve_new_folder(out: str | Path) -> Path:

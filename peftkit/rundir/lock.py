@@ -65,7 +65,6 @@ def lock_run(folder: Path, *, take_over: bool = False) -> Iterator[None]:
     except OSError as error:
         raise _unwritable_error(folder, error) from None
     try:
-        # lock the open file
         wait_fix = "wait until it ends, or stop it"
         has_locks = True
         try:
@@ -77,14 +76,10 @@ def lock_run(folder: Path, *, take_over: bool = False) -> Iterator[None]:
                 raise
             has_locks = False
         holder = _read_holder(handle)
-        if not holder:
-            pass
-        else:
+        if holder and not take_over:
             take_over_fix = f"if that machine is gone: peftkit resume {folder} --take-over"
             same_boot, same_host = holder.get("boot_id") == boot_id(), holder.get("host") == socket.gethostname()
-            if take_over:
-                pass
-            elif has_locks:
+            if has_locks:
                 # the system lets go of a dead process's lock, and a machine that was started anew has the same name;
                 # another machine's locks this file system may not show
                 if not same_boot and not same_host:

@@ -125,7 +125,7 @@ class RunDir:
         numbered_events = list(self._numbered_events())
         broken_lines = [number for number, event in numbered_events if event is None]
         if broken_lines:
-            where, fix = (f"{self.events_file}:{broken_lines[0]}", "peftkit resume moves broken lines to a backup")
+            where, fix = f"{self.events_file}:{broken_lines[0]}", "peftkit resume moves broken lines to a backup"
             raise UserError(Problem(where, "a line that is no event", "events as peftkit wrote them", fix))
         return [read_event(record) for _, record in numbered_events if record is not None]
 

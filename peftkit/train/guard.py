@@ -154,21 +154,15 @@ class StepGuard(TrainerCallback):
         if not message:
             self.history.note(loss)
             self.history.num_bad = 0
-            if not self.initial_sums or learning_rate == 0.0:
-                pass
-            else:
+            if self.initial_sums and learning_rate:
                 self.num_moving_steps += 1
-                if self.num_moving_steps < _MOVEMENT_STEPS:
-                    pass
-                else:
+                if self.num_moving_steps == _MOVEMENT_STEPS:
                     unmoved = [n for n, t in trainable_tensors(model).items() if _sum(t) == self.initial_sums[n]]
                     if len(unmoved) == len(self.initial_sums):
-                        problem_text = f"{len(unmoved)} trained tensors that have not moved by step {step}"
-                        learning_rate_text = self.plan.train.learning_rate
-                        fix = f"train.learning_rate is {learning_rate_text:g}: is it too small to change a weight?"
-                        raise UserError(
-                            Problem("train", problem_text, "training that changes the trained tensors", fix)
-                        )
+                        got = f"{len(unmoved)} trained tensors that have not moved by step {step}"
+                        rate = self.plan.train.learning_rate
+                        fix = f"train.learning_rate is {rate:g}: is it too small to change a weight?"
+                        raise UserError(Problem("train", got, "training that changes the trained tensors", fix))
                     if unmoved:
                         examples = ", ".join(unmoved[:2])
                         text = f"{len(unmoved)} trained tensors have not moved by step {step} (for example {examples})"
@@ -177,7 +171,7 @@ class StepGuard(TrainerCallback):
             return
         self.history.num_bad += 1
         self.history.num_skipped += self.skipped
-        # return the places of the worst micro-batches' rows; of all, where the loss does not tell
+        # the rows of the worst micro-batches; of all, where the loss does not tell
         losses = [float(micro_batch.loss) for micro_batch in self.seen]
         bad_batches = [
             micro_batch for micro_batch, loss in zip(self.seen, losses, strict=True) if not math.isfinite(loss)

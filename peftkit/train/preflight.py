@@ -128,25 +128,24 @@ def run_preflight(
         model.train(was_training)
         restore_random_states(*rng_states)
     changed_names = [name for name, value in frozen_checksums(model).items() if value != frozen_sums[name]]
-    the_problems = []
+    problems = []
     if not math.isfinite(value):
         fix = "inspect the rows, or use precision bf16 or fp32"
-        the_problems.append(Problem("train", f"a loss of {value}", "a finite loss before the first step", fix))
+        problems.append(Problem("train", f"a loss of {value}", "a finite loss before the first step", fix))
     elif non_finite:
-        the_problems.append(
+        problems.append(
             _tensor_problem("train.precision", non_finite, "gradients that are not finite", "use bf16 or fp32")
         )
     if without_gradient:
         fix = "these layers are never called, or bypass the adapter: remove them from the targets"
-        the_problems.append(
+        problems.append(
             _tensor_problem(
                 "method.targets", without_gradient, f"{len(without_gradient)} trained tensors without gradient", fix
             )
         )
     if changed_names:
         fix = "please report this family: its base must not change"
-        the_problems.append(_tensor_problem("base", changed_names, "frozen tensors that a pass changed", fix))
-    problems = the_problems
+        problems.append(_tensor_problem("base", changed_names, "frozen tensors that a pass changed", fix))
     fix = "target modules that are not shared between layers"
     shared = [
         _tensor_problem("method.targets", names, "adapted modules that share one weight", fix)

@@ -48,8 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.rank and not arguments.as_adapter:
         raise UserError(Problem("--rank", f"{arguments.rank}", "--rank together with --as-adapter"))
     if arguments.as_adapter:
-        # combine several adapters into one
-        from peftkit import api
         from peftkit.cli.tables import print_rows
 
         dense_options = {

@@ -62,27 +62,18 @@ def print_plan_report(report: Account) -> None:
     console.print(f"driven by {report.driver}", highlight=False, soft_wrap=True)
     console.print(report.verdict, style="bold", highlight=False)
     if report.measured_memory is not None:
-        predicted_text, measured_text = (
-            show_bytes(report.measured_memory.predicted_bytes),
-            show_bytes(report.measured_memory.measured_bytes),
-        )
+        measured = report.measured_memory
         line = (
-            f"measured in {report.measured_memory.num_steps} steps on random weights: {measured_text} "
-            "allocated, "
-            f"{predicted_text} predicted"
+            f"measured in {measured.num_steps} steps on random weights: "
+            f"{show_bytes(measured.measured_bytes)} allocated, {show_bytes(measured.predicted_bytes)} predicted "
+            f"({measured.error_percent:+.1f} %)"
         )
-        line += f" ({report.measured_memory.error_percent:+.1f} %)"
-        if report.measured_memory.measured_reserved_bytes and report.measured_memory.predicted_reserved_bytes:
-            predicted_text, measured_text = (
-                show_bytes(report.measured_memory.predicted_reserved_bytes),
-                show_bytes(report.measured_memory.measured_reserved_bytes),
-            )
+        if measured.measured_reserved_bytes and measured.predicted_reserved_bytes:
             line += (
-                f"; {measured_text} reserved, {predicted_text} predicted "
-                f"({report.measured_memory.reserved_error_percent:+.1f} %)"
+                f"; {show_bytes(measured.measured_reserved_bytes)} reserved, "
+                f"{show_bytes(measured.predicted_reserved_bytes)} predicted ({measured.reserved_error_percent:+.1f} %)"
             )
-        trial_line = f"{line}; {show_seconds(report.measured_memory.step_seconds)} a step"
-        console.print(trial_line, highlight=False, soft_wrap=True)
+        console.print(f"{line}; {show_seconds(measured.step_seconds)} a step", highlight=False, soft_wrap=True)
     if report.changes:
         changes = new_table("change that fits", "needs", "", "costs")
         for change in report.changes:
@@ -91,7 +82,6 @@ def print_plan_report(report: Account) -> None:
         console.print(changes)
     work = new_table("", "")
     work.show_header = False
-    # return rows (name, value) for steps, batch, speed, time, price, disk and data
     cost = report.work
     train, batch = plan.train, plan.batch
     cost_rows = [("optimizer steps", show_count(train.num_steps) if train.num_steps else "unknown without data")]

@@ -11,6 +11,7 @@ from peftkit.data.formats.base import Example
 from peftkit.data.rows.scan_text import text_of
 from peftkit.data.rows.tally import Tally
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
+from peftkit.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +75,7 @@ class TokenScanner:
             self.tally.add("unknown-tokens", row.where, f"{ids.count(self._unknown)} of {len(ids)} tokens")
         if self._bos is not None and ids[:2] == [self._bos, self._bos]:
             self.tally.add("double-bos", row.where, "two start tokens")
-        if self.task not in {"causal-lm", "seq2seq"}:
+        if not OBJECTIVES[self.task].generates_answers:
             return
         ends = span_end_tokens(row)
         if all_trained:  # the last trained token, less the blanks that templates put after an end token

@@ -270,7 +270,7 @@ def _grow_pair(
     mean_norm = _by_expert(template, num_experts).norm(dim=-1).mean(dim=1, keepdim=True)
     a = _with_norm(_by_expert(initial[0].to(template), num_experts), mean_norm)
     if directions is not None:
-        # write directions into A (num_experts, rank, d_in) after its `old_rank` rows
+        # A is (num_experts, rank, d_in): the directions follow its `old_rank` rows
         given = directions.to(template)
         given = given.unsqueeze(0).expand(a.shape[0], -1, -1) if given.ndim == 2 else given
         if given.ndim != 3 or given.shape[::2] != a.shape[::2] or not bool(given.isfinite().all()):

@@ -15,6 +15,7 @@ from peftkit.errors import UserError
 from peftkit.model.adapter.load import load_weighted_adapters
 from peftkit.model.hardware import detect_device
 from peftkit.model.load import load_model, load_tokenizer, read_stop_ids
+from peftkit.objectives import OBJECTIVES
 from peftkit.plan.plan import BasePlan
 from peftkit.results.evaluate import load_examples, refuse_mismatched_data, tokenize_for_result
 from peftkit.results.find import Adapter
@@ -52,7 +53,7 @@ class ComparisonRows:
             result = Result(None, tokenizer, adapter.base.task, adapter.plan, adapter.run, 1, True)
             examples, held_out_examples = load_examples(result, data, path)
             refuse_mismatched_data(result, examples)
-            is_generative = adapter.base.task in {"causal-lm", "seq2seq"}
+            is_generative = OBJECTIVES[adapter.base.task].generates_answers
             stops = read_stop_ids(adapter.source, tokenizer) if is_generative else frozenset()
             rows, _ = tokenize_for_result(result, examples, held_out_examples, stops=stops)
             held_out_rows = tuple(rows)

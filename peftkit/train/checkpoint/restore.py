@@ -76,26 +76,25 @@ class CheckpointRestorer(TrainerCallback):
         **_: object,
     ) -> None:
         load_trained(model, self.folder)
-        optimizer_optimizer = unwrap_optimizer(optimizer)
+        optimizer = unwrap_optimizer(optimizer)
         parameters = trainable_tensors(model)
-        parameter_ids = {id(p) for group in optimizer_optimizer.param_groups for p in group["params"]}
+        parameter_ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(p) not in parameter_ids for p in parameters.values()):
             raise PeftkitError("the optimizer does not hold the tensors that are trained")
-        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer_optimizer.param_groups)
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         for key, tensor in load_tensors(self.folder, "optimizer").items():
             name, field = key.rsplit("|", 1)
             # a plain Adam keeps its step counts on the CPU, a fused one beside the parameter
             on_cpu = tensor.ndim == 0 and not on_device
             # a copy: what was loaded maps the file, which will be rotated away
             place = "cpu" if on_cpu else parameters[name].device
-            optimizer_optimizer.state[parameters[name]][field] = tensor.to(place, copy=True)
+            optimizer.state[parameters[name]][field] = tensor.to(place, copy=True)
         for key, value in self.state["optimizer"].items():
             name, field = key.rsplit("|", 1)
-            optimizer_optimizer.state[parameters[name]][field] = value
+            optimizer.state[parameters[name]][field] = value
         budget = self.folder / "budget.safetensors"
         restore_allocator_state(model, load_tensors(self.folder, "budget") if budget.exists() else {})
-        # restore the schedule at the plan's own learning rates:
-        optimizer = unwrap_optimizer(optimizer)
+        # the schedule goes on at the plan's own learning rates, which a recovery may have lowered
         saved_state = self.state["schedule"]
         rates = list(lr_scheduler.base_lrs)
         lr_scheduler.load_state_dict({**saved_state, "base_lrs": rates})

@@ -1,8 +1,7 @@
 """The state of a training at one step, held in memory, and the checkpoint written from it.
 
 A checkpoint holds the trained tensors, the optimizer's tensors named by parameter, the random states, the
-schedule, the Trainer's state, and our own progress, as safetensors and JSON alone. `peftkit.train.restore`
-loads it.
+schedule, the Trainer's state, and our own progress, as safetensors and JSON alone. `.restore` loads it.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from peftkit.model.adapter.attach import trainable_tensors
+from peftkit.model.hardware import device_random_state, restore_device_random_state
 from peftkit.rundir import RunDir, publish_folder, verify_folder, write_json
 from peftkit.train.adalora import allocator_state
 
@@ -58,8 +58,8 @@ def random_states() -> RandomStates:
     python, numpy_state = random.getstate(), np.random.get_state(legacy=True)
     assert isinstance(numpy_state, tuple)
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64))}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
+    if (device_state := device_random_state()) is not None:
+        tensors["cuda"] = device_state
     values = {
         "python": [python[0], list(python[1]), python[2]],
         "numpy": [str(numpy_state[0]), int(numpy_state[2]), int(numpy_state[3]), float(numpy_state[4])],
@@ -70,8 +70,8 @@ def random_states() -> RandomStates:
 def restore_random_states(tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
     """Restore the random states that `random_states` returned."""
     torch.set_rng_state(tensors["torch"].to(torch.uint8))
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"].to(torch.uint8))
+    if "cuda" in tensors:
+        restore_device_random_state(tensors["cuda"])
     version, words, gauss = values["python"]
     random.setstate((version, tuple(words), gauss))
     kind, position, has_gauss, cached = values["numpy"]
