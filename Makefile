@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 FAST := not slow and not gpu and not network
 
-.PHONY: demo test test-slow test-gpu llama-cpp lint format audit docs bench chaos clean
+.PHONY: demo test test-slow test-gpu llama-cpp lint format audit bench chaos clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,7 @@ test-gpu: $(READY)             ## what needs a CUDA device
 
 lint: $(READY)                 ## style, types, layers
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
 
@@ -38,6 +39,7 @@ audit:                         ## known vulnerabilities among the pins; skipped 
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 bench: $(READY)                ## start-up, first step and throughput against a hand-written script
 	$(VENV)/bin/python benchmarks/startup.py

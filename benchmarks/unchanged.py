@@ -66,7 +66,8 @@ def cells(place: Path) -> dict[str, str]:
         peftkit.finetune(recipe, out=run)
         plan = without_texts(json.loads((run / "plan.json").read_text()))
         plan["base"]["id"] = plan["data"]["train"] = None
-        plan["decisions"] = [item for item in plan["decisions"] if not isinstance(item["value"], str | list)]
+        # the base's path is the checkout's
+        plan["decisions"] = [item for item in plan["decisions"] if item["value"] != recipe["base"]]
         found[f"{name}: plan"] = digest(json.dumps(plan, sort_keys=True).encode())
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         losses = [[e["event"], e["step"], e["loss"]] for e in events if e["event"] in {"step", "eval"}]
