@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ def _one_thread_and_little_garbage() -> None:
         gc.collect()
         gc.freeze()
         _FROZEN["modules"] = len(sys.modules)
+
+
+@pytest.fixture(autouse=True)
+def _looks_fail_aloud(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A diagnosis that raises costs a run its verdict and nothing else; a test must not pass by that."""
+    folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    yield
+    if folder is not None and request.node.get_closest_marker("failing_look") is None:
+        for file in folder.glob("**/events.jsonl"):
+            assert "the diagnosis failed (" not in file.read_text(errors="replace"), file
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -63,9 +63,9 @@ def test_no_exception_is_swallowed():
 
 def test_functions_and_modules_stay_readable():
     for path in MODULES:
-        assert len(path.read_text().splitlines()) <= 500, path
+        assert len(path.read_text().splitlines()) <= 440, path
         for node in functions(path):
-            assert node.end_lineno - node.lineno < 100, f"{path}:{node.lineno} {node.name}"
+            assert node.end_lineno - node.lineno < 92, f"{path}:{node.lineno} {node.name}"
 
 
 def test_modules_and_public_functions_say_what_they_are():
@@ -83,8 +83,6 @@ def test_every_module_has_its_mirrored_test():
     """tests/ mirrors peftkit/: a package's modules are tested by files of the same folder."""
     modules = [path for path in MODULES if path.stem != "__init__"]
     for folder in sorted({path.parent.relative_to(PACKAGE) for path in modules}):
-        if folder == Path("cli/commands"):
-            continue  # one file per command, run by tests/cli
         assert list((ROOT / "tests" / folder).glob("test_*.py")), folder
 
 

@@ -4,6 +4,8 @@ import math
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import peftkit
 from peftkit.errors import UserError
@@ -21,7 +23,7 @@ def run(tmp_path_factory):
     words = [f"{colour} {thing}" for colour in colours for thing in things]
     chats = [chat(f"Say {word} and {words[-i]}", "one two" if i % 2 else "two") for i, word in enumerate(words)]
     rows = write_jsonl(place / "chats.jsonl", chats)
-    train = {"max_steps": 2, "batch_size": 4, "micro_batch": 2, "max_length": 64, "learning_rate": 1e-3}
+    train = {"max_steps": 6, "batch_size": 4, "micro_batch": 2, "max_length": 64, "learning_rate": 3e-2}
     recipe = {
         "base": str(TINY_LLAMA),
         "method": {"name": "lora", "rank": 2},
@@ -42,8 +44,13 @@ def test_an_adapter_away_from_its_run_answers_alike(run, tmp_path):
     away = shutil.copytree(run / "adapter", tmp_path / "away")
     assert is_standalone_adapter(away)
     assert find_adapter(away).plan is None
-    prompts = ["Say 1", "Say 2"]
-    assert answer(away, prompts, max_new_tokens=4) == answer(run, prompts, max_new_tokens=4)
+    prompts = ["Say red hill and blue lake", "Say green stone and black road"]
+    answers = answer(run, prompts, max_new_tokens=4)
+    assert answer(away, prompts, max_new_tokens=4) == answers
+    (away / "MANIFEST.json").unlink()
+    tensors = load_file(away / "adapter_model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, away / "adapter_model.safetensors")
+    assert answer(away, prompts, max_new_tokens=4) != answers, "it is the adapter that answers"
 
 
 def test_the_loss_is_the_one_of_the_run_s_own_evaluation(run):

@@ -4,6 +4,7 @@ The archive was written by the revision before (0.1.0 at 78465a6), in the folder
 run's files hold its paths under hashes.
 """
 
+import fcntl
 import json
 import shutil
 import tarfile
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 import peftkit
 from peftkit.plan import read_plan
 from peftkit.rundir import RunDir
-from peftkit.rundir.events import UnknownEvent
+from peftkit.rundir.events import StepEvent, UnknownEvent, of_type
 from tests.conftest import TINY_LLAMA
 
 PLACE = Path("/tmp/peftkit-old-runs")
@@ -25,39 +26,50 @@ ARCHIVE = Path(__file__).parents[1] / "assets" / "old_runs.tar.xz"
 
 @pytest.fixture
 def old_runs():
-    shutil.rmtree(PLACE, ignore_errors=True)
-    PLACE.mkdir()
-    shutil.copytree(TINY_LLAMA, PLACE / "tiny-llama")
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(PLACE, filter="data")
-    yield PLACE
-    shutil.rmtree(PLACE, ignore_errors=True)
+    with PLACE.with_suffix(".lock").open("w") as lock:  # other sessions on this machine use the same folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(PLACE, ignore_errors=True)
+        PLACE.mkdir()
+        shutil.copytree(TINY_LLAMA, PLACE / "tiny-llama")
+        with tarfile.open(ARCHIVE) as archive:
+            archive.extractall(PLACE, filter="data")
+        yield PLACE
+        shutil.rmtree(PLACE, ignore_errors=True)
 
 
 def test_old_runs_of_each_kind(old_runs, tmp_path):
     """One test, as the folder has one name: workers would stand in each other's way."""
-    for name in ("lora", "qlora", "prefix", "stopped"):
+    for name in ("lora", "qlora", "prefix", "stopped", "grown"):
         run = RunDir.open(old_runs / name)
         assert not peftkit.verify_run(run.path).faults
         events = run.events()
         assert not [event for event in events if isinstance(event, UnknownEvent)]
-        lines = run.events_file.read_text().splitlines()
-        assert [event.to_json() for event in events] == [json.loads(line) for line in lines], "nothing is lost"
-        assert read_plan(run).to_json().keys() >= {"base", "method", "train", "decisions"}
+        lines = [json.loads(line) for line in run.events_file.read_text().splitlines()]
+        assert [event.to_json() for event in events] == lines, "nothing is lost"
+        sealed = json.loads((run.path / "plan.json").read_text())
+        assert json.loads(json.dumps(read_plan(run).to_json())) == {k: v for k, v in sealed.items() if k != "sha256"}
         if name != "stopped":
             summary = peftkit.summarize_run(run.path)
-            assert (summary.num_steps, summary.method) == (6, name)
-            assert peftkit.diagnose_run(run.path).cause == summary.verdict.cause
+            assert (summary.num_steps, summary.method) == (60, "lora") if name == "grown" else (6, name)
+            [*_, verdict] = [line for line in lines if line["event"] == "verdict"]
+            assert peftkit.diagnose_run(run.path).cause == summary.verdict.cause == verdict["cause"]
 
-    resumed = peftkit.resume_run(old_runs / "stopped", allow_changed=["versions"])
+    stopped = RunDir.open(old_runs / "stopped")
+    [first, *_] = [event.step for event in of_type(stopped.events(), StepEvent)][::-1]
+    resumed = peftkit.resume_run(stopped.path, allow_changed=["versions"])
+    steps = [event.step for event in of_type(stopped.events(), StepEvent)]
+    assert 0 < first < 6
+    assert steps[-(6 - first) :] == list(range(first + 1, 7)), "it goes on from the old checkpoint"
     tensors = load_file(resumed.result / "adapter_model.safetensors")
     whole = load_file(old_runs / "lora" / "adapter" / "adapter_model.safetensors")
     assert resumed.num_steps == 6
     assert all(torch.allclose(tensors[name], whole[name], atol=1e-5) for name in whole), "as if never stopped"
 
-    for name in ("lora", "qlora"):
+    for name in ("lora", "qlora", "grown"):
         report = peftkit.merge_adapter(
             old_runs / name, out=tmp_path / name, options=peftkit.MergeOptions(dtype="float32")
         )
         assert report.passed
+    anew = peftkit.diagnose_run(old_runs / "lora", anew=True)
+    assert anew.loss.mean == pytest.approx(peftkit.summarize_run(old_runs / "lora").verdict.loss.mean, rel=1e-4)
     assert peftkit.generate(old_runs / "prefix", ["Say alpha number 1"], max_new_tokens=2)

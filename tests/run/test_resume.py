@@ -54,7 +54,7 @@ def weights(summary):
     return file.read_bytes()
 
 
-FAST = {"lora", "qlora", "prefix", "full"}
+FAST = {"lora", "qlora", "prefix", "full", "adalora", "pissa"}
 CASES = [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in METHODS]
 
 
