@@ -10,7 +10,7 @@ from peftkit.plan.facts import Facts
 from peftkit.plan.fit import check_fit
 from peftkit.plan.memory import closed_form_memory
 from peftkit.plan.method import refusal_reason
-from peftkit.plan.packing import num_trainer_rows
+from peftkit.plan.packing import num_epochs
 from peftkit.plan.plan import Decision, Plan
 from peftkit.units import show_bytes, show_count
 
@@ -52,7 +52,7 @@ def _on_data(plan: Plan, facts: Facts) -> Iterator[Decision]:
     data, steps = facts.data, plan.train.num_steps
     if data is None or not steps:
         return
-    epochs = steps * plan.train.batch_size / max(1, num_trainer_rows(plan, facts) or 0)
+    epochs = num_epochs(plan, facts)
     if epochs > _MANY_EPOCHS:
         reason = f"every row is seen {epochs:.0f} times: held-out rows show when it only memorises"
         yield _advise("epochs", f"{epochs:.0f}", reason)

@@ -36,10 +36,12 @@ def data_plan(d: DecisionLog, facts: Facts) -> DataPlan:
         d.decide("data.eval", None, "too few distinct rows to hold any out")
     # choose which tokens are in the loss
     task = facts.model.shape.task
-    if kind == "preference" and d.to_train:
-        got = "preferences: peftkit can check them, but has no preference objective (such as DPO) yet"
+    if kind in {"preference", "unpaired-preference"} and d.to_train:
+        got = "preferences: peftkit can check them, but has no preference objective (such as DPO or KTO) yet"
         fix = "to train on the chosen answers: columns: {completion: chosen} with format: prompt-completion"
-        d.refuse("data.format", got, "data with one answer a row", fix)
+        if kind == "unpaired-preference":
+            fix = "keep the rows with good answers and remove the column that rates them"
+        d.refuse("data.format", got, "data with one answer a row, each to be learned", fix)
     mask_source = d.loaded.source(("data", "mask"))
     if task != "causal-lm":
         if mask_source:

@@ -83,6 +83,7 @@ class DataFacts:
     lengths: Lengths | None = None
     longest_eval: RowLengths | None = None
     weighted: bool = False  # rows or turns do not all weigh the same
+    unused: tuple[str, ...] = ()  # columns and keys of turns that are not read
 
 
 @dataclass(frozen=True)

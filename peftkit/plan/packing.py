@@ -42,6 +42,12 @@ def estimate_packs(lengths: Lengths | None, room: int) -> PackLengths | None:
     return PackLengths(room, num, (RowLengths(fullest, 0, num_loss_tokens),))
 
 
+def num_epochs(plan: Plan, facts: Facts) -> float:
+    """Return how often the run sees each row; 0 if that is unknown. The last batch of an epoch may be smaller."""
+    steps_per_epoch = -(-(num_trainer_rows(plan, facts) or 0) // plan.train.batch_size)
+    return (plan.train.num_steps or 0) / steps_per_epoch if steps_per_epoch else 0.0
+
+
 def num_trainer_rows(plan: Plan, facts: Facts) -> int | None:
     """Return the number of the trainer's rows, examples or packs; None if it is unknown."""
     if facts.data is None:

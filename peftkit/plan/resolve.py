@@ -258,6 +258,8 @@ def make_plan(loaded: LoadedRecipe, facts: Facts, *, to_train: bool = True) -> P
     d.record("task", recipe.task, facts.model.shape.task, "follows from the model family and the data")
     base, autocast = _base_plan(d, facts, method)
     data = data_plan(d, facts)
+    if facts.data and facts.data.unused:
+        d.decide("data.unused", list(facts.data.unused), "columns and keys of the data that are not read")
     train = _train_plan(d, facts, method, autocast, data.max_length)
     options, shape = d.loaded.recipe.evaluate, facts.model.shape
     family = shape.family

@@ -76,6 +76,7 @@ def prepare_data(
         lengths=count_lengths(prepared.train, task, plan.data.max_length),
         longest_eval=longest_sides(count_lengths(prepared.eval, task)),
         weighted=is_weighted(prepared.train),
+        unused=tuple(examples.unused),
     )
     facts = replace(facts, data=rows, text=text_facts(tokenizer, prepared))
     plan = make_plan(loaded, facts, to_train=to_train)

@@ -110,6 +110,7 @@ def data_facts(examples: Examples | None, task: str) -> DataFacts | None:
         lengths,
         longest_sides(_length_bounds(examples.eval, task)),
         weighted=examples.weighted,
+        unused=tuple(examples.unused),
     )
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from peftkit.model.adapter.attach import checkpointing_arguments
 from peftkit.plan import Plan
-from peftkit.plan.packing import BY_LENGTH
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -41,7 +40,7 @@ def trainer_arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
         "max_grad_norm": train.max_grad_norm,
         "per_device_train_batch_size": train.micro_batch,
         "gradient_accumulation_steps": train.accumulation,
-        "train_sampling_strategy": "sequential" if train.sampling == BY_LENGTH else "random",
+        "train_sampling_strategy": "random",
         "remove_unused_columns": False,
         "gradient_checkpointing": train.gradient_checkpointing != "none",
         "gradient_checkpointing_kwargs": checkpointing,

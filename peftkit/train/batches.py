@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import BatchSampler
 
 from peftkit.data.read import dataset_from_rows, mapped_dataset
 from peftkit.data.tokens.mask import Tokenized
@@ -51,10 +53,12 @@ class TrainDataset:
     """The trainer's dataset and its collator.
 
     A batch has, besides its tensors, `rows`: the numbers of its rows. A batch of packs also has `num_tokens`.
+    Without `batches` the trainer draws rows at random.
     """
 
     dataset: Any
     collator: Collator
+    batches: LengthGroupedBatches | None = None
 
 
 def build_train_dataset(plan: Plan, rows: Sequence[Tokenized], pad_id: int) -> TrainDataset:
@@ -81,32 +85,48 @@ def build_train_dataset(plan: Plan, rows: Sequence[Tokenized], pad_id: int) -> T
     else:
         dataset = dataset_from_rows([{name: getattr(row, name) for name in columns} for row in rows])
     dataset = dataset.add_column("row", np.arange(len(rows)))
-    by_length = plan.train.sampling == BY_LENGTH
-    return TrainDataset(dataset.select(order_by_length(plan, rows)) if by_length else dataset, collated)
+    batches = LengthGroupedBatches(plan, rows) if plan.train.sampling == BY_LENGTH else None
+    return TrainDataset(dataset, collated, batches)
 
 
-def order_by_length(plan: Plan, rows: Sequence[Tokenized]) -> list[int]:
-    """Return the numbers of all rows that training draws, in order, with similar lengths in a micro-batch.
+class LengthGroupedBatches(BatchSampler):
+    """A batch sampler of micro-batches with rows of like length: each epoch every row once.
 
     Each epoch is shuffled, windows of it are sorted by length and cut into micro-batches, and these are
-    shuffled within the window, so that an optimizer step sees rows of all lengths. It follows from the seed
-    alone.
+    shuffled within the window, so that an optimizer step sees rows of all lengths. An epoch's last micro-batch
+    may be smaller. The order follows from the seed and the epoch alone.
 
     Example: lengths [9, 2, 8, 3], micro-batch 2, batch 4: the shuffled window (0, 1, 2, 3) sorts to 1, 3, 2,
     0; its micro-batches (1, 3) and (2, 0) are drawn in either order, and long rows are padded to long rows
     only.
     """
-    counts = Counts.of(rows)
-    sizes = np.maximum(counts.tokens, counts.labels)
-    micro, total = plan.train.micro_batch, (plan.train.num_steps or 0) * plan.train.batch_size
-    rng = np.random.default_rng(plan.seed)
-    num_epochs = -(-total // len(rows))
-    order = np.concatenate([rng.permutation(len(rows)) for _ in range(num_epochs)])[:total]
-    step = plan.train.batch_size
-    window = step * max(1, min(WINDOW_STEPS, len(rows) // step))  # no more than an epoch
-    windows = []
-    for start in range(0, total, window):
-        window_rows = order[start : start + window]
-        micro_batches = window_rows[np.argsort(sizes[window_rows], kind="stable")].reshape(-1, micro)
-        windows.append(micro_batches[rng.permutation(len(micro_batches))].ravel())
-    return [int(number) for number in np.concatenate(windows)]
+
+    def __init__(self, plan: Plan, rows: Sequence[Tokenized]) -> None:
+        counts = Counts.of(rows)
+        self.sizes = np.maximum(counts.tokens, counts.labels)
+        self.seed, self.step, self.epoch = plan.seed, plan.train.batch_size, 0
+        self.batch_size, self.drop_last = plan.train.micro_batch, False
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the order of an epoch, from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.sizes) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        num_rows, micro = len(self.sizes), self.batch_size
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(num_rows)
+        window = self.step * max(1, min(WINDOW_STEPS, num_rows // self.step))  # no more than an epoch
+        for start in range(0, num_rows, window):
+            rows = order[start : start + window]
+            rows = rows[np.argsort(self.sizes[rows], kind="stable")]
+            # the smaller micro-batch is of any length, and the epoch's last
+            split = micro * int(rng.integers(len(rows) // micro + 1))
+            rest = rows[split : split + len(rows) % micro]
+            full = np.concatenate([rows[:split], rows[split + len(rest) :]]).reshape(-1, micro)
+            for number in rng.permutation(len(full)):
+                yield full[number].tolist()
+            if len(rest):
+                yield rest.tolist()

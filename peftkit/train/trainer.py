@@ -71,6 +71,20 @@ def build_trainer(
             listener(rows, loss)
             return loss
 
+        def get_train_dataloader(self) -> Any:
+            """Return the Trainer's data loader, or one that draws rows of like length together."""
+            if train.batches is None:
+                return super().get_train_dataloader()
+            from torch.utils.data import DataLoader
+
+            loader = DataLoader(
+                train.dataset,
+                batch_sampler=train.batches,
+                collate_fn=self.data_collator,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+            return self.accelerator.prepare(loader)
+
         def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
             """Return the Trainer's scheduler, or the restarted one where the plan restarts its schedule."""
             if plan.train.restart_step:

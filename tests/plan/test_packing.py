@@ -37,15 +37,16 @@ def planned(device=GPU, method="lora", data=None, shape=LLAMA, **train):
 
 def real_padding(found, micro, step, *, by_length):
     """What the trainer's order, or a random one, really pads over an epoch."""
-    from peftkit.train.batches import order_by_length
+    from peftkit.train.batches import LengthGroupedBatches
 
     lengths = [len(row.input_ids) for row in found]
     order = list(range(len(lengths)))
     Random(1).shuffle(order)
     if by_length:
         plan, _ = planned(micro_batch=micro, batch_size=step, max_steps=num_steps(len(found), step))
-        order = order_by_length(plan, found)
-    pieces = [[lengths[i] for i in order[s : s + micro]] for s in range(0, len(order), micro)]
+        pieces = [[lengths[i] for i in batch] for batch in LengthGroupedBatches(plan, found)]
+    else:
+        pieces = [[lengths[i] for i in order[s : s + micro]] for s in range(0, len(order), micro)]
     held = sum(max(piece) * len(piece) for piece in pieces)
     return 1 - sum(sum(piece) for piece in pieces) / held
 

@@ -131,6 +131,20 @@ def _surrogate(rows: Rows, draw: Random) -> list[int]:
     return [at]
 
 
+@_fault("a picture beside the text", "chat", "media", "fail")
+def _picture(rows: Rows, draw: Random) -> list[int]:
+    at = _one(rows.train, draw)
+    rows.train[at]["images"] = ["cat.png"]
+    return [at]
+
+
+@_fault("a column that looks like a mask", "chat", "unused-columns", "warn")
+def _mask_column(rows: Rows, draw: Random) -> list[int]:
+    for row in rows.train:
+        row["loss_mask"] = [0, 1]
+    return list(range(len(rows.train)))
+
+
 # ------------------------------------------------------------------------------------------ fields and turns
 
 
@@ -771,6 +785,8 @@ def try_fault(fault: Fault, real: Real, folder: Path, bases: Mapping[str, Path])
     wrong = []
     if found.status != fault.status:
         wrong.append(f"{found.check} says {found.status} ({found.said}), not {fault.status}")
+    if fault.check == "unused-columns":  # it names columns, whose rows it counts
+        wheres = [where for where, _ in found.rows if f"in {len(places):,} rows" in dict(found.rows)[where]]
     if [where for where, _ in found.rows] != wheres[:SHOWN]:
         wrong.append(f"it names {[w for w, _ in found.rows]}, not {wheres[:SHOWN]}")
     if wheres and found.num_rows != len(wheres):

@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
-from peftkit.train.batches import build_train_dataset, collate_groups, longest_groups, order_by_length
+from peftkit.train.batches import LengthGroupedBatches, build_train_dataset, collate_groups, longest_groups
 from tests.rigs.plans import cpu_plan
 
 ROWS = [Tokenized([5] * size, [IGNORE_INDEX] * (size - 1) + [5], "") for size in (40, 30, 20, 10, 50)]
@@ -38,9 +40,8 @@ def test_rows_by_themselves_are_columns():
     same = collate_groups(planned(), [[ROWS[3]], [ROWS[1]]], 0)
     assert same.keys() == batch.keys()
     assert all(torch.equal(batch[name], same[name]) for name in batch)
-    plan = planned(sampling="by length", micro_batch=1, batch_size=1, num_steps=5)
-    dataset = build_train_dataset(plan, ROWS, 0).dataset
-    assert sorted(len(ids) for ids in dataset["input_ids"]) == [10, 20, 30, 40, 50]
+    assert build_train_dataset(planned(), ROWS, 0).batches is None
+    assert build_train_dataset(planned(sampling="by length"), ROWS, 0).batches is not None
 
 
 def test_the_longest_come_first_in_packs_too():
@@ -51,18 +52,29 @@ def test_the_longest_come_first_in_packs_too():
 
 def test_rows_by_length_are_alike_in_a_micro_batch_and_not_in_a_step():
     rows = [Tokenized([5] * size, [5] * size, "") for size in (*range(2, 66), *range(2, 66))]
-    plan = planned(sampling="by length", micro_batch=4, batch_size=16, num_steps=20)
-    order = order_by_length(plan, rows)
-    assert len(order) == 320
-    counts = [order.count(number) for number in range(128)]
-    assert (min(counts), max(counts)) == (2, 3), "two and a half epochs"
-    lengths = [rows[number].length for number in order]
-    micro = [lengths[start : start + 4] for start in range(0, 320, 4)]
-    assert max(max(one) - min(one) for one in micro) <= 8
-    steps = [lengths[start : start + 16] for start in range(0, 320, 16)]
-    assert sum(max(one) - min(one) > 20 for one in steps) >= 15
-    assert order == order_by_length(plan, rows)
-    assert order != order_by_length(replace(plan, seed=plan.seed + 1), rows)
+    plan = planned(sampling="by length", micro_batch=4, batch_size=16)
+    batches = LengthGroupedBatches(plan, rows)
+    epoch = list(batches)
+    assert sorted(number for batch in epoch for number in batch) == list(range(128))
+    lengths = [[rows[number].length for number in batch] for batch in epoch]
+    assert max(max(batch) - min(batch) for batch in lengths) <= 8
+    steps = [[n for batch in lengths[start : start + 4] for n in batch] for start in range(0, 32, 4)]
+    assert sum(max(step) - min(step) > 20 for step in steps) >= 6
+    assert epoch == list(batches), "the order follows from seed and epoch alone"
+    batches.set_epoch(1)
+    assert epoch != list(batches)
+    assert epoch != list(LengthGroupedBatches(replace(plan, seed=plan.seed + 1), rows))
+
+
+@given(st.integers(1, 70), st.integers(1, 6), st.integers(1, 6), st.integers(0, 3))
+def test_an_epoch_by_length_draws_every_row_once(num_rows, micro, accumulation, epoch):
+    rows = [Tokenized([5] * (2 + i * 7 % 40), [5] * (2 + i * 7 % 40), "") for i in range(num_rows)]
+    batches = LengthGroupedBatches(planned(micro_batch=micro, batch_size=micro * accumulation), rows)
+    batches.set_epoch(epoch)
+    drawn = list(batches)
+    assert sorted(number for batch in drawn for number in batch) == list(range(num_rows))
+    assert len(drawn) == len(batches)
+    assert {len(batch) for batch in drawn[:-1]} <= {micro}, "the last alone may be smaller"
 
 
 def test_rows_on_disk_are_mapped_with_their_weights(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from peftkit.data.formats import chat, classes, pairs  # noqa: F401  each registers its readers
-from peftkit.data.formats.base import READERS, BadRow, Example, Format, Message
+from peftkit.data.formats.base import READERS, BadRow, Example, Format, Message, as_boolean
 from peftkit.data.formats.classes import sorted_labels
 from peftkit.data.formats.columns import make_renamer
 from peftkit.data.read import MAX_PROBLEMS, Row
@@ -15,6 +15,7 @@ from peftkit.units import join_names, shorten
 __all__ = [
     "CLASSES",
     "FORMATS",
+    "PREFERENCES",
     "BadRow",
     "Example",
     "Format",
@@ -27,12 +28,13 @@ __all__ = [
 ]
 # the order matters: the first whose columns are all there is taken
 _ORDER = (
-    *("preference", "chat", "prompt-completion", "instruction", "question-answer", "seq2seq"),
+    *("preference", "unpaired-preference", "chat", "prompt-completion", "instruction", "question-answer", "seq2seq"),
     *("token-classification", "classification", "text"),
 )
 assert set(_ORDER) == READERS.keys(), "a format without a place in the order"
 FORMATS: dict[str, Format] = {name: READERS[name] for name in _ORDER}
 CLASSES = frozenset({"token-classification", "classification"})
+PREFERENCES = frozenset({"preference", "unpaired-preference"})
 _MAX_COLUMNS_SHOWN = 20  # columns that a message names
 
 
@@ -51,8 +53,10 @@ def _columns_problem(where: str, names: Sequence[str], expected: str) -> UserErr
 def detect_format(rows: Sequence[Row]) -> str:
     """Return the first format whose columns the row has. Raises UserError with the columns of each format."""
     names = list(rows[0].fields)
+    # a label that is neither true nor false is a column of its own: a class, a topic
+    is_rated = any(as_boolean(rows[0].fields.get(name)) is not None for name in ("label", "kto_tag"))
     for name, spec in FORMATS.items():
-        if any(set(columns) <= set(names) for columns in spec.columns):
+        if any(set(columns) <= set(names) for columns in spec.columns) and (name != "unpaired-preference" or is_rated):
             return name
     wanted = (f"{name}: {' or '.join(' + '.join(c) for c in spec.columns)}" for name, spec in FORMATS.items())
     raise _columns_problem(rows[0].where, names, f"the columns of a format ({'; '.join(wanted)})")

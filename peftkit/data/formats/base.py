@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -79,20 +79,31 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Format:
-    """One format: the columns that identify it, and the function that reads a row of it."""
+    """One format: the columns that identify it, others that it reads, and the function that reads a row."""
 
     columns: tuple[tuple[str, ...], ...]  # alternatives
+    optional: tuple[str, ...]
     read: Callable[[Row], Example]
+
+    def used_columns(self, names: Collection[str]) -> frozenset[str]:
+        """Return the columns that are read of rows with these: of alternatives, the first that is there."""
+        identifying = next(columns for columns in self.columns if set(columns) <= set(names))
+        return frozenset((*identifying, *self.optional))
 
 
 READERS: dict[str, Format] = {}
 
 
-def reads(name: str, *columns: tuple[str, ...]) -> Callable[[Callable[[Row], Example]], Callable[[Row], Example]]:
-    """Register the function that reads a row of a format; any of `columns` marks the format."""
+def reads(
+    name: str, *columns: tuple[str, ...], optional: tuple[str, ...] = ("weight",)
+) -> Callable[[Callable[[Row], Example]], Callable[[Row], Example]]:
+    """Register the function that reads a row of a format; any of `columns` marks the format.
+
+    `optional` are the other columns that it reads: what is in neither is reported as not used.
+    """
 
     def register(function: Callable[[Row], Example]) -> Callable[[Row], Example]:
-        READERS[name] = Format(columns, function)
+        READERS[name] = Format(columns, optional, function)
         return function
 
     return register
@@ -117,6 +128,13 @@ def optional_text(values: Mapping[str, object], name: str) -> str:
     if not isinstance(value, str):
         raise BadRow(f"{name} is {type(value).__name__}", f"text in {name}, or nothing")
     return value
+
+
+def as_boolean(value: object) -> bool | None:
+    """Return a boolean as data hold it (true, "True", a table's 1 or 0); None for anything else."""
+    if isinstance(value, int | float) and value in {0, 1}:
+        return bool(value)
+    return {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else None
 
 
 def loss_weight(values: Mapping[str, object]) -> float:

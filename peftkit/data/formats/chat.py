@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from peftkit.data.formats.base import BadRow, Example, Message, loss_weight, reads, required_text
+from peftkit.data.formats.base import READERS, BadRow, Example, Message, as_boolean, loss_weight, reads, required_text
 from peftkit.data.read import Row
 
 _ROLES = {
@@ -24,8 +25,11 @@ _ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
-_COPIED_KEYS = ("name", "tool_call_id", "weight")
+_COPIED_KEYS = ("name", "tool_call_id")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+# whether a turn is in the loss: Axolotl's (message_field_training, a weight of 0 or 1), ms-swift's, verl's
+_MASK_KEYS = ("train", "training", "loss", "loss_mask", "weight")
+TURN_KEYS = frozenset(("role", "from", "content", "value", "tool_calls", *_COPIED_KEYS, *_REASONING, *_MASK_KEYS))
 
 
 def _content_text(value: object) -> str:
@@ -57,6 +61,26 @@ def _parse_tool_call(call: Any) -> Mapping[str, Any]:
     return {"id": call["id"], **tool_call} if isinstance(call.get("id"), str) else tool_call
 
 
+def _turn_weight(turn: Mapping[str, Any], role: str) -> float | None:
+    """Return a turn's weight in the loss by the masks of the tools that have them; None where it has none.
+
+    Raises BadRow for a mask of parts of a turn, for one that trains another's turn, and for a key that nobody
+    knows and that is off: it may be a mask.
+    """
+    weight = None
+    for key, value in turn.items():
+        if key in _MASK_KEYS and value is not None and value != "":
+            weight = float(value) if isinstance(value, bool) else loss_weight({"weight": value})
+            if weight and role != "assistant" and key != "weight":
+                raise BadRow(f"{key}: {value!r} on a {role} turn", "assistant turns alone in the loss")
+        elif key == "train_detail" and value:
+            raise BadRow("train_detail, a mask of parts of a turn", "a mask of whole turns, such as train: false")
+        elif key not in TURN_KEYS and (value is False or (value == 0 and isinstance(value, int | float))):
+            got = f"a turn with {key}: {value!r}, which may be a mask"
+            raise BadRow(got, f"a known mask ({', '.join(_MASK_KEYS)}), or a turn without that key")
+    return weight
+
+
 def _parse_turn(turn: object) -> Message:
     if not isinstance(turn, Mapping):
         raise BadRow(f"a turn that is {type(turn).__name__}", "turns with role and content")
@@ -69,8 +93,8 @@ def _parse_turn(turn: object) -> Message:
         calls = parse_json(value, "a function_call")
         message["content"] = ""
         message["tool_calls"] = [_parse_tool_call(call) for call in (calls if isinstance(calls, list) else [calls])]
-        if turn.get("weight") is not None:
-            message["weight"] = loss_weight(turn)
+        if (weight := _turn_weight(turn, "assistant")) is not None:
+            message["weight"] = weight
         return message
     calls = turn.get("tool_calls")
     message["content"] = "" if value is None and calls else _content_text(value)
@@ -81,8 +105,8 @@ def _parse_turn(turn: object) -> Message:
             raise BadRow(f"tool_calls that are {type(calls).__name__}", "a list of calls")
         message["tool_calls"] = [_parse_tool_call(call) for call in calls]
     message.update({name: turn[name] for name in _COPIED_KEYS if turn.get(name) is not None})
-    if "weight" in message:
-        message["weight"] = loss_weight(message)
+    if (weight := _turn_weight(turn, message["role"])) is not None:
+        message["weight"] = weight
     for name in _REASONING:
         if isinstance(turn.get(name), str) and turn[name]:
             message["reasoning_content"] = turn[name]
@@ -132,7 +156,7 @@ def _parse_tools(values: Mapping[str, object]) -> tuple[Mapping[str, Any], ...]:
     return tuple(tools)
 
 
-@reads("chat", ("messages",), ("conversations",))
+@reads("chat", ("messages",), ("conversations",), optional=("system", "tools", "weight"))
 def _chat(row: Row) -> Example:
     values = row.fields
     name = "messages" if "messages" in values else "conversations"
@@ -144,7 +168,7 @@ def _chat(row: Row) -> Example:
     return Example(row.where, messages=turns, tools=tools, weight=loss_weight(values))
 
 
-@reads("prompt-completion", ("prompt", "completion"))
+@reads("prompt-completion", ("prompt", "completion"), optional=("tools", "weight"))
 def _prompt_completion(row: Row) -> Example:
     values = row.fields
     prompt, completion = values.get("prompt"), values.get("completion")
@@ -156,7 +180,7 @@ def _prompt_completion(row: Row) -> Example:
     return Example(row.where, prompt=prompt_text, completion=completion_text, weight=loss_weight(values))
 
 
-@reads("preference", ("chosen", "rejected"))
+@reads("preference", ("chosen", "rejected"), optional=("prompt",))
 def _preference(row: Row) -> Example:
     """Read a chosen and a rejected answer, as text or turns; the prompt has its own column or starts both."""
     values = row.fields
@@ -172,3 +196,20 @@ def _preference(row: Row) -> Example:
     prompt_text = prompt if isinstance(prompt, str) else ""
     chosen_text = required_text(values, "chosen", answer=True)
     return Example(row.where, prompt=prompt_text, completion=chosen_text, rejected=required_text(values, "rejected"))
+
+
+@reads(
+    "unpaired-preference",
+    *(("prompt", "completion", "label"), ("messages", "label"), ("conversations", "label")),
+    *(("messages", "kto_tag"), ("conversations", "kto_tag"), ("instruction", "output", "kto_tag")),
+    optional=("system", "tools", "input", "history"),
+)
+def _unpaired_preference(row: Row) -> Example:
+    """Read an answer with whether it is a good one, as for KTO: by TRL, ms-swift and LLaMA-Factory."""
+    values = row.fields
+    name = "kto_tag" if "kto_tag" in values else "label"
+    if as_boolean(values.get(name)) is None:
+        raise BadRow(f"{name} is {values.get(name)!r}", f"true or false in {name}")
+    read_row = _prompt_completion if "completion" in values else _chat if "instruction" not in values else None
+    example = READERS["instruction"].read(row) if read_row is None else read_row(row)
+    return replace(example, label=str(as_boolean(values[name])).lower())

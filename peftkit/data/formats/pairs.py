@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
-from peftkit.data.formats.base import Example, loss_weight, optional_text, reads, required_text
+from peftkit.data.formats.base import BadRow, Example, Message, loss_weight, optional_text, reads, required_text
+from peftkit.data.formats.chat import parse_list
 from peftkit.data.read import Row
 
 
-def _single_turn_chat(row: Row, question: str, answer: str) -> Example:
-    """Return a chat of one question and its answer, so that the model's own template applies."""
-    system = row.fields.get("system")
-    system_turns = ({"role": "system", "content": system},) if isinstance(system, str) and system.strip() else ()
-    turns = (*system_turns, {"role": "user", "content": question}, {"role": "assistant", "content": answer})
-    return Example(row.where, messages=turns, weight=loss_weight(row.fields))
+def _question_chat(row: Row, question: str, answer: str) -> Example:
+    """Return a chat that ends in a question and its answer, so that the model's own template applies.
+
+    `history` holds earlier questions with their answers, as in LLaMA-Factory's Alpaca format, where they are
+    in the loss as well.
+    """
+    turns: list[Message] = []
+    if system := optional_text(row.fields, "system").strip():
+        turns.append({"role": "system", "content": system})
+    history = parse_list(row.fields.get("history") or [], "history")
+    if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        raise BadRow("a history that is not a list of pairs", "[[question, answer], ...] in history")
+    for earlier_question, earlier_answer in history:
+        pair = {"question": earlier_question, "answer": earlier_answer}
+        turns.append({"role": "user", "content": required_text(pair, "question")})
+        turns.append({"role": "assistant", "content": required_text(pair, "answer", answer=True)})
+    turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Example(row.where, messages=tuple(turns), weight=loss_weight(row.fields))
 
 
-@reads("instruction", ("instruction", "output"))
+@reads("instruction", ("instruction", "output"), optional=("input", "system", "history", "weight"))
 def _instruction(row: Row) -> Example:
-    """Read an Alpaca row: instruction, optional input, output."""
+    """Read an Alpaca row: instruction, optional input, output; LLaMA-Factory's has system and history too."""
     instruction = required_text(row.fields, "instruction")
     context = optional_text(row.fields, "input")
     prompt = f"{instruction}\n\n{context}" if context else instruction
-    return _single_turn_chat(row, prompt, required_text(row.fields, "output", answer=True))
+    return _question_chat(row, prompt, required_text(row.fields, "output", answer=True))
 
 
-@reads("question-answer", ("question", "answer"))
+@reads("question-answer", ("question", "answer"), optional=("context", "system", "history", "weight"))
 def _question_answer(row: Row) -> Example:
     """Read a question with its answer, and the optional context that it is about."""
     question = required_text(row.fields, "question")
     context = optional_text(row.fields, "context")
     prompt = f"{context}\n\n{question}" if context else question
-    return _single_turn_chat(row, prompt, required_text(row.fields, "answer", answer=True))
+    return _question_chat(row, prompt, required_text(row.fields, "answer", answer=True))
 
 
 @reads("seq2seq", ("source", "target"))

@@ -34,6 +34,9 @@ COUNTED_CHECKS: dict[str, CountedCheck] = {
         "rows with turns out of order",
         "alternate user and assistant turns, a system turn only first, an answer last",
     ),
+    "media": CountedCheck(
+        "no pictures, sound or video", "rows with media, which text alone does not hold", "remove them"
+    ),
     "chosen-equals-rejected": CountedCheck(
         "chosen and rejected answers differ", "rows whose answers are the same", "remove the rows"
     ),

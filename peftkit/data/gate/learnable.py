@@ -14,8 +14,8 @@ from peftkit.data.gate.finding import (
     show_share,
 )
 from peftkit.data.tokens.store import Counts
-from peftkit.plan.packing import num_trainer_rows
-from peftkit.units import show_count
+from peftkit.plan.packing import num_epochs
+from peftkit.units import join_names, show_count
 
 _MAX_DROPPED, _MAX_LOST = 0.2, 0.01
 _MIN_ROWS = 50
@@ -120,8 +120,7 @@ def enough_data(data: CheckInputs) -> DataFinding:
     num_train, plan = len(data.prepared.train), data.plan
     counts = Counts.of(data.prepared.train)
     loss_tokens, num_trainable = int(counts.learnt.sum()), plan.method.num_trainable or 0
-    rows_per_epoch = num_trainer_rows(plan, data.facts) or num_train  # rows or packs
-    epochs = (plan.train.num_steps or 0) * plan.train.batch_size / max(1, rows_per_epoch)
+    epochs = num_epochs(plan, data.facts)
     message = (
         f"{num_train:,} rows, {show_count(loss_tokens)} tokens in the loss for "
         f"{show_count(num_trainable)} trained parameters"
@@ -138,7 +137,22 @@ def enough_data(data: CheckInputs) -> DataFinding:
     return DataFinding("enough-data", "warn" if problems else "pass", message, fix="; ".join(problems))
 
 
+def unused_columns(data: CheckInputs) -> DataFinding:
+    """Name the columns and keys that are not read, and warn where they look like what training needs."""
+    unused = data.examples.unused
+    if not unused:
+        return DataFinding("unused-columns", "pass", "every column is read")
+    names = join_names(list(unused))
+    suspects = [(name, f"looks like {looks}, in {num:,} rows") for name, (num, looks) in unused.items() if looks]
+    message = f"columns that are not read: {names}"
+    if not suspects:
+        return DataFinding("unused-columns", "pass", message)
+    fix = "map them (data.columns), use the format that reads them (docs/data.md), or remove them"
+    return finding_from_rows("unused-columns", "warn", suspects, message, fix)
+
+
 CHECKS = {
+    "unused-columns": unused_columns,
     "end-agreement": end_agreement,
     "pad-token": pad_token,
     "rows-dropped": rows_dropped,

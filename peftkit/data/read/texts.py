@@ -21,10 +21,11 @@ from peftkit.data.read.streams import (
     split_suffixes,
 )
 from peftkit.errors import UserError
-from peftkit.units import shorten
+from peftkit.units import join_names, shorten
 
 MAX_COMPRESSED_ARRAY_BYTES = 512 * 2**20  # a file that is not compressed shows its size
 MAX_RECORD_BYTES = 16 * 2**20  # of a table: the csv module takes four bytes and more for each
+_PEEK_BYTES = 4096
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -66,10 +67,13 @@ def _row_or_fault(value: object, text: str, where: str) -> Row | Fault:
 
 
 def read_json_lines(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]:
-    """Yield the rows of a JSON lines file: one object per line."""
+    """Yield the rows of a JSON lines file: one object per line. A JSON array of that name is read as one."""
     with open_decompressed(file) as stream:
         if fault := check_encoding(file, stream):
             yield fault
+            return
+        if stream.peek(_PEEK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":  # no line of rows begins so
+            yield from read_json_array(file, limit)
             return
         for line in read_lines(stream, file.name, limit):
             if line.fault is not None:
@@ -88,7 +92,10 @@ def read_json_lines(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | F
 
 
 def read_json_array(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | Fault]:
-    """Yield the rows of a JSON array of objects. The text is loaded whole; its rows are parsed one by one."""
+    """Yield the rows of a JSON array of objects. The text is loaded whole; its rows are parsed one by one.
+
+    An object is read where it holds such an array under one key (then named in each row's place), or columns.
+    """
     with open_decompressed(file) as stream:
         if fault := check_encoding(file, stream):
             yield fault
@@ -106,12 +113,8 @@ def read_json_array(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | F
     text = document.text.removeprefix("\ufeff")
     position = _skip_blanks(text, 0)
     if text[position : position + 1] != "[":
-        fix = "one object a line? name it .jsonl"
-        try:
-            kind_of_json = f"a {type(_LENIENT.decode(text)).__name__}"
-        except (ValueError, RecursionError) as error:
-            kind_of_json = f"text that is not JSON ({error})"
-        raise file.refuse(kind_of_json, "a list of objects", fix)
+        yield from _rows_of_object(file, text)
+        return
     position, number = _skip_blanks(text, position + 1), 0
     has_more = text[position : position + 1] != "]"
     while has_more:
@@ -126,6 +129,41 @@ def read_json_array(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | F
         raise file.refuse(
             "text that is not JSON (a comma or the end of the list is due)", "a list of objects", line=line
         )
+
+
+def _rows_of_object(file: File, text: str) -> Iterator[Row | Fault]:
+    """Yield the rows that an object holds: a list under one key, or columns as lists or as pandas writes them.
+
+    Raises UserError for any other JSON, and for several lists of rows.
+    """
+    try:
+        value = _STRICT.decode(text)
+    except (ValueError, RecursionError) as error:
+        got = f"text that is not JSON ({error})"
+        raise file.refuse(got, "a list of objects", "one object a line? name it .jsonl") from None
+    if not isinstance(value, dict):
+        raise file.refuse(f"a {type(value).__name__}", "a list of objects")
+    lists = {key: item for key, item in value.items() if _is_list_of(item, dict)}
+    has_turns = any(row.keys() & {"role", "from"} for rows in lists.values() for row in rows)
+    tables = {} if has_turns else lists
+    columns = [list(column.values()) if isinstance(column, dict) else column for column in value.values()]
+    if len(tables) > 1:
+        got, fix = f"lists of rows under {', '.join(map(shorten, tables))}", "write each to a file of its own"
+        raise file.refuse(got, "one list of rows", fix)
+    if tables:
+        [(key, rows)] = tables.items()
+    elif not has_turns and all(isinstance(column, list) for column in columns) and len({*map(len, columns)}) == 1:
+        key, rows = "columns", [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    else:
+        got = f"an object with {join_names(list(value))}"
+        fix = "one object a line? name it .jsonl; one row alone? put it in a list"
+        raise file.refuse(got, "a list of objects, or an object that holds one", fix)
+    for number, row in enumerate(rows, start=1):
+        yield _row_or_fault(row, text, f"{file.name} {shorten(key)} row {number}")
+
+
+def _is_list_of(value: object, kind: type) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) for item in value)
 
 
 def _array_element(file: File, text: str, position: int, where: str) -> tuple[Row | Fault, int]:

@@ -63,6 +63,7 @@ class Examples:
     tally: Tally = field(default_factory=Tally)
     num_near_duplicates: int = 0
     weighted: bool = False  # rows or turns bring weights
+    unused: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # by column: rows, what it looks like
 
     @property
     def key(self) -> str:

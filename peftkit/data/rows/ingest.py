@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import interrupt
-from peftkit.data.formats import BadRow, Example, select_reader
+from peftkit.data.formats import FORMATS, BadRow, Example, select_reader
 from peftkit.data.formats.columns import make_renamer
+from peftkit.data.formats.unused import resembles, unused_values
 from peftkit.data.read import Fault, LocatedSource, Row
 from peftkit.data.rows import cache
 from peftkit.data.rows.disk import JsonLinesReader, JsonLinesWriter, load_numbers, save_numbers
@@ -29,7 +30,7 @@ from peftkit.recipe.paths import redact_url
 from peftkit.recipe.schema import Chat, Data, Source
 
 # checks whose rows cannot be used: waived, they are left out; otherwise they stop the run
-UNUSABLE_CHECKS = ("malformed-rows", "encoding", "missing-fields", "empty-answers", "roles")
+UNUSABLE_CHECKS = ("malformed-rows", "encoding", "missing-fields", "empty-answers", "roles", "media")
 LEFT_OUT = "left-out"  # rows that could not be used, whatever the check
 _INTERRUPT_CHECK_ROWS = 1000  # between looks for a signal
 _FORMAT_ROWS = 100  # among which one has to tell the format
@@ -40,6 +41,7 @@ _FIXES = {
     "missing-fields": "fix the rows, or map other columns",
     "empty-answers": "give an answer, or remove the rows",
     "roles": "end each chat with an assistant turn",
+    "media": "train on the text alone by removing the column, or use a tool that trains vision models",
     "secrets": "remove them, and revoke the secrets",
     "chosen-equals-rejected": "remove the rows",
 }
@@ -48,11 +50,12 @@ _ALSO_REPORTED_CHECKS = ("secrets", "chosen-equals-rejected")
 
 @dataclass(frozen=True)
 class _RowConverter:
-    """Conversion of one source's rows to examples: format, column renaming, parser."""
+    """Conversion of one source's rows to examples: format, column renaming, parser, the columns it reads."""
 
     format: str
     rename: Callable[[Row], Row]
     read: Callable[[Row], Example]
+    used: frozenset[str]
 
 
 class _Ingestion:
@@ -65,6 +68,7 @@ class _Ingestion:
         self.numbers = {name: array("Q") for name in ROW_STATISTICS}
         self.units = array("Q")
         self.weighted = False
+        self.unused: dict[str, Any] = {}  # by column: [rows, what it looks like]
 
     def take(self, located: LocatedSource) -> SourceRows:
         """Read one source. Raises UserError where no row of it can be used."""
@@ -102,19 +106,28 @@ class _Ingestion:
         except BadRow as error:  # a template in columns that cannot render this row
             raise UserError(Problem(row.where, error.got, error.expected)) from None
         name, parse = select_reader(renamed_row, source.format or self.data.format)
-        return _RowConverter(name, rename_columns, parse)
+        used = {*FORMATS[name].used_columns(renamed_row.fields), *([self.data.group] if self.data.group else [])}
+        # what a template of the recipe reads is not known: its columns are taken for used
+        if any("{{" in column or "{%" in column for column in columns.values()):
+            used |= row.fields.keys()
+        return _RowConverter(name, rename_columns, parse, frozenset(used))
 
     def _add_row(self, row: Row, converter: _RowConverter) -> None:
         if len(self.units) % _INTERRUPT_CHECK_ROWS == 0:
             interrupt.stop_if_requested("interrupted while reading")
         try:
-            example = apply_chat_options(converter.read(converter.rename(row)), self.data.chat)
+            renamed_row = converter.rename(row)
+            for name, value in unused_values(renamed_row, converter.used):
+                count = self.unused.setdefault(name, [0, resembles(name, value)])
+                count[0] += 1
+            example = apply_chat_options(converter.read(renamed_row), self.data.chat)
             group = self.data.group if isinstance(self.data.eval, float) else None
             if group is not None and group not in row.fields:
                 raise BadRow(f"no column {group}", "the column that data.group names")
             unit = None if group is None else text_hash(str(row.fields[group]))
             scan_text(example, self.tally)
-            self.weighted |= example.weight != 1.0 or any("weight" in turn for turn in example.messages)
+            weights = (example.weight, *(turn.get("weight", 1.0) for turn in example.messages))
+            self.weighted |= any(weight not in {0.0, 1.0} for weight in weights)  # those are masks
             self.rows.append(example.to_json())
             for name, value in zip(ROW_STATISTICS, row_statistics(example), strict=True):
                 self.numbers[name].append(value)
@@ -216,7 +229,7 @@ def _read_sources(
             num_near_duplicates,
         )
     ingestion.close(train=train_rows, eval=held_out_rows)
-    meta = {"format": format_name, "num_near": num_near, "weighted": ingestion.weighted}
+    meta = {"format": format_name, "num_near": num_near, "weighted": ingestion.weighted, "unused": ingestion.unused}
     return {**meta, "tally": ingestion.tally.to_json()}
 
 
@@ -232,20 +245,30 @@ def _load_examples(folder: Path, meta: Any, key: str) -> Examples:
         return StoredExamples(rows, row_numbers[name], name=f"{key}-{name}", columns=columns)
 
     tally = Tally.from_json(meta["tally"])
-    return Examples(kept("train"), kept("eval"), meta["format"], tally, meta["num_near"], weighted=meta["weighted"])
+    unused = {name: (count, looks) for name, (count, looks) in sorted(meta["unused"].items())}
+    return Examples(
+        kept("train"), kept("eval"), meta["format"], tally, meta["num_near"], weighted=meta["weighted"], unused=unused
+    )
 
 
 def tally_problems(tally: Tally, checks: Iterable[str]) -> list[Problem]:
-    """Return tallied rows as problems; each check lists its first few and counts the others."""
+    """Return tallied rows as problems: rows with the same fault are one, with their first places and count."""
     problems = []
     for check in checks:
-        check_tally = tally.of(check)
-        for where, detail in check_tally.rows:
+        counted, places = tally.of(check), dict[str, list[str]]()
+        for where, detail in counted.rows:
+            places.setdefault(detail, []).append(where)
+        for detail, (first, *others) in places.items():
             got, _, expected = detail.partition(", expected ")
-            problems.append(Problem(where, got, expected or "a usable row"))
-        if check_tally.count > len(check_tally.rows):
-            got = f"{check_tally.count - len(check_tally.rows)} more rows like these"
-            problems.append(Problem("data", got, "none", _FIXES.get(check, "")))
+            if others:
+                num_rows = counted.count if len(places) == 1 else 1 + len(others)
+                got = f"{got}, in {num_rows:,} rows, such as {', '.join([first, *others][:3])}"
+            problems.append(Problem(first, got, expected or "a usable row"))
+        num_more = counted.count - len(counted.rows)
+        if num_more and len(places) > 1:
+            problems.append(Problem("data", f"{num_more} more rows like these", "none"))
+        if counted.count:
+            problems[-1] = replace(problems[-1], fix=_FIXES.get(check, ""))
     return problems
 
 

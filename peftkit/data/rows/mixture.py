@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from peftkit.data.formats import CLASSES
+from peftkit.data.formats import CLASSES, PREFERENCES
 from peftkit.errors import Problem, UserError
 from peftkit.recipe.paths import is_data_path, redact_url
 from peftkit.recipe.schema import Data, Source
@@ -57,7 +57,7 @@ def common_format(parts: Sequence[SourceRows], where: str) -> str:
     Raises UserError for formats of different tasks.
     """
     names = list(dict.fromkeys(part.format for part in parts))
-    if len(names) > 1 and any(name in CLASSES or name == "preference" for name in names):
+    if len(names) > 1 and any(name in CLASSES | PREFERENCES for name in names):
         got = f"rows of the formats {', '.join(names)}"
         raise UserError(Problem(where, got, "one task for all sources", "train them separately, or map their columns"))
     return names[0] if len(names) == 1 else "mixed"

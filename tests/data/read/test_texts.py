@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkit.data.read.rows import Fault, File
+from peftkit.data.read.sources import read_rows
 from peftkit.data.read.texts import read_csv, read_json_array, read_json_lines, read_paragraphs, read_tsv
 from peftkit.errors import UserError
 
@@ -178,3 +179,52 @@ def test_thousands_of_names_are_compared_at_once():
     line = "{" + ", ".join(f'"{name}": 1' for name in [*names, "name49999"]) + "}"
     assert "the key 'name49999' twice" in fault(*read(read_json_lines, line))
     assert time.monotonic() - begin < 5
+
+
+TABLE = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(3)]
+OBJECTS = {
+    "a list under a key": ({"version": 1, "data": TABLE}, "data row 3"),
+    "columns as lists": ({name: [row[name] for row in TABLE] for name in TABLE[0]}, "columns row 3"),
+    "columns as pandas writes them": (
+        {name: {str(i): row[name] for i, row in enumerate(TABLE)} for name in TABLE[0]},
+        "columns row 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_an_object_that_holds_the_rows_is_read(name, tmp_path):
+    value, place = OBJECTS[name]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(value))
+    rows = read_rows([str(path)], where="data.train")
+    assert [dict(row.fields) for row in rows] == TABLE
+    assert rows[2].where == f"{path} {place}"
+
+
+def test_an_indented_array_named_jsonl_is_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n " + json.dumps(TABLE, indent=2))
+    assert [dict(row.fields) for row in read_rows([str(path)], where="data.train")] == TABLE
+    path.write_text(json.dumps(TABLE, indent=2)[:-20])
+    with pytest.raises(UserError) as caught:
+        read_rows([str(path)], where="data.train")
+    assert len(caught.value.problems) == 1, "one cause, one problem"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"train": TABLE, "test": TABLE}, "lists of rows under train, test"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "put it in a list"),
+        ({"prompt": "q", "completion": "a"}, "put it in a list"),
+        ({"a": [1, 2], "b": [1]}, "an object with a, b"),
+        ({}, "an object"),
+        (7, "a int"),
+    ],
+)
+def test_another_object_is_refused(value, said, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(UserError, match=said):
+        read_rows([str(path)], where="data.train")

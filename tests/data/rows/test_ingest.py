@@ -128,7 +128,8 @@ def test_a_source_without_one_usable_row_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [{"messages": []}] * 30)
     with pytest.raises(UserError) as caught:
         taken(train=str(path), eval=None)
-    assert "10 more rows like these" in str(caught.value)
+    assert "in 30 rows, such as" in str(caught.value)
+    assert len(caught.value.problems) == 1, "one cause, one problem"
 
 
 def test_the_system_prompt_and_reasoning_are_as_the_recipe_says(tmp_path):

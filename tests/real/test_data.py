@@ -1,0 +1,201 @@
+"""Rows as other tools document them: learned as they are meant, or refused with the column by name."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import peftkit
+from peftkit.data.formats.unused import resembles
+from peftkit.errors import UserError
+from tests.conftest import TINY_LLAMA, write_jsonl
+
+NUM = 60
+
+
+def recipe_of(tmp_path, rows, **options):
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    train = {"max_steps": 2, "max_length": 128, "batch_size": 8, **options}
+    return {"base": str(TINY_LLAMA), "method": "lora", "data": {"train": str(data), "eval": "20%"}, "train": train}
+
+
+def check(tmp_path, row):
+    """The report of the check on NUM rows that `row` makes of a number."""
+    return peftkit.check_data(recipe_of(tmp_path, [row(i) for i in range(NUM)]))
+
+
+def learned(report):
+    """What the first sample has in the loss, as one text for each answer."""
+    pieces = [(piece.text, piece.kind.startswith("learnt")) for piece in report.samples[0].pieces]
+    joined = "".join(f"\0{text}" if is_in else "\1" for text, is_in in pieces)
+    return [part.replace("\0", "") for part in joined.split("\1") if part]
+
+
+def turns(*contents, **keys):
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)]
+
+
+UNPAIRED = {
+    "TRL": lambda i: {"prompt": f"q{i}", "completion": f"a{i}", "label": i % 3 == 0},
+    "TRL, turns": lambda i: {"prompt": turns(f"q{i}"), "completion": turns("", f"a{i}")[1:], "label": False},
+    "ms-swift": lambda i: {"messages": turns(f"q{i}", f"a{i}"), "label": i % 2 == 0},
+    "ShareGPT": lambda i: {"conversations": turns(f"q{i}", f"a{i}"), "label": True},
+    "LLaMA-Factory, Alpaca": lambda i: {"instruction": f"q{i}", "input": "", "output": f"a{i}", "kto_tag": False},
+    "LLaMA-Factory, ShareGPT": lambda i: {"messages": turns(f"q{i}", f"a{i}"), "kto_tag": True},
+    "a table": lambda i: {"prompt": f"q{i}", "completion": f"a{i}", "label": "False"},
+}
+
+
+@pytest.mark.parametrize("name", UNPAIRED)
+def test_rated_answers_are_preferences_and_not_trained(name, tmp_path):
+    assert check(tmp_path, UNPAIRED[name]).totals.format == "unpaired-preference"
+    with pytest.raises(UserError, match="KTO"):
+        peftkit.make_plan(recipe_of(tmp_path, [UNPAIRED[name](i) for i in range(NUM)]))
+
+
+def test_a_label_that_rates_nothing_is_a_column_of_its_own(tmp_path):
+    report = check(tmp_path, lambda i: {"prompt": f"q{i}", "completion": f"a{i}", "label": "maths"})
+    assert report.totals.format == "prompt-completion"
+    [finding] = [finding for finding in report.findings if finding.check == "unused-columns"]
+    assert (finding.status, finding.rows) == ("warn", (("label", "looks like labels, in 60 rows"),))
+
+
+def test_history_and_system_of_alpaca_rows_are_read(tmp_path):
+    row = {"instruction": "q2", "input": "", "output": "a2", "history": [["q0", "a0"], ["q1", "a1"]], "system": "Brief"}
+    report = check(tmp_path, lambda i: {**row, "output": f"a2 {i}"})
+    first, second, third = learned(report)
+    assert ("a0" in first, "a1" in second, "a2" in third) == (True, True, True)
+    text = "".join(piece.text for piece in report.samples[0].pieces)
+    assert text.index("Brief") < text.index("q0") < text.index("q1") < text.index("q2")
+    bad = recipe_of(tmp_path, [{**row, "history": "q0"} for _ in range(NUM)])
+    with pytest.raises(UserError, match="history"):
+        peftkit.check_data(bad)
+
+
+@pytest.mark.parametrize(
+    "mask", [{"loss": False}, {"train": False}, {"training": False}, {"loss_mask": 0}, {"weight": 0}], ids=str
+)
+def test_a_masked_turn_is_context(mask, tmp_path):
+    key, off = next(iter(mask.items()))
+
+    def row(i):
+        first, wrong, second, right = turns(f"q{i}", f"wrong {i}", "again", f"right {i}")
+        on = True if off is False else 1
+        return {"messages": [{**first, key: off}, {**wrong, key: off}, second, {**right, key: on}]}
+
+    report = check(tmp_path, row)
+    [answer] = learned(report)
+    assert "right" in answer
+    assert "wrong" in "".join(piece.text for piece in report.samples[0].pieces)
+    assert not peftkit.make_plan(recipe_of(tmp_path, [row(i) for i in range(NUM)])).data.weighted, "a mask is no weight"
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"supervise": False}, "supervise: False"),
+        ({"in_loss": 0}, "in_loss: 0"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}, "train_detail"),
+    ],
+)
+def test_a_mask_that_nobody_knows_is_refused(keys, said, tmp_path):
+    rows = [{"messages": [*turns(f"q{i}"), {"role": "assistant", "content": f"a{i}", **keys}]} for i in range(NUM)]
+    with pytest.raises(UserError) as caught:
+        peftkit.check_data(recipe_of(tmp_path, rows))
+    [problem] = caught.value.problems
+    assert said in problem.got
+    assert f"in {NUM} rows" in problem.got
+
+
+def test_a_turn_of_the_user_is_not_trained(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}", "train": True}, *turns("", "a")[1:]]} for i in range(NUM)
+    ]
+    with pytest.raises(UserError, match="assistant turns alone"):
+        peftkit.check_data(recipe_of(tmp_path, rows))
+
+
+@pytest.mark.parametrize("column", ["images", "image", "videos", "audios", "audio", "image_path", "audio_url"])
+def test_media_are_refused_by_their_column(column, tmp_path):
+    rows = [{"messages": turns(f"<image> what is {i}", "a cat"), column: ["a.png"]} for i in range(NUM)]
+    with pytest.raises(UserError) as caught:
+        peftkit.check_data(recipe_of(tmp_path, rows))
+    [problem] = caught.value.problems
+    assert f"media in {column}, in {NUM} rows" in problem.got
+    empty = check(tmp_path, lambda i: {"messages": turns(f"q{i}", "a cat"), column: []})
+    assert empty.totals.num_train == NUM - 12
+
+
+def test_what_is_not_read_is_named_in_check_and_plan(tmp_path):
+    def row(i):
+        answer = {"role": "assistant", "content": f"a{i}", "model": "m"}
+        return {"messages": [*turns(f"q{i}"), answer], "id": i, "source": "x", "rating": 4, "tags": []}
+
+    report = check(tmp_path, row)
+    [finding] = [finding for finding in report.findings if finding.check == "unused-columns"]
+    assert finding.said == "columns that are not read: id, messages[].model, rating, source"
+    assert finding.rows == (("rating", f"looks like labels, in {NUM} rows"),)
+    plan = peftkit.make_plan(recipe_of(tmp_path, [row(i) for i in range(NUM)]))
+    [unused] = [decision for decision in plan.decisions if decision.key == "data.unused"]
+    assert unused.value == ["id", "messages[].model", "rating", "source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("history", [["a", "b"]], "turns"),
+        ("log", [{"role": "user", "content": "x"}], "turns"),
+        ("conversation", "x", "turns"),
+        ("assistant_masks", [0, 1], "a mask"),
+        ("m", [0, 0, 1], "a mask"),
+        ("is_toxic", True, "labels"),
+        ("flag", False, "labels"),
+        ("score", 0.5, "labels"),
+        ("rejected_response", "x", "labels"),
+        ("messages[].thoughts", "x", "reasoning"),
+        ("id", 7, ""),
+        ("source", "web", ""),
+    ],
+)
+def test_an_unused_column_is_told_by_what_it_looks_like(name, value, kind):
+    assert resembles(name, value) == kind
+
+
+def recipe_of_lengths(tmp_path, lengths, **train):
+    """One row for each length, in words; nothing held out, checks of the amount waived."""
+    rows = [{"prompt": f"say {n}", "completion": " word" * n} for n in lengths]
+    recipe = recipe_of(tmp_path, rows, **train)
+    recipe["train"].pop("max_steps")
+    waived = ["duplicates", "near-duplicates", "enough-data", "near-leakage"]
+    return {**recipe, "data": {**recipe["data"], "eval": None, "waive": waived}}
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["by themselves", "packed"])
+@pytest.mark.parametrize(("num_rows", "batch_size", "micro"), [(5, 6, 2), (3, 16, 4), (9, 4, 2)])
+def test_epochs_are_passes(num_rows, batch_size, micro, packing, tmp_path):
+    """All tokens are counted twice in two epochs: no row fills a batch up."""
+    options = {"packing": True, "max_length": 32} if packing else {"micro_batch": micro}
+    recipe = recipe_of_lengths(tmp_path, range(1, num_rows + 1), batch_size=batch_size, epochs=2, **options)
+    tokens = []
+
+    def count(event):
+        if event["event"] == "step":
+            tokens.append(event["tokens_per_second"] * event["step_seconds"])
+
+    peftkit.finetune(recipe, out=tmp_path / "run", observer=count)
+    num_tokens = peftkit.check_data(recipe).totals.num_tokens
+    assert sum(tokens) == pytest.approx(2 * num_tokens, rel=0.02)
+
+
+def weights_after(recipe, out):
+    return load_file(peftkit.finetune(recipe, out=out).result / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size", "micro"), [(5, 6, 2), (3, 16, 4)])
+def test_a_smaller_last_batch_is_weighed_by_its_own_tokens(num_rows, batch_size, micro, tmp_path):
+    """A step of five rows in a batch of six is the step of a batch of five: the same weights come of it."""
+    partial = recipe_of_lengths(tmp_path, range(1, num_rows + 1), batch_size=batch_size, micro_batch=micro, epochs=1)
+    whole = {**partial, "train": {**partial["train"], "batch_size": num_rows, "micro_batch": 1}}
+    one, other = weights_after(partial, tmp_path / "partial"), weights_after(whole, tmp_path / "whole")
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one), "steps are 5e-4"
+    assert any(tensor.any() for name, tensor in one.items() if "lora_B" in name), "something was learned"
