@@ -26,6 +26,7 @@ from peftkit.methods.base import (
 )
 from peftkit.methods.ln import norm_names
 
+EVA_TOKENS_PER_RANK = 2  # PEFT decomposes batches of activations to twice the rank (Paischer et al. 2024)
 # Our name -> PEFT's init_lora_weights.
 INITS: dict[str, bool | str] = {
     "default": True,
@@ -124,6 +125,10 @@ def conflicts(options: LoraOptions, shape: ModelShape, selection: Selection) -> 
             yield Conflict("dora", f"true {detail}", "false", f"set dora: false, {alternative}")
         if options.init not in {"default", "gaussian"}:
             yield Conflict("init", f"{options.init} {detail}", "default")
+    smallest = min((module.d_in for module in selection.modules), default=0)
+    if options.init == "eva" and EVA_TOKENS_PER_RANK * options.rank > smallest > 0:
+        got = f"eva at rank {options.rank} for a layer with {smallest} inputs"
+        yield Conflict("init", got, f"a rank of at most {smallest // EVA_TOKENS_PER_RANK}", "or another init")
     head = shape.family.heads[shape.task].modules
     if head and options.init in BASE_CHANGING_INITS:
         fix = f"PEFT converts only A and B of such an adapter: the {shape.task} head would be lost"

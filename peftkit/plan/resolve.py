@@ -8,6 +8,7 @@ from dataclasses import replace
 from peftkit.archs import Family, ModelShape
 from peftkit.errors import UserError
 from peftkit.methods import METHODS, Method
+from peftkit.methods.lora import EVA_TOKENS_PER_RANK, LoraOptions
 from peftkit.methods.qlora import QloraOptions
 from peftkit.objectives import OBJECTIVES
 from peftkit.plan.advice import advice
@@ -282,6 +283,12 @@ def make_plan(loaded: LoadedRecipe, facts: Facts, *, to_train: bool = True) -> P
         d.decide("evaluate.use_cache", False, f"PEFT would prepend the prompt at every step on {family.name}")
     evaluate = EvaluatePlan(metric, options.max_examples, options.max_new_tokens, batch, use_cache)
     method_settings = method_plan(d, facts.model.shape, train.num_steps)
+    method_options, lengths = recipe.method, facts.data.lengths if facts.data else None
+    if isinstance(method_options, LoraOptions) and method_options.init == "eva" and lengths is not None:
+        min_tokens = EVA_TOKENS_PER_RANK * method_options.rank
+        if lengths.num_tokens < min_tokens:
+            got = f"eva at rank {method_options.rank} with at most {lengths.num_tokens:,} tokens of training data"
+            d.refuse("method.init", got, f"at least {min_tokens:,} tokens", "lower the rank, or use another init")
     d.record("seed", recipe.seed)
     d.record("train.on_spike", recipe.train.on_spike)
     d.record("train.on_oom", recipe.train.on_oom)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from peftkit import interrupt
 from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.evaluate.scores import compute_metrics
+from peftkit.methods.lora import EVA_TOKENS_PER_RANK
 from peftkit.model.adapter import attach
 from peftkit.model.adapter.attach import non_finite_tensors
 from peftkit.model.base.identity import IDENTITY_FILE
@@ -32,6 +33,7 @@ from peftkit.rundir.events import (
     PreflightEvent,
     WarningEvent,
 )
+from peftkit.train.batches import batches_of_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from peftkit.experiments.look import LookOutcome
     from peftkit.train import Training
 
-_EVA_ROWS = 64  # rows for initialisations that look at the data
+_EVA_TOKENS = 512  # of a batch: few large ones converge sooner than many small ones
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,13 @@ def attach_adapter(segment: Segment, model: PreTrainedModel) -> PreTrainedModel:
 
     A checkpoint's weights come later, with the optimizer's state: `assemble_training`.
     """
-    import torch
 
     context, plan, run = segment.context, segment.context.plan, segment.context.run
-    eva_batches = [
-        {"input_ids": torch.tensor([row.input_ids]), "attention_mask": torch.ones(1, len(row.input_ids))}
-        for row in context.prepared.train[:_EVA_ROWS]
-    ]
+    spec = plan.method.peft
+    eva_batches = []
+    if spec is not None and spec.arguments.get("init_lora_weights") == "eva":
+        min_tokens = max(_EVA_TOKENS, EVA_TOKENS_PER_RANK * int(spec.arguments["r"]))
+        eva_batches = batches_of_tokens(context.prepared.train, min_tokens, pad_id=context.tokenizer.pad_token_id)
     model = attach.attach_adapter(model, plan, context.tokenizer, eva_batches=eva_batches)
     is_new = segment.checkpoint is None and not run.adapter.exists()
     attach.save_initial_adapter(model, plan, run.path / "adapter_start", overwrite=is_new)

@@ -19,6 +19,7 @@ from peftkit.evaluate.losses import collate, collate_packed
 from peftkit.plan import Plan
 from peftkit.plan.packing import BY_LENGTH, WINDOW_STEPS
 
+_EVA_BATCHES = 32  # from which EVA starts: its components have long converged
 BatchRows = list[Tokenized]  # one row by itself, or the documents of a pack
 Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
@@ -46,6 +47,33 @@ def collate_groups(plan: Plan, groups: Sequence[BatchRows], pad_id: int) -> dict
     if plan.train.packing:
         return collate_packed(groups, pad_id)
     return collate([row for group in groups for row in group], pad_id, task=plan.base.task)
+
+
+def batches_of_tokens(rows: Sequence[Tokenized], min_tokens: int, *, pad_id: int) -> list[dict[str, torch.Tensor]]:
+    """Return at most `_EVA_BATCHES` batches of the first rows, each of at least `min_tokens` beside padding.
+
+    Rows that do not make up a last batch join the one before.
+    """
+    groups: list[list[list[int]]] = [[]]
+    num_tokens = 0
+    for row in rows:
+        if num_tokens >= min_tokens:
+            if len(groups) == _EVA_BATCHES:
+                break
+            groups.append([])
+            num_tokens = 0
+        groups[-1].append(row.input_ids)
+        num_tokens += len(row.input_ids)
+    if num_tokens < min_tokens and len(groups) > 1:
+        last_rows = groups.pop()
+        groups[-1].extend(last_rows)
+    batches = []
+    for group in groups:
+        length = max(map(len, group))
+        ids = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in group])
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in group])
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
 
 
 @dataclass(frozen=True)

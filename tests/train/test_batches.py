@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
-from peftkit.train.batches import LengthGroupedBatches, build_train_dataset, collate_groups, longest_groups
+from peftkit.train.batches import (
+    LengthGroupedBatches,
+    batches_of_tokens,
+    build_train_dataset,
+    collate_groups,
+    longest_groups,
+)
 from tests.rigs.plans import cpu_plan
 
 ROWS = [Tokenized([5] * size, [IGNORE_INDEX] * (size - 1) + [5], "") for size in (40, 30, 20, 10, 50)]
@@ -90,3 +96,14 @@ def test_rows_on_disk_are_mapped_with_their_weights(tmp_path):
     row = {"input_ids": [1, 2, 3], "labels": [IGNORE_INDEX, 2, 3], "weights": [1.0, 0.5, 2.0], "row": 5}
     assert dataset[5] == row
     assert [row.length for [row] in longest_groups(planned(), stored, 2)] == [50, 40]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=60), st.integers(1, 200))
+def test_batches_of_tokens_are_large_enough(lengths, min_tokens):
+    rows = [Tokenized([7] * length, [7] * length, "") for length in lengths]
+    batches = batches_of_tokens(rows, min_tokens, pad_id=0)
+    counts = [int(batch["attention_mask"].sum()) for batch in batches]
+    assert sum(counts) <= sum(lengths)
+    assert len(batches) <= 32
+    assert all(count >= min(min_tokens, sum(lengths)) for count in counts)
+    assert all(torch.equal(batch["input_ids"] == 7, batch["attention_mask"] == 1) for batch in batches)

@@ -1,0 +1,25 @@
+"""Methods on the small or odd data that people bring."""
+
+import pytest
+
+import peftkit
+from peftkit.errors import UserError
+from tests.real.test_data import recipe_of_lengths
+
+
+def test_eva_on_fewer_rows_than_rank_ends_and_says_nothing_of_its_own(tmp_path, capfd):
+    recipe = recipe_of_lengths(tmp_path, [9, 10], batch_size=2, epochs=1)
+    recipe["method"] = {"name": "lora", "rank": 12, "init": "eva"}
+    assert peftkit.finetune(recipe, out=tmp_path / "run").num_steps == 1
+    assert "skipping SVD" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("rank", "lengths", "said"),
+    [(16, [2, 2], "eva at rank 16 with at most"), (80, [40] * 8, "eva at rank 80 for a layer with 128 inputs")],
+)
+def test_eva_that_cannot_start_is_a_conflict_of_the_plan(rank, lengths, said, tmp_path):
+    recipe = recipe_of_lengths(tmp_path, lengths, batch_size=2, epochs=1)
+    recipe["method"] = {"name": "lora", "rank": rank, "init": "eva"}
+    with pytest.raises(UserError, match=said):
+        peftkit.finetune(recipe, out=tmp_path / "run")
