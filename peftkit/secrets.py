@@ -114,11 +114,6 @@ def _stored_tokens() -> list[str]:
     return tokens
 
 
-def _encodings(value: str) -> set[str]:
-    """Return a value as it appears in texts, in JSON, in a Python repr, and in URLs."""
-    return {value, json.dumps(value)[1:-1], repr(value)[1:-1], quote(value, safe="")}
-
-
 class _Environment:
     """Cache of the secret values of the environment and of the login, refreshed when they may have changed.
 
@@ -145,7 +140,10 @@ class _Environment:
             new_secrets = {value.strip() for value in (*self.values.values(), *_stored_tokens())} - self.seen
             if new_secrets:
                 self.seen |= new_secrets
-                forms = {form for value in self.seen if len(value) >= _MIN_CHARACTERS for form in _encodings(value)}
+                forms = set[str]()
+                for value in self.seen:
+                    if len(value) >= _MIN_CHARACTERS:  # as it stands in texts, in JSON, in a Python repr, in URLs
+                        forms |= {value, json.dumps(value)[1:-1], repr(value)[1:-1], quote(value, safe="")}
                 self.encodings = tuple(sorted(forms, key=len, reverse=True))
         return self.encodings
 

@@ -69,15 +69,10 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
-def _parse_integer(text: str) -> int:
-    bases = {"0o": 8, "0x": 16}
-    return int(text.replace("_", ""), bases.get(text[:2], 10))
-
-
 _SCALARS = {
     "tag:yaml.org,2002:null": lambda text: None,
     "tag:yaml.org,2002:bool": lambda text: text.lower() == "true",
-    "tag:yaml.org,2002:int": _parse_integer,
+    "tag:yaml.org,2002:int": lambda text: int(text.replace("_", ""), {"0o": 8, "0x": 16}.get(text[:2], 10)),
     "tag:yaml.org,2002:float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
     "tag:yaml.org,2002:str": lambda text: text,
 }

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from peftkit.data.formats import chat, classes, pairs  # noqa: F401  each registers its readers
+from peftkit.data.formats.advice import advise_columns
 from peftkit.data.formats.base import READERS, BadRow, Example, Format, Message, as_boolean
 from peftkit.data.formats.classes import sorted_labels
 from peftkit.data.formats.columns import make_renamer
 from peftkit.data.read import MAX_PROBLEMS, Row
-from peftkit.errors import Problem, UserError, nearest
-from peftkit.units import join_names, shorten
+from peftkit.errors import Problem, UserError
+from peftkit.units import join_names
 
 __all__ = [
     "CLASSES",
@@ -38,16 +39,11 @@ PREFERENCES = frozenset({"preference", "unpaired-preference"})
 _MAX_COLUMNS_SHOWN = 20  # columns that a message names
 
 
-def _columns_problem(where: str, names: Sequence[str], expected: str) -> UserError:
-    known_columns = [name for spec in FORMATS.values() for columns in spec.columns for name in columns]
-    suggestions = {
-        column: nearest(column, known_columns) for column in names[:_MAX_COLUMNS_SHOWN] if column not in known_columns
-    }
-    hints = [f"{shorten(column)} looks like {matches[0]}" for column, matches in suggestions.items() if matches]
-    fix = f"map your columns, for example columns: {{prompt: {shorten(names[0]) if names else 'question'}}}"
-    return UserError(
-        Problem(where, f"the columns {join_names(names, _MAX_COLUMNS_SHOWN)}", expected, "; ".join([*hints, fix]))
-    )
+def _columns_problem(row: Row, format_name: str, expected: str) -> UserError:
+    advice = advise_columns(row, format_name)
+    fix = f"set data.{advice}" if advice else "map your columns with data.columns, or name another data.format"
+    got = f"the columns {join_names(list(row.fields), _MAX_COLUMNS_SHOWN)}"
+    return UserError(Problem(row.where, got, expected, fix))
 
 
 def detect_format(rows: Sequence[Row]) -> str:
@@ -59,7 +55,7 @@ def detect_format(rows: Sequence[Row]) -> str:
         if any(set(columns) <= set(names) for columns in spec.columns) and (name != "unpaired-preference" or is_rated):
             return name
     wanted = (f"{name}: {' or '.join(' + '.join(c) for c in spec.columns)}" for name, spec in FORMATS.items())
-    raise _columns_problem(rows[0].where, names, f"the columns of a format ({'; '.join(wanted)})")
+    raise _columns_problem(rows[0], "auto", f"the columns of a format ({'; '.join(wanted)})")
 
 
 def select_reader(first_row: Row, format_name: str) -> tuple[str, Callable[[Row], Example]]:
@@ -71,7 +67,7 @@ def select_reader(first_row: Row, format_name: str) -> tuple[str, Callable[[Row]
     spec = FORMATS[name]
     if not any(set(columns) <= set(first_row.fields) for columns in spec.columns):
         expected = " or ".join(" + ".join(columns) for columns in spec.columns)
-        raise _columns_problem(first_row.where, list(first_row.fields), f"the columns of {name}: {expected}")
+        raise _columns_problem(first_row, name, f"the columns of {name}: {expected}")
     return name, spec.read
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from peftkit.data.read.hub import hub_key, hub_rows
@@ -51,10 +52,13 @@ class LocatedSource:
 
         Raises UserError if a file cannot be read to its end, changed meanwhile, or has neither row nor fault.
         """
-        found = hub_rows(self.source, self.where) if self._files is None else _rows(self._files)
+        if self._files is None:
+            rows = hub_rows(self.source, self.where)
+        else:
+            rows = chain.from_iterable(map(rows_of_file, self._files))
         name = redact_url(self.source.path)
         is_empty = True
-        for row in found:
+        for row in rows:
             is_empty = False
             yield row
         if is_empty:
@@ -67,11 +71,6 @@ class LocatedSource:
 def read(source: Source, *, where: str) -> Iterator[Row | Fault]:
     """Yield a source's rows in order: see `LocatedSource.rows`. Raises UserError if it is not available."""
     return LocatedSource(source, where=where).rows()
-
-
-def _rows(files: Sequence[File]) -> Iterator[Row | Fault]:
-    for file in files:
-        yield from rows_of_file(file)
 
 
 def content_key(source: Source, *, where: str) -> str:

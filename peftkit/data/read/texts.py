@@ -143,7 +143,11 @@ def _rows_of_object(file: File, text: str) -> Iterator[Row | Fault]:
         raise file.refuse(got, "a list of objects", "one object a line? name it .jsonl") from None
     if not isinstance(value, dict):
         raise file.refuse(f"a {type(value).__name__}", "a list of objects")
-    lists = {key: item for key, item in value.items() if _is_list_of(item, dict)}
+    lists = {
+        key: rows
+        for key, rows in value.items()
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+    }
     has_turns = any(row.keys() & {"role", "from"} for rows in lists.values() for row in rows)
     tables = {} if has_turns else lists
     columns = [list(column.values()) if isinstance(column, dict) else column for column in value.values()]
@@ -160,10 +164,6 @@ def _rows_of_object(file: File, text: str) -> Iterator[Row | Fault]:
         raise file.refuse(got, "a list of objects, or an object that holds one", fix)
     for number, row in enumerate(rows, start=1):
         yield _row_or_fault(row, text, f"{file.name} {shorten(key)} row {number}")
-
-
-def _is_list_of(value: object, kind: type) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) for item in value)
 
 
 def _array_element(file: File, text: str, position: int, where: str) -> tuple[Row | Fault, int]:

@@ -75,7 +75,7 @@ def test_wrong_columns_list_what_was_found_and_what_is_wanted():
     said = str(caught.value)
     assert "the columns promt, answer" in said
     assert "prompt-completion: prompt + completion" in said
-    assert "promt looks like prompt" in said
+    assert "set data.columns: {prompt: promt, completion: answer}" in said
     with pytest.raises(UserError, match=r"the columns of chat: messages or conversations"):
         to_examples([Row({"text": "x"}, "w")], "chat")
 
