@@ -5,13 +5,14 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
 from peftkit.errors import Problem, did_you_mean
 from peftkit.methods import METHODS
 from peftkit.recipe.schema import Recipe
+from peftkit.recipe.vocabulary import translate_key
 from peftkit.units import shorten
 
 Path = tuple[str | int, ...]
@@ -121,6 +122,7 @@ def validation_problems(error: ValidationError, data: object, where: Callable[[P
     """Return all problems of a validation, one per key. `where` gives file, line and key of a path."""
     problems: dict[Path, Problem] = {}
     expected: dict[Path, list[str]] = {}
+    translated: set[str] = set()  # sections that keys of other tools belong to
     for item in error.errors(include_url=False):
         path, value = _data_path(item["loc"], data)
         kind, context = item["type"], item.get("ctx", {})
@@ -149,11 +151,19 @@ def validation_problems(error: ValidationError, data: object, where: Callable[[P
             if len(path) == 1:
                 known_keys.append("extends")
             homes = [home for home in _sections_with_key(key) if home != ".".join(map(str, path))]
+            section, siblings = ".".join(map(str, path[:-1])), cast(Any, data)
+            for part in path[:-1]:
+                siblings = siblings[part]
+            translation, instead = translate_key(key, value, siblings)
             if homes:
-                expected_text, fix = "a key of this section", f"{key} belongs elsewhere: {' or '.join(homes)}"
+                fix = f"{key} belongs elsewhere: {' or '.join(homes)}"
+            elif translation:
+                home, _, our_key = translation.partition(":")[0].rpartition(".")
+                fix = f"write {translation.removeprefix(f'{home}.')}{f' under {home}' if home != section else ''}"
+                translated.add((home or our_key).split(".")[0])
             else:
-                expected_text, fix = "a known key", did_you_mean(key, known_keys)
-            problems[path] = Problem(where(path), "an unknown key", expected_text, fix)
+                fix = instead or did_you_mean(key, known_keys)
+            problems[path] = Problem(where(path), f"the key {shorten(key)}", f"a key of {section or 'a recipe'}", fix)
         else:
             expectation = _EXPECTED.get(kind, lambda c, m=item["msg"]: m)(context)
             expected.setdefault(path, [])
@@ -166,4 +176,7 @@ def validation_problems(error: ValidationError, data: object, where: Callable[[P
                 else _suggest(path, data)
             )
             problems[path] = Problem(where(path), show_value(value), expected_text, fix if "known:" not in fix else "")
+    for section in translated:  # what another tool's key says is not missing as well
+        if problems.get((section,)) and problems[(section,)].got == "nothing":
+            del problems[(section,)]
     return list(problems.values())

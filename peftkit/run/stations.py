@@ -33,7 +33,6 @@ from peftkit.rundir.events import (
     PreflightEvent,
     WarningEvent,
 )
-from peftkit.train.batches import batches_of_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,6 +102,8 @@ def attach_adapter(segment: Segment, model: PreTrainedModel) -> PreTrainedModel:
 
     A checkpoint's weights come later, with the optimizer's state: `assemble_training`.
     """
+
+    from peftkit.train.batches import batches_of_tokens
 
     context, plan, run = segment.context, segment.context.plan, segment.context.run
     spec = plan.method.peft

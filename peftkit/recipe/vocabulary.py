@@ -1,0 +1,151 @@
+"""The keys of other tools' configurations, and what each is in a recipe.
+
+Sources: the documented options of transformers' TrainingArguments, TRL's configurations, PEFT's LoraConfig, Axolotl
+and LLaMA-Factory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import yaml
+
+# our key: what others call it, with a value of the same meaning
+_SAME = {
+    "base": "base_model model_name_or_path model_name model pretrained_model_name_or_path",
+    "base.trust_remote_code": "trust_remote_code trust_remote_code_tokenizer",
+    "base.revision": "model_revision revision_of_model",
+    "method.rank": "r lora_r lora_rank rank_dim",
+    "method.alpha": "lora_alpha",
+    "method.dropout": "lora_dropout",
+    "method.dora": "use_dora peft_use_dora",
+    "method.rslora": "use_rslora peft_use_rslora",
+    "method.lr_ratio": "loraplus_lr_ratio",
+    "method.target_parameters": "lora_target_parameters",
+    "method.virtual_tokens": "num_virtual_tokens",
+    "train.epochs": "num_train_epochs num_epochs n_epochs",
+    "train.learning_rate": "lr",
+    "train.micro_batch": "per_device_train_batch_size per_gpu_train_batch_size micro_batch_size "
+    "micro_batch_size_per_gpu",
+    "train.batch_size": "train_batch_size global_batch_size total_batch_size",
+    "train.max_length": "max_seq_length max_seq_len sequence_len cutoff_len model_max_length block_size",
+    "train.packing": "sample_packing neat_packing",
+    "train.gradient_checkpointing": "activation_checkpointing",
+    "train.schedule.warmup": "warmup_ratio",
+    "train.max_grad_norm": "gradient_clipping clip_grad_norm",
+    "train.checkpoint_steps": "save_steps",
+    "train.early_stopping.patience": "early_stopping_patience",
+    "data.train": "dataset datasets dataset_name train_file train_files data_path dataset_path train_data_path",
+    "data.eval": "val_set_size val_size test_size eval_dataset test_datasets val_files validation_file test_split_size",
+    "data.format": "dataset_format",
+    "data.chat.system": "system_prompt default_system",
+    "evaluate.max_new_tokens": "generation_max_new_tokens",
+    "seed": "data_seed random_seed",
+}
+_YES = {"true", "1", "yes"}
+_NOT_YET = "peftkit has none yet: leave it out"
+
+
+def by_value(key: str, values: Mapping[str, str]) -> Callable[[Any, Mapping[str, Any]], str]:
+    """Return a translation by a table of values; a value without an entry is kept as it is."""
+    return lambda value, _: f"{key}: {values.get(str(value).lower(), _show(value))}"
+
+
+def translate_targets(value: Any, _: Mapping[str, Any]) -> str:
+    """Return the targets: a list of modules, which LLaMA-Factory writes as one text."""
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    if names in (["all"], ["all-linear"]):
+        return "method.targets: all-linear"
+    return f"method.targets: {_show(names)}"
+
+
+def translate_accumulation(value: Any, siblings: Mapping[str, Any]) -> str:
+    """Return the batch size, which counts the rows of all micro-batches."""
+    micro = next((siblings[name] for name in _SAME["train.micro_batch"].split() if name in siblings), 1)
+    is_number = isinstance(value, int) and isinstance(micro, int)
+    return f"train.batch_size: {value * micro}" if is_number else "train.batch_size: micro_batch times this"
+
+
+_SCHEDULES = {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "cosine_with_restarts": "cosine"}
+_OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit", "paged_adamw_32bit": "adamw_torch", "adamw_torch_8bit": "adamw_bnb_8bit"}
+_INITS = {"true": "default", "false": "default", "pissa_niter_16": "pissa", "loftq": "default", "corda": "eva"}
+_TRANSLATIONS: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
+    **dict.fromkeys(("target_modules", "lora_target_modules", "lora_target", "lora_targets"), translate_targets),
+    "gradient_accumulation_steps": translate_accumulation,
+    "lr_scheduler_type": by_value("train.schedule.kind", _SCHEDULES),
+    "lr_scheduler": by_value("train.schedule.kind", _SCHEDULES),
+    "optim": by_value("train.optimizer", _OPTIMIZERS),
+    "init_lora_weights": by_value("method.init", _INITS),
+    "peft_init_lora_weights": by_value("method.init", _INITS),
+    "adapter": by_value("method.name", {}),
+    "peft_type": by_value("method.name", {"prefix_tuning": "prefix", "prompt_tuning": "prompt"}),
+    "finetuning_type": by_value("method.name", {"freeze": "full"}),
+    "use_lora": by_value("method.name", {"true": "lora", "false": "full"}),
+    "use_peft": by_value("method.name", {"true": "lora", "false": "full"}),
+    "load_in_4bit": by_value("method.name", {"true": "qlora", "false": "lora"}),
+    "quantization_bit": by_value("method.name", {"4": "qlora"}),
+    "bnb_4bit_use_double_quant": by_value("method.double_quant", {}),
+    "use_bnb_nested_quant": by_value("method.double_quant", {}),
+    "double_quantization": by_value("method.double_quant", {}),
+    "bf16": by_value("train.precision", {"true": "bf16", "false": "auto", "auto": "auto"}),
+    "fp16": by_value("train.precision", {"true": "fp16", "false": "auto", "auto": "auto"}),
+    "torch_dtype": by_value("train.precision", {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}),
+    "flash_attention": by_value("base.attention", {"true": "sdpa", "false": "auto"}),
+    "flash_attn": by_value("base.attention", {"fa2": "sdpa", "true": "sdpa", "disabled": "eager"}),
+    "attn_implementation": by_value("base.attention", {"flash_attention_2": "sdpa", "flash_attention_3": "sdpa"}),
+    "train_on_inputs": by_value("data.mask", {"true": "all", "false": "completion"}),
+    "train_on_prompt": by_value("data.mask", {"true": "all", "false": "completion"}),
+    "completion_only_loss": by_value("data.mask", {"true": "completion", "false": "all"}),
+    "assistant_only_loss": by_value("data.mask", {"true": "assistant", "false": "all"}),
+    "mask_history": by_value("data.mask", {"true": "last-turn", "false": "completion"}),
+    "task_type": by_value("task", {"causal_lm": "causal-lm", "seq_2_seq_lm": "seq2seq", "seq_cls": "classification"}),
+    "modules_to_save": lambda value, _: "method.also_train: [embeddings, head]",
+    "lora_modules_to_save": lambda value, _: "method.also_train: [embeddings, head]",
+}
+# what has no key: what to do instead
+_WITHOUT_KEY = {
+    "output_dir logging_dir": "give the folder on the command line: --out DIR",
+    "report_to wandb_project use_wandb mlflow_experiment_name use_mlflow run_name wandb_name": f"trackers: {_NOT_YET}",
+    "deepspeed fsdp fsdp_config ddp_timeout local_rank tensor_parallel_size": f"several GPUs: {_NOT_YET}",
+    "neftune_noise_alpha label_smoothing_factor": f"this regularisation: {_NOT_YET}",
+    "warmup_steps": "train.schedule.warmup is a share of the steps, such as 3 %",
+    "logging_steps": "every step is logged: leave it out",
+    "save_strategy save_total_limit evaluation_strategy eval_strategy load_best_model_at_end": "checkpoints are "
+    "written at each evaluation, the last two and the best are kept, and the best is the result: leave it out",
+    "do_train do_eval stage remove_unused_columns tokenizer_type model_type ddp_find_unused_parameters strict tf32 "
+    "is_llama_derived_model overwrite_output_dir overwrite_cache dataloader_num_workers num_workers": "peftkit "
+    "decides this itself: leave it out",
+    "bias lora_bias fan_in_fan_out inference_mode layers_to_transform rank_pattern alpha_pattern": "this option: "
+    + _NOT_YET,
+    "template chat_template conversation": "the model's own chat template is used; another one is "
+    "data.chat.template: FILE",
+    "push_to_hub hub_model_id hub_private_repo hub_strategy": "push the result: peftkit export RUN --to hub "
+    "--repo OWNER/NAME",
+    "load_in_8bit": "8-bit bases are not trained: method.name: qlora trains over 4 bit",
+    "resume_from_checkpoint": "peftkit resume RUN",
+    "num_return_sequences temperature top_p top_k do_sample": "answers are generated greedily: leave it out",
+    "special_tokens tokens added_tokens": "method.also_train: [{tokens: [...]}] trains rows of the vocabulary's tokens",
+}
+
+
+def _show(value: object) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+
+
+_KEYS: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
+    **{name: by_value(key, {}) for key, names in _SAME.items() for name in names.split()},
+    **_TRANSLATIONS,
+}
+_INSTEAD = {name: text for names, text in _WITHOUT_KEY.items() for name in names.split()}
+
+
+def translate_key(key: str, value: object, siblings: Mapping[str, Any]) -> tuple[str, str]:
+    """Return (peftkit's key with the value in its terms, what to do instead); both empty for an unknown key.
+
+    Example: lora_r, 16 -> "method.rank: 16". `siblings` are the keys beside it, for values that need two.
+    """
+    name = key.lower().removeprefix("--").replace("-", "_")
+    if name in _KEYS:
+        return _KEYS[name](value, siblings), ""
+    return "", _INSTEAD.get(name, "")

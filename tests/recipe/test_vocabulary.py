@@ -1,0 +1,101 @@
+"""Every key of another tool is named in ours, and what the error says to write loads."""
+
+import pytest
+import yaml
+
+from peftkit.errors import UserError
+from peftkit.recipe import load
+from peftkit.recipe.vocabulary import _INSTEAD, _KEYS, translate_key
+
+BASE = {"base": "o/m", "method": "lora", "data": {"train": "x.jsonl"}}
+SAMPLES = {
+    "method.name": "lora",
+    "method.alpha": 32.0,
+    "method.dropout": 0.1,
+    "method.lr_ratio": 16.0,
+    "method.target_parameters": ["mlp.experts.gate_up_proj"],
+    "method.targets": "q_proj,v_proj",
+    "method.init": True,
+    "train.epochs": 2.0,
+    "train.learning_rate": 2e-4,
+    "train.schedule.warmup": 0.03,
+    "train.schedule.kind": "cosine",
+    "train.max_grad_norm": 0.3,
+    "train.optimizer": "adamw_torch",
+    "train.precision": True,
+    "base": "o/other",
+    "base.revision": "main",
+    "base.attention": True,
+    "data.train": "y.jsonl",
+    "data.eval": 0.1,
+    "data.format": "chat",
+    "data.chat.system": "Be brief.",
+    "data.mask": False,
+    "task": "CAUSAL_LM",
+    "method.also_train": ["lm_head"],
+}
+SWITCHES = {"method.dora", "method.rslora", "method.double_quant", "base.trust_remote_code", "train.packing"}
+SWITCHES |= {"train.gradient_checkpointing"}
+
+
+@pytest.mark.parametrize("key", sorted(_KEYS))
+def test_what_is_advised_for_a_foreign_key_loads(key):
+    ours = translate_key(key, 4, {})[0].partition(":")[0]
+    special = {"quantization_bit": 4, "attn_implementation": "flash_attention_2", "torch_dtype": "bfloat16"}
+    value = special.get(key, True if ours in SWITCHES else SAMPLES.get(ours, 4))
+    text, instead = translate_key(key, value, {"per_device_train_batch_size": 2})
+    assert not instead
+    recipe = dict(BASE)
+    if ours == "method.double_quant":
+        recipe["method"] = "qlora"
+    elif ours == "method.virtual_tokens":
+        recipe["method"] = "prefix"
+    home, _, written = text.partition(": ")
+    assert load(recipe, [f"{home}={written}"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "written"),
+    [
+        ("lora_r", 16, "method.rank: 16"),
+        ("--lora-r", 16, "method.rank: 16"),
+        ("lora_target", "all", "method.targets: all-linear"),
+        ("target_modules", ["q_proj"], "method.targets: [q_proj]"),
+        ("bf16", True, "train.precision: bf16"),
+        ("load_in_4bit", True, "method.name: qlora"),
+        ("train_on_inputs", False, "data.mask: completion"),
+        ("gradient_accumulation_steps", 4, "train.batch_size: 8"),
+        ("lr_scheduler_type", "constant_with_warmup", "train.schedule.kind: constant"),
+        ("init_lora_weights", "pissa", "method.init: pissa"),
+    ],
+)
+def test_values_are_in_our_terms(key, value, written):
+    assert translate_key(key, value, {"micro_batch_size": 2}) == (written, "")
+
+
+def test_keys_without_one_of_ours_say_what_to_do_instead():
+    assert not _KEYS.keys() & _INSTEAD.keys()
+    assert all(translate_key(key, True, {}) == ("", text) and text for key, text in _INSTEAD.items())
+    assert translate_key("no_such_key", 1, {}) == ("", "")
+
+
+def test_a_recipe_in_another_tool_s_words_is_told_key_by_key():
+    foreign = {"base_model": "o/m", "adapter": "lora", "datasets": [{"path": "x.jsonl"}], "lora_r": 8, "foo": 1}
+    with pytest.raises(UserError) as caught:
+        load(foreign)
+    fixes = {problem.got: problem.fix for problem in caught.value.problems}
+    assert fixes["the key base_model"] == "write base: o/m"
+    assert fixes["the key lora_r"] == "write rank: 8 under method"
+    assert fixes["the key datasets"] == "write train: [{path: x.jsonl}] under data"
+    assert "known: base, data" in fixes["the key foo"]
+    assert len(fixes) == 5, "base, method and data are not missing as well"
+
+
+@pytest.mark.parametrize(("section", "key", "fix"), [("train", "num_train_epochs", "write epochs: 2")])
+def test_a_foreign_key_in_the_right_section_is_renamed(section, key, fix):
+    with pytest.raises(UserError) as caught:
+        load({**BASE, section: {key: 2}})
+    [problem] = caught.value.problems
+    assert problem.fix == fix
+    written = yaml.safe_load(problem.fix.removeprefix("write "))
+    assert load({**BASE, section: written})
