@@ -18,8 +18,8 @@ from peftkit.model.base.locate import GATED_FIX, LocatedBase, check_embedded_sha
 from peftkit.model.base.remote_code import check_remote_code, find_model_file
 from peftkit.model.base.unknown_family import AUTO_CLASSES
 from peftkit.model.quantize import build_quantization_config, finish_4bit_loading, patched_loading
-from peftkit.objectives import OBJECTIVES
 from peftkit.plan.plan import BasePlan
+from peftkit.units import join_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ def _access_fix(error: BaseException, source: str) -> str:
 
 
 def load_tokenizer(source: str, plan: BasePlan) -> PreTrainedTokenizerBase:
-    """Load the tokenizer. Raises UserError where the base has none, or it has no EOS or padding token."""
+    """Load the tokenizer. Raises UserError where the base has none, or not the end token that the plan names."""
     from transformers import AutoTokenizer
 
     _check_files(source, plan)
@@ -79,27 +79,29 @@ def load_tokenizer(source: str, plan: BasePlan) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         got, expected = f"no tokenizer ({first_line(error)})", "a tokenizer beside the weights"
         raise UserError(Problem(f"base {plan.id}", got, expected, _access_fix(error, source))) from error
-    if tokenizer.eos_token is None and OBJECTIVES[plan.task].generates_answers:
-        raise UserError(
-            Problem(
-                f"base {plan.id}",
-                "a tokenizer without an end-of-sequence (EOS) token",
-                "an EOS token",
-                "without one the model never learns to stop",
-            )
-        )
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise UserError(Problem(f"base {plan.id}", "a tokenizer without padding or end token", "a padding token"))
+    if plan.end_token is not None:
+        if plan.end_token not in tokenizer.get_vocab():
+            fix = f"it has {join_names(special_tokens(tokenizer), 8)}"
+            got = f"{plan.end_token!r}, which the tokenizer of {plan.id} lacks"
+            raise UserError(Problem("data.chat.end_token", got, "a token of its vocabulary", fix))
+        tokenizer.eos_token = plan.end_token
     if tokenizer.pad_token is None:
         # labels are masked by position, so that a padding token that is the end token hides nothing
         added_tokens = tokenizer.added_tokens_decoder.values()
         names = [token.content for token in added_tokens if token.special and _RESERVED_TOKEN.search(token.content)]
         reserved_token = min(names, key=lambda name: "pad" not in name.lower(), default=None)
-        tokenizer.pad_token = reserved_token or tokenizer.eos_token
+        tokenizer.pad_token = reserved_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the special tokens of a tokenizer, those first that look like the end of a text or a turn."""
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*names, *tokenizer.all_special_tokens}, key=lambda name: (not _END_TOKEN.search(name), name))
+
+
 _RESERVED_TOKEN = re.compile(r"pad|reserved|unused|placeholder", re.IGNORECASE)
+_END_TOKEN = re.compile(r"end|eo[st]|</s>", re.IGNORECASE)
 
 
 def explain_pad_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -266,4 +268,4 @@ def model_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     """Return the token ids that stop generation: the generation config's and the tokenizer's EOS."""
     eos_token_id = model.generation_config.eos_token_id if model.generation_config else None
     ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id] if eos_token_id is not None else []
-    return list(dict.fromkeys([*ids, tokenizer.eos_token_id]))
+    return [i for i in dict.fromkeys([*ids, tokenizer.eos_token_id]) if i is not None]

@@ -47,6 +47,7 @@ class BasePlan:
     experts_4bit: tuple[str, ...]  # fused expert parameters to quantize, by their endings
     overrides: Mapping[str, Any]  # of the configuration, at loading
     attention: str | None  # transformers' implementation; None where the model has none, or is unknown
+    end_token: str | None = None  # what ends an answer, where the recipe names it
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def _base_plan(d: DecisionLog, facts: Facts, method: Method) -> tuple[BasePlan, 
         experts_4bit=experts,
         overrides=overrides,
         attention=attention,
+        end_token=recipe.data.chat.end_token,
     ), autocast
 
 

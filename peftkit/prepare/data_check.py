@@ -16,14 +16,17 @@ from peftkit.data.rows.scan_text import has_secret
 from peftkit.data.tokens.lengths import count_lengths, longest_sides
 from peftkit.data.tokens.mask import Tokenized
 from peftkit.data.tokens.prepare import TokenizedData, tokenize_examples
+from peftkit.errors import Problem, UserError
 from peftkit.model.hardware import detect_device_without_torch
-from peftkit.model.load import load_tokenizer, read_stop_ids, resolve_source
+from peftkit.model.load import load_tokenizer, read_stop_ids, resolve_source, special_tokens
+from peftkit.objectives import OBJECTIVES
 from peftkit.plan import DataFacts, Facts, Plan, make_plan
 from peftkit.plan.packing import best_sampling
 from peftkit.plan.throughput import estimate_cost
 from peftkit.prepare.calibration import read_calibration
 from peftkit.prepare.facts import data_facts, find_base, model_facts, text_facts, with_converted_config
 from peftkit.recipe import LoadedRecipe
+from peftkit.units import join_names
 
 _SAMPLES_PER_SPLIT = 3  # of each set
 _MAX_SAMPLE_TRIES = 20  # rows, where some hold secrets
@@ -66,6 +69,13 @@ def prepare_data(
     facts = replace(facts, data=data_facts(examples, task))
     plan = make_plan(loaded, facts, to_train=to_train)
     tokenizer = load_tokenizer(source, plan.base)
+    if tokenizer.eos_token is None and plan.data.format != "text" and OBJECTIVES[task].generates_answers:
+        names = special_tokens(tokenizer)
+        fix = f"name the token that ends an answer: data.chat.end_token: {names[0] if names else '...'}"
+        got = "a tokenizer without an end-of-sequence (EOS) token"
+        if names[1:]:
+            fix += f" (it also has {join_names(names[1:], 6)})"
+        raise UserError(Problem(f"base {plan.base.id}", got, "one: without it a model never learns to stop", fix))
     stops = read_stop_ids(source, tokenizer)
     prepared = tokenize_examples(examples, tokenizer, plan.data, task=task, labels=plan.base.labels, stops=stops)
     rows = DataFacts(

@@ -106,6 +106,7 @@ class Chat(Options):
     template: str | None = Field(None, description="file with a Jinja chat template, instead of the model's")
     system: str | None = Field(None, description="system prompt for chats without one")
     thinking: Literal["keep", "drop"] = Field("keep", description="reasoning in the answers")
+    end_token: str | None = Field(None, description="token that ends an answer, instead of the tokenizer's own")
 
 
 AnySource = str | Source

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -121,13 +122,11 @@ def test_weights_that_do_not_load_are_the_users_to_mend(tmp_path):
         load_model(str(tmp_path / "m"), cpu_plan().base, device="cpu")
 
 
-def test_tokenizer_without_end_token_is_refused(tmp_path):
-    shutil.copytree(TINY_LLAMA, tmp_path / "m")
-    config = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
-    del config["eos_token"]
-    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"without an end-of-sequence \(EOS\) token"):
-        load_tokenizer(str(tmp_path / "m"), cpu_plan().base)
+def test_the_end_token_of_the_plan_is_the_tokenizer_s(tmp_path):
+    base = replace(cpu_plan().base, end_token="<|user|>")
+    assert load_tokenizer(str(TINY_LLAMA), base).eos_token == "<|user|>"
+    with pytest.raises(UserError, match=r"data.chat.end_token: got '<eot>', .* it has <\|end\|>"):
+        load_tokenizer(str(TINY_LLAMA), replace(base, end_token="<eot>"))
 
 
 def test_missing_weights_are_not_made_up(tmp_path):

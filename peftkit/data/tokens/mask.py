@@ -260,8 +260,10 @@ def _label_row(rendered: Rendered, encoded: Encoding, mask: str, ends: _EndToken
     if (not loss_end or labels[loss_end - 1] != IGNORE_INDEX) and _lacks_end_token(
         rendered, encoded, ids, loss_end, ends
     ):
+        if eos is None and mask == "all":  # raw text goes on: it has no end
+            return Tokenized(ids, labels, rendered.where, weights)
         if eos is None:
-            got, fix = "a tokenizer without an eos token", "set eos_token in tokenizer_config.json"
+            got, fix = "a tokenizer without an eos token", "name one: data.chat.end_token: TOKEN"
             raise UserError(Problem(rendered.where, got, "an eos token to end answers", fix))
         weights = None if weights is None else [*weights, weights[loss_end - 1]]
         ids, labels = [*ids, eos], [*labels, eos]

@@ -45,6 +45,7 @@ class TokenScanner:
         self.task = task
         self._decode = tokenizer.decode
         self._bos, self._unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
+        self._has_end = tokenizer.eos_token_id is not None
         self.special = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
         special_texts = sorted(
             {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 2}
@@ -75,8 +76,8 @@ class TokenScanner:
             self.tally.add("unknown-tokens", row.where, f"{ids.count(self._unknown)} of {len(ids)} tokens")
         if self._bos is not None and ids[:2] == [self._bos, self._bos]:
             self.tally.add("double-bos", row.where, "two start tokens")
-        if not OBJECTIVES[self.task].generates_answers:
-            return
+        if not OBJECTIVES[self.task].generates_answers or (all_trained and not self._has_end):
+            return  # nothing is generated, or raw text of a tokenizer without an end token
         ends = span_end_tokens(row)
         if all_trained:  # the last trained token, less the blanks that templates put after an end token
             labels = reversed(row.labels)
