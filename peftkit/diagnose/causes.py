@@ -13,7 +13,7 @@ from typing import Literal
 
 from peftkit.diagnose.quality import Quality
 from peftkit.diagnose.signals import Signals
-from peftkit.diagnose.statistics import HeldOutLosses, Interval, paired_gain
+from peftkit.diagnose.statistics import MIN_DOCUMENTS, HeldOutLosses, Interval, paired_gain
 
 Cause = Literal[
     "none",
@@ -107,6 +107,11 @@ class Diagnosis:
     proven: bool = False
 
 
+def few_documents(num: int) -> str:
+    """Return why so few held-out documents decide nothing."""
+    return f"{num} held-out document{'' if num == 1 else 's'} cannot tell a cause from noise; {MIN_DOCUMENTS} can"
+
+
 def measure_or_conclude(evidence: Evidence) -> Measurement | Diagnosis:
     """Return the next measurement, or the diagnosis."""
     e = evidence
@@ -114,6 +119,8 @@ def measure_or_conclude(evidence: Evidence) -> Measurement | Diagnosis:
         at_once = Diagnosis("data: labels or masks broken", "; ".join(e.mask_findings))
     elif e.quality.state == "not lagging":
         at_once = Diagnosis("none", e.quality.said)
+    elif not e.quality.loss.has_enough_documents:
+        at_once = Diagnosis("undecided", few_documents(e.quality.loss.num_documents))
     elif e.num_divergences:
         at_once = Diagnosis("unstable", f"{e.num_divergences} steps were skipped or rolled back")
     elif e.quality.state == "still improving":

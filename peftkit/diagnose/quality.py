@@ -50,8 +50,8 @@ def assess_quality(
     `reference_gain` is how much better a reference was, `metric_interval` the metric of the target, if that
     is not the loss.
 
-    The loss is taken as linear in the logarithm of the training so far; the sum of the learning rates stands
-    for the steps, so that a decaying rate is not taken for a plateau.
+    The loss is taken as a power of the training so far, so that no gain exceeds the loss that there is; the
+    sum of the learning rates stands for the steps, so that a decaying rate is not taken for a plateau.
     """
     last = evaluations[-1]
     best = min(evaluations, key=lambda one: one.rows.mean)
@@ -64,18 +64,26 @@ def assess_quality(
     else:
         first = min(earlier, key=lambda point: abs(point.learnt - _TREND_START * last.learnt))
         observed_gain = paired_gain(first.rows, last.rows, looks=looks)
-        scale = math.log(1 + EXTENSION_SHARE) / math.log(last.learnt / first.learnt)
-        projected = Interval(
-            observed_gain.mean * scale,
-            observed_gain.low * scale,
-            observed_gain.high * scale,
-            observed_gain.num_documents,
-        )
+        exponent = math.log(1 + EXTENSION_SHARE) / math.log(last.learnt / first.learnt)
+        bounds = (observed_gain.mean, observed_gain.low, observed_gain.high)
+        mean, low, high = (_project_gain(gain, last.rows.mean, exponent) for gain in bounds)
+        projected = Interval(mean, low, high, observed_gain.num_documents)
     worsened = paired_gain(last.rows, best.rows, looks=looks) if best.step < last.step else None
     if worsened is not None and worsened.low <= 0:
         worsened = None
     state, reason = _state(loss, target, metric_interval, reference_gain, projected, margin)
     return Quality(state, loss, target, margin, projected, worsened, reason)
+
+
+def _project_gain(gain: float, loss: float, exponent: float) -> float:
+    """Return the gain of training on, where the last `gain` led to `loss` and the loss follows a power law.
+
+    loss * (1 - (1 + gain / loss)^-exponent): exponent * gain for small gains, always less than the loss. A loss
+    that rises goes on as it did.
+    """
+    if gain <= 0 or not math.isfinite(gain) or loss <= 0:
+        return min(exponent * gain, max(0.0, loss))
+    return loss * (1 - math.pow(1 + gain / loss, -exponent))
 
 
 def _state(

@@ -58,7 +58,8 @@ class Verdict:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return (name, value) rows for a table."""
-        caveat = "" if self.num_rows >= FEW_ROWS else f"; only {self.num_rows} held-out rows: the interval is wide"
+        num = self.loss.num_documents
+        caveat = "" if num >= FEW_ROWS else f"; of only {num} held-out document{'' if num == 1 else 's'}"
         found = [
             ("quality", self.state),
             ("loss", f"{self.loss.mean:.4f} [{self.loss.low:.4f}, {self.loss.high:.4f}]{caveat}"),

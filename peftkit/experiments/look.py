@@ -28,6 +28,7 @@ from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.model.hardware import is_out_of_memory
 from peftkit.objectives import OBJECTIVES
 from peftkit.plan import Plan, read_plan
+from peftkit.plan.packing import MAX_EPOCHS, num_epochs
 from peftkit.plan.plan import Growth
 from peftkit.prepare.context import RunContext
 from peftkit.rundir import step_of
@@ -252,6 +253,10 @@ def _choose_action(experiment: Experiment, evidence: Evidence, finding: Diagnosi
         return Action(f"train at a rate of {rate:g}", (f"train.learning_rate={rate:.6g}",), expected_gain)
     if cause == "too few steps":
         steps = round((plan.train.num_steps or 0) * (1 + MORE_STEPS))
+        epochs = num_epochs(plan, experiment.context.facts) * (1 + MORE_STEPS)
+        if epochs > MAX_EPOCHS:
+            message = f"more data; {steps} steps would show each row {epochs:.0f} times, and it would be memorised"
+            return Action(message, (), expected_gain)
         return Action(f"train for {steps} steps", (f"train.max_steps={steps}",), expected_gain)
     if cause == "data: overfitting":
         best = min(experiment.evaluations, key=lambda one: one.rows.mean)
@@ -259,6 +264,8 @@ def _choose_action(experiment: Experiment, evidence: Evidence, finding: Diagnosi
         return Action(message, (f"train.max_steps={best.step}",) if 0 < best.step < experiment.step else ())
     if cause == "data: labels or masks broken":
         return Action("check the trained tokens: peftkit check RECIPE; more training or rank fixes nothing")
+    if cause == "undecided" and not evidence.quality.loss.has_enough_documents:
+        return Action("hold out more rows: data.eval, as a larger share or a file")
     if cause == "undecided" and (alternative := next_method(experiment.context)):
         return Action(
             f"{experiment.plan.method.name} has no rank to raise: try lora", alternative[0], None, alternative[1]

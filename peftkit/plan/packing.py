@@ -12,6 +12,7 @@ from peftkit.plan.facts import Facts, Lengths, PackLengths, RowLengths
 from peftkit.plan.plan import Plan
 from peftkit.units import divisors
 
+MAX_EPOCHS = 10  # beyond, rows are memorised rather than learned from
 RANDOM, BY_LENGTH = "random", "by length"
 _PACK_FILL = 0.98  # of a pack's room, where the rows are not laid together yet: best-fit decreasing leaves less
 _SORT_ABOVE = 0.05  # of a micro-batch: from here on rows of like length are taken together

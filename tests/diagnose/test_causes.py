@@ -147,3 +147,10 @@ def test_an_early_look_grows_only_into_layers_without_an_adapter():
     assert measure_or_conclude_early(replace(wide, arms=paid)).cause == "target modules"
     disguised = arms(**{"continue": 1.9, "rate_up": 1.3, "candidate": 1.4})
     assert measure_or_conclude_early(replace(wide, arms=disguised)).cause == "none"
+
+
+def test_few_documents_decide_nothing():
+    few = replace(evidence().quality, loss=Interval(0.05, 0.01, 0.09, 3))
+    diagnosis = measure_or_conclude(replace(evidence(), quality=few))
+    assert diagnosis.cause == "undecided"
+    assert "3 held-out documents" in diagnosis.said

@@ -1,7 +1,11 @@
 """Lagging only against a target or a reference; else still improving, or plateaued."""
 
+import math
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peftkit.diagnose.quality import EvaluationPoint, assess_quality
 from peftkit.diagnose.statistics import HeldOutLosses, Interval, wilson_interval
@@ -70,3 +74,24 @@ def test_a_single_evaluation_says_what_it_can():
     assert found.state == "still improving"
     assert found.projected is None
     assert "train.eval_steps" in found.said
+
+
+@given(st.floats(0.001, 5), st.floats(1.01, 100), st.floats(1.5, 10), st.integers(1, 30))
+def test_a_projected_gain_never_exceeds_the_loss_there_is(last_loss, ratio, span, num):
+    """Whatever fell before: what is left to gain is less than what is left."""
+    losses = [
+        HeldOutLosses((loss * 4,) * num, (4,) * num, tuple(range(num))) for loss in (last_loss * ratio, last_loss)
+    ]
+    points = [EvaluationPoint(1, 1.0, losses[0]), EvaluationPoint(2, span, losses[1])]
+    projected = assess_quality(points, target=None).projected
+    assert projected is not None
+    assert 0 < projected.mean < last_loss
+    assert projected.low * 0.999 <= projected.mean <= projected.high * 1.001
+    assert projected.high <= last_loss
+
+
+def test_a_small_gain_is_projected_as_the_logarithm_has_it():
+    losses = [HeldOutLosses((loss,) * 12, (1,) * 12, tuple(range(12))) for loss in (2.02, 2.0)]
+    points = [EvaluationPoint(1, 1.0, losses[0]), EvaluationPoint(2, 2.0, losses[1])]
+    projected = assess_quality(points, target=None).projected
+    assert projected.mean == pytest.approx(0.02 * math.log(1.5) / math.log(2), rel=0.02)

@@ -30,7 +30,7 @@ def test_bounds_of_one_document_are_json_too():
 def test_it_says_what_is_known_and_how_well():
     said = dict(verdict().rows())
     assert said["cause"] == "rank"
-    assert "only 40 held-out rows" in said["loss"]
+    assert "of only 40 held-out documents" in said["loss"]
     assert "1,000 trainable parameters" in said["cost"]
     assert "+0.2000 [+0.1000, +0.3000]" in said["expected gain"]
     assert "12" in said["diagnosis cost"]

@@ -237,9 +237,8 @@ def test_a_run_whose_base_changed_is_refused(narrow, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["prefix", "ia3"])
-def test_methods_without_a_rank_are_shown_the_next_one(method, recipe, tmp_path):
-    recipe["method"] = method
-    recipe["diagnose"] = {"target": {"value": 0.001}}
+def test_methods_without_a_rank_are_shown_the_next_one(method, recipe, narrow, tmp_path):
+    recipe |= {"method": method, "data": narrow["data"], "diagnose": {"target": {"value": 0.001}}}
     peftkit.finetune(recipe, out=tmp_path / "run")
     action = peftkit.diagnose_run(tmp_path / "run").action
     assert "try lora" in action.said

@@ -14,12 +14,11 @@ from peftkit.data.gate.finding import (
     show_share,
 )
 from peftkit.data.tokens.store import Counts
-from peftkit.plan.packing import num_epochs
+from peftkit.plan.packing import MAX_EPOCHS, num_epochs
 from peftkit.units import join_names, show_count
 
 _MAX_DROPPED, _MAX_LOST = 0.2, 0.01
 _MIN_ROWS = 50
-_MAX_EPOCHS = 10
 _MIN_TOKENS_PER_PARAMETER = 0.001
 _MARKER = re.compile(r"<\|[a-z0-9_▁]{2,30}\|>|<(?:start|end)_of_turn>")
 
@@ -130,7 +129,7 @@ def enough_data(data: CheckInputs) -> DataFinding:
     problems = []
     if num_train < _MIN_ROWS:
         problems.append("few rows: the model will memorise them")
-    if epochs > _MAX_EPOCHS:
+    if epochs > MAX_EPOCHS:
         problems.append("rows are seen too often: fewer epochs")
     if num_trainable and loss_tokens * max(1.0, epochs) < _MIN_TOKENS_PER_PARAMETER * num_trainable:
         problems.append("few tokens for so many parameters: a smaller rank")
