@@ -12,7 +12,7 @@ from peftkit.api import DataReport
 from peftkit.units import printable
 
 _TOKEN_STYLES = {"masked": "dim", "learnt": "bold green", "special": "cyan", "learnt special": "bold black on green"}
-_STATUS_STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "waived": "magenta"}
+_STATUS_STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "waived": "magenta", "n/a": "dim"}
 _MAX_CHARACTERS = 1_500  # characters of a sample
 _BAR_WIDTH = 40
 _MAX_ROWS = 5
@@ -69,7 +69,7 @@ def print_data_report(report: DataReport) -> None:
     for finding in report.findings:
         status_text = (f"{finding.status:<6} ", _STATUS_STYLES[finding.status])
         console.print(Text.assemble(status_text, f"{finding.check:<22} {printable(finding.said)}"))
-        if finding.status != "pass":
+        if finding.status not in {"pass", "n/a"}:
             folder_prefix = f"{Path.cwd()}/"
             for row_place, what in finding.rows[:_MAX_ROWS]:
                 console.print(Text(printable(f"         {row_place}: {what}".replace(folder_prefix, "")), style="dim"))

@@ -23,7 +23,8 @@ pre span { border-right: 1px dotted var(--line) }
 .learnt-special { color: var(--learnt); background: var(--learnt-back); font-weight: 700;
   text-decoration: underline }
 .pass { color: var(--learnt) } .warn { color: var(--warn) } .fail { color: var(--fail); font-weight: 700 }
-.waived { color: var(--waived) } .bar { background: var(--learnt); height: .8rem; border-radius: 2px }
+.waived { color: var(--waived) } .na { opacity: .6 }
+.bar { background: var(--learnt); height: .8rem; border-radius: 2px }
 .rows { font-size: 13px; opacity: .8 } .fix { font-size: 14px }
 td.bar-cell { width: 60% }
 """
@@ -45,11 +46,11 @@ def _sample_html(sample: Mapping[str, Any]) -> str:
 def _finding_cells(finding: Mapping[str, Any]) -> tuple[str, ...]:
     status = finding["status"]
     text = escape(finding["said"])
-    if status != "pass":
+    if status not in {"pass", "n/a"}:
         rows = "".join(f"<div>{escape(where)}: {escape(what)}</div>" for where, what in finding["rows"])
         text += f'<div class="rows">{rows}</div>'
         text += f'<div class="fix">fix: {escape(finding["fix"])}</div>' if finding["fix"] else ""
-    return f'<span class="{status}">{status}</span>', escape(finding["check"]), text
+    return f'<span class="{status.replace("/", "")}">{status}</span>', escape(finding["check"]), text
 
 
 def data_page(report: Mapping[str, Any], rows: list[tuple[str, str]], *, title: str) -> str:
@@ -67,7 +68,7 @@ def data_page(report: Mapping[str, Any], rows: list[tuple[str, str]], *, title: 
         f'<span class="{kind.replace(" ", "-")}">{kind}</span>'
         for kind in ("masked", "learnt", "special", "learnt special")
     )
-    order = {"fail": 0, "warn": 1, "waived": 2, "pass": 3}
+    order = {"fail": 0, "warn": 1, "waived": 2, "pass": 3, "n/a": 4}
     findings = sorted(report["findings"], key=lambda finding: order[finding["status"]])
     parts = [
         f"<h1>{escape(title)}</h1><p>{escape(report['verdict'])}</p>",

@@ -15,6 +15,7 @@ _SAMPLE = 2_000
 _MAX_CLASS_RATIO = 20  # the commonest class against the rarest
 _MAX_MAJORITY = 0.9
 _MAX_CLASSES = 200
+_MAX_CLASS_WORDS = 5  # of an answer: longer ones are free text
 _RARE_SHARE = 0.05  # of the rows: a language of so few is not meant
 _MAX_LONGER_SHARE = 0.7
 _LENGTH_FACTORS = (5, 20)  # than the 99th percentile, and than the median
@@ -34,13 +35,15 @@ def labels(data: CheckInputs) -> DataFinding:
     else:
         answer_counts = Counter(e.answer.strip() for e in _evenly_spaced(examples))
         is_few = len(answer_counts) <= _MAX_CLASSES and sum(answer_counts.values()) >= 5 * len(answer_counts)
+        is_few = is_few and all(len(answer.split()) <= _MAX_CLASS_WORDS for answer in answer_counts)
         counts = answer_counts if is_few else Counter()
     if len(counts) < 2:
-        return DataFinding("labels", "pass", "no classes to compare")
+        return DataFinding("labels", "n/a", "no classes to compare")
     (commonest, num_commonest), (rarest, num_rarest) = counts.most_common()[0], counts.most_common()[-1]
     total = sum(counts.values())
+    kind = "classes" if data.examples.format in CLASSES else "short answers that recur"
     message = (
-        f"{len(counts)} classes: {commonest!r} {show_share(num_commonest, total)}, {rarest!r} "
+        f"{len(counts)} {kind}: {commonest!r} {show_share(num_commonest, total)}, {rarest!r} "
         f"{show_share(num_rarest, total)}"
     )
     is_tagging = data.examples.format == "token-classification"  # most words of a text are of no class
@@ -54,7 +57,7 @@ def labels(data: CheckInputs) -> DataFinding:
 def unseen_labels(data: CheckInputs) -> DataFinding:
     """Find classes that only one of the two sets has."""
     if data.examples.format not in CLASSES or not len(data.examples.eval):
-        return DataFinding("unseen-labels", "pass", "no classes to compare")
+        return DataFinding("unseen-labels", "n/a", "no classes to compare")
     train_classes, eval_classes = set(data.examples.train_labels), set(data.examples.eval_labels)
     missing_in_train = sorted(eval_classes - train_classes)
     missing_in_eval = sorted(train_classes - eval_classes)
@@ -77,7 +80,7 @@ def languages(data: CheckInputs) -> DataFinding:
     eval_counts = Counter(language_of(text_of(e)) for e in _evenly_spaced(data.examples.eval))
     counts = Counter(name for _, name in train if name)
     if not counts:
-        return DataFinding("languages", "pass", "too little text to detect the language")
+        return DataFinding("languages", "n/a", "too little text to detect the language")
     total = sum(counts.values())
     summary = ", ".join(f"{name} {show_share(count, total)}" for name, count in counts.most_common(4))
     main_language = counts.most_common(1)[0][0]
@@ -115,7 +118,7 @@ def lengths(data: CheckInputs) -> DataFinding:
 def preference_length(data: CheckInputs) -> DataFinding:
     """Warn if the chosen answers are mostly the longer, or mostly the shorter, ones."""
     if data.examples.format != "preference":
-        return DataFinding("preference-length", "pass", "no preferences")
+        return DataFinding("preference-length", "n/a", "no preferences")
     num_longer, total = data.examples.tally.of("chosen-longer").count, data.num_rows
     message = f"the chosen answer is the longer one in {show_share(num_longer, total)}"
     if num_longer > _MAX_LONGER_SHARE * total or num_longer < (1 - _MAX_LONGER_SHARE) * total:

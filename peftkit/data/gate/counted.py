@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from peftkit.data.gate.finding import CheckInputs, DataFinding, Status, finding_from_counts, show_share
+from peftkit.objectives import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class CountedCheck:
     fix: str
     fails_from: float = 0.0  # share of the rows; above 1 it never fails
     templated: bool = False  # fails only where a template writes markers: elsewhere they are the user's own
+    only_for: Literal["", "chats", "preferences", "answers"] = ""  # the rows that it is about
 
 
 _NEVER = 2.0
@@ -33,12 +36,16 @@ COUNTED_CHECKS: dict[str, CountedCheck] = {
         "turns are in order",
         "rows with turns out of order",
         "alternate user and assistant turns, a system turn only first, an answer last",
+        only_for="chats",
     ),
     "media": CountedCheck(
         "no pictures, sound or video", "rows with media, which text alone does not hold", "remove them"
     ),
     "chosen-equals-rejected": CountedCheck(
-        "chosen and rejected answers differ", "rows whose answers are the same", "remove the rows"
+        "chosen and rejected answers differ",
+        "rows whose answers are the same",
+        "remove the rows",
+        only_for="preferences",
     ),
     "secrets": CountedCheck(
         "no keys or tokens were found", "rows with what looks like a secret", "remove it, and revoke it"
@@ -74,12 +81,14 @@ COUNTED_CHECKS: dict[str, CountedCheck] = {
         "every turn is in the rendered text",
         "rows from which the template drops something",
         "use a template that fits: data.chat.template",
+        only_for="chats",
     ),
     "reasoning": CountedCheck(
         "the template keeps the reasoning",
         "rows whose reasoning the template drops",
         "set data.chat.thinking: drop, or use another template",
         _NEVER,
+        only_for="chats",
     ),
     "unknown-tokens": CountedCheck(
         "no unknown tokens", "rows with unknown tokens", "use a base whose tokenizer covers the text", 0.1
@@ -98,6 +107,7 @@ COUNTED_CHECKS: dict[str, CountedCheck] = {
         "every answer ends in an end token",
         "rows whose answer does not end in an end token",
         "use a chat template that ends turns: without it the model never stops",
+        only_for="answers",
     ),
 }
 
@@ -110,8 +120,15 @@ def checks() -> dict[str, Callable[[CheckInputs], DataFinding]]:
 def _make_check(name: str, kind: CountedCheck) -> Callable[[CheckInputs], DataFinding]:
     def check_rows(data: CheckInputs) -> DataFinding:
         counted = data.tally.of(name)
+        applies = {
+            "": True,
+            "chats": data.prepared.style.source != "none",
+            "preferences": data.examples.format == "preference",
+            "answers": OBJECTIVES[data.facts.model.shape.task].generates_answers,
+        }
         if not counted.count:
-            return DataFinding(name, "pass", kind.good)
+            is_about = applies[kind.only_for]
+            return DataFinding(name, "pass", kind.good) if is_about else DataFinding(name, "n/a", f"no {kind.only_for}")
         total = data.num_rows
         fails = counted.count >= kind.fails_from * total
         if kind.templated and data.prepared.style.source == "none":

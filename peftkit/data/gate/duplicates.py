@@ -65,7 +65,7 @@ def leakage(data: CheckInputs) -> DataFinding:
     """Find held-out rows whose input is in the training data, word for word."""
     train, eval_rows = data.examples.train, data.examples.eval
     if not len(eval_rows):
-        return DataFinding("leakage", "pass", "nothing is held out")
+        return DataFinding("leakage", "n/a", "nothing is held out")
     train_numbers = {digest: number for number, digest in enumerate(row_statistic(train, "input_hash"))}
     leaks = [
         (eval_rows[number].where, f"the input of {train[train_numbers[digest]].where}")
@@ -84,7 +84,7 @@ def near_leakage(data: CheckInputs) -> DataFinding:
     from peftkit.data.rows import similar
 
     if not len(data.examples.eval):
-        return DataFinding("near-leakage", "pass", "nothing is held out")
+        return DataFinding("near-leakage", "n/a", "nothing is held out")
     eval_rows, numbers, _ = _sample(data.examples.eval, data.full)
     train, _, scope = _sample(data.examples.train, data.full)
     train_hashes = set(row_statistic(data.examples.train, "input_hash"))

@@ -1,4 +1,4 @@
-"""The outcome of a check (pass, warn, fail or waived) with its rows and fix; and the inputs of checks."""
+"""The outcome of a check (pass, warn, fail, waived or n/a) with its rows and fix; and the inputs of checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftkit.data.tokens.prepare import TokenizedData
 from peftkit.plan.facts import Facts
 from peftkit.plan.plan import Plan
 
-Status = Literal["pass", "warn", "fail", "waived"]
+Status = Literal["pass", "warn", "fail", "waived", "n/a"]
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def end_agreement(data: CheckInputs) -> DataFinding:
     special = data.tokenizer.added_tokens_decoder
     ends = [token for token, _ in data.prepared.seen.ends if token in special]
     if not ends:
-        return DataFinding("end-agreement", "pass", "no end tokens to compare")
+        return DataFinding("end-agreement", "n/a", "no end tokens to compare")
     non_stops = [_token_text(data, token) for token in ends if token not in data.stops]
     stops = ", ".join(_token_text(data, token) for token in sorted(data.stops))
     if non_stops:

@@ -51,7 +51,7 @@ class DataReport:
     @property
     def verdict(self) -> str:
         """Return one line: how many checks pass, warn, fail and are waived."""
-        names = ("pass", "warn", "fail", "waived")
+        names = ("pass", "warn", "fail", "waived", "n/a")
         counts = {name: sum(f.status == name for f in self.findings) for name in names}
         parts = [f"{count} {name}" for name, count in counts.items() if count or name == "fail"]
         return f"{len(self.findings)} checks: {', '.join(parts)}"
@@ -90,7 +90,7 @@ class DataReport:
         return asdict(self) | {"verdict": self.verdict}
 
     def _repr_html_(self) -> str:
-        marks = [(f.status, f.check, f.said) for f in self.findings if f.status != "pass"]
+        marks = [(f.status, f.check, f.said) for f in self.findings if f.status not in {"pass", "n/a"}]
         return f"{html_table(self.rows())}<p>{escape(self.verdict)}</p>{html_table(marks)}"
 
 
