@@ -85,7 +85,7 @@ def cells(place: Path) -> dict[str, str]:
         if name in {"lora", "qlora"}:
             out = place / f"{name}-gguf"
             options = peftkit.ExportOptions(to="gguf", out=str(out), pre="default", force=True)
-            peftkit.export_adapter(run, options)
+            peftkit.export_adapter(run, options=options)
             found[f"{name}: gguf"] = digest(next(out.glob("*.gguf")).read_bytes())
     return found
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.plan import Plan
-from peftkit.recipe import LoadedRecipe, Recipe, load
+from peftkit.recipe import LoadedRecipe, Recipe, load, override_texts
 from peftkit.report import Summary, read_summary
 from peftkit.rundir import RunDir
 from peftkit.rundir.events import Observer, ignore_event
@@ -39,6 +40,7 @@ __all__ = [
     "MergeOptions",
     "MergeReport",
     "Observer",
+    "Overrides",
     "RecipeLike",
     "Verdict",
     "check_data",
@@ -74,6 +76,7 @@ _LAZY_MODULES = {  # each with what it needs: a mistake in a recipe costs none o
     "MergeReport": "peftkit.ship.merge.report",
     "Verdict": "peftkit.diagnose.verdict",
 }
+Overrides = str | Sequence[str] | Mapping[str, Any]  # "train.epochs=2", several of these, or a mapping of keys
 RecipeLike = str | Path | Mapping[str, Any] | Recipe | LoadedRecipe
 
 
@@ -83,17 +86,32 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'peftkit.api' has no attribute {name!r}")
 
 
-def load_recipe(source: RecipeLike, overrides: Sequence[str] = ()) -> LoadedRecipe:
+@contextmanager
+def _shown(observer: Observer | None, *, of_bytes: bool = False) -> Iterator[Observer]:
+    """Yield the observer, or where there is none one that shows progress; libraries are quiet meanwhile."""
+    from peftkit.report.progress import open_bytes_display, open_display, quiet_libraries
+
+    with quiet_libraries():
+        if observer is not None:
+            yield observer
+        else:
+            with open_bytes_display() if of_bytes else open_display() as show:
+                yield show
+
+
+def load_recipe(source: RecipeLike, overrides: Overrides = ()) -> LoadedRecipe:
     """Read and validate a recipe: a file, a shipped recipe's name, a dict, or a `Recipe`.
 
-    `overrides` are dotted key=value texts, typed as in YAML. Raises UserError with every problem found.
+    `overrides` are dotted key=value texts, typed as in YAML: one, several, or a mapping of keys to values.
+    Raises UserError with every problem found.
     """
+    overrides = override_texts(overrides)
     if not isinstance(source, LoadedRecipe):
         return load(source, overrides)
     return load(source.recipe, overrides) if overrides else source
 
 
-def make_plan(source: RecipeLike, overrides: Sequence[str] = ()) -> Plan:
+def make_plan(source: RecipeLike, overrides: Overrides = ()) -> Plan:
     """Return every decision with its reason, without torch, weights or network where possible."""
     from peftkit.run import dry_run
 
@@ -101,7 +119,7 @@ def make_plan(source: RecipeLike, overrides: Sequence[str] = ()) -> Plan:
 
 
 def plan_recipe(
-    source: RecipeLike, overrides: Sequence[str] = (), *, gpu: str = "this", trace: bool = False, measure: bool = False
+    source: RecipeLike, overrides: Overrides = (), *, gpu: str = "this", trace: bool = False, measure: bool = False
 ) -> Account:
     """Return what a recipe trains and needs on a device: parameters, peak memory, fit, changes, time.
 
@@ -111,10 +129,14 @@ def plan_recipe(
     """
     from peftkit.prepare.plan_report import plan_report
 
-    return plan_report(load_recipe(source, overrides), gpu=gpu, trace=trace, measure=measure)
+    loaded = load_recipe(source, overrides)
+    if not (trace or measure):
+        return plan_report(loaded, gpu=gpu)
+    with _shown(ignore_event):
+        return plan_report(loaded, gpu=gpu, trace=trace, measure=measure)
 
 
-def check_data(source: RecipeLike, overrides: Sequence[str] = (), *, full: bool = False) -> DataReport:
+def check_data(source: RecipeLike, overrides: Overrides = (), *, full: bool = False) -> DataReport:
     """Check a recipe's data: samples token by token, lengths, totals, and the result of every check.
 
     No weights are loaded. Near duplicates are searched for in a sample of 10,000 rows, with `full` in all.
@@ -122,34 +144,33 @@ def check_data(source: RecipeLike, overrides: Sequence[str] = (), *, full: bool 
     """
     from peftkit.prepare.data_check import check_data as check
 
-    return check(load_recipe(source, overrides), full=full)
+    with _shown(ignore_event):
+        return check(load_recipe(source, overrides), full=full)
 
 
 def finetune(
-    source: RecipeLike,
-    overrides: Sequence[str] = (),
-    *,
-    out: str | Path | None = None,
-    observer: Observer = ignore_event,
+    source: RecipeLike, overrides: Overrides = (), *, out: str | Path | None = None, observer: Observer | None = None
 ) -> Summary:
     """Train what a recipe describes into a fresh run directory. Returns the run's summary.
 
-    `observer` is called with every event as it is written. Raises UserError for problems that the user can
-    fix.
+    `observer` is called with every event as it is written; without one, progress is shown, as by the command.
+    Raises UserError for problems that the user can fix.
     """
     from peftkit import run
 
-    return run.finetune(load_recipe(source, overrides), out=Path(out) if out else None, observer=observer)
+    loaded = load_recipe(source, overrides)
+    with _shown(observer) as observe:
+        return run.finetune(loaded, out=Path(out) if out else None, observer=observe)
 
 
 def resume_run(
     path: str | Path,
     *,
     recipe: str | Path | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     allow_changed: Sequence[str] = (),
     take_over: bool = False,
-    observer: Observer = ignore_event,
+    observer: Observer | None = None,
 ) -> Summary:
     """Resume an interrupted run from its newest checkpoint that verifies.
 
@@ -159,14 +180,15 @@ def resume_run(
     """
     from peftkit import run
 
-    return run.resume(
-        Path(path),
-        recipe=Path(recipe) if recipe else None,
-        overrides=overrides,
-        allow_changed=allow_changed,
-        take_over=take_over,
-        observer=observer,
-    )
+    with _shown(observer) as observe:
+        return run.resume(
+            Path(path),
+            recipe=Path(recipe) if recipe else None,
+            overrides=override_texts(overrides),
+            allow_changed=allow_changed,
+            take_over=take_over,
+            observer=observe,
+        )
 
 
 def reproduce_run(
@@ -174,8 +196,8 @@ def reproduce_run(
     *,
     out: str | Path | None = None,
     recipe: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    observer: Observer = ignore_event,
+    overrides: Overrides = (),
+    observer: Observer | None = None,
 ) -> Reproduction:
     """Train a finished run once more, into `out` (default RUN-again), and compare every number.
 
@@ -186,17 +208,19 @@ def reproduce_run(
 
     recipe_path = Path(recipe) if recipe else None
     folder = Path(out) if out else None
-    return reproduce(Path(path), out=folder, recipe=recipe_path, overrides=overrides, observer=observer)
+    texts = override_texts(overrides)
+    with _shown(observer) as observe:
+        return reproduce(Path(path), out=folder, recipe=recipe_path, overrides=texts, observer=observe)
 
 
 def diagnose_run(
     path: str | Path,
     *,
     recipe: str | Path | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     out: str | Path | None = None,
     anew: bool = False,
-    observer: Observer = ignore_event,
+    observer: Observer | None = None,
 ) -> Verdict:
     """Return a verdict on quality, cause and action: the run's own, or one measured now.
 
@@ -206,7 +230,9 @@ def diagnose_run(
     from peftkit.run.diagnose import diagnose
 
     recipe_path, folder = Path(recipe) if recipe else None, Path(out) if out else None
-    return diagnose(Path(path), recipe=recipe_path, overrides=overrides, out=folder, anew=anew, observer=observer)
+    texts = override_texts(overrides)
+    with _shown(observer) as observe:
+        return diagnose(Path(path), recipe=recipe_path, overrides=texts, out=folder, anew=anew, observer=observe)
 
 
 def verify_run(path: str | Path) -> Verification:
@@ -221,11 +247,15 @@ def summarize_run(path: str | Path) -> Summary:
     return read_summary(RunDir.open(Path(path)))
 
 
-def generate(path: str | Path, prompts: Sequence[str], *, max_new_tokens: int = 128) -> list[str]:
-    """Generate a greedy answer of a finished run's model to each prompt, asked as a user turn of a chat."""
+def generate(path: str | Path, prompts: str | Sequence[str], *, max_new_tokens: int = 128) -> list[str]:
+    """Generate a greedy answer of a finished run's model to each prompt, asked as a user turn of a chat.
+
+    One prompt may be given as a text: the list then has one answer.
+    """
     from peftkit.results.generate import answer
 
-    return answer(Path(path), prompts, max_new_tokens=max_new_tokens)
+    with _shown(ignore_event):
+        return answer(Path(path), [prompts] if isinstance(prompts, str) else prompts, max_new_tokens=max_new_tokens)
 
 
 def inspect_model(
@@ -248,7 +278,8 @@ def evaluate_run(path: str | Path, *, data: str | Path | None = None, contexts: 
     """Evaluate a run or adapter on held-out rows or a file: loss and metrics; by position with `contexts`."""
     from peftkit.results.evaluate import evaluate
 
-    return evaluate(Path(path), data=str(data) if data else None, contexts=contexts)
+    with _shown(ignore_event):
+        return evaluate(Path(path), data=str(data) if data else None, contexts=contexts)
 
 
 def convert_weights(path: str | Path, *, out: str | Path) -> Converted:
@@ -268,7 +299,7 @@ def merge_adapter(
     *,
     out: str | Path,
     options: MergeOptions | None = None,
-    observer: Observer = ignore_event,
+    observer: Observer | None = None,
 ) -> MergeReport:
     """Merge a run or adapter into its base in the new folder `out`, and compare the result with the adapter.
 
@@ -278,12 +309,11 @@ def merge_adapter(
     from peftkit.ship.merge.merge import MergeOptions, merge
 
     paths = [path] if isinstance(path, str | Path) else path
-    return merge(
-        [Path(adapter_path) for adapter_path in paths], Path(out), options or MergeOptions(), observer=observer
-    )
+    with _shown(observer, of_bytes=True) as observe:
+        return merge([Path(one) for one in paths], Path(out), options or MergeOptions(), observer=observe)
 
 
-def export_adapter(path: str | Path, options: ExportOptions, *, observer: Observer = ignore_event) -> Exported:
+def export_adapter(path: str | Path, *, options: ExportOptions, observer: Observer | None = None) -> Exported:
     """Export a run, an adapter or a whole model to another format, as `options` say.
 
     A merge on the way is compared with the adapted model, as by `merge_adapter`. Raises UserError for
@@ -291,7 +321,8 @@ def export_adapter(path: str | Path, options: ExportOptions, *, observer: Observ
     """
     from peftkit.ship.export import export
 
-    return export(Path(path), options, observer)
+    with _shown(observer, of_bytes=True) as observe:
+        return export(Path(path), options, observe)
 
 
 def combine_adapters(
@@ -306,4 +337,5 @@ def combine_adapters(
     from peftkit.ship.merge.merge import MergeOptions
 
     options = MergeOptions(weights=tuple(weights) if weights is not None else None)
-    return concat_adapters([Path(path) for path in paths], Path(out), options, rank=rank)
+    with _shown(ignore_event):
+        return concat_adapters([Path(path) for path in paths], Path(out), options, rank=rank)

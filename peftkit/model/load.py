@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -127,6 +128,20 @@ def read_stop_ids(source: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int))
 
 
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Hide transformers' bar over the weights: progress is told by events."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
 def load_model(
     source: str, plan: BasePlan, *, device: str, on_warning: Callable[[str], None] = lambda text: None
 ) -> PreTrainedModel:
@@ -142,7 +157,7 @@ def load_model(
     _check_files(source, plan)
     auto_class = getattr(transformers, AUTO_CLASSES[cast(Task, plan.task)])
     try:
-        with patched_loading(plan):
+        with patched_loading(plan), _without_progress_bar():
             config = transformers.AutoConfig.from_pretrained(
                 source,
                 revision=plan.revision,

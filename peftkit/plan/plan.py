@@ -13,6 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from peftkit.errors import Problem, UserError
 from peftkit.methods import PeftSpec
 from peftkit.rundir import RunDir, read_sealed
+from peftkit.units import html_table
 
 Dtype = str  # "float32" | "bfloat16" | "float16", as torch names them
 
@@ -255,6 +256,9 @@ class Plan:
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
         """Restore the plan that `to_json` wrote. Raises ValueError for unknown, missing and invalid values."""
         return _plan_adapter().validate_json(json.dumps(value), strict=True)
+
+    def _repr_html_(self) -> str:
+        return html_table([(one.key, str(one.value), one.reason or one.source) for one in self.decisions])
 
 
 @cache

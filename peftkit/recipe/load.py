@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from peftkit.errors import Problem, UserError
@@ -121,6 +123,26 @@ def _extends_chain(path: Path, ancestors: tuple[Path, ...] = ()) -> list[tuple[D
             Problem(where, f"{parent!r}, which does not exist", "a recipe file", f"paths are relative to {path.parent}")
         )
     return [*_extends_chain(target, (*ancestors, resolved)), (document, path)]
+
+
+def override_texts(overrides: str | Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Return overrides as key=value texts: of one text, of several, or of a mapping of keys to values.
+
+    Example: {"train": {"epochs": 2}, "base": "gpt2"} -> ["train.epochs=2", "base=gpt2"].
+    """
+    if isinstance(overrides, str):
+        return [overrides]
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    texts = []
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and value:
+            texts += [f"{key}.{text}" for text in override_texts(value)]
+        else:
+            plain = str(value) if isinstance(value, Path) else value
+            text = yaml.safe_dump(plain, default_flow_style=True, width=math.inf)
+            texts.append(f"{key}={text.removesuffix('...' + chr(10)).strip()}")
+    return texts
 
 
 def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:

@@ -26,9 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from peftkit import api
     from peftkit.cli.data_report import print_data_report
-    from peftkit.cli.progress import quiet_loggers
 
-    quiet_loggers()
     if arguments.html and not Path(arguments.html).absolute().parent.is_dir():
         raise UserError(Problem("--html", arguments.html, "a file in an existing folder"))
     recipe = api.load_recipe(arguments.recipe, arguments.overrides)

@@ -27,17 +27,14 @@ COMMAND = Command(
 def run(arguments: argparse.Namespace) -> int:
     """Print the verdict on a run or an adapter."""
     from peftkit import api
-    from peftkit.cli.progress import open_display
 
-    with open_display() as display:
-        verdict = api.diagnose_run(
-            arguments.run,
-            recipe=recipe_path(arguments),
-            overrides=arguments.overrides,
-            out=arguments.out,
-            anew=arguments.anew,
-            observer=display.show,
-        )
+    verdict = api.diagnose_run(
+        arguments.run,
+        recipe=recipe_path(arguments),
+        overrides=arguments.overrides,
+        out=arguments.out,
+        anew=arguments.anew,
+    )
     if arguments.json:
         print_json(verdict.to_json())
     else:

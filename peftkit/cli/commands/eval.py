@@ -35,9 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print loss and metrics of a result, or its loss by position."""
 
     from peftkit import api
-    from peftkit.cli.progress import quiet_loggers
 
-    quiet_loggers()
     evaluation = api.evaluate_run(arguments.run, data=arguments.data, contexts=arguments.context)
     if arguments.json:
         print_json(asdict(evaluation))

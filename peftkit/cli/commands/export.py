@@ -36,7 +36,6 @@ COMMAND = Command(
 def run(arguments: argparse.Namespace) -> int:
     """Export to another format; print the files written."""
     from peftkit import api
-    from peftkit.cli.progress import open_bytes_display
 
     option_names = ("to", "out", "dtype", "base", "base_model", "data", "force", "lora", "pre", "repo", "public")
     options = api.ExportOptions(
@@ -44,8 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         **{name: getattr(arguments, name) for name in option_names},
     )
-    with open_bytes_display() as observer:
-        result = api.export_adapter(arguments.path, options, observer=observer)
+    result = api.export_adapter(arguments.path, options=options)
     print_export(result)
     return 0
 

@@ -36,10 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(redact(f"code that comes with {plan.base.id} ran, to inspect its layers"), file=sys.stderr)
         print_plan(plan)
         return 0
-    from peftkit.cli.progress import open_display
 
-    with open_display() as display:
-        summary = api.finetune(recipe, out=arguments.out, observer=display.show)
+    summary = api.finetune(recipe, out=arguments.out)
     print_summary(summary)
     return 0
 

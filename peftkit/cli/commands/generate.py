@@ -20,9 +20,7 @@ COMMAND = Command(
 def run(arguments: argparse.Namespace) -> int:
     """Print one answer per prompt."""
     from peftkit import api
-    from peftkit.cli.progress import quiet_loggers
 
-    quiet_loggers()
     for text in api.generate(arguments.run, arguments.prompts, max_new_tokens=arguments.max_new_tokens):
         print(text)
     return 0

@@ -42,7 +42,6 @@ COMMAND = Command(
 def run(arguments: argparse.Namespace) -> int:
     """Merge adapters into their base; print how close the result is."""
     from peftkit import api
-    from peftkit.cli.progress import open_bytes_display
 
     paths, weights = zip(*(_parse_weighted_path(text) for text in arguments.adapters), strict=True)
     if arguments.rank and not arguments.as_adapter:
@@ -78,8 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         requantize=arguments.requantize is not None,
         **{name: getattr(arguments, name) for name in option_names},
     )
-    with open_bytes_display() as observer:
-        report = api.merge_adapter(paths, out=arguments.out, options=options, observer=observer)
+    report = api.merge_adapter(paths, out=arguments.out, options=options)
     if arguments.json:
         print_json(report.to_json())
     else:

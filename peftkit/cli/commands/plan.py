@@ -30,10 +30,6 @@ def run(arguments: argparse.Namespace) -> int:
     from peftkit import api
 
     recipe = api.load_recipe(arguments.recipe, arguments.overrides)
-    if arguments.measure or arguments.trace:
-        from peftkit.cli.progress import quiet_loggers
-
-        quiet_loggers()
     report = api.plan_recipe(recipe, gpu=arguments.gpu, trace=arguments.trace, measure=arguments.measure)
     if arguments.json:
         print_json(report.to_json())

@@ -25,16 +25,10 @@ COMMAND = Command(
 def run(arguments: argparse.Namespace) -> int:
     """Train a finished run again and print how it compares. Returns 1 where it differs."""
     from peftkit import api
-    from peftkit.cli.progress import open_display
 
-    with open_display() as display:
-        reproduction = api.reproduce_run(
-            arguments.run,
-            out=arguments.out,
-            recipe=recipe_path(arguments),
-            overrides=arguments.overrides,
-            observer=display.show,
-        )
+    reproduction = api.reproduce_run(
+        arguments.run, out=arguments.out, recipe=recipe_path(arguments), overrides=arguments.overrides
+    )
     print_reproduction(reproduction)
     return 0 if reproduction.is_equal else 1
 

@@ -29,16 +29,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Resume an interrupted run."""
     from peftkit import api
     from peftkit.cli.commands.finetune import print_summary
-    from peftkit.cli.progress import open_display
 
-    with open_display() as display:
-        summary = api.resume_run(
-            arguments.run,
-            recipe=recipe_path(arguments),
-            overrides=arguments.overrides,
-            allow_changed=arguments.allow_changed,
-            take_over=arguments.take_over,
-            observer=display.show,
-        )
+    summary = api.resume_run(
+        arguments.run,
+        recipe=recipe_path(arguments),
+        overrides=arguments.overrides,
+        allow_changed=arguments.allow_changed,
+        take_over=arguments.take_over,
+    )
     print_summary(summary)
     return 0

@@ -26,7 +26,7 @@ from peftkit.model.base.file_checks import (
     shard_names,
 )
 from peftkit.rundir import publish_folder, write_json
-from peftkit.units import show_bytes
+from peftkit.units import html_table, show_bytes, show_count
 
 _COPIED_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".md")  # configuration, tokenizer, card
 _INDEX = "pytorch_model.bin.index.json"
@@ -44,6 +44,18 @@ class Converted:
     num_tensors: int
     num_bytes: int
     left: tuple[str, ...]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return (name, value) rows for a table."""
+        found = [
+            ("tensors", show_count(self.num_tensors)),
+            ("size", show_bytes(self.num_bytes)),
+            ("written", str(self.out)),
+        ]
+        return [*found, *(("left behind", name) for name in self.left)]
+
+    def _repr_html_(self) -> str:
+        return html_table(self.rows())
 
 
 def _pickled_shards(folder: Path) -> list[str]:

@@ -148,7 +148,7 @@ def test_from_a_gated_base_to_what_was_pushed_and_its_cards_run_as_they_stand(cl
         report = peftkit.merge_adapter("run", out="merged")
         print(json.dumps([report.passed]))
         for path, repo in (("run", "me/tuned"), ("merged", "me/whole")):
-            print(json.dumps(peftkit.export_adapter(path, ExportOptions("hub", repo=repo)).where))
+            print(json.dumps(peftkit.export_adapter(path, options=ExportOptions("hub", repo=repo)).where))
     """
     passed, *urls = client.run(program, HF_TOKEN=TOKEN)
     assert passed == [True], "merged from the symlinks of a hub's cache"

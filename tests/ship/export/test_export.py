@@ -34,7 +34,7 @@ def run(tmp_path_factory):
 
 
 def exported(path, to, out=None, **options):
-    return peftkit.export_adapter(path, ExportOptions(to, str(out) if out else None, **options))
+    return peftkit.export_adapter(path, options=ExportOptions(to, str(out) if out else None, **options))
 
 
 def logits(model):
@@ -134,7 +134,7 @@ def test_a_whole_model_is_exported_as_it_is(tmp_path):
 def test_options_without_effect_are_refused(run, options, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        peftkit.export_adapter(run, ExportOptions(**options))
+        peftkit.export_adapter(run, options=ExportOptions(**options))
     assert said in told(error), told(error)
     assert list(tmp_path.iterdir()) == []
 

@@ -113,8 +113,8 @@ def test_numbers_that_are_not_finite_go_nowhere(tmp_path):
         lambda: peftkit.merge_adapter(bad, out=tmp_path / "x"),
         lambda: peftkit.merge_adapter([good, bad], out=tmp_path / "x", options=MergeOptions(combine="dare")),
         lambda: peftkit.combine_adapters([good, bad], out=tmp_path / "x"),
-        lambda: peftkit.export_adapter(bad, ExportOptions("adapter", str(tmp_path / "x"))),
-        lambda: peftkit.export_adapter(bad, ExportOptions("adapter", str(tmp_path / "x"), engine="vllm")),
+        lambda: peftkit.export_adapter(bad, options=ExportOptions("adapter", str(tmp_path / "x"))),
+        lambda: peftkit.export_adapter(bad, options=ExportOptions("adapter", str(tmp_path / "x"), engine="vllm")),
     ):
         with pytest.raises(UserError) as error:
             work()
@@ -180,7 +180,7 @@ def test_adalora_becomes_plain_lora(tmp_path):
     base, adapter = make(replace(FLAVOURS["adalora"], arguments=arguments, base=NUM_TOKENS), tmp_path)
     with_tokenizer(base)
     peftkit.combine_adapters([adapter], out=tmp_path / "plain")
-    peftkit.export_adapter(adapter, ExportOptions("adapter", str(tmp_path / "vllm"), engine="vllm"))
+    peftkit.export_adapter(adapter, options=ExportOptions("adapter", str(tmp_path / "vllm"), engine="vllm"))
     asked = inputs(load(base, "causal-lm"), "causal-lm")
     with torch.no_grad():
         expected = load_adapted(base, adapter, "causal-lm")(**asked).logits
@@ -225,7 +225,7 @@ def test_places_that_cannot_be_written_to(tmp_path, monkeypatch):
         for work in (
             lambda out=out: peftkit.merge_adapter(one, out=out),
             lambda out=out: peftkit.combine_adapters([one], out=out),
-            lambda out=out: peftkit.export_adapter(one, ExportOptions("adapter", str(out))),
+            lambda out=out: peftkit.export_adapter(one, options=ExportOptions("adapter", str(out))),
         ):
             with pytest.raises(UserError) as error:
                 work()

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import singledispatch
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -57,19 +57,23 @@ _PHASE_LABELS = {
     "publish": "writing",
 }
 _LINE_SECONDS = 5.0
+_LIBRARIES = ("bitsandbytes", "peft", "transformers", "trl", "torch", "accelerate", "kernels", "datasets")
 
 
-class Display(Protocol):
-    """An observer that shows events as they come."""
-
-    def show(self, event: Event) -> None: ...
-
-
-def quiet_loggers() -> None:
-    """Silence library logging that would break the display."""
-    for name in ("bitsandbytes", "peft", "transformers", "trl", "torch", "accelerate", "kernels"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence the warnings of libraries while the block runs: what matters to a user is an event."""
+    loggers = [logging.getLogger(name) for name in _LIBRARIES]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(?!peftkit)")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @singledispatch
@@ -290,24 +294,22 @@ class LiveDisplay:
 
 
 @contextmanager
-def open_display() -> Iterator[Display]:
-    """Yield a LiveDisplay if stderr is a terminal, else a PlainDisplay."""
-    quiet_loggers()
+def open_display() -> Iterator[Observer]:
+    """Yield an observer that shows events: live on a terminal and in a notebook, else in lines."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield PlainDisplay()
+    if not (console.is_terminal or console.is_jupyter):
+        yield PlainDisplay().show
         return
     display = LiveDisplay(console)
     with display.progress:
-        yield display
+        yield display.show
 
 
 @contextmanager
 def open_bytes_display() -> Iterator[Observer]:
-    """Yield an observer: on a terminal a bar of bytes, elsewhere a line every few seconds."""
-    quiet_loggers()
+    """Yield an observer: on a terminal or in a notebook a bar of bytes, elsewhere a line every few seconds."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not (console.is_terminal or console.is_jupyter):
         last_line_time = time.monotonic()
 
         def show_lines(event: Event) -> None:

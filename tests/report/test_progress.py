@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from peftkit.cli.progress import LiveDisplay, PlainDisplay
+from peftkit.report.progress import LiveDisplay, PlainDisplay
 from peftkit.rundir.events import (
     DataEvent,
     EvalEvent,
