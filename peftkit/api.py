@@ -142,9 +142,9 @@ def check_data(source: RecipeLike, overrides: Overrides = (), *, full: bool = Fa
     No weights are loaded. Near duplicates are searched for in a sample of 10,000 rows, with `full` in all.
     Raises UserError for data that cannot be read at all; problems of single rows are in the report.
     """
-    from peftkit.prepare.data_check import check_data as check
-
     with _shown(ignore_event):
+        from peftkit.prepare.data_check import check_data as check
+
         return check(load_recipe(source, overrides), full=full)
 
 
@@ -204,12 +204,12 @@ def reproduce_run(
     `recipe` is the file the run was started from, with its `overrides`; it is needed where that file held
     secrets.
     """
-    from peftkit.run.reproduce import reproduce
-
     recipe_path = Path(recipe) if recipe else None
     folder = Path(out) if out else None
     texts = override_texts(overrides)
     with _shown(observer) as observe:
+        from peftkit.run.reproduce import reproduce
+
         return reproduce(Path(path), out=folder, recipe=recipe_path, overrides=texts, observer=observe)
 
 
@@ -227,11 +227,11 @@ def diagnose_run(
     `path` is a run, or an adapter folder made elsewhere with the `recipe` that describes it; then `out` is a
     new folder for the evidence. `anew` measures again. Raises UserError where there is nothing to judge by.
     """
-    from peftkit.run.diagnose import diagnose
-
     recipe_path, folder = Path(recipe) if recipe else None, Path(out) if out else None
     texts = override_texts(overrides)
     with _shown(observer) as observe:
+        from peftkit.run.diagnose import diagnose
+
         return diagnose(Path(path), recipe=recipe_path, overrides=texts, out=folder, anew=anew, observer=observe)
 
 
@@ -252,9 +252,9 @@ def generate(path: str | Path, prompts: str | Sequence[str], *, max_new_tokens: 
 
     One prompt may be given as a text: the list then has one answer.
     """
-    from peftkit.results.generate import answer
-
     with _shown(ignore_event):
+        from peftkit.results.generate import answer
+
         return answer(Path(path), [prompts] if isinstance(prompts, str) else prompts, max_new_tokens=max_new_tokens)
 
 
@@ -276,9 +276,9 @@ def inspect_model(
 
 def evaluate_run(path: str | Path, *, data: str | Path | None = None, contexts: Sequence[int] = ()) -> Evaluation:
     """Evaluate a run or adapter on held-out rows or a file: loss and metrics; by position with `contexts`."""
-    from peftkit.results.evaluate import evaluate
-
     with _shown(ignore_event):
+        from peftkit.results.evaluate import evaluate
+
         return evaluate(Path(path), data=str(data) if data else None, contexts=contexts)
 
 
@@ -306,10 +306,10 @@ def merge_adapter(
     Several paths are added up, with weights, as `options` say. Raises UserError for problems that the user
     can fix, and PeftkitError where the result differs from the adapted model, unless `options` say `force`.
     """
-    from peftkit.ship.merge.merge import MergeOptions, merge
-
     paths = [path] if isinstance(path, str | Path) else path
     with _shown(observer, of_bytes=True) as observe:
+        from peftkit.ship.merge.merge import MergeOptions, merge
+
         return merge([Path(one) for one in paths], Path(out), options or MergeOptions(), observer=observe)
 
 
@@ -319,9 +319,9 @@ def export_adapter(path: str | Path, *, options: ExportOptions, observer: Observ
     A merge on the way is compared with the adapted model, as by `merge_adapter`. Raises UserError for
     problems that the user can fix: what a format cannot hold is refused by name, with the fix.
     """
-    from peftkit.ship.export import export
-
     with _shown(observer, of_bytes=True) as observe:
+        from peftkit.ship.export import export
+
         return export(Path(path), options, observe)
 
 
@@ -333,9 +333,9 @@ def combine_adapters(
     Exact, with the ranks added up, or the nearest of a smaller `rank`, with the energy left out. Raises
     UserError for adapters of several bases, and for adapters that are not LoRA of weights alone.
     """
-    from peftkit.ship.merge.concat import concat_adapters
-    from peftkit.ship.merge.merge import MergeOptions
-
-    options = MergeOptions(weights=tuple(weights) if weights is not None else None)
     with _shown(ignore_event):
+        from peftkit.ship.merge.concat import concat_adapters
+        from peftkit.ship.merge.merge import MergeOptions
+
+        options = MergeOptions(weights=tuple(weights) if weights is not None else None)
         return concat_adapters([Path(path) for path in paths], Path(out), options, rank=rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import select
 import sys
 import traceback
@@ -12,17 +13,39 @@ from typing import NoReturn
 
 from peftkit import __version__
 from peftkit.cli.commands import MODULES
-from peftkit.errors import PeftkitError, UserError
+from peftkit.errors import PeftkitError, Problem, UserError, nearest
 from peftkit.secrets import redact
 from peftkit.units import printable
 
 COMMANDS = tuple(module.COMMAND for module in MODULES)
 
 
+# what other tools call our commands
+_COMMANDS_ELSEWHERE = {
+    **dict.fromkeys(("train", "sft", "tune", "fit", "run"), "finetune"),
+    **dict.fromkeys(("chat", "infer", "inference", "predict", "ask", "cli"), "generate"),
+    **dict.fromkeys(("evaluate", "test", "benchmark"), "eval"),
+    **dict.fromkeys(("preprocess", "validate", "data", "lint"), "check"),
+    **dict.fromkeys(("estimate", "memory", "dry"), "plan"),
+    **dict.fromkeys(("info", "show", "model"), "inspect"),
+    **dict.fromkeys(("push", "upload", "gguf", "ollama", "save"), "export"),
+    **dict.fromkeys(("continue", "restart"), "resume"),
+    **dict.fromkeys(("init", "new", "config"), "recipes"),
+    **dict.fromkeys(("doctor", "system", "version"), "env"),
+}
+_EXTRAS = {"qlora": {"bitsandbytes"}, "gguf": {"gguf"}, "notebook": {"ipykernel", "nbclient", "nbformat"}}
+
+
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser that redacts secrets from its error messages, which quote what was typed."""
 
     def error(self, message: str) -> NoReturn:
+        if unknown := re.search(r"invalid choice: '(\w+)'", message):
+            names = [command.name for command in COMMANDS]
+            alike = _COMMANDS_ELSEWHERE.get(unknown[1]) or next(iter(nearest(unknown[1], names)), "")
+            message = f"no command {unknown[1]!r}; " + (
+                f"did you mean {alike}?" if alike else f"known: {', '.join(names)}"
+            )
         super().error(redact(message))
 
 
@@ -42,10 +65,30 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, unparsed = parser.parse_known_args(argv)
     options = [text for text in unparsed if text.startswith("-")]
     if options or (unparsed and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(options or unparsed)}")
+        hints = [_override_of(text, unparsed) for text in options] if hasattr(arguments, "overrides") else []
+        hint = "; settings are key=value: " + ", ".join(filter(None, hints)) if any(hints) else ""
+        parser.error(f"unrecognized arguments: {' '.join(options or unparsed)}{hint}")
     if unparsed:
         arguments.overrides = [*arguments.overrides, *unparsed]
     return arguments
+
+
+def _override_of(option: str, unparsed: Sequence[str]) -> str:
+    """Return the override that an option of another tool stands for; empty where it is none."""
+    from peftkit.recipe.document import parse_value
+    from peftkit.recipe.explain import homes_of_key
+    from peftkit.recipe.vocabulary import translate_key
+
+    name, equals, value = option.lstrip("-").replace("-", "_").partition("=")
+    place = list(unparsed).index(option) + 1
+    if not equals:
+        value = unparsed[place] if place < len(unparsed) and not unparsed[place].startswith("-") else "true"
+    try:
+        translation, _ = translate_key(name, parse_value(value), {})
+    except UserError:
+        return ""
+    homes = homes_of_key(name)
+    return translation.replace(": ", "=", 1) if translation else f"{homes[0]}={value}" if homes else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +107,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print_problems(error)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "peftkit":
+            raise
+        extra = next((extra for extra, names in _EXTRAS.items() if error.name in names), None)
+        fix = f"pip install 'peftkit[{extra}]'" if extra else "pip install --upgrade peftkit"
+        print_problems(
+            UserError(Problem(f"peftkit {arguments.command}", f"no package {error.name}", "it installed", fix))
+        )
+        return UserError.exit_code
     except PeftkitError as error:
         print(f"peftkit: {redact(str(error))}", file=sys.stderr)
         return error.exit_code

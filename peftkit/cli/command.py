@@ -34,7 +34,7 @@ def positive_int(text: str) -> int:
 
 
 RECIPE = arg("recipe", metavar="RECIPE", help="recipe file, or the name of a shipped recipe")
-OVERRIDES = arg("overrides", metavar="key=value", nargs="*", help="dotted keys, values as in YAML")
+OVERRIDES = arg("overrides", metavar="key=value", nargs="*", default=[], help="dotted keys, values as in YAML")
 
 
 def recipe_path(arguments: argparse.Namespace) -> str | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from peftkit.api import DataReport
+from peftkit.cli.tables import console_of
 from peftkit.units import printable
 
 _TOKEN_STYLES = {"masked": "dim", "learnt": "bold green", "special": "cyan", "learnt special": "bold black on green"}
@@ -20,8 +20,7 @@ _MAX_ROWS = 5
 
 def print_data_report(report: DataReport) -> None:
     """Print samples, decisions, lengths, totals, then every check with its rows."""
-    terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=160)
+    console = console_of(width=160)
     coloured = console.is_terminal
     if not coloured:
         legend = Text("⟦ ⟧ in the loss; the rest is masked")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,8 +16,26 @@ from peftkit.units import show_count, show_percent
 
 def console_of(width: int = 180) -> Console:
     """Return a console as wide as the terminal, or of `width` columns where there is none."""
-    console = Console()
-    return console if console.is_terminal else Console(width=width)
+    console = StdoutConsole()
+    return console if console.is_terminal else StdoutConsole(width=width, file=cast(IO[str], _TrimmedStdout()))
+
+
+class StdoutConsole(Console):
+    """A console whose broken pipe is an error like any other, for `main` to judge; rich would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+class _TrimmedStdout:
+    """Stdout without the blanks by which tables fill their lines."""
+
+    def write(self, text: str) -> int:
+        sys.stdout.write(re.sub(r"[ \t]+(?=\n)", "", text))
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stdout.flush()
 
 
 def escape_cells(cells: Iterable[str]) -> list[str]:
@@ -23,10 +44,10 @@ def escape_cells(cells: Iterable[str]) -> list[str]:
 
 
 def new_table(*headings: str) -> Table:
-    """Return an empty table with these headings."""
+    """Return an empty table with these headings; the first column is never broken."""
     table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, overflow="fold", no_wrap=number == 0)
     return table
 
 

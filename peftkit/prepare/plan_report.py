@@ -23,7 +23,7 @@ from peftkit.prepare.measured_memory import MeasuredMemory, measure_memory
 from peftkit.prepare.out_of_memory import find_shortage
 from peftkit.prepare.traced_memory import plan_with_traced_memory
 from peftkit.recipe import LoadedRecipe
-from peftkit.units import html_table, show_bytes
+from peftkit.units import html_table, show_bytes, show_count, show_seconds
 
 _MIN_SHOWN_BYTES = 2**20  # smaller components are left out of the table
 # Which line of a recipe drives a component.
@@ -66,6 +66,7 @@ class Account:
     work: RunCost
     assumptions: tuple[str, ...]
     num_parameters: int
+    lengths_are_bounds: bool = False  # of the rows: bytes were counted, not tokens
     measured_memory: MeasuredMemory | None = None
 
     @property
@@ -78,6 +79,19 @@ class Account:
         """Return the number of parameters of the base and of the adapter."""
         num_added = (self.plan.method.num_trainable or 0) if self.plan.method.peft else 0
         return self.num_parameters + num_added
+
+    @property
+    def headline(self) -> str:
+        """Return the plan in one line: whether it fits, how much of how much, steps and time."""
+        is_bound = self.memory.depth != "traced" and self.lengths_are_bounds
+        memory = f"{show_bytes(self.fit.needed_bytes)} of {show_bytes(self.fit.free_bytes)}"
+        steps = f"{show_count(self.plan.train.num_steps)} steps" if self.plan.train.num_steps else "steps unknown"
+        time = f", {'at most ' if is_bound else 'about '}{show_seconds(self.work.seconds)}" if self.work.seconds else ""
+        unproven = (
+            "; memory on a GPU is predicted and was never compared with one" if self.device.kind == "cuda" else ""
+        )
+        needed = f"{'at most ' if is_bound else ''}{memory} on {self.device.name}"
+        return f"{self.fit.verdict}: needs {needed}; {steps}{time}{unproven}"
 
     @property
     def driver(self) -> str:
@@ -216,6 +230,7 @@ def plan_report(loaded: LoadedRecipe, *, gpu: str = "this", trace: bool = False,
         work=estimate_cost(facts.model.shape, plan, facts, speeds, hourly_price),
         assumptions=(*assumptions, *notes),
         num_parameters=facts.model.shape.num_parameters,
+        lengths_are_bounds=lengths is None or lengths.source != "counted",
         measured_memory=trial,
     )
 

@@ -98,8 +98,8 @@ def _section_model(path: Path, data: Any) -> type[BaseModel] | None:
     return model
 
 
-def _sections_with_key(key: str) -> list[str]:
-    """Where in a recipe a key of this name belongs."""
+def homes_of_key(key: str) -> list[str]:
+    """Return where in a recipe a key of this name belongs, such as train.learning_rate."""
     homes = []
     for section, info in Recipe.model_fields.items():
         models = [m.options for m in METHODS.values()] if section == "method" else _section_models(info.annotation)
@@ -150,7 +150,7 @@ def validation_problems(error: ValidationError, data: object, where: Callable[[P
             known_keys = list(model.model_fields) if model else []
             if len(path) == 1:
                 known_keys.append("extends")
-            homes = [home for home in _sections_with_key(key) if home != ".".join(map(str, path))]
+            homes = [home for home in homes_of_key(key) if home != ".".join(map(str, path))]
             section, siblings = ".".join(map(str, path[:-1])), cast(Any, data)
             for part in path[:-1]:
                 siblings = siblings[part]

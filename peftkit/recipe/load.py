@@ -13,12 +13,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from peftkit.errors import Problem, UserError
+from peftkit.errors import Problem, UserError, nearest
 from peftkit.recipe.document import INVALID_CHARS, MAX_DEPTH, Document, Key, dotted, parse_value, read_document
 from peftkit.recipe.explain import show_value, validation_problems
-from peftkit.recipe.paths import with_absolute_paths
+from peftkit.recipe.paths import path_exists, with_absolute_paths
 from peftkit.recipe.schema import Recipe
-from peftkit.recipe.shipped import find_shipped
+from peftkit.recipe.shipped import find_shipped, list_shipped
 
 _SHORT_FORMS = {"base": "id", "method": "name"}
 _MAX_CHAIN = 50
@@ -217,6 +217,9 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
             raise UserError(Problem(repr(str(source)), "a name that no file can have", "a recipe"))
         path = find_shipped(str(source)) or Path(source)
         name = str(path)
+        if not path_exists(path) and (alike := nearest(Path(source).stem, [recipe.name for recipe in list_shipped()])):
+            expected = "a recipe, or the name of a shipped one"
+            raise UserError(Problem(name, "no such file", expected, f"did you mean {alike[0]}?"))
         chain = _extends_chain(path)
         for rank, (document, where) in enumerate(chain):
             _expand_short_forms(document.data, document.lines)

@@ -64,7 +64,9 @@ class RunDir:
         if path.is_dir() and any(not (entry.name == LOCK or is_leftover(entry.name)) for entry in path.iterdir()):
             is_run = (path / "resolved.yaml").exists()
             got = "a folder that already holds a run" if is_run else "a folder that is not empty"
-            fix = f"continue it: peftkit resume {path}, or " if is_run else ""
+            is_finished = is_run and (path / "adapter").exists() | (path / "model").exists()
+            fix = f"continue it: peftkit resume {path}, or " if is_run and not is_finished else ""
+            got += " that has finished" if is_finished else ""
             raise UserError(Problem(str(path), got, "a new or empty folder", f"{fix}choose another --out"))
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,10 @@ class RunDir:
         _check_path_name(path, "give the folder of a run")
         if not (path / "resolved.yaml").is_file():
             got = "a folder without resolved.yaml" if path.is_dir() else "nothing there"
-            raise UserError(Problem(str(path), got, "a run directory made by peftkit finetune"))
+            fix = ""
+            if path.suffix in {".yaml", ".yml"}:
+                got, fix = "a recipe", f"train it first: peftkit finetune {path}; then give the folder that it names"
+            raise UserError(Problem(str(path), got, "a run directory made by peftkit finetune", fix))
         if (path / "checkpoints").is_symlink():
             got = "a checkpoints folder that is a symlink"
             raise UserError(Problem(str(path), got, "a folder of the run itself", "move the checkpoints here"))

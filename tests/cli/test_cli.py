@@ -368,3 +368,56 @@ def test_a_page_that_cannot_be_written_is_told(tmp_path, recipe, capsys):
     for place in (tmp_path, tmp_path / ("x" * 300)):
         assert main(["check", str(tmp_path / "recipe.yaml"), "--html", str(place)]) == 2
         assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "quickstart"], "did you mean finetune?"),
+        (["infer", "x"], "did you mean generate?"),
+        (["finetun", "x"], "did you mean finetune?"),
+        (["zzz"], "known: finetune, plan"),
+        (["finetune", "quickstart", "--learning_rate", "1e-4"], "train.learning_rate=1e-4"),
+        (["finetune", "quickstart", "--lora_r=8", "--bf16"], "method.rank=8, train.precision=bf16"),
+        (["finetune"], "required: RECIPE\n"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_other_tools_say_is_answered_in_our_words(arguments, said, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_recipe_is_no_run_and_a_misspelled_one_is_named(recipe_file, capsys):
+    assert main(["generate", str(recipe_file), "hi"]) == 2
+    assert f"train it first: peftkit finetune {recipe_file}" in capsys.readouterr().err
+    assert main(["finetune", "quickstrat"]) == 2
+    assert "did you mean quickstart?" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_is_no_fault():
+    """As `peftkit plan quickstart | head -1`: also through rich, which would exit with 1."""
+    command = f"{sys.executable} -m peftkit plan quickstart"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | head -1; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    first, code = done.stdout.splitlines()
+    assert first.startswith("fits: needs at most ")
+    assert code == "0"
+    whole = run("plan", "quickstart").stdout
+    assert [line for line in whole.splitlines() if line != line.rstrip()] == [], "no blanks at the ends of lines"
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch, capsys):
+    def without(*arguments, **named):
+        raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
+
+    monkeypatch.setattr("peftkit.api.verify_run", without)
+    assert main(["verify", "x"]) == 2
+    assert "pip install 'peftkit[gguf]'" in capsys.readouterr().err

@@ -45,6 +45,7 @@ def print_plan_report(report: Account) -> None:
     console = console_of()
     plan, memory = report.plan, report.memory
     total = report.num_total
+    console.print(f"{report.headline}\n", style="bold", highlight=False, soft_wrap=True)
     console.print(parameters_table(plan.method.trainable_by_role or {}, plan.method.num_trainable or 0, total))
     layers = ", ".join(f"{place}: {show_count(n)}" for place, n in plan.method.trainable_by_layers.items())
     console.print(f"by layers: {layers}\n", highlight=False, soft_wrap=True)
