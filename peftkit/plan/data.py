@@ -107,6 +107,7 @@ def data_plan(d: DecisionLog, facts: Facts) -> DataPlan:
 
 
 _DEFAULT_MAX_LENGTH = 2048
+_MAX_ROPE_FACTOR = 32  # YaRN was tried up to this (Peng et al. 2023)
 
 
 def context_length(d: DecisionLog, shape: ModelShape) -> int:
@@ -167,7 +168,7 @@ def choose_max_length(d: DecisionLog, shape: ModelShape, virtual_tokens: int) ->
     if not limit or max_length <= room:
         return max_length
     factor = -(-(max_length + virtual_tokens) // shape.dims.positions)
-    if shape.positions != "rope" or shape.rope_type != "default":
+    if shape.positions != "rope" or shape.rope_type != "default" or factor > _MAX_ROPE_FACTOR:
         fix = "the model was trained on no more positions"
     elif d.loaded.recipe.base.rope_scaling:
         fix = f"raise base.rope_scaling.factor to {factor}"

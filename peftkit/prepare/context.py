@@ -17,6 +17,7 @@ from peftkit.errors import UserError
 from peftkit.model.hardware import detect_device
 from peftkit.model.load import resolve_source
 from peftkit.plan import Facts, Plan, read_plan
+from peftkit.plan.advice import WARNING
 from peftkit.prepare.data_check import PreparedData, prepare_data
 from peftkit.prepare.environment import environment, fingerprints, resolved_text
 from peftkit.prepare.facts import memory_problems, model_facts, with_converted_config
@@ -127,6 +128,10 @@ def prepare_run(
     plan, note = plan_with_traced_memory(loaded, facts, plan, full_base.config or {})
     if note:
         observer(WarningEvent(text=note))
+    for decision in plan.decisions:
+        if decision.key.startswith(WARNING):
+            text = f"{decision.key.removeprefix(WARNING)} {decision.value}: {decision.reason}"
+            observer(WarningEvent(text=text))
     if problems := memory_problems(loaded, plan, facts, slack=1.0):
         raise UserError(problems)
     require_disk_space(plan, run)

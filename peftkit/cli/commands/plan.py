@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 def print_plan_report(report: Account) -> None:
     """Print parameters, peak memory by component, fit, nearest changes, time and assumptions."""
     from peftkit.cli.tables import console_of, escape_cells, new_table, parameters_table
+    from peftkit.plan.advice import WARNING
 
     console = console_of()
     plan, memory = report.plan, report.memory
@@ -113,5 +114,8 @@ def print_plan_report(report: Account) -> None:
         if decision.key.startswith("advice."):
             text = f"{decision.key.removeprefix('advice.')}: {decision.value}: {decision.reason}"
             console.print(f"advice on {text}", highlight=False, markup=False, soft_wrap=True)
+        elif decision.key.startswith(WARNING):
+            text = f"{decision.key.removeprefix(WARNING)} {decision.value}: {decision.reason}"
+            console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
     for text in report.assumptions:
         console.print(f"assumed: {text}", highlight=False, markup=False, soft_wrap=True)
