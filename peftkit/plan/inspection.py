@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from peftkit.archs import ModelShape
+from peftkit.archs.held import HeldFormat, way_out
 from peftkit.methods import METHODS
 from peftkit.plan.method import default_selection, nearest_method, refusal_reason, share_in_4bit
 from peftkit.plan.throughput import describe_missing_kernels, missing_kernels
@@ -63,6 +64,7 @@ class Inspection:
     data_tokens: int | None
     methods: tuple[MethodSupport, ...]
     mind: tuple[str, ...]
+    held_as: str = ""  # quantized weights, and their size
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -91,7 +93,8 @@ class Inspection:
             ("parameters", f"{show_count(self.num_parameters)}{active}"),
             ("by role", parts),
         ]
-        costs = [("weights", ", ".join(f"{k} {show_bytes(v)}" for k, v in self.weight_bytes.items()))]
+        costs = [("held as", self.held_as)] if self.held_as else []
+        costs += [("weights", ", ".join(f"{k} {show_bytes(v)}" for k, v in self.weight_bytes.items()))]
         if any(self.cache_bytes_per_token.values()):
             per = ", ".join(f"{k} {show_bytes(v)}" for k, v in self.cache_bytes_per_token.items())
             costs.append(("cache per token", per))
@@ -144,19 +147,22 @@ def _method_support(name: str, shape: ModelShape) -> MethodSupport:
     return MethodSupport(name, True, sum(method.count(options, shape, selection).values()), note)
 
 
-def make_inspection(model_id: str, shape: ModelShape, *, data_tokens: int | None = None) -> Inspection:
-    """Derive the inspection of a model from its shape."""
+def make_inspection(
+    model_id: str, shape: ModelShape, *, data_tokens: int | None = None, held: HeldFormat | None = None
+) -> Inspection:
+    """Derive the inspection of a model from its shape, and from how its weights are held."""
     dims, family = shape.dims, shape.family
     num_parameters = shape.num_parameters
     num_in_4bit = share_in_4bit(shape) * num_parameters
     num_active = num_parameters  # that one token goes through: of the routed experts, those it is sent to
-    if family.has_experts:
-        used = shape.experts_per_token
+    used = shape.experts_per_token
+    if used:
         num_active -= sum(m.num_parameters * max(0, m.num - used) // m.num for m in shape.modules if m.in_experts)
     missing_packages = missing_kernels(shape)
     window = ""
     if shape.num_windowed:
         window = f"{shape.num_windowed} of {shape.num_cached_layers} layers keep {shape.window:,} tokens"
+    notes = [f"it is not trained as it is held: {way_out(model_id, held)}"] if held is not None else []
     # a multiplication and an addition per parameter and token, twice that backward (Kaplan et al. 2020)
     growth = "linear in the length"
     if shape.family.has_attention:
@@ -198,5 +204,8 @@ def make_inspection(model_id: str, shape: ModelShape, *, data_tokens: int | None
         optimal_tokens=TOKENS_PER_PARAMETER * num_parameters,
         data_tokens=data_tokens,
         methods=tuple(_method_support(name, shape) for name in METHODS),
-        mind=(*family.mind, *((describe_missing_kernels(missing_packages),) if missing_packages else ())),
+        held_as=""
+        if held is None
+        else f"{held.name}, about {show_bytes(num_in_4bit * held.bits / 8 + (num_parameters - num_in_4bit) * 2)}",
+        mind=(*notes, *family.mind, *((describe_missing_kernels(missing_packages),) if missing_packages else ())),
     )

@@ -37,7 +37,8 @@ def active_parameters(shape: ModelShape) -> int:
     """Count the parameters that each token passes: of a mixture's experts, those that it is routed to."""
     active = 0
     for module in shape.modules:
-        share = shape.experts_per_token / module.num if module.in_experts and module.num else 1.0
+        is_routed = module.in_experts and module.num and shape.experts_per_token
+        share = shape.experts_per_token / module.num if is_routed else 1.0
         active += int(module.num_parameters * min(1.0, share))
     skipped = {"embeddings"} if not shape.tied_embeddings else set()
     return active + sum(t.num_parameters for t in shape.tensors if t.role not in skipped)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkit.archs.held import held_format, way_out
 from peftkit.data.formats import Example
 from peftkit.data.rows.examples import Examples, row_statistic
 from peftkit.data.rows.ingest import read_examples
@@ -39,6 +40,9 @@ def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
     base = _locate_for_shapes(loaded)
     if base.kind == "gguf" and base.path is not None:
         base = replace(base, config=read_header_config(base.path, where))
+    if held := held_format(base.config or {}):
+        got = f"{base.id}, whose weights are held as {held.name}"
+        raise UserError(Problem(where, got, "weights that are not quantized", way_out(base.id, held)))
     examples = read_examples(loaded) if all(is_data_path(s.path) for s in recipe.data.sources) else None
     try:
         model = model_facts(loaded, base, examples)

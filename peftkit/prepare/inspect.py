@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from peftkit.archs.held import held_format
 from peftkit.data.read import read_rows
 from peftkit.model.base.gguf import read_header_config
 from peftkit.model.base.locate import locate_base
@@ -47,4 +48,4 @@ def inspect(
         revision=revision,
     )
     tokens = count_tokens(data) if data is not None else None
-    return make_inspection(model, shape, data_tokens=tokens)
+    return make_inspection(model, shape, data_tokens=tokens, held=held_format(base.config or {}))

@@ -36,6 +36,8 @@ ROLES: dict[str, str] = {
     "experts_gate_up": "fused gate and up projections of all routed experts",
     "experts_up": "up projections of all routed experts",
     "experts_down": "down projections of all routed experts",
+    "latent_in": "projection of a mixture's input to a low rank",
+    "latent_out": "projection of a mixture's output from the low rank",
     "other": "a linear layer whose role is unknown",
 }
 ATTENTION_ROLES = ("q", "k", "v", "o", "qkv", "q_a", "kv_a", "kv_b")

@@ -66,7 +66,9 @@ def nemotron_kinds(sizes: Sizes) -> list[frozenset[str]]:
     """Return Nemotron-H's layer kinds, one mixer each; hub files write the pattern as a string."""
     pattern = sizes.key("hybrid_override_pattern")
     kinds = [_PATTERN.get(letter, letter) for letter in str(pattern)] if pattern else sizes.names("layers_block_type")
-    return [frozenset({_NEWER_NAMES.get(kind, str(kind))}) for kind in kinds]
+    layers = [_NEWER_NAMES.get(kind, str(kind)) for kind in kinds]
+    moe = {"moe", "latent moe"} if sizes.key("moe_latent_size") else {"moe"}
+    return [frozenset(moe if kind == "moe" else {kind}) for kind in layers]
 
 
 def qwen3_next_kinds(sizes: Sizes) -> list[frozenset[str]]:
@@ -236,7 +238,19 @@ FAMILIES: tuple[Family, ...] = (
             (Linear("mixer.up_proj", "up", "hidden", "ffn"), Linear("mixer.down_proj", "down", "ffn", "hidden")),
             kind="mlp",
         ),
-        experts("mixer.experts", "n_routed_experts", "moe_intermediate_size", kind="moe", fused=False),
+        experts(
+            *("mixer.experts", "n_routed_experts", "moe_intermediate_size"),
+            kind="moe",
+            fused=False,
+            hidden="expert_hidden",
+        ),
+        BlockPart(
+            (
+                Linear("mixer.fc1_latent_proj", "latent_in", "hidden", "moe_latent_size", "mlp_bias"),
+                Linear("mixer.fc2_latent_proj", "latent_out", "moe_latent_size", "hidden", "mlp_bias"),
+            ),
+            kind="latent moe",
+        ),
         BlockPart(
             (
                 Linear("mixer.shared_experts.up_proj", "up", "hidden", "moe_shared_expert_intermediate_size"),
@@ -250,6 +264,7 @@ FAMILIES: tuple[Family, ...] = (
         embeddings="embeddings",
         sizes={
             "layers": lambda sizes: len(nemotron_kinds(sizes)),
+            "expert_hidden": ("moe_latent_size", "hidden"),
             "inner": "ssm_heads*ssm_head_dim",
             "state": "ssm_state_size",
             "groups": "n_groups",

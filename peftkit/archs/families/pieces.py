@@ -75,14 +75,14 @@ def fused_qkv(place: str, qkv: str, o: str, *, bias: Bias = True, d_out: str = "
     )
 
 
-def experts(place: str, num: str, ffn: str, *, kind: str = "", fused: bool = True) -> BlockPart:
+def experts(place: str, num: str, ffn: str, *, kind: str = "", fused: bool = True, hidden: str = "hidden") -> BlockPart:
     """Build the routed experts of a mixture: one 3-D parameter per projection for all experts."""
     up = (
-        Linear(f"{place}.gate_up_proj", "experts_gate_up", "hidden", f"2*{ffn}", num=num)
+        Linear(f"{place}.gate_up_proj", "experts_gate_up", hidden, f"2*{ffn}", num=num)
         if fused
-        else Linear(f"{place}.up_proj", "experts_up", "hidden", ffn, num=num)
+        else Linear(f"{place}.up_proj", "experts_up", hidden, ffn, num=num)
     )
-    return BlockPart((up, Linear(f"{place}.down_proj", "experts_down", ffn, "hidden", num=num)), kind=kind)
+    return BlockPart((up, Linear(f"{place}.down_proj", "experts_down", ffn, hidden, num=num)), kind=kind)
 
 
 def norms(*names: str, biased: bool = False, kind: str = "") -> BlockPart:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from peftkit.archs import ModelShape, family_of, shape_from_config
 from peftkit.errors import Problem, UserError
 from peftkit.model.base.locate import LocatedBase
@@ -16,7 +14,6 @@ _MODALITY_KEYS = {
     "vision": ("vision_config", "image_size", "num_channels", "patch_size"),
     "audio": ("audio_config", "num_mel_bins", "feat_extract_norm", "sampling_rate", "audio_encoder"),
 }
-_TEXT_MODEL_TYPES = {"llama4": "llama4_text", "gemma3": "gemma3_text", "mistral3": "mistral"}
 
 
 def refuse_other_modalities(base: LocatedBase, where: str) -> None:
@@ -25,11 +22,7 @@ def refuse_other_modalities(base: LocatedBase, where: str) -> None:
     for modality, keys in _MODALITY_KEYS.items():
         key = next((key for key in keys if key in config), None)
         if key is not None:
-            text_config = config.get("text_config")
-            text_part = _TEXT_MODEL_TYPES.get(str(config.get("model_type"))) or (
-                text_config.get("model_type") if isinstance(text_config, Mapping) else None
-            )
-            fix = f"its text part alone ({text_part}) can be trained: save it as a separate model" if text_part else ""
+            fix = "peftkit trains text models: take the text model of the same makers"
             got = f"{base.id}, a model for {modality} ({config.get('model_type')}: its config.json has {key})"
             raise UserError(Problem(where, got, "a text model", fix))
 
@@ -54,6 +47,8 @@ def infer_base_shape(
         refuse_foreign_code(base.config or {}, base.id, where)
     config = {**(base.config or {}), "num_labels": max(2, num_labels)}
     family = family_of(str(config.get("model_type", "")))
+    if family is None and task == "auto" and config.get("is_encoder_decoder") and data_format is None:
+        task = "seq2seq"
     resolved_task = decide_task(task, data_format, family, where)
     if isinstance(resolved_task, Problem):
         raise UserError(resolved_task)

@@ -91,7 +91,8 @@ def infer_shape_from_code(
     import transformers
 
     auto_class = getattr(transformers, AUTO_CLASSES[task])
-    if "auto_map" in config and not trust_remote_code:
+    is_native = config.get("model_type") in transformers.CONFIG_MAPPING  # then transformers' own code is used
+    if "auto_map" in config and not trust_remote_code and not is_native:
         raise UserError(
             Problem(
                 where,
