@@ -14,7 +14,7 @@ from peftkit.rundir import MANIFEST, publish_folder
 from peftkit.rundir.disk import resolve_new_folder
 from peftkit.rundir.events import Observer
 from peftkit.ship.card.write import write_card
-from peftkit.ship.export.base import Exported, ExportOptions, file_sizes
+from peftkit.ship.export.base import Exported, ExportOptions, file_sizes, require_every_tensor
 from peftkit.ship.files.folder import TOKENIZER_FILES
 from peftkit.ship.files.tensors import read_all_entries, refuse_non_finite
 from peftkit.ship.merge.deltas import low_rank_delta
@@ -34,8 +34,16 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
         raise UserError(Problem("--base-model", got, "--for vllm", "leave it out"))
     adapter = find_adapter(path, base=options.base_model) if options.engine else None
     folder = adapter.folder if adapter is not None else find_adapter_folder(path)
+    notes: tuple[str, ...] = ()
+    if adapter is None:
+        try:
+            whole = find_adapter(path)
+        except UserError as error:
+            reason = error.problems[0].got
+            notes = (f"its base is not at hand ({reason}): the tensors were not compared with the base's layers",)
+        else:
+            require_every_tensor(whole)
     with publish_folder(out) as staging:
-        notes: tuple[str, ...] = ()
         if adapter is not None:
             notes = _rewrite_for_vllm(adapter, staging)
         else:

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
+from peftkit.model.adapter.edits import MERGEABLE, read_edits
+from peftkit.model.adapter.load import ADAPTER_WEIGHTS
+from peftkit.model.meta.skeleton import meta_model
 from peftkit.plan import read_plan
-from peftkit.results.find import is_standalone_adapter, refuse_damaged, run_folder
+from peftkit.results.find import Adapter, is_standalone_adapter, refuse_damaged, run_folder
 from peftkit.rundir import MANIFEST, RunDir
 from peftkit.rundir.events import Observer
 from peftkit.rundir.files import TEMPORARY_PREFIX
+from peftkit.ship.files.tensors import read_all_entries
 from peftkit.ship.merge.merge import MergeOptions, merge
 from peftkit.ship.merge.report import read_merge_report
 from peftkit.units import html_table, show_bytes
@@ -170,3 +174,13 @@ def open_full_model(
         merged_folder = Path(temporary) / out.name
         merge([path], merged_folder, options, observer=observer)
         yield merged_folder, read_merge_report(merged_folder)
+
+
+def require_every_tensor(adapter: Adapter) -> None:
+    """Raise UserError unless an adapter's file holds each tensor that its base and configuration ask for, and no other.
+
+    Adapters that cannot be merged are left to PEFT, which reads their few tensors by name.
+    """
+    if str(adapter.config.get("peft_type")) in MERGEABLE:
+        shapes = {name: entry.shape for name, entry in read_all_entries([adapter.folder / ADAPTER_WEIGHTS]).items()}
+        read_edits(meta_model(adapter.source, adapter.base), adapter.folder, shapes)

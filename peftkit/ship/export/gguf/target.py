@@ -14,7 +14,14 @@ from peftkit.rundir import publish_folder, write_json
 from peftkit.rundir.disk import resolve_new_folder
 from peftkit.rundir.events import Observer, PhaseEvent, ProgressEvent
 from peftkit.ship.card.write import write_card
-from peftkit.ship.export.base import Exported, ExportOptions, file_sizes, full_model_folder, open_full_model
+from peftkit.ship.export.base import (
+    Exported,
+    ExportOptions,
+    file_sizes,
+    full_model_folder,
+    open_full_model,
+    require_every_tensor,
+)
 from peftkit.ship.merge.report import REPORT_FILE
 
 DEFAULT_DTYPE = "f16"
@@ -54,6 +61,7 @@ def write_gguf(
         got = f"a model for {adapter.base.task}"
         raise UserError(Problem("--to", got, "a causal language model", "export it as safetensors"))
     if adapter is not None and options.lora:
+        require_every_tensor(adapter)
         base = fetch_weights(adapter.source, adapter.base)
         gguf_file = gguf.write_adapter(adapter.folder, base, staging / f"{out.name}-lora.gguf", progress=progress)
         return None, gguf_file.notes
