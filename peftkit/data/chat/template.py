@@ -122,15 +122,53 @@ def supports_system_turn(template: str) -> bool:
     return _renders_probe(template, {"role": "system", "content": system}, {"role": "user", "content": user})
 
 
+@lru_cache(maxsize=32)
+def tool_call_form(template: str) -> tuple[bool, bool]:
+    """Return (whether a template takes a call's arguments as JSON text, whether its turn has null for content).
+
+    It is tried: the first form counts whose arguments stand in the text.
+    """
+    for as_text, is_null in ((False, False), (False, True), (True, False), (True, True)):
+        call = {"function": {"name": "probe", "arguments": {"x": _PROBE}}, "type": "function", "id": "probe0001"}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        turns: tuple[Message, ...] = (
+            {"role": "user", "content": "hi"},
+            _with_call_form(turn, as_text=as_text, is_null=is_null),
+        )
+        if needs_content_parts(template):
+            turns = tuple({**one, "content": _text_parts(str(one["content"] or ""))} for one in turns)
+        if _renders_probe(template, *turns):
+            return as_text, is_null
+    return False, False
+
+
+def _with_call_form(turn: Message, *, as_text: bool, is_null: bool) -> Message:
+    """Return a turn whose calls are in the form that a template takes."""
+    if not turn.get("tool_calls"):
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        function = dict(call["function"])
+        text = function.pop("arguments_text", None)
+        if as_text:
+            function["arguments"] = text or json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": function})
+    content = None if is_null and not turn["content"] else turn["content"]
+    return {**turn, "content": content, "tool_calls": calls}
+
+
 def _turns(messages: Sequence[Message], template: str) -> list[Message]:
     """The turns as the template takes them: a system prompt goes into the first user turn where it must."""
     turns = list(messages)
+    if any(turn.get("tool_calls") for turn in turns):
+        as_text, is_null = tool_call_form(template)
+        turns = [_with_call_form(turn, as_text=as_text, is_null=is_null) for turn in turns]
     if turns and turns[0]["role"] == "system" and not supports_system_turn(template):
         system = turns.pop(0)["content"]
         if turns and turns[0]["role"] == "user":
             turns[0] = {**turns[0], "content": f"{system}\n\n{turns[0]['content']}"}
     if needs_content_parts(template):
-        return [{**turn, "content": _text_parts(turn["content"])} for turn in turns]
+        return [{**turn, "content": _text_parts(turn["content"] or "")} for turn in turns]
     return turns
 
 

@@ -45,19 +45,25 @@ def _content_text(value: object) -> str:
 
 
 def _parse_tool_call(call: Any) -> Mapping[str, Any]:
-    """Return a tool call as templates expect it: arguments as a mapping, not as OpenAI's JSON text."""
+    """Return a tool call with its arguments as a mapping, which most templates take, beside OpenAI's JSON text."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow("a tool call without a name", "name and arguments in tool_calls")
-    arguments = function.get("arguments", function.get("parameters", {}))
-    if isinstance(arguments, str):
+    given = function.get("arguments", function.get("parameters"))
+    arguments = given
+    if isinstance(given, str):
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = json.loads(given or "{}")
         except ValueError:
             raise BadRow("a tool call whose arguments are not JSON", "a JSON object") from None
+    if arguments is None:
+        arguments = {}
     if not isinstance(arguments, Mapping):
         raise BadRow(f"a tool call whose arguments are {type(arguments).__name__}", "a JSON object")
-    tool_call = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    parsed = {"name": function["name"], "arguments": dict(arguments)}
+    if isinstance(given, str):  # some templates take the text, as it was written
+        parsed["arguments_text"] = given
+    tool_call = {"type": "function", "function": parsed}
     return {"id": call["id"], **tool_call} if isinstance(call.get("id"), str) else tool_call
 
 

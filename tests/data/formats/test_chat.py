@@ -22,7 +22,9 @@ def test_tool_calls_become_mappings_whoever_wrote_them():
     turns = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
     turns += [{"role": "tool", "content": "3", "tool_call_id": "c1"}, ANSWER]
     example = one({"messages": turns, "tools": '[{"type": "function", "function": {"name": "add"}}]'})
-    assert example.messages[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+    assert example.messages[1]["tool_calls"][0]["function"] == {
+        **{"name": "add", "arguments": {"a": 1}, "arguments_text": '{"a": 1}'}
+    }
     assert example.messages[2] == {"role": "tool", "content": "3", "tool_call_id": "c1"}
     assert example.tools[0]["function"]["name"] == "add"
     shared = [
