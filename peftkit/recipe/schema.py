@@ -106,6 +106,9 @@ class Chat(Options):
     template: str | None = Field(None, description="file with a Jinja chat template, instead of the model's")
     system: str | None = Field(None, description="system prompt for chats without one")
     thinking: Literal["keep", "drop"] = Field("keep", description="reasoning in the answers")
+    repair: Literal["auto", "off"] = Field(
+        "auto", description="join neighbouring turns of one role, take a first assistant turn as context; off: refuse"
+    )
     end_token: str | None = Field(None, description="token that ends an answer, instead of the tokenizer's own")
 
 
@@ -118,6 +121,7 @@ CheckName = Literal[
     "missing-fields",
     "empty-answers",
     "roles",
+    "repairs",
     "media",
     "unused-columns",
     "chosen-equals-rejected",

@@ -1,11 +1,16 @@
 """Rows as other tools document them: learned as they are meant, or refused with the column by name."""
 
+import csv
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import peftkit
+from peftkit.data.formats import labels_of, to_examples
 from peftkit.data.formats.unused import resembles
+from peftkit.data.read import Row
+from peftkit.data.read.sources import read_rows
 from peftkit.errors import UserError
 from tests.conftest import TINY_LLAMA, write_jsonl
 
@@ -199,3 +204,125 @@ def test_a_smaller_last_batch_is_weighed_by_its_own_tokens(num_rows, batch_size,
     one, other = weights_after(partial, tmp_path / "partial"), weights_after(whole, tmp_path / "whole")
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one), "steps are 5e-4"
     assert any(tensor.any() for name, tensor in one.items() if "lora_B" in name), "something was learned"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(4, "4"), (2.5, "2.5"), (True, "true"), (False, "false"), ("4", "4")], ids=str
+)
+def test_numbers_and_truth_values_are_answers(value, text, tmp_path):
+    rows = [{"prompt": f"q{i}", "completion": value if i % 2 else f"a{i}"} for i in range(NUM)]
+    report = peftkit.check_data(recipe_of(tmp_path, rows))
+    assert report.totals.num_train + report.totals.num_eval == NUM
+    [example] = to_examples([Row({"prompt": "q", "completion": value}, "f:1")], "prompt-completion")
+    assert example.completion == text
+
+
+@pytest.mark.parametrize(
+    ("values", "classes"),
+    [([1.0, 0.0], ("0", "1")), ([True, False], ("false", "true")), ([1, 2], ("1", "2")), (["b", "a"], ("a", "b"))],
+    ids=str,
+)
+def test_classes_as_pandas_and_json_write_them(values, classes):
+    rows = [Row({"text": f"t{i}", "label": values[i % 2]}, f"f:{i}") for i in range(4)]
+    assert labels_of(to_examples(rows, "classification")) == classes
+
+
+def test_a_half_is_no_class():
+    with pytest.raises(UserError, match="a class in label"):
+        to_examples([Row({"text": "t", "label": 0.5}, "f:1")], "classification")
+
+
+def test_class_names_of_datasets_are_read_from_parquet(tmp_path):
+    import datasets
+
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["neg", "pos"]),
+            "tags": datasets.Sequence(datasets.ClassLabel(names=["O", "PER"])),
+        }
+    )
+    table = {"text": ["a", "b", "c"], "label": [1, 0, -1], "tags": [[0, 1], [1], []]}
+    datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "rows.parquet")
+    rows = read_rows([str(tmp_path / "rows.parquet")], where="data.train")
+    assert [row.fields["label"] for row in rows] == ["pos", "neg", None]
+    assert [row.fields["tags"] for row in rows] == [["O", "PER"], ["PER"], []]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_tables_of_any_delimiter_are_read(delimiter, tmp_path):
+    lines = [["text", "label"], ["a, b", "x"], ['say "hi"; now', "y"]]
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(lines)
+    rows = read_rows([str(tmp_path / "rows.csv")], where="data.train")
+    assert [list(row.fields.values()) for row in rows] == lines[1:]
+    assert list(rows[0].fields) == ["text", "label"]
+
+
+def test_an_adapter_as_base_is_named(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    recipe = recipe_of(tmp_path, [{"text": "x"}])
+    with pytest.raises(UserError, match=r"which is an adapter.*peftkit merge"):
+        peftkit.make_plan({**recipe, "base": str(folder)})
+
+
+REPAIRED = {
+    "two user turns": (
+        [("user", "a"), ("user", "b"), ("assistant", "c")],
+        ["neighbouring user turns were joined"],
+        ["user", "assistant"],
+    ),
+    "two answers": (
+        [("user", "a"), ("assistant", "b"), ("assistant", "c")],
+        ["neighbouring assistant turns were joined"],
+        ["user", "assistant"],
+    ),
+    "a greeting first": (
+        [("assistant", "hello"), ("user", "a"), ("assistant", "c")],
+        ["the assistant turn at the start is context"],
+        ["assistant", "user", "assistant"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPAIRED)
+def test_chats_as_they_come_are_put_in_order_and_it_is_told(name, tmp_path):
+    turns_given, repairs, roles = REPAIRED[name]
+    rows = [{"messages": [{"role": role, "content": f"{text} {i}"} for role, text in turns_given]} for i in range(NUM)]
+    [example] = to_examples([Row(rows[0], "f:1")], "chat")
+    assert list(example.repairs) == repairs
+    assert [turn["role"] for turn in example.messages] == roles
+    report = peftkit.check_data(recipe_of(tmp_path, rows))
+    [finding] = [finding for finding in report.findings if finding.check == "repairs"]
+    assert (finding.status, finding.num_rows) == ("warn", NUM)
+    assert "hello" not in "".join(learned(report)), "context is not trained"
+    refused = recipe_of(tmp_path, rows)
+    refused["data"]["chat"] = {"repair": "off"}
+    with pytest.raises(UserError, match="turns out of order"):
+        peftkit.check_data(refused)
+
+
+@pytest.mark.parametrize(
+    "turn_keys", [("role", "content"), ("from", "value"), ("speaker", "text"), ("author", "message")], ids=str
+)
+@pytest.mark.parametrize("roles", [("user", "assistant"), ("human", "gpt"), ("Human", "AI"), ("USER", "ASSISTANT")])
+def test_turns_by_other_names_are_the_same_turns(turn_keys, roles):
+    said = zip(roles, ("q", "a"), strict=True)
+    turns_given = [dict(zip(turn_keys, pair, strict=True)) for pair in said]
+    [example] = to_examples([Row({"messages": turns_given}, "f:1")], "chat")
+    assert example.messages == ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+
+
+def test_a_tool_s_response_and_a_call_without_arguments_are_read():
+    call = {"type": "function", "function": {"name": "now", "arguments": None}}
+    turns_given = [
+        *turns("What time is it?"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"from": "function_response", "value": "noon"},
+        {"role": "assistant", "content": "It is noon."},
+    ]
+    [example] = to_examples([Row({"messages": turns_given}, "f:1")], "chat")
+    assert example.messages[1]["tool_calls"][0]["function"]["arguments"] == {}
+    assert example.messages[2]["role"] == "tool"

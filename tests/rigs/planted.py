@@ -226,14 +226,14 @@ def _no_class(rows: Rows, draw: Random) -> list[int]:
     return [at]
 
 
-@_fault("the assistant speaks first", "chat", "roles", "fail")
+@_fault("the assistant speaks first", "chat", "repairs", "warn")
 def _assistant_first(rows: Rows, draw: Random) -> list[int]:
     at = _one(rows.train, draw)
     rows.train[at]["messages"].insert(0, turn("assistant", "How can I help?"))
     return [at]
 
 
-@_fault("two user turns in a row", "chat", "roles", "fail")
+@_fault("two user turns in a row", "chat", "repairs", "warn")
 def _two_users(rows: Rows, draw: Random) -> list[int]:
     at = _one(rows.train, draw)
     rows.train[at]["messages"].insert(0, turn("user", "Hello!"))

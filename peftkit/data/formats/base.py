@@ -32,6 +32,7 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON Schemas of functions that the assistant may call
     rejected: tuple[Message, ...] | str = ()
     weight: float = 1.0  # of this row in the loss
+    repairs: tuple[str, ...] = ()  # of the order of its turns
 
     @property
     def key(self) -> str:
@@ -66,7 +67,7 @@ class Example:
 
 
 _DEFAULTS = [(field.name, field.default) for field in fields(Example)]
-_TUPLES = {"messages", "words", "tags", "tools", "rejected"}
+_TUPLES = {"messages", "words", "tags", "tools", "rejected", "repairs"}
 
 
 class BadRow(ValueError):
@@ -110,8 +111,13 @@ def reads(
 
 
 def required_text(values: Mapping[str, object], name: str, *, answer: bool = False) -> str:
-    """Return the text of a field. Raises BadRow if it has none; an empty `answer` fails `empty-answers`."""
+    """Return the text of a field; an `answer` may also be a number or a truth value.
+
+    Raises BadRow if it has none; an empty `answer` fails `empty-answers`.
+    """
     value = values.get(name)
+    if answer and isinstance(value, bool | int | float):  # as JSON writes it: a table's 4, a true
+        return str(value).lower()
     if not isinstance(value, str):
         raise BadRow(f"{name} is {'missing' if value is None else type(value).__name__}", f"text in {name}")
     if not value.strip():

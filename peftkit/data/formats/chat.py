@@ -24,12 +24,18 @@ _ROLES = {
     "ipython": "tool",
     "observation": "tool",
     "function_call": "assistant",
+    "ai": "assistant",
+    "chatgpt": "assistant",
+    "chatbot": "assistant",
+    "function_response": "tool",
+    "tool_response": "tool",
 }
+_ROLE_KEYS, _CONTENT_KEYS = ("role", "from", "speaker", "author"), ("content", "value", "text", "message")
 _COPIED_KEYS = ("name", "tool_call_id")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 # whether a turn is in the loss: Axolotl's (message_field_training, a weight of 0 or 1), ms-swift's, verl's
 _MASK_KEYS = ("train", "training", "loss", "loss_mask", "weight")
-TURN_KEYS = frozenset(("role", "from", "content", "value", "tool_calls", *_COPIED_KEYS, *_REASONING, *_MASK_KEYS))
+TURN_KEYS = frozenset((*_ROLE_KEYS, *_CONTENT_KEYS, "tool_calls", *_COPIED_KEYS, *_REASONING, *_MASK_KEYS))
 
 
 def _content_text(value: object) -> str:
@@ -90,10 +96,11 @@ def _turn_weight(turn: Mapping[str, Any], role: str) -> float | None:
 def _parse_turn(turn: object) -> Message:
     if not isinstance(turn, Mapping):
         raise BadRow(f"a turn that is {type(turn).__name__}", "turns with role and content")
-    role = turn.get("role", turn.get("from"))
+    role = next((turn[key] for key in _ROLE_KEYS if key in turn), None)
+    role = role.lower() if isinstance(role, str) else role
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRow(f"the role {role!r}", f"one of {', '.join(sorted(_ROLES))}", check="roles")
-    value = turn.get("content", turn.get("value"))
+    value = next((turn[key] for key in _CONTENT_KEYS if key in turn), None)
     message: dict[str, Any] = {"role": _ROLES[role]}
     if role == "function_call":
         calls = parse_json(value, "a function_call")
@@ -143,10 +150,30 @@ def parse_turns(turns: object, name: str) -> tuple[Message, ...]:
     return tuple(_parse_turn(turn) for turn in turns)
 
 
+def repair_turns(turns: tuple[Message, ...]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """Return turns in an order that templates take, and what was repaired.
+
+    Neighbours of one role are joined by a blank line; an assistant turn at the start is context, not trained.
+    """
+    repaired: list[Message] = []
+    repairs: dict[str, None] = {}
+    for turn in turns:
+        last = repaired[-1] if repaired else {}
+        if last.keys() == turn.keys() == {"role", "content"} and last["role"] == turn["role"] in {"user", "assistant"}:
+            repaired[-1] = {**turn, "content": f"{last['content']}\n\n{turn['content']}"}
+            repairs[f"neighbouring {turn['role']} turns were joined"] = None
+        else:
+            repaired.append(turn)
+    if repaired[0]["role"] == "assistant" and len(repaired) > 1:
+        repaired[0] = {**repaired[0], "weight": 0.0}
+        repairs["the assistant turn at the start is context"] = None
+    return tuple(repaired), tuple(repairs)
+
+
 def _check_turns(turns: tuple[Message, ...]) -> tuple[Message, ...]:
     """Return turns that end in an answer. Raises BadRow for a chat without an assistant turn at its end."""
-    if turns[0]["role"] == "assistant":
-        raise BadRow("a chat that begins with assistant", "a user or system turn first", check="roles")
+    if turns[0]["role"] == "assistant" and len(turns) == 1:
+        raise BadRow("a chat of one assistant turn", "a user or system turn first", check="roles")
     if turns[-1]["role"] != "assistant":
         got = f"a chat that ends with {turns[-1]['role']}"
         raise BadRow(got, "an assistant turn at the end", check="roles")
@@ -166,12 +193,12 @@ def _parse_tools(values: Mapping[str, object]) -> tuple[Mapping[str, Any], ...]:
 def _chat(row: Row) -> Example:
     values = row.fields
     name = "messages" if "messages" in values else "conversations"
-    turns = _check_turns(parse_turns(values.get(name), name))
+    turns, repairs = repair_turns(_check_turns(parse_turns(values.get(name), name)))
     system = values.get("system")  # ShareGPT keeps the system prompt in a column of its own
     if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
         turns = ({"role": "system", "content": system}, *turns)
     tools = _parse_tools(values) if values.get("tools") else ()
-    return Example(row.where, messages=turns, tools=tools, weight=loss_weight(values))
+    return Example(row.where, messages=turns, tools=tools, weight=loss_weight(values), repairs=repairs)
 
 
 @reads("prompt-completion", ("prompt", "completion"), optional=("tools", "weight"))

@@ -11,9 +11,13 @@ from peftkit.data.read import Row
 
 
 def _parse_class(value: object, name: str) -> str:
-    """Return a class as text: only whole numbers and texts are classes. Raises BadRow."""
+    """Return a class as text: a text, a truth value, or a whole number (also pandas' 1.0). Raises BadRow."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     empty = value is None or (isinstance(value, str) and not value.strip())
-    if empty or isinstance(value, bool) or not isinstance(value, str | int):
+    if empty or not isinstance(value, str | int):
         check = "empty-answers" if empty else "missing-fields"
         raise BadRow(f"{name} is {value!r}", f"a class in {name}, as text or a whole number", check=check)
     return str(value)

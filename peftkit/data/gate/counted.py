@@ -38,6 +38,13 @@ COUNTED_CHECKS: dict[str, CountedCheck] = {
         "alternate user and assistant turns, a system turn only first, an answer last",
         only_for="chats",
     ),
+    "repairs": CountedCheck(
+        "no chat had to be repaired",
+        "chats whose turns were put in order",
+        "look at a few of them; data.chat.repair: off refuses them",
+        _NEVER,
+        only_for="chats",
+    ),
     "media": CountedCheck(
         "no pictures, sound or video", "rows with media, which text alone does not hold", "remove them"
     ),

@@ -179,7 +179,8 @@ def decode_line(raw: bytes, number: int, name: str) -> Line:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        fault = encoding_fault(where(error.start), f"the byte 0x{raw[error.start]:02x}")
+        fix = "convert the file to UTF-8: iconv -f WINDOWS-1252 -t UTF-8 IN > OUT, if it is of a Western Windows"
+        fault = encoding_fault(where(error.start), f"the byte 0x{raw[error.start]:02x}", fix)
         text = raw.decode(errors="replace")
     if (at := raw.find(0)) >= 0:
         fix = "remove it; if every second byte is one, convert the file from UTF-16 to UTF-8"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -100,11 +101,37 @@ def rows_of_batches(file: File, schema: Any, batches: Iterable[Any]) -> Iterator
     microsecond_schema = pyarrow.schema(microsecond_fields, schema.metadata)
     coarse = None if microsecond_schema.equals(schema) else microsecond_schema
     complex_columns = [field.name for field in schema if not _is_json_type(field.type)]
-    number = 0
+    number, class_names = 0, _class_names(schema.metadata)
     for batch in batches:
         for fields in _batch_dicts(batch, coarse):
             number += 1
+            for name, names in class_names.items():
+                if isinstance(fields, dict) and name in fields:
+                    fields[name] = _name_of_class(fields[name], names)
             yield _row_or_fault(fields, complex_columns, f"{file.name} row {number}")
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Return the names of the classes of `datasets`' ClassLabel columns, and of lists of them, by column."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    class_names = {}
+    for name, feature in features.items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and isinstance(inner.get("names"), list):
+            class_names[name] = [str(one) for one in inner["names"]]
+    return class_names
+
+
+def _name_of_class(value: Any, names: list[str]) -> Any:
+    """Return the name of a class's number, or of each in a list; -1 stands for no class."""
+    if isinstance(value, list):
+        return [_name_of_class(item, names) for item in value]
+    if isinstance(value, int) and -1 <= value < len(names):
+        return None if value == -1 else names[value]
+    return value
 
 
 def _batch_dicts(batch: Any, schema: Any) -> Iterator[dict[str, Any] | Exception]:

@@ -251,14 +251,30 @@ def _read_header(file: File, records: Iterator[tuple[Any, str]]) -> list[str]:
     return []
 
 
-def read_csv(file: File, limit: int = MAX_LINE_BYTES, *, delimiter: str = ",") -> Iterator[Row | Fault]:
-    """Yield the rows of a CSV file: cells below a header; quoted cells may hold anything."""
+def csv_delimiter(header: str) -> str:
+    """Return what separates the columns of a CSV file by its header: a comma, or else what occurs most.
+
+    Example: "text;label" -> ";". What stands in quotes does not count.
+    """
+    bare = re.sub(r'"[^"]*"', "", header)
+    counts = {delimiter: bare.count(delimiter) for delimiter in (",", ";", "\t", "|")}
+    return "," if counts[","] or not any(counts.values()) else max(counts, key=lambda one: counts[one])
+
+
+def read_csv(file: File, limit: int = MAX_LINE_BYTES, *, delimiter: str = "") -> Iterator[Row | Fault]:
+    """Yield the rows of a CSV file: cells below a header; quoted cells may hold anything.
+
+    Without a `delimiter` the header tells: European spreadsheets write semicolons.
+    """
     csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
     with open_decompressed(file) as stream:
         if fault := check_encoding(file, stream):
             yield fault
             return
         limit = min(limit, MAX_RECORD_BYTES)
+        if not delimiter:
+            head = stream.peek(_PEEK_BYTES).decode("utf-8", errors="replace").lstrip("\ufeff\r\n")
+            delimiter = csv_delimiter(head.partition("\n")[0])
         records = _csv_records(read_lines(stream, file.name, limit), delimiter, file.name, limit)
         header = _read_header(file, records)
         for cells, where in records:

@@ -121,6 +121,11 @@ class _Ingestion:
                 count = self.unused.setdefault(name, [0, resembles(name, value)])
                 count[0] += 1
             example = apply_chat_options(converter.read(renamed_row), self.data.chat)
+            if example.repairs and self.data.chat.repair == "off":
+                got = f"turns out of order ({'; '.join(example.repairs)} with data.chat.repair: auto)"
+                raise BadRow(got, "user and assistant turns in turn, a user or system turn first", check="roles")
+            for repair in example.repairs:
+                self.tally.add("repairs", row.where, repair)
             group = self.data.group if isinstance(self.data.eval, float) else None
             if group is not None and group not in row.fields:
                 raise BadRow(f"no column {group}", "the column that data.group names")

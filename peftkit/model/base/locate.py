@@ -163,6 +163,9 @@ def locate_base(
                     f"litgpt convert_from_litgpt {path} OUT; save OUT/model.pth as safetensors and use that folder",
                 )
             )
+        if not config_file.is_file() and (path / "adapter_config.json").is_file():
+            fix = f"merge it first: peftkit merge {path} --out MERGED; then base: MERGED"
+            raise UserError(Problem(where, f"{path}, which is an adapter", "the model that it adapts", fix))
         if not config_file.is_file():
             raise UserError(
                 Problem(

@@ -66,7 +66,7 @@ def test_preferences_as_text_and_as_turns():
 @pytest.mark.parametrize(
     ("fields", "check", "said"),
     [
-        ({"messages": [ANSWER]}, "roles", "begins with assistant"),
+        ({"messages": [ANSWER]}, "roles", "one assistant turn"),
         ({"messages": [USER]}, "roles", "ends with user"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "empty-answers", "an empty answer"),
         ({"messages": [USER, "hello"]}, "missing-fields", "a turn that is str"),
