@@ -164,14 +164,14 @@ def test_a_slow_server_is_waited_for():
             connection.recv(2**16)
             connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {len(ROWS)}\r\n\r\n".encode())
             for byte in ROWS:
-                time.sleep(0.05)
+                time.sleep(0.15)
                 connection.sendall(bytes([byte]))
             connection.close()
 
         thread = threading.Thread(target=serve)
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.jsonl"
-        [file] = remote_files(url, "", timeout=0.5)
+        [file] = remote_files(url, "", timeout=2.0)  # all of it takes longer
         thread.join()
     assert file.path.read_bytes() == ROWS
 
