@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s/:'\"]+/)+")  # of an absolute path, not of a URL
 _STYLE = """
 :root { color-scheme: light dark; --learnt: #0a7f3f; --learnt-back: #d9f5e3; --special: #0b6bcb;
   --line: #8884; --warn: #a86400; --fail: #c4202b; --waived: #7b3fb3 }
@@ -27,7 +29,14 @@ pre span { border-right: 1px dotted var(--line) }
 .bar { background: var(--learnt); height: .8rem; border-radius: 2px }
 .rows { font-size: 13px; opacity: .8 } .fix { font-size: 14px }
 td.bar-cell { width: 60% }
+@media (max-width: 40rem) { body { margin: 1rem auto } td { display: block; border: 0; padding: .1rem 0 }
+  tr { display: block; border-bottom: 1px solid var(--line); padding: .4rem 0 } }
 """
+
+
+def without_folders(text: str) -> str:
+    """Return a text with files named alone: the folders of a machine are not for a page that is shared."""
+    return _FOLDERS.sub("", text)
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
@@ -40,14 +49,15 @@ def _sample_html(sample: Mapping[str, Any]) -> str:
         f'<span class="{p["kind"].replace(" ", "-")}" title="{" ".join(map(str, p["ids"]))}">{escape(p["text"])}</span>'
         for p in sample["pieces"]
     )
-    return f"<h3>{escape(sample['set'])}: {escape(sample['where'])}</h3><pre>{spans}</pre>"
+    return f"<h3>{escape(sample['set'])}: {escape(without_folders(sample['where']))}</h3><pre>{spans}</pre>"
 
 
 def _finding_cells(finding: Mapping[str, Any]) -> tuple[str, ...]:
     status = finding["status"]
-    text = escape(finding["said"])
+    text = escape(without_folders(finding["said"]))
     if status not in {"pass", "n/a"}:
-        rows = "".join(f"<div>{escape(where)}: {escape(what)}</div>" for where, what in finding["rows"])
+        named = (without_folders(f"{where}: {what}") for where, what in finding["rows"])
+        rows = "".join(f"<div>{escape(row)}</div>" for row in named)
         text += f'<div class="rows">{rows}</div>'
         text += f'<div class="fix">fix: {escape(finding["fix"])}</div>' if finding["fix"] else ""
     return f'<span class="{status.replace("/", "")}">{status}</span>', escape(finding["check"]), text
@@ -62,7 +72,8 @@ def data_page(report: Mapping[str, Any], rows: list[tuple[str, str]], *, title: 
     ]
     totals: list[tuple[str, ...]] = [(f"<b>{escape(name)}</b>", escape(value)) for name, value in rows]
     totals += [
-        (f"<b>{escape(key)}</b>", f"{escape(value)}: {escape(reason)}") for key, value, reason in report["decisions"]
+        (f"<b>{escape(key)}</b>", escape(without_folders(f"{value}: {reason}")))
+        for key, value, reason in report["decisions"]
     ]
     legend = " ".join(
         f'<span class="{kind.replace(" ", "-")}">{kind}</span>'
@@ -79,5 +90,6 @@ def data_page(report: Mapping[str, Any], rows: list[tuple[str, str]], *, title: 
         f"<h2>Totals</h2>{_table(totals)}",
         f"<h2>Lengths in tokens</h2>{_table(bars)}",
     ]
-    head = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style>"
+    viewport = "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+    head = f"<meta charset='utf-8'>{viewport}<title>{escape(title)}</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
