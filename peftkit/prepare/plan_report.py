@@ -230,7 +230,7 @@ def plan_report(loaded: LoadedRecipe, *, gpu: str = "this", trace: bool = False,
         work=estimate_cost(facts.model.shape, plan, facts, speeds, hourly_price),
         assumptions=(*assumptions, *notes),
         num_parameters=facts.model.shape.num_parameters,
-        lengths_are_bounds=lengths is None or lengths.source != "counted",
+        lengths_are_bounds=lengths is not None and lengths.source != "counted",
         measured_memory=trial,
     )
 

@@ -421,3 +421,14 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch, ca
     monkeypatch.setattr("peftkit.api.verify_run", without)
     assert main(["verify", "x"]) == 2
     assert "pip install 'peftkit[gguf]'" in capsys.readouterr().err
+
+
+def test_a_model_alone_is_sized_without_data(capsys):
+    assert main(["plan", str(TINY_LLAMA), "--method", "qlora", "--length", "256", "--gpu", "24GiB"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("fits: needs ")
+    assert "every row is assumed to have 256 tokens" in said
+    assert main(["plan", "embedded:smollm2-135m-instruct", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trainable"] > 0
+    assert main(["plan", "quickstart", "--method", "lora"]) == 2
+    assert "method.name=" in capsys.readouterr().err

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from peftkit.cli.command import OVERRIDES, RECIPE, Command, arg, print_json
+from peftkit.cli.command import OVERRIDES, Command, arg, positive_int, print_json
+from peftkit.errors import Problem, UserError
 from peftkit.units import show_bytes, show_count, show_percent, show_seconds
 
 if TYPE_CHECKING:
     from peftkit.api import Account
 
+_NO_DATA = "no/data"  # a name of the hub, which a plan does not ask for
 COMMAND = Command(
     "plan",
     "show trainable parameters, memory, fit, changes that fit and time, with reasons",
     (
-        RECIPE,
+        arg("recipe", metavar="RECIPE|MODEL", help="recipe file or name; or a model alone, to size it without data"),
         OVERRIDES,
+        arg("--method", metavar="NAME", help="of a model alone (default: lora)"),
+        arg("--length", metavar="N", type=positive_int, help="tokens per row of a model alone"),
         arg("--gpu", metavar="NAME|SIZE|this", default="this", help="rtx4090, h100-80gb, 24GiB, ..."),
         arg("--trace", action="store_true", help="trace the model on shapes: exact, takes seconds"),
         arg("--measure", action="store_true", help="measure three steps here, on random weights"),
@@ -29,13 +34,30 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what a recipe needs on a device. Returns 2 where it does not fit."""
     from peftkit import api
 
-    recipe = api.load_recipe(arguments.recipe, arguments.overrides)
+    recipe = api.load_recipe(_recipe_of(arguments), arguments.overrides)
     report = api.plan_recipe(recipe, gpu=arguments.gpu, trace=arguments.trace, measure=arguments.measure)
     if arguments.json:
         print_json(report.to_json())
     else:
         print_plan_report(report)
     return 2 if report.fit.verdict == "does not fit" else 0
+
+
+def _recipe_of(arguments: argparse.Namespace) -> str | dict[str, Any]:
+    """Return the recipe, or for a model alone one without data: every row then has the full length."""
+    name = Path(arguments.recipe)
+    is_folder = (name / "config.json").is_file() or name.suffix == ".gguf"
+    is_file = name.is_file() or name.suffix in {".yaml", ".yml"}
+    is_model = is_folder or (not is_file and ("/" in arguments.recipe or ":" in arguments.recipe))
+    if not is_model and (arguments.method or arguments.length):
+        got = "--method and --length with a recipe"
+        fix = "for a recipe: method.name=... train.max_length=..."
+        raise UserError(Problem("command line", got, "a model alone, as owner/name or a folder", fix))
+    if not is_model:
+        return str(arguments.recipe)
+    train = {"max_length": arguments.length} if arguments.length else {}
+    method = {"name": arguments.method or "lora"}
+    return {"base": arguments.recipe, "method": method, "data": {"train": _NO_DATA, "eval": None}, "train": train}
 
 
 def print_plan_report(report: Account) -> None:
