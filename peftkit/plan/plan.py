@@ -114,6 +114,7 @@ class TrainPlan:
     on_oom: str = "stop"
     on_spike: str = "rollback"
     rollbacks: tuple[tuple[int, int], ...] = ()  # each: the step gone back to, the one set aside, or 0
+    schedule_arguments: Mapping[str, float] = field(default_factory=dict)  # transformers' own, beside the warm-up
     restart_step: int = 0  # where the schedule begins anew: an escalation that goes on past the end
     packing: bool = False
     sampling: str = "random"  # or "by length": rows of like length together

@@ -187,7 +187,22 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
     steps = _num_steps(d, rows)
     learning_rate = d.record("train.learning_rate", train.learning_rate, rate, rate_reason)
     d.record("train.schedule.kind", train.schedule.kind)
-    d.record("train.schedule.warmup", train.schedule.warmup)
+    schedule = train.schedule
+    num_warmup = schedule.warmup_steps or math.ceil((steps or 0) * schedule.warmup)
+    if schedule.warmup_steps is None:
+        d.record("train.schedule.warmup", schedule.warmup)
+    else:
+        d.record("train.schedule.warmup_steps", schedule.warmup_steps)
+        if steps is not None and schedule.warmup_steps >= steps:
+            d.refuse("train.schedule.warmup_steps", f"{schedule.warmup_steps} of {steps} steps", f"at most {steps - 1}")
+    schedule_arguments: dict[str, float] = {}
+    if schedule.kind == "restarts":
+        schedule_arguments["num_cycles"] = d.record("train.schedule.cycles", schedule.cycles)
+    if schedule.kind == "wsd":
+        decay = d.record("train.schedule.decay", schedule.decay)
+        schedule_arguments["num_decay_steps"] = max(1, math.ceil((steps or 0) * decay))
+    if schedule.kind in {"cosine", "wsd"} and d.record("train.schedule.min_rate", schedule.min_rate):
+        schedule_arguments["min_lr_rate" if schedule.kind == "cosine" else "min_lr_ratio"] = schedule.min_rate
     on_gpu = facts.device.kind == "cuda"
     has_lora_plus = getattr(d.loaded.recipe.method, "lr_ratio", None) is not None  # LoRA+ builds a plain AdamW
     optimizer = d.record(
@@ -227,9 +242,10 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
     return TrainPlan(
         num_steps=steps,
         # the first step of a warm-up has rate 0, so a single step must have none
-        num_warmup_steps=min(math.ceil((steps or 0) * train.schedule.warmup), max(0, (steps or 0) - 1)),
+        num_warmup_steps=min(num_warmup, max(0, (steps or 0) - 1)),
         learning_rate=learning_rate,
         schedule=train.schedule.kind,
+        schedule_arguments=schedule_arguments,
         max_grad_norm=train.max_grad_norm,
         weight_decay=train.weight_decay,
         optimizer=optimizer,

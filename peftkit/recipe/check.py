@@ -204,6 +204,20 @@ def _diagnose_without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[P
 
 
 @rule
+def _schedule_settings(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
+    """Report settings of a schedule that its kind does not have."""
+    schedule = recipe.train.schedule
+    kinds = {"cycles": {"restarts"}, "decay": {"wsd"}, "min_rate": {"cosine", "wsd"}}
+    for key, takers in kinds.items():
+        if ("train", "schedule", key) in loaded.sources and schedule.kind not in takers:
+            fix = f"set kind: {' or '.join(sorted(takers))}, or remove {key}"
+            yield Problem(loaded.where(("train", "schedule", key)), f"{key} with {schedule.kind}", "no such key", fix)
+    if schedule.warmup_steps is not None and ("train", "schedule", "warmup") in loaded.sources:
+        where = loaded.where(("train", "schedule", "warmup"))
+        yield Problem(where, "warmup and warmup_steps", "one of them", "remove warmup")
+
+
+@rule
 def _target_in_range(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     """Report a target that no run can reach or miss."""
     target = recipe.diagnose.target

@@ -188,8 +188,14 @@ class Data(Options):
 class Schedule(Options):
     """The learning-rate schedule."""
 
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    kind: Literal["cosine", "linear", "constant", "restarts", "wsd"] = Field(
+        "cosine", description="restarts: cosine, begun anew `cycles` times; wsd: warm-up, stable, decay"
+    )
     warmup: Share = Field(0.05, description="share of the steps over which the rate rises from zero")
+    warmup_steps: PositiveInt | None = Field(None, description="the same in steps; overrides warmup")
+    min_rate: Share = Field(0.0, description="share of the rate that is left at the end, of cosine and wsd")
+    cycles: PositiveInt = Field(2, description="of restarts")
+    decay: Share = Field(0.1, description="share of the steps over which wsd falls")
 
 
 class EarlyStopping(Options):

@@ -33,6 +33,7 @@ _SAME = {
     "train.packing": "sample_packing neat_packing",
     "train.gradient_checkpointing": "activation_checkpointing",
     "train.schedule.warmup": "warmup_ratio",
+    "train.schedule.warmup_steps": "warmup_steps num_warmup_steps lr_warmup_steps",
     "train.max_grad_norm": "gradient_clipping clip_grad_norm",
     "train.checkpoint_steps": "save_steps",
     "train.early_stopping.patience": "early_stopping_patience",
@@ -67,7 +68,10 @@ def translate_accumulation(value: Any, siblings: Mapping[str, Any]) -> str:
     return f"train.batch_size: {value * micro}" if is_number else "train.batch_size: micro_batch times this"
 
 
-_SCHEDULES = {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "cosine_with_restarts": "cosine"}
+_SCHEDULES = {
+    **{"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "cosine_with_restarts": "restarts"},
+    "warmup_stable_decay": "wsd",
+}
 _OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit", "paged_adamw_32bit": "adamw_torch", "adamw_torch_8bit": "adamw_bnb_8bit"}
 _INITS = {"true": "default", "false": "default", "pissa_niter_16": "pissa", "loftq": "default", "corda": "eva"}
 _TRANSLATIONS: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
@@ -109,7 +113,6 @@ _WITHOUT_KEY = {
     "report_to wandb_project use_wandb mlflow_experiment_name use_mlflow run_name wandb_name": f"trackers: {_NOT_YET}",
     "deepspeed fsdp fsdp_config ddp_timeout local_rank tensor_parallel_size": f"several GPUs: {_NOT_YET}",
     "neftune_noise_alpha label_smoothing_factor": f"this regularisation: {_NOT_YET}",
-    "warmup_steps": "train.schedule.warmup is a share of the steps, such as 3 %",
     "logging_steps": "every step is logged: leave it out",
     "save_strategy save_total_limit evaluation_strategy eval_strategy load_best_model_at_end": "checkpoints are "
     "written at each evaluation, the last two and the best are kept, and the best is the result: leave it out",

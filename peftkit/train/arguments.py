@@ -8,7 +8,10 @@ from typing import Any
 from peftkit.model.adapter.attach import checkpointing_arguments
 from peftkit.plan import Plan
 
-_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+_SCHEDULES = {
+    **{"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"},
+    **{"restarts": "cosine_with_restarts", "wsd": "warmup_stable_decay"},
+}
 
 
 def trainer_arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
@@ -23,6 +26,7 @@ def trainer_arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
     else:
         options = checkpointing_arguments(plan)
         checkpointing = {**options["activation_checkpointing_kwargs"], "every_n_layers": options["every_n_layers"]}
+    has_min_rate = "min_lr_rate" in train.schedule_arguments
     return {
         "output_dir": str(output_dir),
         "save_strategy": "no",
@@ -33,7 +37,8 @@ def trainer_arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
         "fp16": train.autocast == "fp16",
         "max_steps": train.num_steps,
         "warmup_steps": train.num_warmup_steps,
-        "lr_scheduler_type": _SCHEDULES[train.schedule],
+        "lr_scheduler_type": "cosine_with_min_lr" if has_min_rate else _SCHEDULES[train.schedule],
+        "lr_scheduler_kwargs": dict(train.schedule_arguments),
         "learning_rate": train.learning_rate,
         "weight_decay": train.weight_decay,
         "optim": train.optimizer,

@@ -28,9 +28,8 @@ def restart_rate_factor(plan: Plan, step: int) -> float:
     if position < num_warmup:
         return position / num_warmup
     progress = min(1.0, (position - num_warmup) / max(1, num_steps - num_warmup))
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1.0 - progress, "constant": 1.0}[
-        train.schedule
-    ]
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))  # also for what falls otherwise: few steps are left
+    return {"linear": 1.0 - progress, "constant": 1.0}.get(train.schedule, cosine)
 
 
 def build_restart_scheduler(plan: Plan, optimizer: Optimizer) -> LambdaLR:

@@ -1,6 +1,8 @@
 """Methods on the small or odd data that people bring."""
 
 import pytest
+import torch
+import transformers
 
 import peftkit
 from peftkit.errors import UserError
@@ -49,3 +51,64 @@ def test_a_length_far_beyond_the_model_s_is_no_case_for_yarn(tmp_path):
     assert "yarn" not in str(caught.value)
     with pytest.raises(UserError, match="kind: yarn, factor: 2"):
         peftkit.make_plan(recipe, ["train.max_length=1000"])
+
+
+SCHEDULES = {
+    "warm-up in steps": ({"kind": "cosine", "warmup_steps": 4}, "cosine", 4, {}),
+    "a floor": ({"kind": "cosine", "min_rate": 0.1, "warmup_steps": 2}, "cosine_with_min_lr", 2, {"min_lr_rate": 0.1}),
+    "restarts": ({"kind": "restarts", "cycles": 3, "warmup_steps": 2}, "cosine_with_restarts", 2, {"num_cycles": 3}),
+    "wsd": (
+        {"kind": "wsd", "decay": 0.25, "min_rate": 0.2, "warmup_steps": 2},
+        "warmup_stable_decay",
+        2,
+        {"num_decay_steps": 5, "min_lr_ratio": 0.2},
+    ),
+    "constant": ({"kind": "constant", "warmup": 0.1}, "constant_with_warmup", 2, {}),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_rates_of_a_run_are_those_of_transformers_schedule(name, tmp_path):
+    settings, theirs, num_warmup, arguments = SCHEDULES[name]
+    recipe = recipe_of_lengths(tmp_path, range(5, 9), batch_size=4)
+    recipe["train"] |= {"max_steps": 20, "learning_rate": 1e-3, "schedule": settings}
+    recipe["train"].pop("epochs", None)
+    rates = []
+
+    def note(event):
+        if event["event"] == "step":
+            rates.append(event["learning_rate"])
+
+    peftkit.finetune(recipe, out=tmp_path / "run", observer=note)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = transformers.get_scheduler(
+        theirs,
+        optimizer,
+        num_warmup_steps=num_warmup,
+        num_training_steps=20,
+        scheduler_specific_kwargs=arguments or None,
+    )
+    expected = []
+    for _ in range(20):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kind": "linear", "cycles": 3}, "cycles with linear"),
+        ({"kind": "cosine", "decay": 0.2}, "decay with cosine"),
+        ({"kind": "constant", "min_rate": 0.1}, "min_rate with constant"),
+        ({"warmup": 0.1, "warmup_steps": 3}, "warmup and warmup_steps"),
+        ({"warmup_steps": 20}, "20 of 20 steps"),
+    ],
+    ids=str,
+)
+def test_settings_that_a_schedule_does_not_have_are_refused(settings, said, tmp_path):
+    recipe = recipe_of_lengths(tmp_path, range(5, 9), batch_size=4)
+    recipe["train"] |= {"max_steps": 20, "schedule": settings}
+    with pytest.raises(UserError, match=said):
+        peftkit.make_plan(recipe)
