@@ -20,7 +20,8 @@ COMMAND = Command(
         RECIPE,
         OVERRIDES,
         arg("--out", metavar="DIR", help="run directory (default: runs/NAME)"),
-        arg("--dry-run", action="store_true", help="print every decision and where it came from; train nothing"),
+        arg("--dry-run", action="store_true", help="print the decisions and where they came from; train nothing"),
+        arg("--all", action="store_true", help="with --dry-run: also what is at its plain default"),
     ),
 )
 
@@ -34,24 +35,26 @@ def run(arguments: argparse.Namespace) -> int:
         plan = api.make_plan(recipe)
         if plan.base.inferred and plan.base.trust_remote_code:
             print(redact(f"code that comes with {plan.base.id} ran, to inspect its layers"), file=sys.stderr)
-        print_plan(plan)
+        print_plan(plan, every=arguments.all)
         return 0
-
     summary = api.finetune(recipe, out=arguments.out)
     print_summary(summary)
     return 0
 
 
-def print_plan(plan: Plan) -> None:
-    """Print every decided value with its source and reason."""
+def print_plan(plan: Plan, *, every: bool = True) -> None:
+    """Print decided values with source and reason; unless `every`, plain defaults are only counted."""
     from peftkit.cli.tables import console_of, escape_cells, new_table, parameters_table
 
     console = console_of()
     table = new_table("key", "value", "source", "reason")
-    for decision in sorted(plan.decisions, key=lambda d: d.key):
+    shown = [one for one in plan.decisions if every or one.source != "default" or one.reason]
+    for decision in sorted(shown, key=lambda d: d.key):
         value = ", ".join(map(str, decision.value)) if isinstance(decision.value, list) else str(decision.value)
         table.add_row(*escape_cells((decision.key, value, decision.source, decision.reason)))
     console.print(table)
+    if num_folded := len(plan.decisions) - len(shown):
+        console.print(f"and {num_folded} settings at their defaults: --dry-run --all")
     method = plan.method
     if method.trainable_by_role and method.num_trainable and method.num_parameters:
         num_added = method.num_trainable if method.peft else 0
