@@ -14,9 +14,12 @@ _SUFFIX = re.compile(
 )
 
 
+_BITS = {"fbgemm_fp8": 8, "modelopt": None, "quanto": None, "torchao": None, "bitnet": 2}  # where settings say none
+
+
 @dataclass(frozen=True)
 class HeldFormat:
-    """A format of quantized weights: its name, its bits per weight, and transformers' class that can undo it."""
+    """A format of quantized weights: its name, its bits (0: unknown), and transformers' class that can undo it."""
 
     name: str
     bits: int
@@ -28,11 +31,21 @@ def held_format(config: Mapping[str, Any]) -> HeldFormat | None:
     text_config = config.get("text_config")
     parts = [config, text_config if isinstance(text_config, Mapping) else {}]
     for part in parts:
-        if isinstance(settings := part.get("quantization_config"), Mapping):
+        settings = part.get("quantization_config")
+        if not isinstance(settings, Mapping) or not settings:
+            continue
+        flags = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
+        if settings.get("quant_method") != "bitsandbytes" or any(settings.get(flag) for flag in flags):
             return _named_format(settings)
     if isinstance(settings := config.get("quantization"), Mapping) and "bits" in settings:
-        return HeldFormat(f"MLX {settings['bits']}-bit", int(settings["bits"]))
+        return _with_bits("MLX", settings["bits"])
     return None
+
+
+def _with_bits(name: str, bits: object) -> HeldFormat:
+    """Return a format with its bits; 0 where they are not a whole number, as of mixed formats."""
+    known = int(str(bits)) if str(bits).isdecimal() else 0
+    return HeldFormat(f"{name} {known}-bit" if known else f"{name}, of mixed or unknown bits", known)
 
 
 def _named_format(settings: Mapping[str, Any]) -> HeldFormat:
@@ -42,16 +55,16 @@ def _named_format(settings: Mapping[str, Any]) -> HeldFormat:
     if method == "mxfp4":
         return HeldFormat("MXFP4", 4, "Mxfp4Config(dequantize=True)")
     if method == "bitsandbytes":
-        if settings.get("load_in_8bit"):
+        if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
             return HeldFormat("bitsandbytes 8-bit", 8)
         return HeldFormat(f"bitsandbytes 4-bit ({settings.get('bnb_4bit_quant_type', 'fp4')})", 4)
     if method == "compressed-tensors":
         groups = settings.get("config_groups")
-        weights = [group["weights"] for group in dict(groups or {}).values() if group.get("weights")]
-        bits = int(weights[0].get("num_bits") or 8) if weights else 8
-        return HeldFormat(f"compressed-tensors {bits}-bit", bits)
-    bits = int(settings.get("bits") or settings.get("w_bit") or 4)
-    return HeldFormat(f"{method.upper() or 'MLX'} {bits}-bit", bits)  # MLX alone names no method
+        weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
+        bits = {part.get("num_bits") for part in weights if isinstance(part, Mapping)}
+        return _with_bits(method, bits.pop() if len(bits) == 1 else None)
+    bits_of = _BITS.get(method, settings.get("bits", settings.get("w_bit")))
+    return _with_bits(method.upper() or "MLX", bits_of)  # MLX alone names no method
 
 
 def way_out(model: str, held: HeldFormat) -> str:

@@ -22,7 +22,7 @@ COMMANDS = tuple(module.COMMAND for module in MODULES)
 
 # what other tools call our commands
 _COMMANDS_ELSEWHERE = {
-    **dict.fromkeys(("train", "sft", "tune", "fit", "run"), "finetune"),
+    **dict.fromkeys(("train", "sft", "tune", "fit", "run", "fine-tune"), "finetune"),
     **dict.fromkeys(("chat", "infer", "inference", "predict", "ask", "cli"), "generate"),
     **dict.fromkeys(("evaluate", "test", "benchmark"), "eval"),
     **dict.fromkeys(("preprocess", "validate", "data", "lint"), "check"),
@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
     """An ArgumentParser that redacts secrets from its error messages, which quote what was typed."""
 
     def error(self, message: str) -> NoReturn:
-        if unknown := re.search(r"invalid choice: '(\w+)'", message):
+        if unknown := re.search(r"argument COMMAND: invalid choice: '([^']+)'", message):
             names = [command.name for command in COMMANDS]
             alike = _COMMANDS_ELSEWHERE.get(unknown[1]) or next(iter(nearest(unknown[1], names)), "")
             message = f"no command {unknown[1]!r}; " + (
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "").partition(".")[0] == "peftkit":
             raise
         extra = next((extra for extra, names in _EXTRAS.items() if error.name in names), None)
-        fix = f"pip install 'peftkit[{extra}]'" if extra else "pip install --upgrade peftkit"
+        fix = f"pip install 'peftkit[{extra}]'" if extra else f"pip install {(error.name or 'it').partition('.')[0]}"
         print_problems(
             UserError(Problem(f"peftkit {arguments.command}", f"no package {error.name}", "it installed", fix))
         )

@@ -21,7 +21,7 @@ _MAX_ROWS = 5
 def print_data_report(report: DataReport) -> None:
     """Print samples, decisions, lengths, totals, then every check with its rows."""
     console = console_of(width=160)
-    coloured = console.is_terminal
+    coloured = console.color_system is not None and not console.no_color
     if not coloured:
         legend = Text("⟦ ⟧ in the loss; the rest is masked")
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +21,15 @@ def console_of(width: int = 180) -> Console:
 
 
 class StdoutConsole(Console):
-    """A console whose broken pipe is an error like any other, for `main` to judge; rich would exit with 1."""
+    """A console that breaks no short first column, and no pipe without an error: rich would exit with 1."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does; a table's first column, its keys, is whole where that leaves half of the width."""
+        for table in objects:
+            if isinstance(table, Table) and table.columns:
+                longest = max((len(str(cell)) for cell in table.columns[0].cells), default=0)
+                table.columns[0].no_wrap = longest <= self.width // 2
+        super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -44,10 +52,10 @@ def escape_cells(cells: Iterable[str]) -> list[str]:
 
 
 def new_table(*headings: str) -> Table:
-    """Return an empty table with these headings; the first column is never broken."""
+    """Return an empty table with these headings."""
     table = Table(show_header=True, header_style="bold", box=None, pad_edge=False)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, overflow="fold", no_wrap=number == 0)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
     return table
 
 

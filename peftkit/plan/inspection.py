@@ -206,6 +206,8 @@ def make_inspection(
         methods=tuple(_method_support(name, shape) for name in METHODS),
         held_as=""
         if held is None
-        else f"{held.name}, about {show_bytes(num_in_4bit * held.bits / 8 + (num_parameters - num_in_4bit) * 2)}",
+        else f"{held.name}, about {show_bytes(num_in_4bit * held.bits / 8 + (num_parameters - num_in_4bit) * 2)}"
+        if held.bits
+        else held.name,
         mind=(*notes, *family.mind, *((describe_missing_kernels(missing_packages),) if missing_packages else ())),
     )

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from peftkit.errors import Problem, did_you_mean
 from peftkit.methods import METHODS
+from peftkit.recipe.document import parse_value
 from peftkit.recipe.schema import Recipe
 from peftkit.recipe.vocabulary import translate_key
 from peftkit.units import shorten
@@ -118,6 +119,26 @@ def _suggest(path: Path, data: object) -> str:
     return f"try {path[-1]}: {str(default).lower() if isinstance(default, bool) else default}"
 
 
+def _refused_value(translation: str) -> str:
+    """Return what a key takes where the value of "key: value" is not that; empty for a value that it takes."""
+    key, _, text = translation.partition(": ")
+    *sections, last = key.split(".")
+    method = {"virtual_tokens": "prefix", "double_quant": "qlora"}.get(last, "lora")
+    recipe: dict[str, Any] = {"base": {"id": "x"}, "method": {"name": method}, "data": {"train": "x"}}
+    section = recipe
+    for part in sections:
+        section = section.setdefault(part, {})
+    section[last] = parse_value(text)
+    try:
+        Recipe.model_validate(recipe)
+    except ValidationError as error:
+        item = error.errors(include_url=False)[0]
+        if item["type"] == "union_tag_invalid":
+            return f"one of {', '.join(sorted(METHODS))}"
+        return str(_EXPECTED.get(item["type"], lambda _: "another value")(item.get("ctx", {})))
+    return ""
+
+
 def validation_problems(error: ValidationError, data: object, where: Callable[[Path], str]) -> list[Problem]:
     """Return all problems of a validation, one per key. `where` gives file, line and key of a path."""
     problems: dict[Path, Problem] = {}
@@ -157,6 +178,8 @@ def validation_problems(error: ValidationError, data: object, where: Callable[[P
             translation, instead = translate_key(key, value, siblings)
             if homes:
                 fix = f"{key} belongs elsewhere: {' or '.join(homes)}"
+            elif translation and (takes := _refused_value(translation)):
+                fix = f"its key here is {translation.partition(':')[0]}, which takes {takes}"
             elif translation:
                 home, _, our_key = translation.partition(":")[0].rpartition(".")
                 fix = f"write {translation.removeprefix(f'{home}.')}{f' under {home}' if home != section else ''}"

@@ -125,11 +125,22 @@ def _extends_chain(path: Path, ancestors: tuple[Path, ...] = ()) -> list[tuple[D
     return [*_extends_chain(target, (*ancestors, resolved)), (document, path)]
 
 
-def override_texts(overrides: str | Sequence[str] | Mapping[str, Any]) -> list[str]:
+def _plain_value(value: Any) -> Any:
+    """Return a value as YAML can hold it: numbers of numpy as Python's, paths as texts, also inside lists."""
+    if isinstance(value, list | tuple):
+        return [_plain_value(item) for item in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value if value is None or isinstance(value, str | int | float | dict) else str(value)
+
+
+def override_texts(overrides: str | Sequence[str] | Mapping[str, Any] | None) -> list[str]:
     """Return overrides as key=value texts: of one text, of several, or of a mapping of keys to values.
 
     Example: {"train": {"epochs": 2}, "base": "gpt2"} -> ["train.epochs=2", "base=gpt2"].
     """
+    if not overrides:
+        return []
     if isinstance(overrides, str):
         return [overrides]
     if not isinstance(overrides, Mapping):
@@ -139,7 +150,7 @@ def override_texts(overrides: str | Sequence[str] | Mapping[str, Any]) -> list[s
         if isinstance(value, Mapping) and value:
             texts += [f"{key}.{text}" for text in override_texts(value)]
         else:
-            plain = str(value) if isinstance(value, Path) else value
+            plain = _plain_value(value)
             text = yaml.safe_dump(plain, default_flow_style=True, width=math.inf)
             texts.append(f"{key}={text.removesuffix('...' + chr(10)).strip()}")
     return texts

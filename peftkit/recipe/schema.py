@@ -123,6 +123,7 @@ CheckName = Literal[
     "roles",
     "repairs",
     "media",
+    "rated-answers",
     "unused-columns",
     "chosen-equals-rejected",
     "preference-length",

@@ -37,7 +37,7 @@ _SAME = {
     "train.max_grad_norm": "gradient_clipping clip_grad_norm",
     "train.checkpoint_steps": "save_steps",
     "train.early_stopping.patience": "early_stopping_patience",
-    "data.train": "dataset datasets dataset_name train_file train_files data_path dataset_path train_data_path",
+    "data.train": "dataset_name dataset_path train_data_path",
     "data.eval": "val_set_size val_size test_size eval_dataset test_datasets val_files validation_file test_split_size",
     "data.format": "dataset_format",
     "data.chat.system": "system_prompt default_system",
@@ -48,9 +48,14 @@ _YES = {"true", "1", "yes"}
 _NOT_YET = "peftkit has none yet: leave it out"
 
 
-def by_value(key: str, values: Mapping[str, str]) -> Callable[[Any, Mapping[str, Any]], str]:
-    """Return a translation by a table of values; a value without an entry is kept as it is."""
-    return lambda value, _: f"{key}: {values.get(str(value).lower(), _show(value))}"
+def by_value(key: str, values: Mapping[str, str], *, is_name: bool = True) -> Callable[[Any, Mapping[str, Any]], str]:
+    """Return a translation by a table of values; another value is kept, a name of a choice in small letters."""
+
+    def translate(value: Any, _: Mapping[str, Any]) -> str:
+        kept = value.lower() if is_name and isinstance(value, str) else value
+        return f"{key}: {values.get(str(value).lower(), _show(kept))}"
+
+    return translate
 
 
 def translate_targets(value: Any, _: Mapping[str, Any]) -> str:
@@ -63,9 +68,20 @@ def translate_targets(value: Any, _: Mapping[str, Any]) -> str:
 
 def translate_accumulation(value: Any, siblings: Mapping[str, Any]) -> str:
     """Return the batch size, which counts the rows of all micro-batches."""
-    micro = next((siblings[name] for name in _SAME["train.micro_batch"].split() if name in siblings), 1)
-    is_number = isinstance(value, int) and isinstance(micro, int)
+    names = ("micro_batch", *_SAME["train.micro_batch"].split())
+    micro = next((siblings[name] for name in names if name in siblings), 1)
+    is_number = all(isinstance(number, int) and not isinstance(number, bool) for number in (value, micro))
     return f"train.batch_size: {value * micro}" if is_number else "train.batch_size: micro_batch times this"
+
+
+def translate_datasets(value: Any, _: Mapping[str, Any]) -> str:
+    """Return the sources: of Axolotl's list of mappings what a source here has too."""
+    sources = value if isinstance(value, list) else [value]
+    kept = [
+        {key: one[key] for key in ("path", "split", "revision") if key in one} if isinstance(one, Mapping) else one
+        for one in sources
+    ]
+    return f"data.train: {_show(kept if isinstance(value, list) else kept[0])}"
 
 
 _SCHEDULES = {
@@ -77,6 +93,7 @@ _INITS = {"true": "default", "false": "default", "pissa_niter_16": "pissa", "lof
 _TRANSLATIONS: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
     **dict.fromkeys(("target_modules", "lora_target_modules", "lora_target", "lora_targets"), translate_targets),
     "gradient_accumulation_steps": translate_accumulation,
+    **dict.fromkeys(("dataset", "datasets", "train_file", "train_files", "data_path"), translate_datasets),
     "lr_scheduler_type": by_value("train.schedule.kind", _SCHEDULES),
     "lr_scheduler": by_value("train.schedule.kind", _SCHEDULES),
     "optim": by_value("train.optimizer", _OPTIMIZERS),
@@ -133,11 +150,14 @@ _WITHOUT_KEY = {
 
 
 def _show(value: object) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    try:
+        return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    except yaml.YAMLError:  # from Python anything may come
+        return str(value)
 
 
 _KEYS: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
-    **{name: by_value(key, {}) for key, names in _SAME.items() for name in names.split()},
+    **{name: by_value(key, {}, is_name=False) for key, names in _SAME.items() for name in names.split()},
     **_TRANSLATIONS,
 }
 _INSTEAD = {name: text for names, text in _WITHOUT_KEY.items() for name in names.split()}
@@ -149,6 +169,8 @@ def translate_key(key: str, value: object, siblings: Mapping[str, Any]) -> tuple
     Example: lora_r, 16 -> "method.rank: 16". `siblings` are the keys beside it, for values that need two.
     """
     name = key.lower().removeprefix("--").replace("-", "_")
+    if name in _KEYS and value is None:
+        return "", "leave it out: null is no setting"
     if name in _KEYS:
         return _KEYS[name](value, siblings), ""
     return "", _INSTEAD.get(name, "")

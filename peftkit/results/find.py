@@ -11,7 +11,7 @@ from peftkit.model.adapter.attach import PEFT_TASKS
 from peftkit.model.adapter.load import ADAPTER_CONFIG, read_adapter_config
 from peftkit.model.base.file_checks import check_adapter_weights, check_model_folder
 from peftkit.model.base.identity import base_plan_fields, lacks_4bit_details, read_identity, refuse_other_base
-from peftkit.model.base.locate import locate_base
+from peftkit.model.base.locate import LocatedBase, locate_base
 from peftkit.model.base.shape import infer_base_shape
 from peftkit.model.load import resolve_source
 from peftkit.objectives import OBJECTIVES
@@ -52,6 +52,10 @@ def is_standalone_adapter(path: Path) -> bool:
     return not (run_folder(path) / "plan.json").is_file() and (path / "adapter_config.json").is_file()
 
 
+class BaseNotFoundError(UserError):
+    """The base of an adapter, which is not where the adapter says."""
+
+
 def find_adapter_folder(path: Path) -> Path:
     """Return the intact folder with the adapter files of a run or of a standalone adapter.
 
@@ -76,7 +80,7 @@ def find_adapter(path: Path, *, base: str | None = None) -> Adapter:
     if not path_exists(path):
         raise UserError(Problem(str(path), "nothing there", RUN_OR_ADAPTER))
     if is_standalone_adapter(path):
-        config = read_checked_config(path)
+        config = read_checked_config(path, base=base)
         if (path / MANIFEST).is_file():  # made by peftkit, and away from its run
             refuse_damaged(path)
 
@@ -86,14 +90,18 @@ def find_adapter(path: Path, *, base: str | None = None) -> Adapter:
         adapter = _run_adapter(path)
     if base is not None:
         adapter = replace(adapter, base=replace(adapter.base, id=base, revision=None))
-    try:
-        location = locate_base(adapter.base.id, revision=adapter.base.revision, where="base")
-    except UserError as error:
-        fix = "if it was moved: --base-model PATH"
-        raise UserError([replace(p, fix=p.fix or fix) for p in error.problems]) from None
+    location = _locate_adapters_base(adapter.base.id, adapter.base.revision, "base")
     adapter = replace(adapter, source=resolve_source(location, "base"))
     refuse_other_base(adapter.folder, adapter.source, adapter.base)
     return adapter
+
+
+def _locate_adapters_base(base_id: str, revision: str | None, where: str) -> LocatedBase:
+    try:
+        return locate_base(base_id, revision=revision, where=where)
+    except UserError as error:
+        fix = "where it lies elsewhere: merge and export take --base-model PATH"
+        raise BaseNotFoundError([replace(problem, fix=fix) for problem in error.problems]) from None
 
 
 def _run_adapter(path: Path) -> Adapter:
@@ -121,16 +129,17 @@ def refuse_damaged(folder: Path) -> None:
         raise UserError([Problem(str(folder), fault, "files as peftkit wrote them", fix) for fault in faults])
 
 
-def read_checked_config(path: Path) -> dict[str, Any]:
+def read_checked_config(path: Path, *, base: str | None = None) -> dict[str, Any]:
     """Return PEFT's configuration in an adapter folder, after checking it and the weights.
 
-    Raises UserError where the folder is incomplete or the configuration names no base.
+    Raises UserError where the folder is incomplete, or neither the configuration nor `base` names a base.
     """
     check_model_folder(path)
     file, config = str(path / ADAPTER_CONFIG), read_adapter_config(path)
-    base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not isinstance(base, str) or not base.strip() or "\0" in base:
-        raise UserError(Problem(file, "no base_model_name_or_path", "the base that it was trained on"))
+    named, revision = base or config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(named, str) or not named.strip() or "\0" in named:
+        fix = "write it there; merge and export also take --base-model PATH"
+        raise UserError(Problem(file, "no base_model_name_or_path", "the base that it was trained on", fix))
     if not isinstance(revision, str | None):
         raise UserError(Problem(f"{file} revision", f"a {type(revision).__name__}", "text, or null"))
     check_adapter_weights(path)
@@ -152,7 +161,7 @@ def standalone_base_plan(path: Path, config: dict[str, Any], *, id: str | None =
         got = f"an adapter for {task} without its run"
         raise UserError(Problem(str(path), got, "the run, which knows the names of the classes"))
     revision = None if id else config.get("revision")
-    base = locate_base(id or config["base_model_name_or_path"], revision=revision, where=where)
+    base = _locate_adapters_base(id or config["base_model_name_or_path"], revision, where)
     shape = infer_base_shape(base, task=task, data_format=None, num_labels=0, trust_remote_code=False, where=where)
     dtype = "bfloat16" if detect_device().kind == "cuda" else "float32"
     plain_plan = unquantized_base(shape, id=base.id, kind=base.kind, revision=revision, dtype=dtype)

@@ -99,6 +99,9 @@ class RunDir:
             fix = ""
             if path.suffix in {".yaml", ".yml"}:
                 got, fix = "a recipe", f"train it first: peftkit finetune {path}; then give the folder that it names"
+            elif inside := [file.parent for file in path.glob("checkpoint-*/adapter_config.json")]:
+                last = max(inside, key=lambda folder: (len(folder.name), folder.name))
+                got, fix = "a trainer's folder of checkpoints", f"give one of them, the last is {last}"
             raise UserError(Problem(str(path), got, "a run directory made by peftkit finetune", fix))
         if (path / "checkpoints").is_symlink():
             got = "a checkpoints folder that is a symlink"

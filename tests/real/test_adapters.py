@@ -1,5 +1,6 @@
 """Adapters as they are found: every door that lets one out looks at its tensors the same way."""
 
+import json
 import shutil
 
 import pytest
@@ -62,4 +63,38 @@ def test_a_copy_without_its_base_says_what_was_not_compared(adapter, tmp_path):
     config.write_text(config.read_text().replace(str(TINY_LLAMA), str(tmp_path / "moved")))
     result = peftkit.export_adapter(away, options=peftkit.ExportOptions("adapter", out=str(tmp_path / "out")))
     assert "not compared" in result.said[0]
+    with pytest.raises(UserError, match="merge and export take --base-model"):
+        peftkit.generate(away, "hello")
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("named", [None, "", "somebody/unsloth-llama-bnb-4bit"])
+def test_a_base_that_the_adapter_does_not_name_is_named_on_the_command_line(named, adapter, tmp_path):
+    away = shutil.copytree(adapter, tmp_path / "away")
+    (away / "MANIFEST.json").unlink()
+    file = away / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": named}))
+    with pytest.raises(UserError, match="--base-model"):
+        peftkit.merge_adapter(away, out=str(tmp_path / "out"))
+    options = peftkit.MergeOptions(base_model=str(TINY_LLAMA))
+    assert peftkit.merge_adapter(away, out=str(tmp_path / "out"), options=options).passed
+
+
+def test_a_trainers_folder_names_its_last_checkpoint(adapter, tmp_path):
+    for step in (9, 10):
+        shutil.copytree(adapter, tmp_path / f"checkpoint-{step}")
+    with pytest.raises(UserError, match="checkpoint-10"):
+        peftkit.merge_adapter(tmp_path, out=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("how", ["B is zero", "alpha is zero"])
+def test_an_adapter_that_changes_nothing_is_said_to(how, adapter, tmp_path):
+    idle = shutil.copytree(adapter, tmp_path / "idle")
+    (idle / "MANIFEST.json").unlink()
+    weights, config = idle / "adapter_model.safetensors", idle / "adapter_config.json"
+    if how == "B is zero":
+        save_file({n: t * (0 if "lora_B" in n else 1) for n, t in load_file(weights).items()}, weights)
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 0}))
+    rows = dict(peftkit.merge_adapter(idle, out=str(tmp_path / "out")).rows())
+    assert "the adapter changes nothing" in rows["verdict"]

@@ -11,6 +11,7 @@ from peftkit.data.formats import labels_of, to_examples
 from peftkit.data.formats.unused import resembles
 from peftkit.data.read import Row
 from peftkit.data.read.sources import read_rows
+from peftkit.data.read.texts import csv_delimiter
 from peftkit.errors import UserError
 from tests.conftest import TINY_LLAMA, write_jsonl
 
@@ -48,6 +49,7 @@ UNPAIRED = {
     "LLaMA-Factory, Alpaca": lambda i: {"instruction": f"q{i}", "input": "", "output": f"a{i}", "kto_tag": False},
     "LLaMA-Factory, ShareGPT": lambda i: {"messages": turns(f"q{i}", f"a{i}"), "kto_tag": True},
     "a table": lambda i: {"prompt": f"q{i}", "completion": f"a{i}", "label": "False"},
+    "a table of numbers": lambda i: {"prompt": f"q{i}", "completion": f"a{i}", "label": str(i % 2)},
 }
 
 
@@ -326,3 +328,84 @@ def test_a_tool_s_response_and_a_call_without_arguments_are_read():
     [example] = to_examples([Row({"messages": turns_given}, "f:1")], "chat")
     assert example.messages[1]["tool_calls"][0]["function"]["arguments"] == {}
     assert example.messages[2]["role"] == "tool"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "completion": "a", "label": False},
+        {"question": "q", "answer": "a", "label": False},
+        {"instruction": "q", "output": "a", "label": 0},
+        {"messages": turns("q", "a"), "kto_tag": "false"},
+    ],
+    ids=lambda row: next(iter(row)),
+)
+def test_a_rating_in_a_later_row_is_no_answer_to_learn(row, tmp_path):
+    first = {key: value for key, value in row.items() if key not in {"label", "kto_tag"}}
+    rows = [first, *([row] * NUM)]
+    report = peftkit.check_data(recipe_of(tmp_path, rows))
+    [finding] = [finding for finding in report.findings if finding.check == "rated-answers"]
+    assert (finding.status, finding.num_rows) == ("fail", NUM)
+    with pytest.raises(UserError, match="which rates the answer"):
+        peftkit.finetune(recipe_of(tmp_path, rows))
+    kinds = {"prompt": "prompt-completion", "question": "question-answer", "instruction": "instruction"}
+    named = recipe_of(tmp_path, rows)
+    named["data"] |= {"format": kinds.get(next(iter(row)), "chat")}
+    assert peftkit.check_data(named).totals.num_train > 0, "who names the format says that it rates nothing"
+
+
+def test_media_in_a_turn_and_behind_a_template_are_refused(tmp_path):
+    in_turn = [{"messages": [{**turns("<image>?")[0], "images": ["a.png"]}, *turns("", "cat")[1:]]}] * NUM
+    with pytest.raises(UserError, match=r"media in messages\[\].images"):
+        peftkit.check_data(recipe_of(tmp_path, in_turn))
+    recipe = recipe_of(tmp_path, [{"q": f"<image>? {i}", "a": "cat", "images": ["a.png"], "id": i} for i in range(NUM)])
+    recipe["data"]["columns"] = {"prompt": "{{ q }}", "completion": "{{ a }}"}
+    with pytest.raises(UserError, match="media in images"):
+        peftkit.check_data(recipe)
+
+
+def test_masks_that_disagree_mask():
+    answer = {"role": "assistant", "content": "a", "loss": False, "weight": 1}
+    [example] = to_examples([Row({"messages": [*turns("q"), answer]}, "f:1")], "chat")
+    assert example.messages[1]["weight"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([{"role": "assistant", "content": "a"}] * 2, "assistant turns alone"),
+        ([{"role": "system", "content": "be brief"}, *turns("q", "a")], "a system column beside a system turn"),
+    ],
+    ids=str,
+)
+def test_chats_that_no_repair_makes_right_are_refused(messages, said):
+    row = Row({"messages": messages, "system": "another"}, "f:1")
+    with pytest.raises(UserError, match=said):
+        to_examples([row], "chat")
+
+
+def test_a_greeting_after_the_system_turn_is_context_and_an_own_mask_is_kept():
+    greeting = {"role": "assistant", "content": "hello"}
+    with_system = [{"role": "system", "content": "s"}, greeting, *turns("q", "a")]
+    [example] = to_examples([Row({"messages": with_system}, "f:1")], "chat")
+    assert example.messages[1]["weight"] == 0.0
+    masked = {"role": "assistant", "content": "hello", "train": False}
+    [example] = to_examples([Row({"messages": [masked, *turns("q", "a")]}, "f:1")], "chat")
+    assert (example.messages[0]["weight"], example.repairs) == (0.0, ())
+    empty = [*turns("q"), {"role": "assistant", "content": ""}, {"role": "assistant", "content": "b"}]
+    [example] = to_examples([Row({"messages": empty}, "f:1")], "chat")
+    assert example.messages[1]["content"] == "b"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_a_table_lacks_is_no_answer(value):
+    with pytest.raises(UserError, match="completion is"):
+        to_examples([Row({"prompt": "q", "completion": value}, "f:1")], "prompt-completion")
+
+
+@pytest.mark.parametrize(
+    ("lines", "delimiter"),
+    [("text;label, coarse\nhi;x\n", ";"), ("a,b;c\n1,2\n", ","), ("a;b\n1;2\n", ";"), ("a\n1\n", ",")],
+)
+def test_a_header_with_another_s_sign_is_read_by_its_rows(lines, delimiter):
+    assert csv_delimiter(*lines.splitlines()) == delimiter

@@ -131,6 +131,13 @@ def _surrogate(rows: Rows, draw: Random) -> list[int]:
     return [at]
 
 
+@_fault("an answer that is rated", "chat", "rated-answers", "fail")
+def _rated(rows: Rows, draw: Random) -> list[int]:
+    at = _one(rows.train, draw)
+    rows.train[at]["label"] = False
+    return [at]
+
+
 @_fault("a picture beside the text", "chat", "media", "fail")
 def _picture(rows: Rows, draw: Random) -> list[int]:
     at = _one(rows.train, draw)

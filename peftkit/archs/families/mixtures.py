@@ -15,12 +15,6 @@ def _router(name: str, num: str, extra: str = "") -> Weight:
     return Weight(name, f"{num}*hidden{extra}", "router")
 
 
-def _dense_then_moe(sizes: Sizes) -> list[frozenset[str]]:
-    """DeepSeek: the first layers are dense."""
-    num_dense = sizes["first_k_dense_replace"]
-    return [frozenset({"dense" if i < num_dense else "moe"}) for i in range(sizes["layers"])]
-
-
 def qwen3_moe_kinds(sizes: Sizes) -> list[frozenset[str]]:
     """Return Qwen3-MoE's layer kinds: each `decoder_sparse_step`-th is a mixture, unless listed as dense."""
     step, dense_layers = sizes["decoder_sparse_step"], sizes.key("mlp_only_layers") or ()
@@ -38,11 +32,10 @@ def llama4_kinds(sizes: Sizes) -> list[frozenset[str]]:
 
 
 def deepseek_kinds(sizes: Sizes) -> list[frozenset[str]]:
-    """Return the parts of each layer, first to last."""
-    return [
-        kinds | frozenset({"q low rank" if sizes.key("q_lora_rank") else "q direct"})
-        for kinds in _dense_then_moe(sizes)
-    ]
+    """Return the parts of each layer, first to last: the first ones are dense."""
+    num_dense = sizes["first_k_dense_replace"]
+    query = "q low rank" if sizes.key("q_lora_rank") else "q direct"
+    return [frozenset({query, "dense" if i < num_dense else "moe"}) for i in range(sizes["layers"])]
 
 
 _Q_HEAD = "(qk_nope_head_dim+qk_rope_head_dim)"

@@ -97,7 +97,7 @@ def _text_parts(content: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": content}]
 
 
-def _renders_probe(template: str, *turns: Message) -> bool:
+def _renders_probe(template: str, *turns: Message, probe: str = _PROBE) -> bool:
     """Return True where a template accepts turns and writes the probe that one of them holds."""
     import jinja2
 
@@ -105,7 +105,7 @@ def _renders_probe(template: str, *turns: Message) -> bool:
         text, _ = render_chat(turns, template=template, bos_token="", eos_token="")
     except (jinja2.TemplateError, TypeError):
         return False
-    return _PROBE in text
+    return probe in text
 
 
 @lru_cache(maxsize=32)
@@ -129,7 +129,8 @@ def tool_call_form(template: str) -> tuple[bool, bool]:
     It is tried: the first form counts whose arguments stand in the text.
     """
     for as_text, is_null in ((False, False), (False, True), (True, False), (True, True)):
-        call = {"function": {"name": "probe", "arguments": {"x": _PROBE}}, "type": "function", "id": "probe0001"}
+        arguments = {"x": _PROBE}
+        call = {"function": {"name": "probe", "arguments": arguments}, "type": "function", "id": "probe0001"}
         turn = {"role": "assistant", "content": "", "tool_calls": [call]}
         turns: tuple[Message, ...] = (
             {"role": "user", "content": "hi"},
@@ -137,7 +138,9 @@ def tool_call_form(template: str) -> tuple[bool, bool]:
         )
         if needs_content_parts(template):
             turns = tuple({**one, "content": _text_parts(str(one["content"] or ""))} for one in turns)
-        if _renders_probe(template, *turns):
+        # a mapping that stands there as Python has it was meant to be text
+        is_repr = not as_text and _renders_probe(template, *turns, probe=f"'x': '{_PROBE}'")
+        if _renders_probe(template, *turns) and not is_repr:
             return as_text, is_null
     return False, False
 

@@ -23,12 +23,18 @@ _SYNONYMS: Mapping[str, Mapping[str, str]] = {
     },
     "question-answer": {"question": "question questions", "answer": "answer answers response output reply solution"},
     "prompt-completion": {
-        "prompt": "prompt question instruction query input source problem user human request context source_text text",
+        "prompt": "prompt question instruction query input source problem user human request user_message "
+        "source_text text",
         "completion": "completion response answer output reply solution assistant target summary answers target_text "
-        "chosen accepted translation gpt bot label",
+        "translation gpt bot bot_reply assistant_message assistant_reply",
     },
     "text": {"text": "text content body document article story code passage paragraph markdown raw_content sentence"},
 }
+
+
+_NO_TEXT = re.compile(
+    r"(.*_)?(id|uuid|url|uri|date|time|hash|source|title|name|lang|language|split|chosen.*|rejected.*)$"
+)
 
 
 def advise_columns(row: Row, format_name: str) -> str:
@@ -57,7 +63,7 @@ def _candidates(row: Row, format_name: str) -> Iterator[tuple[dict[str, str], st
     for turns, value in row.fields.items():
         if format_name in {"auto", "chat"} and isinstance(value, list):
             yield {"messages": turns}, "chat"
-    by_key = {re.sub(r"[^a-z]+", "_", name.lower()).strip("_"): name for name in row.fields}
+    by_key = {re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"): name for name in row.fields}
     formats = [format_name] if format_name != "auto" else list(_SYNONYMS)
     for name in formats:
         columns: dict[str, str] = {}
@@ -68,7 +74,10 @@ def _candidates(row: Row, format_name: str) -> Iterator[tuple[dict[str, str], st
         if columns and len(columns) == len(_SYNONYMS[name]):
             yield columns, name
     texts = [name for name, value in row.fields.items() if isinstance(value, str) and value.strip()]
-    if len(texts) >= 2 and "prompt-completion" in formats:
+    # what is left is a guess: only where nothing else can be meant
+    if by_key.keys() & set(_SYNONYMS["classification"]["label"].split()) or any(map(_NO_TEXT.match, by_key)):
+        return
+    if len(texts) == 2 and "prompt-completion" in formats:
         yield {"prompt": texts[0], "completion": texts[1]}, "prompt-completion"
-    if len(texts) >= 1 and "text" in formats:
+    if len(texts) == 1 and "text" in formats:
         yield {"text": texts[0]}, "text"

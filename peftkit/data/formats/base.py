@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -116,6 +117,8 @@ def required_text(values: Mapping[str, object], name: str, *, answer: bool = Fal
     Raises BadRow if it has none; an empty `answer` fails `empty-answers`.
     """
     value = values.get(name)
+    if answer and isinstance(value, float) and not math.isfinite(value):  # how tables hold what is missing
+        raise BadRow(f"{name} is {value}", f"text in {name}", check="empty-answers")
     if answer and isinstance(value, bool | int | float):  # as JSON writes it: a table's 4, a true
         return str(value).lower()
     if not isinstance(value, str):
@@ -137,10 +140,11 @@ def optional_text(values: Mapping[str, object], name: str) -> str:
 
 
 def as_boolean(value: object) -> bool | None:
-    """Return a boolean as data hold it (true, "True", a table's 1 or 0); None for anything else."""
+    """Return a boolean as data hold it (true, "True", 1.0, a table's "0"); None for anything else."""
     if isinstance(value, int | float) and value in {0, 1}:
         return bool(value)
-    return {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else None
+    known = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+    return known.get(value.strip().lower()) if isinstance(value, str) else None
 
 
 def loss_weight(values: Mapping[str, object]) -> float:

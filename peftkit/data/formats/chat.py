@@ -82,8 +82,9 @@ def _turn_weight(turn: Mapping[str, Any], role: str) -> float | None:
     weight = None
     for key, value in turn.items():
         if key in _MASK_KEYS and value is not None and value != "":
-            weight = float(value) if isinstance(value, bool) else loss_weight({"weight": value})
-            if weight and role != "assistant" and key != "weight":
+            part = float(value) if isinstance(value, bool) else loss_weight({"weight": value})
+            weight = part if weight is None else weight * part  # off by one of them is off
+            if part and role != "assistant" and key != "weight":
                 raise BadRow(f"{key}: {value!r} on a {role} turn", "assistant turns alone in the loss")
         elif key == "train_detail" and value:
             raise BadRow("train_detail, a mask of parts of a turn", "a mask of whole turns, such as train: false")
@@ -160,20 +161,22 @@ def repair_turns(turns: tuple[Message, ...]) -> tuple[tuple[Message, ...], tuple
     for turn in turns:
         last = repaired[-1] if repaired else {}
         if last.keys() == turn.keys() == {"role", "content"} and last["role"] == turn["role"] in {"user", "assistant"}:
-            repaired[-1] = {**turn, "content": f"{last['content']}\n\n{turn['content']}"}
+            said = (last["content"], turn["content"])
+            repaired[-1] = {**turn, "content": "\n\n".join(text for text in said if text.strip())}
             repairs[f"neighbouring {turn['role']} turns were joined"] = None
         else:
             repaired.append(turn)
-    if repaired[0]["role"] == "assistant" and len(repaired) > 1:
-        repaired[0] = {**repaired[0], "weight": 0.0}
+    start = next((number for number, turn in enumerate(repaired) if turn["role"] != "system"), 0)
+    if repaired[start]["role"] == "assistant" and "weight" not in repaired[start] and len(repaired) > start + 1:
+        repaired[start] = {**repaired[start], "weight": 0.0}
         repairs["the assistant turn at the start is context"] = None
     return tuple(repaired), tuple(repairs)
 
 
 def _check_turns(turns: tuple[Message, ...]) -> tuple[Message, ...]:
     """Return turns that end in an answer. Raises BadRow for a chat without an assistant turn at its end."""
-    if turns[0]["role"] == "assistant" and len(turns) == 1:
-        raise BadRow("a chat of one assistant turn", "a user or system turn first", check="roles")
+    if all(turn["role"] == "assistant" for turn in turns):
+        raise BadRow("a chat of assistant turns alone", "a user or system turn first", check="roles")
     if turns[-1]["role"] != "assistant":
         got = f"a chat that ends with {turns[-1]['role']}"
         raise BadRow(got, "an assistant turn at the end", check="roles")
@@ -195,8 +198,10 @@ def _chat(row: Row) -> Example:
     name = "messages" if "messages" in values else "conversations"
     turns, repairs = repair_turns(_check_turns(parse_turns(values.get(name), name)))
     system = values.get("system")  # ShareGPT keeps the system prompt in a column of its own
-    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
-        turns = ({"role": "system", "content": system}, *turns)
+    if isinstance(system, str) and system.strip():
+        if turns[0]["role"] == "system" and turns[0]["content"].strip() != system.strip():
+            raise BadRow("a system column beside a system turn", "one system prompt", check="roles")
+        turns = turns if turns[0]["role"] == "system" else ({"role": "system", "content": system}, *turns)
     tools = _parse_tools(values) if values.get("tools") else ()
     return Example(row.where, messages=turns, tools=tools, weight=loss_weight(values), repairs=repairs)
 
@@ -209,6 +214,8 @@ def _prompt_completion(row: Row) -> Example:
         turns = _check_turns(parse_turns([*prompt, *completion], "prompt and completion"))
         tools = _parse_tools(values) if values.get("tools") else ()
         return Example(row.where, messages=turns, num_given=len(prompt), tools=tools, weight=loss_weight(values))
+    if values.get("tools"):
+        raise BadRow("tools beside a text prompt", "turns in prompt and completion, in which a template writes tools")
     prompt_text, completion_text = required_text(values, "prompt"), required_text(values, "completion", answer=True)
     return Example(row.where, prompt=prompt_text, completion=completion_text, weight=loss_weight(values))
 

@@ -48,6 +48,15 @@ def make_renamer(columns: Mapping[str, str], first: Row, where: str = "data.colu
     return rename
 
 
+def columns_of_templates(columns: Mapping[str, str]) -> set[str]:
+    """Return the columns that the templates of a recipe's `columns` read, by their names."""
+    import jinja2.meta
+
+    environment = jinja2.Environment()
+    lines = [line for line in columns.values() if "{{" in line or "{%" in line]
+    return {name for line in lines for name in jinja2.meta.find_undeclared_variables(environment.parse(line))}
+
+
 def _render(line: str, row: Row) -> str:
     """Render a line with a row, in the sandbox. Raises BadRow for a row that it refuses."""
     import jinja2

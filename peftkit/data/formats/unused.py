@@ -35,8 +35,14 @@ def unused_values(row: Row, used: frozenset[str]) -> Iterator[tuple[str, object]
         turns = row.fields[name]
         if isinstance(turns, list):
             for turn in turns:
-                if isinstance(turn, Mapping) and len(turn) > 2:
-                    yield from ((f"{name}[].{key}", turn[key]) for key in turn.keys() - TURN_KEYS)
+                if not isinstance(turn, Mapping) or len(turn) <= 2:
+                    continue
+                for key in turn.keys() - TURN_KEYS:
+                    if turn[key] in _EMPTY:
+                        continue
+                    if _MEDIA.match(str(key).lower()):
+                        raise BadRow(f"media in {name}[].{key}", "text only", check="media")
+                    yield f"{name}[].{key}", turn[key]
 
 
 def resembles(name: str, value: object) -> str:

@@ -45,6 +45,11 @@ COUNTED_CHECKS: dict[str, CountedCheck] = {
         _NEVER,
         only_for="chats",
     ),
+    "rated-answers": CountedCheck(
+        "no answer is rated",
+        "rows whose answer is rated, good or bad",
+        "keep the good answers and remove the column; where it rates nothing, name data.format",
+    ),
     "media": CountedCheck(
         "no pictures, sound or video", "rows with media, which text alone does not hold", "remove them"
     ),

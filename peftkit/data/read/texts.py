@@ -26,6 +26,7 @@ from peftkit.units import join_names, shorten
 MAX_COMPRESSED_ARRAY_BYTES = 512 * 2**20  # a file that is not compressed shows its size
 MAX_RECORD_BYTES = 16 * 2**20  # of a table: the csv module takes four bytes and more for each
 _PEEK_BYTES = 4096
+_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|\])")
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -72,7 +73,7 @@ def read_json_lines(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | F
         if fault := check_encoding(file, stream):
             yield fault
             return
-        if stream.peek(_PEEK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":  # no line of rows begins so
+        if _ARRAY.match(stream.peek(_PEEK_BYTES)):  # no line of rows begins so
             yield from read_json_array(file, limit)
             return
         for line in read_lines(stream, file.name, limit):
@@ -148,22 +149,40 @@ def _rows_of_object(file: File, text: str) -> Iterator[Row | Fault]:
         for key, rows in value.items()
         if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
     }
-    has_turns = any(row.keys() & {"role", "from"} for rows in lists.values() for row in rows)
+    turn_keys = ({"role", "content"}, {"from", "value"})
+    has_turns = any(keys <= row.keys() for rows in lists.values() for row in rows for keys in turn_keys)
     tables = {} if has_turns else lists
-    columns = [list(column.values()) if isinstance(column, dict) else column for column in value.values()]
     if len(tables) > 1:
         got, fix = f"lists of rows under {', '.join(map(shorten, tables))}", "write each to a file of its own"
         raise file.refuse(got, "one list of rows", fix)
     if tables:
         [(key, rows)] = tables.items()
-    elif not has_turns and all(isinstance(column, list) for column in columns) and len({*map(len, columns)}) == 1:
-        key, rows = "columns", [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    elif not has_turns and (columns := _columns_of(value)):
+        key, rows = "columns", [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     else:
         got = f"an object with {join_names(list(value))}"
         fix = "one object a line? name it .jsonl; one row alone? put it in a list"
         raise file.refuse(got, "a list of objects, or an object that holds one", fix)
     for number, row in enumerate(rows, start=1):
         yield _row_or_fault(row, text, f"{file.name} {shorten(key)} row {number}")
+
+
+def _columns_of(value: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return the columns of an object that holds lists of cells, or cells by row number as pandas writes them.
+
+    Empty for anything else: lists of several lengths, rows by name, pandas' split form.
+    """
+    columns = list(value.values())
+    if value.keys() == {"columns", "index", "data"}:
+        return {}
+    if all(isinstance(column, dict) and all(number.isdecimal() for number in column) for column in columns):
+        numbers = {tuple(sorted(column, key=int)) for column in columns}
+        if len(numbers) != 1:
+            return {}
+        order = next(iter(numbers))
+        return {name: [column[number] for number in order] for name, column in value.items()}
+    has_cells = all(isinstance(column, list) and not any(isinstance(c, dict) for c in column) for column in columns)
+    return value if has_cells and len({*map(len, columns)}) == 1 else {}
 
 
 def _array_element(file: File, text: str, position: int, where: str) -> tuple[Row | Fault, int]:
@@ -251,14 +270,16 @@ def _read_header(file: File, records: Iterator[tuple[Any, str]]) -> list[str]:
     return []
 
 
-def csv_delimiter(header: str) -> str:
-    """Return what separates the columns of a CSV file by its header: a comma, or else what occurs most.
+def csv_delimiter(header: str, next_line: str = "") -> str:
+    """Return what separates the columns of a CSV file: what occurs most in its header, a comma on a tie.
 
-    Example: "text;label" -> ";". What stands in quotes does not count.
+    Of several in the header, one that occurs as often in the next line comes first. What stands in quotes does
+    not count. Example: "text;label" -> ";".
     """
-    bare = re.sub(r'"[^"]*"', "", header)
-    counts = {delimiter: bare.count(delimiter) for delimiter in (",", ";", "\t", "|")}
-    return "," if counts[","] or not any(counts.values()) else max(counts, key=lambda one: counts[one])
+    bare, below = (re.sub(r'"[^"]*"', "", line) for line in (header, next_line))
+    counts = {delimiter: bare.count(delimiter) for delimiter in (",", ";", "\t", "|") if delimiter in bare}
+    alike = {one: count for one, count in counts.items() if below.count(one) == count}
+    return max(alike or counts, key=lambda one: counts[one], default=",")
 
 
 def read_csv(file: File, limit: int = MAX_LINE_BYTES, *, delimiter: str = "") -> Iterator[Row | Fault]:
@@ -274,7 +295,8 @@ def read_csv(file: File, limit: int = MAX_LINE_BYTES, *, delimiter: str = "") ->
         limit = min(limit, MAX_RECORD_BYTES)
         if not delimiter:
             head = stream.peek(_PEEK_BYTES).decode("utf-8", errors="replace").lstrip("\ufeff\r\n")
-            delimiter = csv_delimiter(head.partition("\n")[0])
+            first_line, _, rest = head.partition("\n")
+            delimiter = csv_delimiter(first_line, rest.partition("\n")[0])
         records = _csv_records(read_lines(stream, file.name, limit), delimiter, file.name, limit)
         header = _read_header(file, records)
         for cells, where in records:

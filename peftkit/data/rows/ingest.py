@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import interrupt
-from peftkit.data.formats import FORMATS, BadRow, Example, select_reader
-from peftkit.data.formats.columns import make_renamer
+from peftkit.data.formats import CLASSES, FORMATS, PREFERENCES, BadRow, Example, select_reader
+from peftkit.data.formats.base import as_boolean
+from peftkit.data.formats.columns import columns_of_templates, make_renamer
 from peftkit.data.formats.unused import resembles, unused_values
 from peftkit.data.read import Fault, LocatedSource, Row
 from peftkit.data.rows import cache
@@ -30,7 +31,7 @@ from peftkit.recipe.paths import redact_url
 from peftkit.recipe.schema import Chat, Data, Source
 
 # checks whose rows cannot be used: waived, they are left out; otherwise they stop the run
-UNUSABLE_CHECKS = ("malformed-rows", "encoding", "missing-fields", "empty-answers", "roles", "media")
+UNUSABLE_CHECKS = ("malformed-rows", "encoding", "missing-fields", "empty-answers", "roles", "media", "rated-answers")
 LEFT_OUT = "left-out"  # rows that could not be used, whatever the check
 _INTERRUPT_CHECK_ROWS = 1000  # between looks for a signal
 _FORMAT_ROWS = 100  # among which one has to tell the format
@@ -41,6 +42,7 @@ _FIXES = {
     "missing-fields": "fix the rows, or map other columns",
     "empty-answers": "give an answer, or remove the rows",
     "roles": "end each chat with an assistant turn",
+    "rated-answers": "keep the good answers and remove the column; where it rates nothing, name data.format",
     "media": "train on the text alone by removing the column, or use a tool that trains vision models",
     "secrets": "remove them, and revoke the secrets",
     "chosen-equals-rejected": "remove the rows",
@@ -56,6 +58,7 @@ class _RowConverter:
     rename: Callable[[Row], Row]
     read: Callable[[Row], Example]
     used: frozenset[str]
+    refuses_ratings: bool  # nobody said that a column of ratings is another thing
 
 
 class _Ingestion:
@@ -107,10 +110,9 @@ class _Ingestion:
             raise UserError(Problem(row.where, error.got, error.expected)) from None
         name, parse = select_reader(renamed_row, source.format or self.data.format)
         used = {*FORMATS[name].used_columns(renamed_row.fields), *([self.data.group] if self.data.group else [])}
-        # what a template of the recipe reads is not known: its columns are taken for used
-        if any("{{" in column or "{%" in column for column in columns.values()):
-            used |= row.fields.keys()
-        return _RowConverter(name, rename_columns, parse, frozenset(used))
+        used |= columns_of_templates(columns)
+        is_detected = (source.format or self.data.format) == "auto" and name not in CLASSES | PREFERENCES
+        return _RowConverter(name, rename_columns, parse, frozenset(used), is_detected)
 
     def _add_row(self, row: Row, converter: _RowConverter) -> None:
         if len(self.units) % _INTERRUPT_CHECK_ROWS == 0:
@@ -118,6 +120,9 @@ class _Ingestion:
         try:
             renamed_row = converter.rename(row)
             for name, value in unused_values(renamed_row, converter.used):
+                if converter.refuses_ratings and name in {"label", "kto_tag"} and as_boolean(value) is not None:
+                    got = f"{name}: {value!r}, which rates the answer"
+                    raise BadRow(got, "answers to learn", check="rated-answers")
                 count = self.unused.setdefault(name, [0, resembles(name, value)])
                 count[0] += 1
             example = apply_chat_options(converter.read(renamed_row), self.data.chat)

@@ -34,7 +34,7 @@ _UNSUPPORTED_KEYS = (
     "monteclora_config",
 )
 _PROMPT_METHODS = {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT"}
-MERGEABLE = ("LORA", "ADALORA", "VERA", "IA3", "LN_TUNING")
+_MERGEABLE = ("LORA", "ADALORA", "VERA", "IA3", "LN_TUNING")
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ def refuse_unmergeable(folder: Path, config: Mapping[str, object]) -> None:
     if kind in _PROMPT_METHODS:
         got = f"{kind}, whose virtual tokens are not part of the weights: there is nothing to merge"
         fix = "use it with PEFT as it is, or train the same data with method lora"
-        problems.append(Problem(f"{where} peft_type", got, ", ".join(MERGEABLE), fix))
-    elif kind not in MERGEABLE:
+        problems.append(Problem(f"{where} peft_type", got, ", ".join(_MERGEABLE), fix))
+    elif kind not in _MERGEABLE:
         got, fix = f"{kind}, which peftkit does not merge", "try PEFT's merge_and_unload"
-        problems.append(Problem(f"{where} peft_type", got, ", ".join(MERGEABLE), fix))
+        problems.append(Problem(f"{where} peft_type", got, ", ".join(_MERGEABLE), fix))
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         got = f"{init}, which changed the base that it was trained on"

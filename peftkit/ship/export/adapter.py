@@ -9,12 +9,12 @@ from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.model.adapter.edits import read_edits, refuse_unmergeable
 from peftkit.model.adapter.load import ADAPTER_WEIGHTS
 from peftkit.model.meta.skeleton import meta_model
-from peftkit.results.find import Adapter, find_adapter, find_adapter_folder
+from peftkit.results.find import Adapter, BaseNotFoundError, find_adapter, find_adapter_folder
 from peftkit.rundir import MANIFEST, publish_folder
 from peftkit.rundir.disk import resolve_new_folder
 from peftkit.rundir.events import Observer
 from peftkit.ship.card.write import write_card
-from peftkit.ship.export.base import Exported, ExportOptions, file_sizes, require_every_tensor
+from peftkit.ship.export.base import Exported, ExportOptions, file_sizes, refuse_foreign_names, require_every_tensor
 from peftkit.ship.files.folder import TOKENIZER_FILES
 from peftkit.ship.files.tensors import read_all_entries, refuse_non_finite
 from peftkit.ship.merge.deltas import low_rank_delta
@@ -36,9 +36,10 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
     folder = adapter.folder if adapter is not None else find_adapter_folder(path)
     notes: tuple[str, ...] = ()
     if adapter is None:
+        refuse_foreign_names(folder)
         try:
             whole = find_adapter(path)
-        except UserError as error:
+        except BaseNotFoundError as error:
             reason = error.problems[0].got
             notes = (f"its base is not at hand ({reason}): the tensors were not compared with the base's layers",)
         else:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
-from peftkit.model.adapter.edits import MERGEABLE, read_edits
+from peftkit.model.adapter.edits import read_edits, refuse_unmergeable
 from peftkit.model.adapter.load import ADAPTER_WEIGHTS
 from peftkit.model.meta.skeleton import meta_model
 from peftkit.plan import read_plan
@@ -176,11 +176,29 @@ def open_full_model(
         yield merged_folder, read_merge_report(merged_folder)
 
 
+def refuse_foreign_names(folder: Path) -> None:
+    """Raise UserError for tensors under names that PEFT does not load, and for one of A and B without the other."""
+    names = set(read_all_entries([folder / ADAPTER_WEIGHTS]))
+    foreign = [name for name in sorted(names) if ".default." in name or "_orig_mod." in name]
+    halves = {name: name.replace(".lora_A.", ".lora_B.") for name in names if ".lora_A." in name}
+    halves |= {name: name.replace(".lora_B.", ".lora_A.") for name in names if ".lora_B." in name}
+    alone = [name for name, other in sorted(halves.items()) if other not in names]
+    expected, fix = "names as PEFT saves them", "save it with save_pretrained, or rename its tensors"
+    problems = [Problem(str(folder), name, expected, fix) for name in foreign[:5]]
+    problems += [Problem(str(folder), f"{name} without {halves[name]}", "both factors") for name in alone[:5]]
+    if problems:
+        raise UserError(problems)
+
+
 def require_every_tensor(adapter: Adapter) -> None:
     """Raise UserError unless an adapter's file holds each tensor that its base and configuration ask for, and no other.
 
-    Adapters that cannot be merged are left to PEFT, which reads their few tensors by name.
+    Adapters that cannot be merged are left to PEFT.
     """
-    if str(adapter.config.get("peft_type")) in MERGEABLE:
+    try:
+        refuse_unmergeable(adapter.folder, adapter.config)
+    except UserError:
+        return
+    else:
         shapes = {name: entry.shape for name, entry in read_all_entries([adapter.folder / ADAPTER_WEIGHTS]).items()}
         read_edits(meta_model(adapter.source, adapter.base), adapter.folder, shapes)

@@ -110,6 +110,8 @@ class MergeReport:
                 )
             found += fidelity_rows
         found.append(("verdict", "the same model" if self.passed else self.problem))
+        if self.passed and self.fidelity is not None and self.fidelity.effect == 0:
+            found[-1] = ("verdict", "the same model, and its base too: the adapter changes nothing")
         if self.requantized and self.passed:
             found[-1] = ("verdict", "in 4-bit again: not the evaluated model, but within tolerance")
         if self.fidelity is None and self.passed:

@@ -66,7 +66,7 @@ def test_preferences_as_text_and_as_turns():
 @pytest.mark.parametrize(
     ("fields", "check", "said"),
     [
-        ({"messages": [ANSWER]}, "roles", "one assistant turn"),
+        ({"messages": [ANSWER]}, "roles", "assistant turns alone"),
         ({"messages": [USER]}, "roles", "ends with user"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "empty-answers", "an empty answer"),
         ({"messages": [USER, "hello"]}, "missing-fields", "a turn that is str"),

@@ -52,7 +52,7 @@ def test_instruction_with_input_and_system():
         ({"messages": []}, "messages is empty"),
         ({"messages": "hi"}, "messages is str"),
         ({"messages": [USER]}, "ends with user"),
-        ({"messages": [ANSWER]}, "one assistant turn"),
+        ({"messages": [ANSWER]}, "assistant turns alone"),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "empty answer"),
         ({"messages": [{"role": "boss", "content": "x"}]}, "the role 'boss'"),
         ({"messages": [{"role": "user", "content": None}, ANSWER]}, "content is NoneType"),

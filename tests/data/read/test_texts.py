@@ -220,6 +220,10 @@ def test_an_indented_array_named_jsonl_is_read(tmp_path):
         ({"prompt": "q", "completion": "a"}, "put it in a list"),
         ({"a": [1, 2], "b": [1]}, "an object with a, b"),
         ({}, "an object"),
+        ({"r1": TABLE[0], "r2": TABLE[1]}, "an object with r1, r2"),
+        ({"prompt": {"0": "q", "1": "r"}, "completion": {"0": "a"}}, "an object with prompt, completion"),
+        ({"columns": ["a", "b"], "index": [0, 1], "data": [[1, 2], [3, 4]]}, "an object with columns"),
+        ({"data": [{"a": 1}, None]}, "an object with data"),
         (7, "a int"),
     ],
 )
@@ -228,3 +232,21 @@ def test_another_object_is_refused(value, said, tmp_path):
     path.write_text(json.dumps(value))
     with pytest.raises(UserError, match=said):
         read_rows([str(path)], where="data.train")
+
+
+def test_cells_by_number_are_aligned_and_rows_with_a_role_are_rows(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"prompt": {"0": "q0", "1": "q1"}, "completion": {"1": "a1", "0": "a0"}}))
+    rows = [dict(row.fields) for row in read_rows([str(path)], where="data.train")]
+    assert rows == [{"prompt": "q0", "completion": "a0"}, {"prompt": "q1", "completion": "a1"}]
+    path.write_text(json.dumps({"data": [{"from": "hello", "to": "bonjour", "role": "x"}]}))
+    assert [dict(row.fields)["to"] for row in read_rows([str(path)], where="data.train")] == ["bonjour"]
+
+
+def test_a_log_line_before_the_rows_is_one_bad_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('[INFO] started\n{"a": 1}\n')
+    with pytest.raises(UserError) as caught:
+        read_rows([str(path)], where="data.train")
+    [problem] = caught.value.problems
+    assert problem.where == f"{path}:1"
