@@ -13,8 +13,18 @@ from contextlib import contextmanager
 from functools import singledispatch
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from peftkit.rundir.events import (
     ChangedEvent,
@@ -262,9 +272,10 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A display of one live line with a bar; messages scroll above it."""
+    """A display of live lines, the phase and its time, and a bar of the steps; messages scroll above them."""
 
     def __init__(self, console: Console) -> None:
+        self.phases = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -272,13 +283,18 @@ class LiveDisplay:
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             console=console,
-            transient=True,
         )
+        self.live = Live(Group(self.phases, self.progress), console=console, transient=True, refresh_per_second=8)
         self.task: Any = None
 
     def show(self, event: Event) -> None:
         """Update the live line, or print a message above it."""
-        if isinstance(event, TrainBeginEvent):
+        if isinstance(event, PhaseEvent | TrainBeginEvent):
+            for phase in self.phases.task_ids:
+                self.phases.remove_task(phase)
+        if isinstance(event, PhaseEvent):
+            self.phases.add_task(_PHASE_LABELS.get(event.name, event.name), total=None)
+        elif isinstance(event, TrainBeginEvent):
             self.task = self.progress.add_task("training", total=event.num_steps, completed=event.step, numbers="")
         elif isinstance(event, StepEvent) and self.task is not None:
             numbers = (
@@ -287,7 +303,7 @@ class LiveDisplay:
             )
             self.progress.update(self.task, completed=event.step, numbers=numbers)
         if line := printable_line(event):
-            self.progress.console.print(line, highlight=False, markup=False)
+            self.live.console.print(line, highlight=False, markup=False)
         if isinstance(event, PhaseEvent) and event.name == "publish" and self.task is not None:
             self.progress.remove_task(self.task)
             self.task = None
@@ -301,7 +317,7 @@ def open_display() -> Iterator[Observer]:
         yield PlainDisplay().show
         return
     display = LiveDisplay(console)
-    with display.progress:
+    with display.live:
         yield display.show
 
 

@@ -67,11 +67,13 @@ def test_plain_lines(capsys):
 def test_live_line():
     stream = io.StringIO()
     display = LiveDisplay(Console(file=stream, force_terminal=True, width=160))
-    with display.progress:
+    with display.live:
         for event in EVENTS:
             display.show(event)
-            display.progress.refresh()
+            display.live.refresh()
     text = stream.getvalue()
+    assert "base \x1b[33m0:00:00" in text, "a phase is shown with the time since it began"
+    assert "writing \x1b[33m0:00:00" in text
     assert "training" in text
     assert "200 tok/s" in text
     assert "Hugging" not in text
