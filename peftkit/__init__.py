@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _HOMES = dict.fromkeys(("Interrupted", "PeftkitError", "Problem", "UserError"), "peftkit.errors") | dict.fromkeys(
     (
         *("load_recipe", "make_plan", "plan_recipe", "check_data", "inspect_model", "finetune", "resume_run"),
-        *("diagnose_run", "verify_run", "reproduce_run", "summarize_run", "generate", "evaluate_run"),
+        *("diagnose_run", "verify_run", "reproduce_run", "summarize_run", "generate", "open_chat"),
+        "evaluate_run",
         *("merge_adapter", "combine_adapters", "export_adapter", "convert_weights", "MergeOptions", "ExportOptions"),
     ),
     "peftkit.api",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peftkit.plan.inspection import Inspection
     from peftkit.prepare.plan_report import Account
     from peftkit.results.evaluate import Evaluation
+    from peftkit.results.generate import Conversation
     from peftkit.run.reproduce import Reproduction
     from peftkit.run.verify import Verification
     from peftkit.ship.export import Exported, ExportOptions
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Account",
     "Combined",
+    "Conversation",
     "Converted",
     "DataReport",
     "Evaluation",
@@ -55,6 +57,7 @@ __all__ = [
     "load_recipe",
     "make_plan",
     "merge_adapter",
+    "open_chat",
     "plan_recipe",
     "reproduce_run",
     "resume_run",
@@ -63,6 +66,7 @@ __all__ = [
 ]
 _LAZY_MODULES = {  # each with what it needs: a mistake in a recipe costs none of them
     "Account": "peftkit.prepare.plan_report",
+    "Conversation": "peftkit.results.generate",
     "Combined": "peftkit.ship.merge.concat",
     "Converted": "peftkit.model.base.convert",
     "DataReport": "peftkit.data.gate.report",
@@ -247,15 +251,36 @@ def summarize_run(path: str | Path) -> Summary:
     return read_summary(RunDir.open(Path(path)))
 
 
-def generate(path: str | Path, prompts: str | Sequence[str], *, max_new_tokens: int = 128) -> list[str]:
-    """Generate a greedy answer of a finished run's model to each prompt, asked as a user turn of a chat.
+def generate(
+    path: str | Path,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Generate an answer of a finished run's model to each prompt, asked as a user turn of a chat.
 
-    One prompt may be given as a text: the list then has one answer.
+    One prompt may be given as a text: the list then has one answer. At temperature 0 answers are greedy.
     """
     with _shown(ignore_event):
+        from peftkit.evaluate.generation import Sampling
         from peftkit.results.generate import answer
 
-        return answer(Path(path), [prompts] if isinstance(prompts, str) else prompts, max_new_tokens=max_new_tokens)
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        return answer(Path(path), [prompts] if isinstance(prompts, str) else prompts, sampling)
+
+
+def open_chat(
+    path: str | Path, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+) -> Conversation:
+    """Load a finished run's model for a conversation: `open_chat(run).ask("hello")`, and so on."""
+    with _shown(ignore_event):
+        from peftkit.evaluate.generation import Sampling
+        from peftkit.results.generate import Conversation
+
+        return Conversation(Path(path), Sampling(max_new_tokens, temperature, top_p, seed))
 
 
 def inspect_model(

@@ -19,8 +19,8 @@ def test_the_public_names_are_frozen():
     assert peftkit.__all__ == [
         *("ExportOptions", "Interrupted", "MergeOptions", "PeftkitError", "Problem", "UserError"),
         *("check_data", "combine_adapters", "convert_weights", "diagnose_run", "evaluate_run", "export_adapter"),
-        *("finetune", "generate", "inspect_model", "load_recipe", "make_plan", "merge_adapter", "plan_recipe"),
-        *("reproduce_run", "resume_run", "summarize_run", "verify_run"),
+        *("finetune", "generate", "inspect_model", "load_recipe", "make_plan", "merge_adapter", "open_chat"),
+        *("plan_recipe", "reproduce_run", "resume_run", "summarize_run", "verify_run"),
     ]
 
 

@@ -1,17 +1,49 @@
-"""Greedy generation in batches, from prompts rendered as in training."""
+"""Generation in batches, greedy unless told otherwise, from prompts rendered as in training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from peftkit import interrupt
 from peftkit.data.chat.template import adds_bos
+from peftkit.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: greedily at temperature 0, else by `seed` from the most likely tokens up to `top_p`.
+
+    Raises UserError for a temperature below 0, or a `top_p` that is no share.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be drawn from."""
+        problems = []
+        if not 0 <= self.temperature < float("inf"):
+            problems.append(Problem("temperature", str(self.temperature), "a number of at least 0 (0: greedy)"))
+        if not 0 < self.top_p <= 1:
+            problems.append(Problem("top_p", str(self.top_p), "a share above 0, of at most 1"))
+        if problems:
+            raise UserError(problems)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The options of `generate` in transformers."""
+        if not self.temperature:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
 def _encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool) -> Any:
@@ -31,20 +63,41 @@ def _encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, 
         tokenizer.padding_side = padding_side
 
 
+def stream_answer(tokenizer: PreTrainedTokenizerBase, show: Callable[[str], object], *, has_prompt: bool) -> Any:
+    """Return a streamer for transformers' `generate` that shows an answer word by word, without blanks around it."""
+    from transformers import TextStreamer
+
+    class AnswerStreamer(TextStreamer):  # type: ignore[misc]
+        blanks: str | None = None  # at the end of what was shown, which may be the end; None: nothing was
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            piece = text if self.blanks is not None else text.lstrip()
+            if kept := piece.rstrip():
+                show((self.blanks or "") + kept)
+                self.blanks = piece[len(kept) :]
+            elif self.blanks is not None:
+                self.blanks += piece
+
+    return AnswerStreamer(tokenizer, skip_prompt=has_prompt, skip_special_tokens=True)
+
+
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
-    max_new_tokens: int,
+    sampling: Sampling,
     eos_token_ids: Sequence[int],
     batch_size: int = 20,
     use_cache: bool = True,
+    show: Callable[[str], object] | None = None,
 ) -> list[str]:
-    """Generate one greedy answer per prompt, without special tokens, in the order of the prompts.
+    """Generate one answer per prompt, without special tokens, in the order of the prompts.
 
-    Prompts of similar length share a batch. The model's training mode is restored.
+    Prompts of similar length share a batch. `show` is given the pieces of the answer to a single prompt. The
+    model's training mode is restored, and what the caller draws is as before.
     """
+    streamer = None if show is None else stream_answer(tokenizer, show, has_prompt=not model.config.is_encoder_decoder)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
@@ -59,17 +112,16 @@ def generate_answers(
             ).to(model.device)
             if is_encoder_decoder:
                 inputs.pop("token_type_ids", None)
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+                torch.manual_seed(sampling.seed)
                 output = model.generate(
                     **inputs,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
+                    **sampling.options,
+                    max_new_tokens=sampling.max_new_tokens,
                     use_cache=use_cache,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
                     eos_token_id=list(eos_token_ids),
                     pad_token_id=tokenizer.pad_token_id,
+                    streamer=streamer,
                 )
             texts = tokenizer.batch_decode(
                 output if is_encoder_decoder else output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True

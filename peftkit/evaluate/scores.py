@@ -50,7 +50,7 @@ def compute_metrics(
     """Compute every metric of the plan's task. `rows` are the examples, tokenized."""
     if OBJECTIVES[plan.base.task].generates_answers:
         # greedy answers against references
-        from peftkit.evaluate.generation import generate_answers
+        from peftkit.evaluate.generation import Sampling, generate_answers
 
         render = seq2seq_texts if plan.base.task == "seq2seq" else render_prompt
         pairs = [render(example, tokenizer) for example in examples]
@@ -58,7 +58,7 @@ def compute_metrics(
             model,
             tokenizer,
             [prompt for prompt, _ in pairs],
-            max_new_tokens=plan.evaluate.max_new_tokens,
+            sampling=Sampling(plan.evaluate.max_new_tokens),
             eos_token_ids=model_stop_ids(model, tokenizer),
             batch_size=plan.evaluate.generation_batch,
             use_cache=plan.evaluate.use_cache,

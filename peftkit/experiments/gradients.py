@@ -162,7 +162,8 @@ class GradientProbe:
             sketch = self.sketches[module.name]
             if set(sketch.out) != set(STREAMS):
                 continue  # an expert that no row reached
-            total_energy = _energy(*(sketch.out[name][:, :SKETCH_COLUMNS] for name in STREAMS[:2]))
+            first, second = (sketch.out[name][:, :SKETCH_COLUMNS] for name in STREAMS[:2])
+            total_energy = _energy(first, second)
             residuals = [sketch.residual(name) for name in STREAMS]
             residual = _energy(*residuals[:2])
             is_adapted = sketch.rows_of_a is not None
@@ -175,7 +176,7 @@ class GradientProbe:
                     tangent=total_energy - residual if is_adapted else 0.0,
                     residual=residual,
                     held_out_residual=_energy((residuals[0] + residuals[1]) / 2, residuals[2]),
-                    agreement=_cosine(*(sketch.out[name][:, :SKETCH_COLUMNS] for name in STREAMS[:2])),
+                    agreement=float(torch.cosine_similarity(first.flatten(), second.flatten(), dim=0)),
                     size=_norm_product(sketch),
                     narrowest=min(module.d_in, module.d_out),
                 )
@@ -194,8 +195,3 @@ def _energy(first: torch.Tensor, second: torch.Tensor) -> float:
 def _norm_product(sketch: _GradientSketch) -> float:
     first, second = (sketch.out[name][:, :SKETCH_COLUMNS] for name in STREAMS[:2])
     return float(first.norm() * second.norm()) / SKETCH_COLUMNS
-
-
-def _cosine(first: torch.Tensor, second: torch.Tensor) -> float:
-    size = float(first.norm() * second.norm())
-    return float((first * second).sum()) / size if size else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -11,10 +11,11 @@ from peftkit.data.chat.template import render_prompt
 from peftkit.data.formats import Example
 from peftkit.data.tokens.encode import ENCODERS, seq2seq_texts
 from peftkit.errors import Problem, UserError
-from peftkit.evaluate.generation import generate_answers
+from peftkit.evaluate.generation import Sampling, generate_answers
 from peftkit.evaluate.losses import predict_classes
 from peftkit.model.load import model_stop_ids
 from peftkit.objectives import OBJECTIVES
+from peftkit.plan import Plan
 from peftkit.results.load import Result, num_learned_positions, open_result
 from peftkit.rundir.events import DataEvent, of_type
 
@@ -22,72 +23,103 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def answer(path: Path, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
-    """Return greedy answers, one per prompt: user turns if the run was trained on chats, else raw text.
+class Conversation:
+    """A conversation with the model of a finished run. Turns are kept where it was trained on chats.
 
     Raises UserError where the run has no result yet, or the base is not available any more.
     """
+
+    def __init__(self, path: Path, sampling: Sampling) -> None:
+        self.result = open_result(path)
+        self.sampling = sampling
+        self.keeps_turns = _is_asked_in_turns(self.result)
+        self.turns: list[dict[str, str]] = []
+
+    def ask(self, prompt: str, show: Callable[[str], object] | None = None) -> str:
+        """Return the answer to the next prompt. `show` is given each piece of it as soon as it is there."""
+        refuse_empty([prompt])
+        turns = [*(self.turns if self.keeps_turns else ()), {"role": "user", "content": prompt}]
+        [answer] = _answers(self.result, [turns], self.sampling, show)
+        self.turns = [*turns, {"role": "assistant", "content": answer}]
+        return answer
+
+
+def answer(path: Path, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+    """Return answers, one per prompt: user turns if the run was trained on chats, else raw text.
+
+    Raises UserError where the run has no result yet, or the base is not available any more.
+    """
+    refuse_empty(prompts)
+    result = open_result(path)
+    return _answers(result, [[{"role": "user", "content": prompt}] for prompt in prompts], sampling, None)
+
+
+def refuse_empty(prompts: Sequence[str]) -> None:
+    """Raise UserError for an empty prompt."""
     if not all(prompt.strip() for prompt in prompts):
         raise UserError(Problem("prompt", "an empty prompt", "text to answer"))
-    result = open_result(path)
-    refuse_beyond_positions(result, prompts, max_new_tokens)
-    plan, run = result.plan, result.run
-    if plan is None or run is None:
-        # an adapter made elsewhere is asked through the chat template where its tokenizer has one
 
-        chats = bool(result.tokenizer.chat_template)
-        texts = []
-        for prompt in prompts:
-            turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": ""}) if chats else ()
-            texts.append(render_prompt(Example("prompt", messages=turns, prompt=prompt), result.tokenizer)[0])
-        stops = model_stop_ids(result.model, result.tokenizer)
-        answers = generate_answers(
-            result.model,
-            result.tokenizer,
-            texts,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=stops,
-            batch_size=result.generation_batch,
-            use_cache=result.use_cache,
-        )
-        return [text.strip() for text in answers]
-    model, tokenizer = result.model, result.tokenizer
-    if not OBJECTIVES[plan.base.task].generates_answers:
-        # the most likely class of each text, or its words with their tags
-        task, names = cast(Task, plan.base.task), plan.base.labels
-        words = [tuple(prompt.split()) for prompt in prompts]
-        examples = [
-            Example("prompt", prompt=prompt, label=names[0], words=prompt_words, tags=(names[0],) * len(prompt_words))
-            for prompt, prompt_words in zip(prompts, words, strict=True)
-        ]
-        rows = ENCODERS[task](examples, tokenizer, {name: i for i, name in enumerate(names)})
-        predictions = predict_classes(model, rows, pad_id=tokenizer.pad_token_id, batch_size=len(rows), task=task)
-        if task == "classification":
-            return [names[row[0]] for row in predictions]
-        return [
-            tagged_text(tokenizer, prompt_words, [names[i] for i in row])
-            for prompt_words, row in zip(words, predictions, strict=True)
-        ]
-    chats = any(event.chats for event in of_type(run.events(), DataEvent))
-    # generate answers to prompts that are rendered as in training
 
-    render = seq2seq_texts if plan.base.task == "seq2seq" else render_prompt
-    system = ({"role": "system", "content": plan.data.system},) if plan.data.system else ()
+def _is_asked_in_turns(result: Result) -> bool:
+    """Return whether the run was trained on chats; made elsewhere, whether its tokenizer has a chat template."""
+    if result.run is None:
+        return bool(result.tokenizer.chat_template)
+    return any(event.chats for event in of_type(result.run.events(), DataEvent))
+
+
+def _answers(
+    result: Result,
+    conversations: Sequence[Sequence[dict[str, str]]],
+    sampling: Sampling,
+    show: Callable[[str], object] | None,
+) -> list[str]:
+    """Return the next turn of each conversation, rendered as in training."""
+    plan, model, tokenizer = result.plan, result.model, result.tokenizer
+    prompts = [turns[-1]["content"] for turns in conversations]
+    if plan is not None and not OBJECTIVES[plan.base.task].generates_answers:
+        refuse_beyond_positions(result, prompts, 0)
+        found = _predict(result, plan, prompts)
+        for text in found if show else ():
+            cast(Callable[[str], object], show)(text)
+        return found
+    render = seq2seq_texts if result.task == "seq2seq" else render_prompt
+    system = [{"role": "system", "content": plan.data.system}] if plan is not None and plan.data.system else []
+    is_asked_in_turns = _is_asked_in_turns(result)
     texts = []
-    for prompt in prompts:
-        turns = (*system, {"role": "user", "content": prompt}, {"role": "assistant", "content": ""})
-        example = Example("prompt", messages=turns if chats else (), prompt=prompt)
-        texts.append(render(example, tokenizer)[0])
+    for turns in conversations:
+        whole = (*system, *turns, {"role": "assistant", "content": ""}) if is_asked_in_turns else ()
+        texts.append(render(Example("prompt", messages=whole, prompt=turns[-1]["content"]), tokenizer)[0])
+    refuse_beyond_positions(result, texts, sampling.max_new_tokens)
     answers = generate_answers(
         model,
         tokenizer,
         texts,
-        max_new_tokens=max_new_tokens,
+        sampling=sampling,
         eos_token_ids=model_stop_ids(model, tokenizer),
-        batch_size=plan.evaluate.generation_batch,
-        use_cache=plan.evaluate.use_cache,
+        batch_size=result.generation_batch,
+        use_cache=result.use_cache,
+        show=show,
     )
     return [text.strip() for text in answers]
+
+
+def _predict(result: Result, plan: Plan, prompts: Sequence[str]) -> list[str]:
+    """Return the most likely class of each text, or its words with their tags."""
+    model, tokenizer = result.model, result.tokenizer
+    task, names = cast(Task, plan.base.task), plan.base.labels
+    words = [tuple(prompt.split()) for prompt in prompts]
+    examples = [
+        Example("prompt", prompt=prompt, label=names[0], words=prompt_words, tags=(names[0],) * len(prompt_words))
+        for prompt, prompt_words in zip(prompts, words, strict=True)
+    ]
+    rows = ENCODERS[task](examples, tokenizer, {name: i for i, name in enumerate(names)})
+    predictions = predict_classes(model, rows, pad_id=tokenizer.pad_token_id, batch_size=len(rows), task=task)
+    if task == "classification":
+        return [names[row[0]] for row in predictions]
+    return [
+        tagged_text(tokenizer, prompt_words, [names[i] for i in row])
+        for prompt_words, row in zip(words, predictions, strict=True)
+    ]
 
 
 def refuse_beyond_positions(result: Result, prompts: Sequence[str], max_new_tokens: int) -> None:

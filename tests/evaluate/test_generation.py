@@ -2,7 +2,8 @@
 
 import pytest
 
-from peftkit.evaluate.generation import generate_answers
+from peftkit.errors import UserError
+from peftkit.evaluate.generation import Sampling, generate_answers
 from peftkit.model.load import load_model, load_tokenizer
 from tests.conftest import TINY_LLAMA
 from tests.rigs.plans import cpu_plan
@@ -37,13 +38,42 @@ def greedy(model, tokenizer, prompt, count):
 def test_batches_answer_like_single_full_passes(parts):
     model, tokenizer = parts
     model.train()
-    answers = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, eos_token_ids=[tokenizer.eos_token_id])
+    answers = generate_answers(model, tokenizer, PROMPTS, sampling=Sampling(8), eos_token_ids=[tokenizer.eos_token_id])
     assert answers == [greedy(model.eval(), tokenizer, p, 8) for p in PROMPTS]
+
+
+def test_what_is_streamed_is_the_answer(parts):
+    model, tokenizer = parts
+    options = {"sampling": Sampling(8), "eos_token_ids": [tokenizer.eos_token_id]}
+    for prompt in PROMPTS:
+        pieces = []
+        [answer] = generate_answers(model, tokenizer, [prompt], **options, show=pieces.append)
+        assert "".join(pieces) == answer.strip()
+
+
+def test_answers_are_drawn_by_their_seed_and_the_callers_draws_are_its_own(parts):
+    import torch
+
+    model, tokenizer = parts
+
+    def drawn(seed):
+        sampling = Sampling(12, temperature=1.5, seed=seed)
+        return generate_answers(model, tokenizer, PROMPTS, sampling=sampling, eos_token_ids=[tokenizer.eos_token_id])
+
+    before = torch.random.get_rng_state()
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}])
+def test_what_cannot_be_drawn_from_is_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong)
 
 
 def test_training_mode_is_restored(parts):
     model, tokenizer = parts
     for mode in (True, False):
         model.train(mode)
-        generate_answers(model, tokenizer, ["x"], max_new_tokens=1, eos_token_ids=[tokenizer.eos_token_id])
+        generate_answers(model, tokenizer, ["x"], sampling=Sampling(1), eos_token_ids=[tokenizer.eos_token_id])
         assert model.training is mode

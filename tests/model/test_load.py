@@ -154,7 +154,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     ("config", "said"),
     [
         ({"model_type": "vit", "image_size": 224}, "a model for vision"),
-        ({"model_type": "gemma3", "vision_config": {}}, "its text part alone (gemma3_text)"),
+        ({"model_type": "gemma3", "vision_config": {}}, "take the text model of the same makers"),
         ({"model_type": "whisper", "num_mel_bins": 80}, "a model for audio"),
         ({"model_type": "llama", "hidden_size": -4, "num_attention_heads": 2}, "missing or invalid sizes"),
         ({"model_type": "bert", "hidden_size": 64, "vocab_size": "many"}, "missing or invalid sizes"),

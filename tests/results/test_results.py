@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import peftkit
 from peftkit.errors import UserError
+from peftkit.evaluate.generation import Sampling, generate_answers
+from peftkit.model.load import model_stop_ids
 from peftkit.results.evaluate import evaluate
 from peftkit.results.find import find_adapter, find_adapter_folder, is_standalone_adapter, run_folder
 from peftkit.results.generate import answer
@@ -45,12 +47,31 @@ def test_an_adapter_away_from_its_run_answers_alike(run, tmp_path):
     assert is_standalone_adapter(away)
     assert find_adapter(away).plan is None
     prompts = ["Say red hill and blue lake", "Say green stone and black road"]
-    answers = answer(run, prompts, max_new_tokens=4)
-    assert answer(away, prompts, max_new_tokens=4) == answers
+    answers = answer(run, prompts, Sampling(4))
+    assert answer(away, prompts, Sampling(4)) == answers
     (away / "MANIFEST.json").unlink()
     tensors = load_file(away / "adapter_model.safetensors")
     save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, away / "adapter_model.safetensors")
-    assert answer(away, prompts, max_new_tokens=4) != answers, "it is the adapter that answers"
+    assert answer(away, prompts, Sampling(4)) != answers, "it is the adapter that answers"
+
+
+def test_a_chat_keeps_its_turns_and_streams_what_it_answers(run, tmp_path):
+    chat = peftkit.open_chat(shutil.copytree(run / "adapter", tmp_path / "away"), max_new_tokens=6)
+    pieces = []
+    first = chat.ask("Say red hill", pieces.append)
+    assert "".join(pieces) == first
+    second = chat.ask("Say green stone")
+    roles = [turn["role"] for turn in chat.turns]
+    assert roles == ["user", "assistant"] * 2
+    turns = chat.turns[:3]
+    prompt = chat.result.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    stops = model_stop_ids(chat.result.model, chat.result.tokenizer)
+    [expected] = generate_answers(
+        chat.result.model, chat.result.tokenizer, [prompt], sampling=Sampling(6), eos_token_ids=stops
+    )
+    assert second == expected.strip(), "the second answer follows the first turns"
+    with pytest.raises(UserError, match="an empty prompt"):
+        chat.ask(" ")
 
 
 def test_the_loss_is_the_one_of_the_run_s_own_evaluation(run):

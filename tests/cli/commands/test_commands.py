@@ -1,5 +1,6 @@
 """Each command on one finished run, in this process: its exit code, what it prints, and what it leaves."""
 
+import io
 import json
 
 import pytest
@@ -107,10 +108,26 @@ def test_generate_and_resume_of_a_finished_run(run, capsys):
     code, out = called(capsys, "generate", run, "Say alpha number 1", "--max-new-tokens", "3")
     assert code == 0
     assert out.strip() == peftkit.generate(run, ["Say alpha number 1"], max_new_tokens=3)[0].strip()
+    prompts = ["Say alpha number 1", "Say beta number 2"]
+    code, out = called(capsys, "generate", run, *prompts, "--max-new-tokens", "3")
+    answers = peftkit.generate(run, prompts, max_new_tokens=3)
+    assert out == "".join(f"> {prompt}\n{text}\n\n" for prompt, text in zip(prompts, answers, strict=True))
     before = (run / "events.jsonl").read_bytes()
     assert main(["resume", str(run)]) == 2
     assert "finished" in capsys.readouterr().err
     assert (run / "events.jsonl").read_bytes() == before
+
+
+def test_lines_that_are_piped_in_are_answered_one_by_one(run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Say alpha number 1\n\nSay beta number 2\n"))
+    code, out = called(capsys, "generate", run, "--max-new-tokens", "3")
+    assert code == 0
+    assert out.splitlines() == peftkit.generate(run, ["Say alpha number 1", "Say beta number 2"], max_new_tokens=3), (
+        "trained on raw text: each is answered by itself"
+    )
+    assert main(["generate", str(run), "x", "--temperature", "-1", "--top-p", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "temperature" in said and "top_p" in said
 
 
 def test_check_and_plan_as_json(recipe_file, capsys):

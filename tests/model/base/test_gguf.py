@@ -163,7 +163,7 @@ def test_smollm2_answers_as_it_should(tmp_path, monkeypatch):
     monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from peftkit.evaluate.generation import generate_answers
+    from peftkit.evaluate.generation import Sampling, generate_answers
 
     folder = convert_gguf_base(find("embedded:smollm2-135m-instruct"), "base")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -173,7 +173,7 @@ def test_smollm2_answers_as_it_should(tmp_path, monkeypatch):
         tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True),
         "The capital of France is",
     ]
-    answers = generate_answers(model, tokenizer, prompts, max_new_tokens=12, eos_token_ids=[tokenizer.eos_token_id])
+    answers = generate_answers(model, tokenizer, prompts, sampling=Sampling(12), eos_token_ids=[tokenizer.eos_token_id])
     assert answers[0].strip() == "The capital of Japan is Tokyo."
     assert answers[1].startswith(" Paris")
 
