@@ -79,7 +79,10 @@ def load_tokenizer(source: str, plan: BasePlan) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         got, expected = f"no tokenizer ({first_line(error)})", "a tokenizer beside the weights"
-        raise UserError(Problem(f"base {plan.id}", got, expected, _access_fix(error, source))) from error
+        files = "tokenizer.json and tokenizer_config.json, and chat_template.jinja where there is one,"
+        copy_fix = f"copy {files} from the model's repository into {source}"
+        fix = copy_fix if Path(source).is_dir() else _access_fix(error, source)
+        raise UserError(Problem(f"base {plan.id}", got, expected, fix)) from error
     if plan.end_token is not None:
         if plan.end_token not in tokenizer.get_vocab():
             fix = f"it has {join_names(special_tokens(tokenizer), 8)}"

@@ -150,6 +150,16 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         load_model(str(tmp_path / "m"), cpu_plan().base, device="cpu")
 
 
+def test_a_base_without_tokenizer_names_the_files_to_copy_and_they_are_enough(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(TINY_LLAMA / name, tmp_path / name)
+    with pytest.raises(UserError, match=r"copy tokenizer\.json and tokenizer_config\.json"):
+        load_tokenizer(str(tmp_path), cpu_plan().base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY_LLAMA / name, tmp_path / name)
+    assert load_tokenizer(str(tmp_path), cpu_plan().base).eos_token_id is not None
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
