@@ -98,3 +98,15 @@ def test_an_adapter_that_changes_nothing_is_said_to(how, adapter, tmp_path):
         config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 0}))
     rows = dict(peftkit.merge_adapter(idle, out=str(tmp_path / "out")).rows())
     assert "the adapter changes nothing" in rows["verdict"]
+
+
+def test_a_key_that_peft_does_not_know_is_told_where_it_is_on(adapter, tmp_path):
+    foreign = shutil.copytree(adapter, tmp_path / "foreign")
+    (foreign / "MANIFEST.json").unlink()
+    file = foreign / "adapter_config.json"
+    keys = {"use_hyperlora": True, "use_other": False, "notes": None}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+    rows = dict(peftkit.merge_adapter(foreign, out=str(tmp_path / "merged")).rows())
+    assert rows["ignored"].startswith("use_hyperlora: true: keys")
+    options = peftkit.ExportOptions("adapter", out=str(tmp_path / "out"))
+    assert "ignores, use_hyperlora: true" in peftkit.export_adapter(foreign, options=options).said[-1]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from peftkit.errors import Problem, UserError
 from peftkit.model.base.file_checks import check_adapter_weights, check_model_folder
+from peftkit.units import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +39,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(Problem(str(file), f"a {type(config).__name__}", "PEFT's configuration"))
     return config
+
+
+def ignored_keys(config: Mapping[str, Any]) -> list[str]:
+    """Return the keys, with their values, that are switched on and that this PEFT does not know and ignores."""
+    import peft
+
+    known = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(str(config.get("peft_type")))
+    fields = set(getattr(known, "__dataclass_fields__", config))
+    return [f"{key}: {shorten(json.dumps(value))}" for key, value in config.items() if key not in fields and value]
 
 
 def _reject_constant(text: str) -> NoReturn:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.model.adapter.edits import read_edits, refuse_unmergeable
-from peftkit.model.adapter.load import ADAPTER_WEIGHTS
+from peftkit.model.adapter.load import ADAPTER_WEIGHTS, ignored_keys, read_adapter_config
 from peftkit.model.meta.skeleton import meta_model
 from peftkit.results.find import Adapter, BaseNotFoundError, find_adapter, find_adapter_folder
 from peftkit.rundir import MANIFEST, publish_folder
@@ -44,9 +44,11 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
             notes = (f"its base is not at hand ({reason}): the tensors were not compared with the base's layers",)
         else:
             require_every_tensor(whole)
+    if ignored := ignored_keys(read_adapter_config(folder)):
+        notes = (*notes, f"this PEFT does not know, and ignores, {', '.join(ignored)}")
     with publish_folder(out) as staging:
         if adapter is not None:
-            notes = _rewrite_for_vllm(adapter, staging)
+            notes += _rewrite_for_vllm(adapter, staging)
         else:
             refuse_non_finite(read_all_entries([folder / ADAPTER_WEIGHTS]))
             for name in _ADAPTER_FILES:

@@ -40,6 +40,7 @@ class MergeReport:
     num_tensors: int
     num_bytes: int
     untied: bool
+    ignored: tuple[str, ...]
     fidelity: Fidelity | None
     reference: str
     problem: str
@@ -88,6 +89,8 @@ class MergeReport:
             found.append(("requantized", f"{self.requantized}: not the weights that were evaluated"))
         if self.untied:
             found.append(("embeddings", "untied: the adapter changed only one of the tied embeddings"))
+        if self.ignored:
+            found.append(("ignored", f"{', '.join(self.ignored)}: keys of the adapter that this PEFT does not know"))
         if self.fidelity is not None:
             where = f"{self.fidelity.num_positions} positions of {self.fidelity.num_prompts} texts"
             effect = "" if self.fidelity.effect is None else f"; the adapter itself: {self.fidelity.effect:.4g}"
