@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NoReturn
 
 from peftkit.data.read.rows import Fault, File, Row, encoding_fault, first_duplicate, malformed_fault
@@ -73,13 +73,18 @@ def read_json_lines(file: File, limit: int = MAX_LINE_BYTES) -> Iterator[Row | F
         if fault := check_encoding(file, stream):
             yield fault
             return
-        if _ARRAY.match(stream.peek(_PEEK_BYTES)):  # no line of rows begins so
+        begins_like_array = _ARRAY.match(stream.peek(_PEEK_BYTES))
+        lines = (line for line in read_lines(stream, file.name, limit) if line.fault or not line.text.isspace())
+        head = list(islice(lines, 2)) if begins_like_array else []
+        # no array goes on with "{" after "]": the first line is then a broken row of its own
+        has_rows_after = len(head) == 2 and (head[0].text.rstrip()[-1:], head[1].text.lstrip()[:1]) == ("]", "{")
+        if begins_like_array and not has_rows_after:
             yield from read_json_array(file, limit)
             return
-        for line in read_lines(stream, file.name, limit):
+        for line in chain(head, lines):
             if line.fault is not None:
                 yield line.fault
-            elif not line.text.isspace():
+            else:
                 where = f"{file.name}:{line.number}"
                 try:
                     item = _row_or_fault(_STRICT.decode(line.text), line.text, where)

@@ -243,6 +243,13 @@ def test_cells_by_number_are_aligned_and_rows_with_a_role_are_rows(tmp_path):
     assert [dict(row.fields)["to"] for row in read_rows([str(path)], where="data.train")] == ["bonjour"]
 
 
+def test_a_list_on_the_first_of_several_lines_is_a_broken_row():
+    first, second = read(read_json_lines, '[{"a": 1}]\n{"a": 2}\n')
+    assert (isinstance(first, Fault), dict(second.fields)) == (True, {"a": 2})
+    for text, rows in (('[{"a": 1}]\n\n', [{"a": 1}]), ('[{"a": [1]},\n{"a": [2]}]\n', [{"a": [1]}, {"a": [2]}])):
+        assert [dict(row.fields) for row in read(read_json_lines, text)] == rows
+
+
 def test_a_log_line_before_the_rows_is_one_bad_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('[INFO] started\n{"a": 1}\n')
