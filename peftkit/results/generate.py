@@ -16,6 +16,7 @@ from peftkit.evaluate.losses import predict_classes
 from peftkit.model.load import model_stop_ids
 from peftkit.objectives import OBJECTIVES
 from peftkit.plan import Plan
+from peftkit.report.progress import quiet_libraries
 from peftkit.results.load import Result, num_learned_positions, open_result
 from peftkit.rundir.events import DataEvent, of_type
 
@@ -39,7 +40,8 @@ class Conversation:
         """Return the answer to the next prompt. `show` is given each piece of it as soon as it is there."""
         refuse_empty([prompt])
         turns = [*(self.turns if self.keeps_turns else ()), {"role": "user", "content": prompt}]
-        [answer] = _answers(self.result, [turns], self.sampling, show)
+        with quiet_libraries():
+            [answer] = _answers(self.result, [turns], self.sampling, show)
         self.turns = [*turns, {"role": "assistant", "content": answer}]
         return answer
 

@@ -34,6 +34,10 @@ def with_a_stranger(tensors):
     }
 
 
+def with_a_prefix_of_torch_compile(tensors):
+    return {name.replace("base_model.model.", "base_model.model._orig_mod."): t for name, t in tensors.items()}
+
+
 DOORS = {
     "merge": lambda path, out: peftkit.merge_adapter(path, out=out),
     "adapter": lambda path, out: peftkit.export_adapter(path, options=peftkit.ExportOptions("adapter", out=out)),
@@ -45,7 +49,11 @@ DOORS = {
 
 
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("change", [without_a_layer, with_default_in_keys, with_a_stranger], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [without_a_layer, with_default_in_keys, with_a_stranger, with_a_prefix_of_torch_compile],
+    ids=lambda f: f.__name__,
+)
 def test_a_broken_adapter_leaves_by_no_door(door, change, adapter, tmp_path):
     broken = shutil.copytree(adapter, tmp_path / "broken")
     (broken / "MANIFEST.json").unlink()

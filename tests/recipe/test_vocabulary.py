@@ -6,6 +6,7 @@ import yaml
 from peftkit.errors import UserError
 from peftkit.recipe import load
 from peftkit.recipe.vocabulary import _INSTEAD, _KEYS, translate_key
+from tests.conftest import ROOT
 
 BASE = {"base": "o/m", "method": "lora", "data": {"train": "x.jsonl"}}
 SAMPLES = {
@@ -75,6 +76,8 @@ def test_values_are_in_our_terms(key, value, written):
 
 def test_keys_without_one_of_ours_say_what_to_do_instead():
     assert not _KEYS.keys() & _INSTEAD.keys()
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    assert f"\n{len(_KEYS) + len(_INSTEAD)} keys of transformers' TrainingArguments" in page
     assert all(translate_key(key, True, {}) == ("", text) and text for key, text in _INSTEAD.items())
     assert translate_key("no_such_key", 1, {}) == ("", "")
 
