@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 _SUFFIX = re.compile(
-    r"[-_.](awq|gptq(-int[48])?|fp8(-dynamic)?|(unsloth-)?bnb-[48]bit|int[48]|[48]bit|quantized\.\w+|w[48]a(8|16)|mxfp4|nvfp4"
+    r"[-_.](awq|gptq(-int[48])?|fp8(-dynamic)?|(unsloth-)?bnb-[48]bit|int[48]|[48]bit|quantized\.\w+|w[48]a(8|16)|mxfp4|nvfp4|dwq|autoround|auto-round"
     r"|mlx([-_].*)?)$",
     re.IGNORECASE,
 )
-
-
 _BITS = {"fbgemm_fp8": 8, "modelopt": None, "quanto": None, "torchao": None, "bitnet": 2}  # where settings say none
 
 
@@ -44,7 +42,7 @@ def held_format(config: Mapping[str, Any]) -> HeldFormat | None:
 
 def _with_bits(name: str, bits: object) -> HeldFormat:
     """Return a format with its bits; 0 where they are not a whole number, as of mixed formats."""
-    known = int(str(bits)) if str(bits).isdecimal() else 0
+    known = int(str(bits)) if re.fullmatch("[0-9]{1,3}", str(bits)) else 0
     return HeldFormat(f"{name} {known}-bit" if known else f"{name}, of mixed or unknown bits", known)
 
 
@@ -61,7 +59,7 @@ def _named_format(settings: Mapping[str, Any]) -> HeldFormat:
     if method == "compressed-tensors":
         groups = settings.get("config_groups")
         weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
-        bits = {part.get("num_bits") for part in weights if isinstance(part, Mapping)}
+        bits = {str(part.get("num_bits")) for part in weights if isinstance(part, Mapping)}
         return _with_bits(method, bits.pop() if len(bits) == 1 else None)
     bits_of = _BITS.get(method, settings.get("bits", settings.get("w_bit")))
     return _with_bits(method.upper() or "MLX", bits_of)  # MLX alone names no method
@@ -70,7 +68,9 @@ def _named_format(settings: Mapping[str, Any]) -> HeldFormat:
 def way_out(model: str, held: HeldFormat) -> str:
     """Return how to get weights that can be trained, from a checkpoint that holds them quantized."""
     name = model.rstrip("/").rpartition("/")[2]
-    plain = _SUFFIX.sub("", name)
+    plain = name
+    while (shorter := _SUFFIX.sub("", plain)) != plain:
+        plain = shorter
     if held.undone_by:
         program = f"AutoModelForCausalLM.from_pretrained({model!r}, quantization_config={held.undone_by})"
         return f"save it unquantized with transformers: {program}.save_pretrained(DIR), its tokenizer too; base: DIR"

@@ -44,7 +44,6 @@ _SAME = {
     "evaluate.max_new_tokens": "generation_max_new_tokens",
     "seed": "data_seed random_seed",
 }
-_YES = {"true", "1", "yes"}
 _NOT_YET = "peftkit has none yet: leave it out"
 
 

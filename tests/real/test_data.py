@@ -1,6 +1,7 @@
 """Rows as other tools document them: learned as they are meant, or refused with the column by name."""
 
 import csv
+import json
 
 import pytest
 import torch
@@ -362,6 +363,59 @@ def test_media_in_a_turn_and_behind_a_template_are_refused(tmp_path):
     recipe["data"]["columns"] = {"prompt": "{{ q }}", "completion": "{{ a }}"}
     with pytest.raises(UserError, match="media in images"):
         peftkit.check_data(recipe)
+
+
+def test_media_in_turns_that_a_table_holds_as_text_are_refused(tmp_path):
+    media = [{**turns("<image>?")[0], "images": ["a.png"]}, *turns("", "cat")[1:]]
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], *([[json.dumps(media)]] * NUM)])
+    recipe = recipe_of(tmp_path, [])
+    recipe["data"]["train"] = str(path)
+    with pytest.raises(UserError, match=r"media in messages\[\].images"):
+        peftkit.check_data(recipe)
+
+
+def test_rated_rows_that_are_held_out_are_refused_too(tmp_path):
+    recipe = recipe_of(tmp_path, [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(NUM)])
+    rated = [{"prompt": f"p{i}", "completion": f"b{i}", "label": False} for i in range(NUM)]
+    recipe["data"]["eval"] = str(write_jsonl(tmp_path / "eval.jsonl", rated))
+    with pytest.raises(UserError, match="which rates the answer"):
+        peftkit.check_data(recipe)
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("turn", "key", "value"),
+    [
+        ({"role": "assistant", "tool_calls": [CALL]}, "content", ""),
+        ({"role": "assistant", "content": "", "text": "yes"}, "content", "yes"),
+        ({"role": "assistant", "content": "yes", "reasoning": "", "thinking": "hm"}, "reasoning_content", "hm"),
+    ],
+    ids=["a call without content", "text beside empty content", "thinking beside empty reasoning"],
+)
+def test_a_turn_says_what_any_of_its_keys_says(turn, key, value):
+    [example] = to_examples([Row({"messages": [*turns("q"), turn]}, "f:1")], "chat")
+    assert example.messages[1][key] == value
+    assert bool(example.messages[1].get("tool_calls")) == ("tool_calls" in turn)
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ({"content": "a", "text": "b"}, "content and text, which differ"),
+        ({"content": "a", "reasoning": "b", "thinking": "c"}, "reasoning and thinking, which differ"),
+        ({"content": "a", "reasoning": ["b"]}, "reasoning that is list"),
+        ({"content": "a", "weight": 10**400}, "the weight"),
+        ({"content": "", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}, "not JSON"),
+    ],
+    ids=["texts", "reasonings", "a list", "a huge weight", "deep arguments"],
+)
+def test_a_turn_that_says_two_things_or_none_that_can_be_read_is_a_bad_row(turn, said):
+    with pytest.raises(UserError, match=said):
+        to_examples([Row({"messages": [*turns("q"), {"role": "assistant", **turn}]}, "f:1")], "chat")
 
 
 def test_masks_that_disagree_mask():

@@ -68,10 +68,27 @@ def test_a_quantized_checkpoint_is_named_and_refused_before_the_data_is_read(nam
         ("unsloth/Llama-3.2-1B-bnb-4bit", "Llama-3.2-1B"),
         ("RedHatAI/Qwen2.5-7B-quantized.w8a8", "Qwen2.5-7B"),
         ("mlx-community/Qwen2.5-7B-Instruct-4bit", "Qwen2.5-7B-Instruct"),
+        ("hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4", "Meta-Llama-3.1-8B-Instruct"),
+        ("x/Qwen3-8B-4bit-AWQ", "Qwen3-8B"),
+        ("mlx-community/Qwen3-8B-4bit-DWQ", "Qwen3-8B"),
+        ("x/Qwen3-8B-int4-AutoRound", "Qwen3-8B"),
     ],
 )
 def test_the_repository_that_it_was_made_from_is_named(model, plain):
-    assert f"such as {plain}" in way_out(model, held_format({"quantization_config": {"quant_method": "awq"}}))
+    text = way_out(model, held_format({"quantization_config": {"quant_method": "awq"}}))
+    assert text.endswith(f"such as {plain}")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": [4]}}}},
+        {"quant_method": "awq", "bits": "4" * 5000},
+    ],
+    ids=["a list", "a huge number"],
+)
+def test_bits_that_are_no_number_are_unknown(settings):
+    assert held_format({"quantization_config": settings}).bits == 0
 
 
 def test_plain_weights_are_not_held_as_anything():

@@ -39,14 +39,14 @@ PREFERENCES = frozenset({"preference", "unpaired-preference"})
 _MAX_COLUMNS_SHOWN = 20  # columns that a message names
 
 
-def _columns_problem(row: Row, format_name: str, expected: str) -> UserError:
-    advice = advise_columns(row, format_name)
-    fix = f"set data.{advice}" if advice else "map your columns with data.columns, or name another data.format"
+def _columns_problem(row: Row, format_name: str, expected: str, given: Mapping[str, str] | None, of: str) -> UserError:
+    advice = advise_columns(row, format_name, given)
+    fix = f"set {of}{advice}" if advice else f"map your columns with {of}columns, or name another {of}format"
     got = f"the columns {join_names(list(row.fields), _MAX_COLUMNS_SHOWN)}"
     return UserError(Problem(row.where, got, expected, fix))
 
 
-def detect_format(rows: Sequence[Row]) -> str:
+def detect_format(rows: Sequence[Row], given: Mapping[str, str] | None = None, of: str = "data.") -> str:
     """Return the first format whose columns the row has. Raises UserError with the columns of each format."""
     names = list(rows[0].fields)
     # a label that is neither true nor false is a column of its own: a class, a topic
@@ -55,19 +55,22 @@ def detect_format(rows: Sequence[Row]) -> str:
         if any(set(columns) <= set(names) for columns in spec.columns) and (name != "unpaired-preference" or is_rated):
             return name
     wanted = (f"{name}: {' or '.join(' + '.join(c) for c in spec.columns)}" for name, spec in FORMATS.items())
-    raise _columns_problem(rows[0], "auto", f"the columns of a format ({'; '.join(wanted)})")
+    raise _columns_problem(rows[0], "auto", f"the columns of a format ({'; '.join(wanted)})", given, of)
 
 
-def select_reader(first_row: Row, format_name: str) -> tuple[str, Callable[[Row], Example]]:
+def select_reader(
+    first_row: Row, format_name: str, given: Mapping[str, str] | None = None, of: str = "data."
+) -> tuple[str, Callable[[Row], Example]]:
     """Return (name, reading function) of a format; `auto` detects it from the first row.
 
-    Raises UserError if the first row lacks the format's columns.
+    Raises UserError if the first row lacks the format's columns, with columns that would do, where some were
+    found: `given` are the recipe's own, and `of` says of what in the recipe.
     """
-    name = detect_format([first_row]) if format_name == "auto" else format_name
+    name = detect_format([first_row], given, of) if format_name == "auto" else format_name
     spec = FORMATS[name]
     if not any(set(columns) <= set(first_row.fields) for columns in spec.columns):
         expected = " or ".join(" + ".join(columns) for columns in spec.columns)
-        raise _columns_problem(first_row, name, f"the columns of {name}: {expected}")
+        raise _columns_problem(first_row, name, f"the columns of {name}: {expected}", given, of)
     return name, spec.read
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import yaml
 
-from peftkit.data.formats.base import READERS, BadRow
+from peftkit.data.formats.base import READERS, BadRow, as_boolean
 from peftkit.data.read import Row
 
 # what people call the columns of a format, likeliest first
@@ -33,15 +33,18 @@ _SYNONYMS: Mapping[str, Mapping[str, str]] = {
 
 
 _NO_TEXT = re.compile(
-    r"(.*_)?(id|uuid|url|uri|date|time|hash|source|title|name|lang|language|split|chosen.*|rejected.*)$"
+    r"(.*_)?(id|uuid|url|uri|date|time|hash|source|title|name|lang|language|split|chosen.*|rejected.*"
+    r"|(bad|worse|worst|negative|wrong|incorrect|dispreferred)(_.*)?)$"
 )
 
 
-def advise_columns(row: Row, format_name: str) -> str:
+def advise_columns(row: Row, format_name: str, given: Mapping[str, str] | None = None) -> str:
     """Return the `columns` that let a row be read, as a recipe has them; empty where none was found that does.
 
-    `format_name` is a format to read it as, or auto.
+    `format_name` is a format to read it as, or auto; `given` are the recipe's own columns, by which the row has
+    been renamed: they are kept where they are read.
     """
+    given = given or {}
     for columns, reader in _candidates(row, format_name):
         if any("{{" in column or "{%" in column for column in columns.values()):
             continue  # it would be taken for a template
@@ -51,7 +54,9 @@ def advise_columns(row: Row, format_name: str) -> str:
             READERS[reader].read(Row(renamed, row.where))
         except BadRow:
             continue
-        mapping = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
+        kept = {ours: theirs for ours, theirs in given.items() if ours not in columns.values()}
+        whole = {**kept, **{ours: given.get(theirs, theirs) for ours, theirs in columns.items()}}
+        mapping = {ours: theirs for ours, theirs in whole.items() if ours != theirs}
         text = yaml.safe_dump(mapping, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
         if yaml.safe_load(text) == mapping:
             return f"columns: {text.strip()}"
@@ -71,6 +76,9 @@ def _candidates(row: Row, format_name: str) -> Iterator[tuple[dict[str, str], st
             known = (by_key[word] for word in synonyms.split() if word in by_key)
             if (theirs := next((column for column in known if column not in columns.values()), None)) is not None:
                 columns[ours] = theirs
+        rates = name == "classification" and as_boolean(row.fields.get(columns.get("label", ""))) is not None
+        if rates and by_key.keys() & set(_SYNONYMS["prompt-completion"]["completion"].split()):
+            continue  # an answer, and whether it is a good one
         if columns and len(columns) == len(_SYNONYMS[name]):
             yield columns, name
     texts = [name for name, value in row.fields.items() if isinstance(value, str) and value.strip()]

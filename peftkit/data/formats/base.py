@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -160,6 +161,6 @@ def loss_weight(values: Mapping[str, object]) -> float:
             value = float(value)
         except ValueError:
             raise BadRow(f"the weight {value!r}", "a number of at least 0 in weight") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
         raise BadRow(f"the weight {value!r}", "a number of at least 0 in weight")
     return float(value)

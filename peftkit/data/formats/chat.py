@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ _COPIED_KEYS = ("name", "tool_call_id")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 # whether a turn is in the loss: Axolotl's (message_field_training, a weight of 0 or 1), ms-swift's, verl's
 _MASK_KEYS = ("train", "training", "loss", "loss_mask", "weight")
+TURN_COLUMNS = ("messages", "conversations")
 TURN_KEYS = frozenset((*_ROLE_KEYS, *_CONTENT_KEYS, "tool_calls", *_COPIED_KEYS, *_REASONING, *_MASK_KEYS))
 
 
@@ -60,7 +61,7 @@ def _parse_tool_call(call: Any) -> Mapping[str, Any]:
     if isinstance(given, str):
         try:
             arguments = json.loads(given or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadRow("a tool call whose arguments are not JSON", "a JSON object") from None
     if arguments is None:
         arguments = {}
@@ -101,7 +102,7 @@ def _parse_turn(turn: object) -> Message:
     role = role.lower() if isinstance(role, str) else role
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRow(f"the role {role!r}", f"one of {', '.join(sorted(_ROLES))}", check="roles")
-    value = next((turn[key] for key in _CONTENT_KEYS if key in turn), None)
+    value = _said_once(turn, _CONTENT_KEYS)
     message: dict[str, Any] = {"role": _ROLES[role]}
     if role == "function_call":
         calls = parse_json(value, "a function_call")
@@ -112,7 +113,7 @@ def _parse_turn(turn: object) -> Message:
         return message
     calls = turn.get("tool_calls")
     message["content"] = "" if value is None and calls else _content_text(value)
-    if len(turn) == 2:  # the usual turn, at once
+    if len(turn) == 2 and not calls:  # the usual turn, at once
         return message
     if calls:
         if not isinstance(calls, list):
@@ -121,10 +122,20 @@ def _parse_turn(turn: object) -> Message:
     message.update({name: turn[name] for name in _COPIED_KEYS if turn.get(name) is not None})
     if (weight := _turn_weight(turn, message["role"])) is not None:
         message["weight"] = weight
-    for name in _REASONING:
-        if isinstance(turn.get(name), str) and turn[name]:
-            message["reasoning_content"] = turn[name]
+    if reasoning := _said_once(turn, _REASONING):
+        if not isinstance(reasoning, str):
+            raise BadRow(f"reasoning that is {type(reasoning).__name__}", "text")
+        message["reasoning_content"] = reasoning
     return message
+
+
+def _said_once(turn: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """Return the value of the first of these keys that has one. Raises BadRow where two say different things."""
+    given = [name for name in names if name in turn]
+    filled = [name for name in given if turn[name] not in (None, "", [], {})]
+    if any(turn[name] != turn[filled[0]] for name in filled[1:]):
+        raise BadRow(f"a turn with {' and '.join(filled)}, which differ", f"one of {', '.join(filled)}")
+    return turn[(filled or given)[0]] if given else None
 
 
 def parse_json(value: object, what: str) -> Any:
@@ -133,7 +144,7 @@ def parse_json(value: object, what: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadRow(f"{what} that is not JSON", "JSON") from None
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from peftkit.data.formats.base import BadRow
-from peftkit.data.formats.chat import TURN_KEYS
+from peftkit.data.formats.chat import TURN_COLUMNS, TURN_KEYS, parse_list
 from peftkit.data.read import Row
 
 _EMPTY: tuple[object, ...] = (None, "", [], {}, ())
@@ -22,7 +22,8 @@ _NAMES = {
 def unused_values(row: Row, used: frozenset[str]) -> Iterator[tuple[str, object]]:
     """Yield (column, value) for what a row says and no reader reads; a turn's key as "messages[].key".
 
-    Raises BadRow for media: a text that refers to a picture says nothing without it.
+    Raises BadRow for media: a text that refers to a picture says nothing without it; and for turns as text that
+    is no JSON.
     """
     for name in row.fields.keys() - used:
         value = row.fields[name]
@@ -32,7 +33,7 @@ def unused_values(row: Row, used: frozenset[str]) -> Iterator[tuple[str, object]
             raise BadRow(f"media in {name}", "text only", check="media")
         yield name, value
     for name in row.fields.keys() & used:
-        turns = row.fields[name]
+        turns = parse_list(row.fields[name], name) if name in TURN_COLUMNS else row.fields[name]
         if isinstance(turns, list):
             for turn in turns:
                 if not isinstance(turn, Mapping) or len(turn) <= 2:

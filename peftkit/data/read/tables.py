@@ -118,6 +118,8 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]
     except (KeyError, TypeError, ValueError):
         return {}
     class_names = {}
+    if not isinstance(features, dict):
+        return {}
     for name, feature in features.items():
         inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
         if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and isinstance(inner.get("names"), list):

@@ -28,6 +28,7 @@ MAX_RECORD_BYTES = 16 * 2**20  # of a table: the csv module takes four bytes and
 _PEEK_BYTES = 4096
 _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|\])")
 _BLANKS = re.compile(r"[ \t\r\n]*")
+_ROW_KEYS = {"data", "rows", "examples", "items", "records", "instances", "samples", "dataset", "entries", "train"}
 
 
 class _InvalidValueError(ValueError):
@@ -149,27 +150,28 @@ def _rows_of_object(file: File, text: str) -> Iterator[Row | Fault]:
         raise file.refuse(got, "a list of objects", "one object a line? name it .jsonl") from None
     if not isinstance(value, dict):
         raise file.refuse(f"a {type(value).__name__}", "a list of objects")
-    lists = {
-        key: rows
-        for key, rows in value.items()
-        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
-    }
+    lists = {key: rows for key, rows in value.items() if isinstance(rows, list) and rows}
+    tables = {key: rows for key, rows in lists.items() if all(isinstance(row, dict) for row in rows)}
     turn_keys = ({"role", "content"}, {"from", "value"})
-    has_turns = any(keys <= row.keys() for rows in lists.values() for row in rows for keys in turn_keys)
-    tables = {} if has_turns else lists
-    if len(tables) > 1:
+    has_turns = any(keys <= row.keys() for rows in tables.values() for row in rows for keys in turn_keys)
+    if len(tables) > 1 and not has_turns:
         got, fix = f"lists of rows under {', '.join(map(shorten, tables))}", "write each to a file of its own"
         raise file.refuse(got, "one list of rows", fix)
-    if tables:
+    # what stands beside the rows describes them; a text or a list may be what a single row says
+    named = tables.keys() & _ROW_KEYS
+    beside = [other for key, other in value.items() if key not in tables]
+    says_more = any((isinstance(other, str) and " " in other.strip()) or isinstance(other, dict) for other in beside)
+    if len(tables) == len(lists) == 1 and not has_turns and (named or not says_more):
         [(key, rows)] = tables.items()
-    elif not has_turns and (columns := _columns_of(value)):
+    elif not tables and (columns := _columns_of(value)):
         key, rows = "columns", [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     else:
         got = f"an object with {join_names(list(value))}"
         fix = "one object a line? name it .jsonl; one row alone? put it in a list"
         raise file.refuse(got, "a list of objects, or an object that holds one", fix)
+    surrogates = "\\ud" if re.search(r"\\u[dD]", text) else ""  # the whole text is looked through once
     for number, row in enumerate(rows, start=1):
-        yield _row_or_fault(row, text, f"{file.name} {shorten(key)} row {number}")
+        yield _row_or_fault(row, surrogates, f"{file.name} {shorten(key)} row {number}")
 
 
 def _columns_of(value: dict[str, Any]) -> dict[str, list[Any]]:
@@ -180,7 +182,8 @@ def _columns_of(value: dict[str, Any]) -> dict[str, list[Any]]:
     columns = list(value.values())
     if value.keys() == {"columns", "index", "data"}:
         return {}
-    if all(isinstance(column, dict) and all(number.isdecimal() for number in column) for column in columns):
+    is_number = re.compile(r"[0-9]{1,18}").fullmatch
+    if all(isinstance(column, dict) and all(map(is_number, column)) for column in columns):
         numbers = {tuple(sorted(column, key=int)) for column in columns}
         if len(numbers) != 1:
             return {}

@@ -66,6 +66,7 @@ class _Ingestion:
 
     def __init__(self, data: Data, folder: Path, where: KeyLocator) -> None:
         self.data, self.folder, self.where = data, folder, where
+        self.format_given = data.format  # by the user: held-out rows are read as those trained on
         self.rows = JsonLinesWriter(folder / "rows.jsonl")
         self.tally = Tally()
         self.numbers = {name: array("Q") for name in ROW_STATISTICS}
@@ -108,10 +109,11 @@ class _Ingestion:
             renamed_row = rename_columns(row)
         except BadRow as error:  # a template in columns that cannot render this row
             raise UserError(Problem(row.where, error.got, error.expected)) from None
-        name, parse = select_reader(renamed_row, source.format or self.data.format)
+        of = "data." if source.columns is None else "this source's "
+        name, parse = select_reader(renamed_row, source.format or self.data.format, columns, of)
         used = {*FORMATS[name].used_columns(renamed_row.fields), *([self.data.group] if self.data.group else [])}
         used |= columns_of_templates(columns)
-        is_detected = (source.format or self.data.format) == "auto" and name not in CLASSES | PREFERENCES
+        is_detected = (source.format or self.format_given) == "auto" and name not in CLASSES | PREFERENCES
         return _RowConverter(name, rename_columns, parse, frozenset(used), is_detected)
 
     def _add_row(self, row: Row, converter: _RowConverter) -> None:

@@ -24,6 +24,9 @@ TURNS = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
         ({"id": 3, "body": "x"}, "columns: {text: body}"),
         ({"dialog": TURNS}, "columns: {messages: dialog}"),
         ({"tweet": "x", "Label": 3}, "columns: {text: tweet, label: Label}"),
+        ({"good answer": "a", "bad answer": "b"}, ""),
+        ({"better": "a", "worse": "b"}, ""),
+        ({"input": "q", "response": "a", "label": False}, "columns: {prompt: input, completion: response}"),
         ({"x": 1.5}, ""),
         ({"x": ["a"]}, ""),
         ({}, ""),
@@ -46,3 +49,24 @@ def test_whatever_is_advised_works(fields):
             [renamed] = rename([row], columns)
             name, _ = select_reader(renamed, "auto")
             assert to_examples([renamed], name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "advice"),
+    [
+        ({"q": "a", "response": "b"}, {"prompt": "q"}, {"prompt": "q", "completion": "response"}),
+        ({"q": "a", "b": "c"}, {"question": "q", "x": "b"}, {"prompt": "q", "completion": "b"}),
+        ({"t": "a", "response": "b"}, {"prompt": "say {{ t }}"}, {"prompt": "say {{ t }}", "completion": "response"}),
+    ],
+    ids=str,
+)
+def test_columns_that_are_given_are_kept_in_the_advice(fields, given, advice):
+    row = Row(fields, "f:1")
+    [renamed] = rename([row], given)
+    with pytest.raises(UserError) as caught:
+        select_reader(renamed, "auto", given)
+    [problem] = caught.value.problems
+    columns = yaml.safe_load(problem.fix.removeprefix("set data."))["columns"]
+    assert columns == advice
+    [again] = rename([row], columns)
+    assert select_reader(again, "auto")[0] == "prompt-completion"

@@ -224,6 +224,10 @@ def test_an_indented_array_named_jsonl_is_read(tmp_path):
         ({"prompt": {"0": "q", "1": "r"}, "completion": {"0": "a"}}, "an object with prompt, completion"),
         ({"columns": ["a", "b"], "index": [0, 1], "data": [[1, 2], [3, 4]]}, "an object with columns"),
         ({"data": [{"a": 1}, None]}, "an object with data"),
+        ({"text": "a long document", "entities": TABLE}, "an object with text, entities"),
+        ({"prompt": "q", "meta": {"a": 1}, "tools": TABLE}, "an object with prompt, meta, tools"),
+        ({"train": TABLE, "more": [{"a": 1}, None]}, "an object with train, more"),
+        ({"a": {"9" * 5000: 1}}, "an object with a"),
         (7, "a int"),
     ],
 )
@@ -232,6 +236,25 @@ def test_another_object_is_refused(value, said, tmp_path):
     path.write_text(json.dumps(value))
     with pytest.raises(UserError, match=said):
         read_rows([str(path)], where="data.train")
+
+
+@pytest.mark.parametrize(
+    "value", [{"data": TABLE, "info": {"a": 1}, "note": "two words"}, {"rows_of_mine": TABLE, "version": "1.0", "n": 2}]
+)
+def test_rows_beside_what_describes_them_are_read(value, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(value))
+    assert [dict(row.fields) for row in read_rows([str(path)], where="data.train")] == TABLE
+
+
+def test_the_text_of_an_object_is_looked_through_once(tmp_path):
+    """It took time in the square of the rows when each row searched the whole text."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"prompt": ["a" * 400] * 20_000, "completion": ["b"] * 20_000}))
+    assert len(read_rows([str(path)], where="data.train")) == 20_000
+    path.write_text('{"prompt": ["a", "\\\\ud800"], "completion": ["b", "c"]}'.replace("\\\\", "\\"))
+    first, second = read(read_json_array, path.read_text())
+    assert (dict(first.fields)["prompt"], isinstance(second, Fault)) == ("a", True)
 
 
 def test_cells_by_number_are_aligned_and_rows_with_a_role_are_rows(tmp_path):
