@@ -32,6 +32,7 @@ Targets = Annotated[
     ),
 ]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]  # what is counted here is never more
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 

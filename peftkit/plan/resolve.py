@@ -21,6 +21,7 @@ from peftkit.plan.memory import closed_form_memory
 from peftkit.plan.method import LOW_4BIT_SHARE, largest_role_outside_4bit, method_plan, share_in_4bit
 from peftkit.plan.packing import TrainerRows, choose_rows, choose_sampling
 from peftkit.plan.plan import BasePlan, EvaluatePlan, Plan, TrainPlan
+from peftkit.plan.schedule import resolve_schedule
 from peftkit.plan.targets import make_selection
 from peftkit.plan.throughput import describe_missing_kernels, missing_kernels
 from peftkit.recipe import LoadedRecipe, check_recipe
@@ -186,23 +187,7 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
         micro = d.record("train.micro_batch", train.micro_batch)
     steps = _num_steps(d, rows)
     learning_rate = d.record("train.learning_rate", train.learning_rate, rate, rate_reason)
-    d.record("train.schedule.kind", train.schedule.kind)
-    schedule = train.schedule
-    num_warmup = schedule.warmup_steps or math.ceil((steps or 0) * schedule.warmup)
-    if schedule.warmup_steps is None:
-        d.record("train.schedule.warmup", schedule.warmup)
-    else:
-        d.record("train.schedule.warmup_steps", schedule.warmup_steps)
-        if steps is not None and schedule.warmup_steps >= steps:
-            d.refuse("train.schedule.warmup_steps", f"{schedule.warmup_steps} of {steps} steps", f"at most {steps - 1}")
-    schedule_arguments: dict[str, float] = {}
-    if schedule.kind == "restarts":
-        schedule_arguments["num_cycles"] = d.record("train.schedule.cycles", schedule.cycles)
-    if schedule.kind == "wsd":
-        decay = d.record("train.schedule.decay", schedule.decay)
-        schedule_arguments["num_decay_steps"] = max(1, math.ceil((steps or 0) * decay))
-    if schedule.kind in {"cosine", "wsd"} and d.record("train.schedule.min_rate", schedule.min_rate):
-        schedule_arguments["min_lr_rate" if schedule.kind == "cosine" else "min_lr_ratio"] = schedule.min_rate
+    num_warmup, schedule_arguments = resolve_schedule(d, steps)
     on_gpu = facts.device.kind == "cuda"
     has_lora_plus = getattr(d.loaded.recipe.method, "lr_ratio", None) is not None  # LoRA+ builds a plain AdamW
     optimizer = d.record(
@@ -241,8 +226,7 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
     d.record("train.early_stopping", early_stopping.model_dump() if early_stopping else None)
     return TrainPlan(
         num_steps=steps,
-        # the first step of a warm-up has rate 0, so a single step must have none
-        num_warmup_steps=min(num_warmup, max(0, (steps or 0) - 1)),
+        num_warmup_steps=num_warmup,
         learning_rate=learning_rate,
         schedule=train.schedule.kind,
         schedule_arguments=schedule_arguments,

@@ -11,7 +11,7 @@ from peftkit.methods.lora import BASE_CHANGING_INITS, LoraOptions
 from peftkit.methods.prefix import PrefixOptions
 from peftkit.recipe.load import LoadedRecipe
 from peftkit.recipe.paths import is_commit
-from peftkit.recipe.schema import Bounds, Recipe
+from peftkit.recipe.schema import SCHEDULE_KEYS, Bounds, Recipe
 from peftkit.units import divisors
 
 Rule = Callable[[Recipe, LoadedRecipe], Iterator[Problem]]
@@ -207,8 +207,7 @@ def _diagnose_without_effect(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[P
 def _schedule_settings(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     """Report settings of a schedule that its kind does not have."""
     schedule = recipe.train.schedule
-    kinds = {"cycles": {"restarts"}, "decay": {"wsd"}, "min_rate": {"cosine", "wsd"}}
-    for key, takers in kinds.items():
+    for key, takers in SCHEDULE_KEYS.items():
         if ("train", "schedule", key) in loaded.sources and schedule.kind not in takers:
             fix = f"set kind: {' or '.join(sorted(takers))}, or remove {key}"
             yield Problem(loaded.where(("train", "schedule", key)), f"{key} with {schedule.kind}", "no such key", fix)

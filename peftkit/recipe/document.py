@@ -6,7 +6,10 @@ YAML 1.2's core types only: `off` and `no` are strings, 1e-4 is a number, 12:30 
 
 from __future__ import annotations
 
+import math
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,6 +208,30 @@ _Dumper.yaml_implicit_resolvers = {
     first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
     for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
 }
+
+
+def plain_value(value: object, depth: int = 0) -> object:
+    """Return a value from Python as YAML holds it: arrays, sets and tuples as lists, paths as texts.
+
+    NumPy's numbers become Python's. Anything else is left as it is, and so is what is nested too deep.
+    """
+    if depth > MAX_DEPTH:
+        return value
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: plain_value(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted((plain_value(item, depth + 1) for item in value), key=str)
+    if isinstance(value, list | tuple):
+        return [plain_value(item, depth + 1) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def dump_value(value: object) -> str:
+    """Return a value on one line, as `parse_value` reads it back. Raises yaml.YAMLError for what YAML cannot hold."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return str(text).removesuffix("...\n").strip()
 
 
 def dump_text(data: dict[str, Any]) -> str:

@@ -143,7 +143,7 @@ def validation_problems(error: ValidationError, data: object, where: Callable[[P
     """Return all problems of a validation, one per key. `where` gives file, line and key of a path."""
     problems: dict[Path, Problem] = {}
     expected: dict[Path, list[str]] = {}
-    translated: set[str] = set()  # sections that keys of other tools belong to
+    translated: set[str] = set()  # keys that those of other tools stand for
     for item in error.errors(include_url=False):
         path, value = _data_path(item["loc"], data)
         kind, context = item["type"], item.get("ctx", {})
@@ -181,9 +181,9 @@ def validation_problems(error: ValidationError, data: object, where: Callable[[P
             elif translation and (takes := _refused_value(translation)):
                 fix = f"its key here is {translation.partition(':')[0]}, which takes {takes}"
             elif translation:
-                home, _, our_key = translation.partition(":")[0].rpartition(".")
+                home = translation.partition(":")[0].rpartition(".")[0]
                 fix = f"write {translation.removeprefix(f'{home}.')}{f' under {home}' if home != section else ''}"
-                translated.add((home or our_key).split(".")[0])
+                translated.add(translation.partition(":")[0])
             else:
                 fix = instead or did_you_mean(key, known_keys)
             problems[path] = Problem(where(path), f"the key {shorten(key)}", f"a key of {section or 'a recipe'}", fix)
@@ -199,7 +199,8 @@ def validation_problems(error: ValidationError, data: object, where: Callable[[P
                 else _suggest(path, data)
             )
             problems[path] = Problem(where(path), show_value(value), expected_text, fix if "known:" not in fix else "")
-    for section in translated:  # what another tool's key says is not missing as well
-        if problems.get((section,)) and problems[(section,)].got == "nothing":
+    for section, key in (("base", "base"), ("method", "method.name"), ("data", "data.train")):
+        # what another tool's key says is not missing as well
+        if key in translated and (problem := problems.get((section,))) and problem.got == "nothing":
             del problems[(section,)]
     return list(problems.values())

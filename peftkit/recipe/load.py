@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -14,10 +13,20 @@ import yaml
 from pydantic import ValidationError
 
 from peftkit.errors import Problem, UserError, nearest
-from peftkit.recipe.document import INVALID_CHARS, MAX_DEPTH, Document, Key, dotted, parse_value, read_document
+from peftkit.recipe.document import (
+    INVALID_CHARS,
+    MAX_DEPTH,
+    Document,
+    Key,
+    dotted,
+    dump_value,
+    parse_value,
+    plain_value,
+    read_document,
+)
 from peftkit.recipe.explain import show_value, validation_problems
 from peftkit.recipe.paths import path_exists, with_absolute_paths
-from peftkit.recipe.schema import Recipe
+from peftkit.recipe.schema import SCHEDULE_KEYS, Recipe
 from peftkit.recipe.shipped import find_shipped, list_shipped
 
 _SHORT_FORMS = {"base": "id", "method": "name"}
@@ -125,15 +134,6 @@ def _extends_chain(path: Path, ancestors: tuple[Path, ...] = ()) -> list[tuple[D
     return [*_extends_chain(target, (*ancestors, resolved)), (document, path)]
 
 
-def _plain_value(value: Any) -> Any:
-    """Return a value as YAML can hold it: numbers of numpy as Python's, paths as texts, also inside lists."""
-    if isinstance(value, list | tuple):
-        return [_plain_value(item) for item in value]
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return value if value is None or isinstance(value, str | int | float | dict) else str(value)
-
-
 def override_texts(overrides: str | Sequence[str] | Mapping[str, Any] | None) -> list[str]:
     """Return overrides as key=value texts: of one text, of several, or of a mapping of keys to values.
 
@@ -150,9 +150,11 @@ def override_texts(overrides: str | Sequence[str] | Mapping[str, Any] | None) ->
         if isinstance(value, Mapping) and value:
             texts += [f"{key}.{text}" for text in override_texts(value)]
         else:
-            plain = _plain_value(value)
-            text = yaml.safe_dump(plain, default_flow_style=True, width=math.inf)
-            texts.append(f"{key}={text.removesuffix('...' + chr(10)).strip()}")
+            try:
+                texts.append(f"{key}={dump_value(plain_value(value))}")
+            except yaml.YAMLError:
+                got = f"a {type(value).__name__}"
+                raise UserError(Problem(f"overrides {key}", got, "a value that YAML can hold")) from None
     return texts
 
 
@@ -209,6 +211,27 @@ def _invalid_texts(data: object, key: Key = ()) -> Iterator[tuple[Key, str]]:
         yield key, f"the character U+{ord(match[0]):04X} in {show_value(data)}"
 
 
+def _drop_overruled(data: dict[str, Any], sources: dict[Key, ValueSource]) -> None:
+    """Remove settings of earlier layers that a setting of a later one replaces, though its key is another.
+
+    `max_steps` replaces `epochs`, either warm-up the other, and a schedule what it does not take.
+    """
+    train = data.get("train")
+    schedule = train.get("schedule") if isinstance(train, dict) else None
+    epochs, warmup, kind = ("train", "epochs"), ("train", "schedule", "warmup"), ("train", "schedule", "kind")
+    warmup_steps = ("train", "schedule", "warmup_steps")
+    pairs = [(epochs, ("train", "max_steps")), (warmup, warmup_steps), (warmup_steps, warmup)]
+    if isinstance(schedule, dict):
+        other_kinds = (key for key, takers in SCHEDULE_KEYS.items() if schedule.get("kind") not in takers)
+        pairs += [(("train", "schedule", key), kind) for key in other_kinds]
+    for old, new in pairs:
+        section = train if len(old) == 2 else schedule
+        earlier, later = sources.get(old), sources.get(new)
+        is_overruled = earlier and later and earlier.rank < later.rank
+        if isinstance(section, dict) and is_overruled and section.get(new[-1]) is not None and old[-1] in section:
+            del section[old[-1]], sources[old]
+
+
 def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Load a recipe from a file, a shipped recipe's name, a dict or a `Recipe`, with overrides on top.
 
@@ -219,7 +242,8 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     text = ""
     if isinstance(source, Recipe | Mapping):
         name = "recipe"
-        values = source.model_dump(exclude_unset=True) if isinstance(source, Recipe) else deepcopy(dict(source))
+        given = source.model_dump(exclude_unset=True) if isinstance(source, Recipe) else deepcopy(dict(source))
+        values = {key: plain_value(value) for key, value in given.items()}
         _expand_short_forms(values, {})
         python = ValueSource("python", "python", Path.cwd())
         _merge(data, values, sources, {k: python for k in _all_keys(values) if k})
@@ -244,11 +268,7 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     _expand_short_forms(override_values, {})
     command = ValueSource("command line", "command line", Path.cwd(), 1_000_000)
     _merge(data, override_values, sources, {k: command for k in _all_keys(override_values) if k})
-    # two lengths of training conflict, unless `max_steps` of a later layer overrules `epochs` of an earlier one
-    train = data.get("train")
-    epochs, steps = (sources.get(("train", key)) for key in ("epochs", "max_steps"))
-    if isinstance(train, dict) and epochs and steps and epochs.rank < steps.rank and train["max_steps"] is not None:
-        del train["epochs"], sources[("train", "epochs")]
+    _drop_overruled(data, sources)
     if invalid := list(_invalid_texts(data)):
         raise UserError(Problem(_where(sources, name, key), got, "text") for key, got in invalid)
     try:

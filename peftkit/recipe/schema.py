@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from peftkit.methods import Options
 from peftkit.methods.adalora import AdaloraOptions
-from peftkit.methods.base import PositiveFloat, PositiveInt
+from peftkit.methods.base import NonNegativeInt, PositiveFloat, PositiveInt
 from peftkit.methods.full import FullOptions
 from peftkit.methods.ia3 import Ia3Options
 from peftkit.methods.ln import LnOptions
@@ -186,6 +186,9 @@ class Data(Options):
         return tuple(source if isinstance(source, Source) else Source(path=source) for source in given)
 
 
+SCHEDULE_KEYS = {"cycles": {"restarts"}, "decay": {"wsd"}, "min_rate": {"cosine", "wsd"}}  # of which kinds
+
+
 class Schedule(Options):
     """The learning-rate schedule."""
 
@@ -193,8 +196,10 @@ class Schedule(Options):
         "cosine", description="restarts: cosine, begun anew `cycles` times; wsd: warm-up, stable, decay"
     )
     warmup: Share = Field(0.05, description="share of the steps over which the rate rises from zero")
-    warmup_steps: PositiveInt | None = Field(None, description="the same in steps; overrides warmup")
-    min_rate: Share = Field(0.0, description="share of the rate that is left at the end, of cosine and wsd")
+    warmup_steps: NonNegativeInt | None = Field(None, description="the same in steps, instead of warmup")
+    min_rate: Share = Field(
+        0.0, description="share of the rate that is left at the end, of cosine and wsd; a warm-up of wsd begins there"
+    )
     cycles: PositiveInt = Field(2, description="of restarts")
     decay: Share = Field(0.1, description="share of the steps over which wsd falls")
 

@@ -7,10 +7,10 @@ and LLaMA-Factory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import yaml
 
+Translation = Callable[[object, Mapping[str, object]], str]  # of a value, with the keys beside it
 # our key: what others call it, with a value of the same meaning
 _SAME = {
     "base": "base_model model_name_or_path model_name model pretrained_model_name_or_path",
@@ -32,8 +32,6 @@ _SAME = {
     "train.max_length": "max_seq_length max_seq_len sequence_len cutoff_len model_max_length block_size",
     "train.packing": "sample_packing neat_packing",
     "train.gradient_checkpointing": "activation_checkpointing",
-    "train.schedule.warmup": "warmup_ratio",
-    "train.schedule.warmup_steps": "warmup_steps num_warmup_steps lr_warmup_steps",
     "train.max_grad_norm": "gradient_clipping clip_grad_norm",
     "train.checkpoint_steps": "save_steps",
     "train.early_stopping.patience": "early_stopping_patience",
@@ -47,17 +45,24 @@ _SAME = {
 _NOT_YET = "peftkit has none yet: leave it out"
 
 
-def by_value(key: str, values: Mapping[str, str], *, is_name: bool = True) -> Callable[[Any, Mapping[str, Any]], str]:
-    """Return a translation by a table of values; another value is kept, a name of a choice in small letters."""
+def by_value(
+    key: str, values: Mapping[str, str], *, is_name: bool = True, instead: Mapping[str, str] | None = None
+) -> Translation:
+    """Return a translation by a table of values; another value is kept, a name of a choice in small letters.
 
-    def translate(value: Any, _: Mapping[str, Any]) -> str:
+    `instead` has what to do for values that have no translation.
+    """
+
+    def translate(value: object, _: Mapping[str, object]) -> str:
+        if instead and str(value).lower() in instead:
+            return instead[str(value).lower()]
         kept = value.lower() if is_name and isinstance(value, str) else value
         return f"{key}: {values.get(str(value).lower(), _show(kept))}"
 
     return translate
 
 
-def translate_targets(value: Any, _: Mapping[str, Any]) -> str:
+def translate_targets(value: object, _: Mapping[str, object]) -> str:
     """Return the targets: a list of modules, which LLaMA-Factory writes as one text."""
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
     if names in (["all"], ["all-linear"]):
@@ -65,15 +70,16 @@ def translate_targets(value: Any, _: Mapping[str, Any]) -> str:
     return f"method.targets: {_show(names)}"
 
 
-def translate_accumulation(value: Any, siblings: Mapping[str, Any]) -> str:
+def translate_accumulation(value: object, siblings: Mapping[str, object]) -> str:
     """Return the batch size, which counts the rows of all micro-batches."""
     names = ("micro_batch", *_SAME["train.micro_batch"].split())
     micro = next((siblings[name] for name in names if name in siblings), 1)
-    is_number = all(isinstance(number, int) and not isinstance(number, bool) for number in (value, micro))
-    return f"train.batch_size: {value * micro}" if is_number else "train.batch_size: micro_batch times this"
+    if not isinstance(value, int) or not isinstance(micro, int) or bool in {type(value), type(micro)}:
+        return "train.batch_size: micro_batch times this"
+    return f"train.batch_size: {value * micro}"
 
 
-def translate_datasets(value: Any, _: Mapping[str, Any]) -> str:
+def translate_datasets(value: object, _: Mapping[str, object]) -> str:
     """Return the sources: of Axolotl's list of mappings what a source here has too."""
     sources = value if isinstance(value, list) else [value]
     kept = [
@@ -83,33 +89,69 @@ def translate_datasets(value: Any, _: Mapping[str, Any]) -> str:
     return f"data.train: {_show(kept if isinstance(value, list) else kept[0])}"
 
 
+def translate_modules(value: object, _: Mapping[str, object]) -> str:
+    """Return the parts that modules trained whole are, or what to do where they are none of ours."""
+    names = [value] if isinstance(value, str) else list(value) if isinstance(value, list) else []
+    if not names:
+        return "leave it out"
+    if set(names) <= {"score", "classifier"}:
+        return "leave it out: the head of a classifier is always trained"
+    if not set(map(str, names)) <= _PARTS.keys():
+        return "method.also_train takes embeddings, head, norms and {tokens: [...]}"
+    return f"method.also_train: {_show(sorted({_PARTS[name] for name in names}))}"
+
+
+def translate_switch(value: object, siblings: Mapping[str, object]) -> str:
+    """Return the method of a switch for adapters; beside one for 4 bit, that says it."""
+    if siblings.get("load_in_4bit") or siblings.get("quantization_bit") == 4:
+        return "leave it out: method.name: qlora says it"
+    return by_value("method.name", {"true": "lora", "false": "full"})(value, siblings)
+
+
+def translate_warmup(value: object, siblings: Mapping[str, object]) -> str:
+    """Return the share of the warm-up; where its steps are given as well, those count, as in transformers."""
+    if any(siblings.get(name) for name in _WARMUP_STEPS):
+        return "leave it out: the steps of the warm-up count"
+    return f"train.schedule.warmup: {_show(value)}"
+
+
+_PARTS = {
+    **dict.fromkeys(("embed_tokens", "wte", "word_embeddings", "embeddings", "embed_in"), "embeddings"),
+    **dict.fromkeys(("lm_head", "head", "output", "embed_out"), "head"),
+}
+_WARMUP_STEPS = ("warmup_steps", "num_warmup_steps", "lr_warmup_steps")
+_AUTO = {"false": "leave it out: the precision is chosen then"}
+_NO_INIT = "leave it out, or take method.init: gaussian, orthogonal, pissa, olora or eva"
 _SCHEDULES = {
     **{"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "cosine_with_restarts": "restarts"},
     "warmup_stable_decay": "wsd",
 }
 _OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit", "paged_adamw_32bit": "adamw_torch", "adamw_torch_8bit": "adamw_bnb_8bit"}
-_INITS = {"true": "default", "false": "default", "pissa_niter_16": "pissa", "loftq": "default", "corda": "eva"}
-_TRANSLATIONS: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
+_INITS = {"true": "default", "pissa_niter_16": "pissa"}
+_NO_INITS = dict.fromkeys(("false", "loftq", "corda", "lora_ga"), _NO_INIT)
+_TRANSLATIONS: dict[str, Translation] = {
     **dict.fromkeys(("target_modules", "lora_target_modules", "lora_target", "lora_targets"), translate_targets),
     "gradient_accumulation_steps": translate_accumulation,
     **dict.fromkeys(("dataset", "datasets", "train_file", "train_files", "data_path"), translate_datasets),
     "lr_scheduler_type": by_value("train.schedule.kind", _SCHEDULES),
     "lr_scheduler": by_value("train.schedule.kind", _SCHEDULES),
     "optim": by_value("train.optimizer", _OPTIMIZERS),
-    "init_lora_weights": by_value("method.init", _INITS),
-    "peft_init_lora_weights": by_value("method.init", _INITS),
+    "init_lora_weights": by_value("method.init", _INITS, instead=_NO_INITS),
+    "peft_init_lora_weights": by_value("method.init", _INITS, instead=_NO_INITS),
     "adapter": by_value("method.name", {}),
     "peft_type": by_value("method.name", {"prefix_tuning": "prefix", "prompt_tuning": "prompt"}),
-    "finetuning_type": by_value("method.name", {"freeze": "full"}),
-    "use_lora": by_value("method.name", {"true": "lora", "false": "full"}),
-    "use_peft": by_value("method.name", {"true": "lora", "false": "full"}),
-    "load_in_4bit": by_value("method.name", {"true": "qlora", "false": "lora"}),
+    "finetuning_type": by_value("method.name", {}, instead={"freeze": f"training some of the layers: {_NOT_YET}"}),
+    "use_lora": translate_switch,
+    "use_peft": translate_switch,
+    "load_in_4bit": by_value("method.name", {"true": "qlora"}, instead={"false": "leave it out"}),
+    "warmup_ratio": translate_warmup,
+    **dict.fromkeys(_WARMUP_STEPS, by_value("train.schedule.warmup_steps", {}, instead={"0": "leave it out"})),
     "quantization_bit": by_value("method.name", {"4": "qlora"}),
     "bnb_4bit_use_double_quant": by_value("method.double_quant", {}),
     "use_bnb_nested_quant": by_value("method.double_quant", {}),
     "double_quantization": by_value("method.double_quant", {}),
-    "bf16": by_value("train.precision", {"true": "bf16", "false": "auto", "auto": "auto"}),
-    "fp16": by_value("train.precision", {"true": "fp16", "false": "auto", "auto": "auto"}),
+    "bf16": by_value("train.precision", {"true": "bf16"}, instead=_AUTO),
+    "fp16": by_value("train.precision", {"true": "fp16"}, instead=_AUTO),
     "torch_dtype": by_value("train.precision", {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}),
     "flash_attention": by_value("base.attention", {"true": "sdpa", "false": "auto"}),
     "flash_attn": by_value("base.attention", {"fa2": "sdpa", "true": "sdpa", "disabled": "eager"}),
@@ -120,8 +162,8 @@ _TRANSLATIONS: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
     "assistant_only_loss": by_value("data.mask", {"true": "assistant", "false": "all"}),
     "mask_history": by_value("data.mask", {"true": "last-turn", "false": "completion"}),
     "task_type": by_value("task", {"causal_lm": "causal-lm", "seq_2_seq_lm": "seq2seq", "seq_cls": "classification"}),
-    "modules_to_save": lambda value, _: "method.also_train: [embeddings, head]",
-    "lora_modules_to_save": lambda value, _: "method.also_train: [embeddings, head]",
+    "modules_to_save": translate_modules,
+    "lora_modules_to_save": translate_modules,
 }
 # what has no key: what to do instead
 _WITHOUT_KEY = {
@@ -155,14 +197,14 @@ def _show(value: object) -> str:
         return str(value)
 
 
-_KEYS: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
+_KEYS: dict[str, Translation] = {
     **{name: by_value(key, {}, is_name=False) for key, names in _SAME.items() for name in names.split()},
     **_TRANSLATIONS,
 }
 _INSTEAD = {name: text for names, text in _WITHOUT_KEY.items() for name in names.split()}
 
 
-def translate_key(key: str, value: object, siblings: Mapping[str, Any]) -> tuple[str, str]:
+def translate_key(key: str, value: object, siblings: Mapping[str, object]) -> tuple[str, str]:
     """Return (peftkit's key with the value in its terms, what to do instead); both empty for an unknown key.
 
     Example: lora_r, 16 -> "method.rank: 16". `siblings` are the keys beside it, for values that need two.
@@ -171,5 +213,7 @@ def translate_key(key: str, value: object, siblings: Mapping[str, Any]) -> tuple
     if name in _KEYS and value is None:
         return "", "leave it out: null is no setting"
     if name in _KEYS:
-        return _KEYS[name](value, siblings), ""
-    return "", _INSTEAD.get(name, "")
+        text = _KEYS[name](value, siblings)
+        return (text, "") if " " not in text.partition(":")[0] else ("", text)
+    is_off = str(value).lower() in {"false", "none", "no", "off"}
+    return "", "leave it out" if name in _INSTEAD and is_off else _INSTEAD.get(name, "")

@@ -64,6 +64,7 @@ SCHEDULES = {
         {"num_decay_steps": 5, "min_lr_ratio": 0.2},
     ),
     "constant": ({"kind": "constant", "warmup": 0.1}, "constant_with_warmup", 2, {}),
+    "no warm-up": ({"kind": "linear", "warmup_steps": 0}, "linear", 0, {}),
 }
 
 
@@ -104,6 +105,8 @@ def test_the_rates_of_a_run_are_those_of_transformers_schedule(name, tmp_path):
         ({"kind": "constant", "min_rate": 0.1}, "min_rate with constant"),
         ({"warmup": 0.1, "warmup_steps": 3}, "warmup and warmup_steps"),
         ({"warmup_steps": 20}, "20 of 20 steps"),
+        ({"kind": "wsd", "warmup_steps": 16, "decay": 0.5}, r"16 steps of warm-up and 10 of decay[\s\S]*at most 0.2"),
+        ({"kind": "restarts", "cycles": 30}, r"30 in 19 steps[\s\S]*at most 9"),
     ],
     ids=str,
 )

@@ -1,9 +1,11 @@
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from peftkit.errors import UserError
-from peftkit.recipe import load
+from peftkit.recipe import check_recipe, load, override_texts
 from peftkit.recipe.document import dump_text
 
 
@@ -155,6 +157,44 @@ def test_dicts_and_recipes_load_too(tmp_path):
     loaded = load(source)
     assert load(loaded.recipe).recipe == loaded.recipe
     assert source["base"] == "org/model"
+
+
+def test_values_of_python_are_read_as_yaml_would_hold_them():
+    values = {
+        "base": Path("org/model"),
+        "method": {"name": "lora", "targets": {"q_proj", "k_proj"}},
+        "data": {"train": ("x.jsonl", Path("y.jsonl"))},
+        "train": {"learning_rate": np.float32(0.5)},
+    }
+    overrides = {"method": {"rank": np.int64(4)}, "train.max_steps": np.array(7), "data.chat.system": "1e5"}
+    recipe = load(values, override_texts(overrides)).recipe
+    assert recipe.method.targets == ["k_proj", "q_proj"]
+    assert (recipe.train.learning_rate, recipe.train.max_steps, recipe.method.rank) == (0.5, 7, 4)
+    assert recipe.data.chat.system == "1e5"
+    with pytest.raises(UserError, match="a value that YAML can hold"):
+        override_texts({"train.max_steps": object()})
+
+
+@pytest.mark.parametrize(
+    ("settings", "override", "left"),
+    [
+        ({"epochs": 2}, "max_steps=10", {"max_steps": 10}),
+        ({"schedule": {"warmup": 0.1}}, "schedule.warmup_steps=10", {"schedule": {"warmup_steps": 10}}),
+        ({"schedule": {"warmup_steps": 9}}, "schedule.warmup=0.1", {"schedule": {"warmup": 0.1}}),
+        ({"schedule": {"kind": "wsd", "decay": 0.2}}, "schedule.kind=linear", {"schedule": {"kind": "linear"}}),
+        (
+            {"schedule": {"kind": "wsd", "min_rate": 0.2}},
+            "schedule.kind=cosine",
+            {"schedule": {"kind": "cosine", "min_rate": 0.2}},
+        ),
+    ],
+    ids=str,
+)
+def test_a_later_layer_overrules_what_its_setting_replaces(tmp_path, settings, override, left):
+    path = write(tmp_path / "r.yaml", GOOD + dump_text({"train": settings}))
+    loaded = load(path, [f"train.{override}"])
+    assert loaded.recipe.train.model_dump(exclude_unset=True) == left
+    assert not list(check_recipe(loaded))
 
 
 def test_shipped_recipes_load_by_name():

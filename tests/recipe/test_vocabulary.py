@@ -43,6 +43,7 @@ SWITCHES |= {"train.gradient_checkpointing"}
 def test_what_is_advised_for_a_foreign_key_loads(key):
     ours = translate_key(key, 4, {})[0].partition(":")[0]
     special = {"quantization_bit": 4, "attn_implementation": "flash_attention_2", "torch_dtype": "bfloat16"}
+    special |= dict.fromkeys(("modules_to_save", "lora_modules_to_save"), "lm_head")
     value = special.get(key, True if ours in SWITCHES else SAMPLES.get(ours, 4))
     text, instead = translate_key(key, value, {"per_device_train_batch_size": 2})
     assert not instead
@@ -68,10 +69,37 @@ def test_what_is_advised_for_a_foreign_key_loads(key):
         ("gradient_accumulation_steps", 4, "train.batch_size: 8"),
         ("lr_scheduler_type", "constant_with_warmup", "train.schedule.kind: constant"),
         ("init_lora_weights", "pissa", "method.init: pissa"),
+        ("modules_to_save", ["lm_head", "embed_tokens"], "method.also_train: [embeddings, head]"),
+        ("modules_to_save", "lm_head", "method.also_train: [head]"),
+        ("warmup_ratio", 0.1, "train.schedule.warmup: 0.1"),
+        ("warmup_steps", 10, "train.schedule.warmup_steps: 10"),
     ],
 )
 def test_values_are_in_our_terms(key, value, written):
     assert translate_key(key, value, {"micro_batch_size": 2}) == (written, "")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "siblings", "said"),
+    [
+        ("modules_to_save", [], {}, "leave it out"),
+        ("modules_to_save", ["score"], {}, "leave it out: the head of a classifier is always trained"),
+        ("modules_to_save", ["q_norm"], {}, "method.also_train takes embeddings, head, norms and {tokens: [...]}"),
+        ("init_lora_weights", "loftq", {}, "leave it out, or take method.init: gaussian"),
+        ("finetuning_type", "freeze", {}, "training some of the layers: peftkit has none yet"),
+        ("fp16", False, {"bf16": True}, "leave it out: the precision is chosen then"),
+        ("use_peft", True, {"load_in_4bit": True}, "leave it out: method.name: qlora says it"),
+        ("load_in_4bit", False, {}, "leave it out"),
+        ("warmup_steps", 0, {}, "leave it out"),
+        ("warmup_ratio", 0.1, {"warmup_steps": 5}, "leave it out: the steps of the warm-up count"),
+        ("report_to", "none", {}, "leave it out"),
+        ("lora_r", None, {}, "leave it out: null is no setting"),
+    ],
+)
+def test_a_value_without_one_of_ours_says_what_to_do(key, value, siblings, said):
+    ours, instead = translate_key(key, value, siblings)
+    assert not ours
+    assert instead.startswith(said)
 
 
 def test_keys_without_one_of_ours_say_what_to_do_instead():
