@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_LOWEST_TEMPERATURE = 1e-3  # logits are divided by it, in half precision perhaps
+_NUM_SEEDS = 2**63
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How answers are drawn: greedily at temperature 0, else by `seed` from the most likely tokens up to `top_p`.
 
-    Raises UserError for a temperature below 0, or a `top_p` that is no share.
+    Raises UserError for values that nothing can be drawn with, or that are without effect.
     """
 
     max_new_tokens: int = 128
@@ -31,12 +35,24 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn from."""
         problems = []
-        if not 0 <= self.temperature < float("inf"):
-            problems.append(Problem("temperature", str(self.temperature), "a number of at least 0 (0: greedy)"))
+        if self.temperature and not _LOWEST_TEMPERATURE <= self.temperature < float("inf"):
+            expected = f"0 (greedy), or a number of at least {_LOWEST_TEMPERATURE}"
+            problems.append(Problem("temperature", str(self.temperature), expected))
         if not 0 < self.top_p <= 1:
             problems.append(Problem("top_p", str(self.top_p), "a share above 0, of at most 1"))
+        if not 0 <= self.seed < _NUM_SEEDS:
+            problems.append(Problem("seed", str(self.seed), "a number from 0, below 2**63"))
+        if not problems and not self.temperature:
+            fix = "set temperature to draw answers, for example 0.7"
+            given = {"top_p": self.top_p} if self.top_p != 1 else {}
+            given |= {"seed": self.seed} if self.seed else {}
+            problems += [Problem(key, f"{value} at temperature 0", "no such key", fix) for key, value in given.items()]
         if problems:
             raise UserError(problems)
+
+    def next_seed(self, number: int) -> int:
+        """Return the seed of the answer that is `number` answers further."""
+        return (self.seed + number) % _NUM_SEEDS if self.temperature else 0
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -46,7 +62,7 @@ class Sampling:
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
-def _encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool) -> Any:
+def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool) -> Any:
     """Tokenize prompts.
 
     Padded on the left for decoders, whose prompt ends where the answer begins, else on the right.
@@ -94,9 +110,12 @@ def generate_answers(
 ) -> list[str]:
     """Generate one answer per prompt, without special tokens, in the order of the prompts.
 
-    Prompts of similar length share a batch. `show` is given the pieces of the answer to a single prompt. The
-    model's training mode is restored, and what the caller draws is as before.
+    Prompts of similar length share a batch. Drawn answers do not: prompt i is answered by itself, with seed + i.
+    `show` is given the pieces of the answer to a single prompt. The model's training mode is restored, and what
+    the caller draws is as before.
     """
+    if sampling.temperature:
+        batch_size = 1
     streamer = None if show is None else stream_answer(tokenizer, show, has_prompt=not model.config.is_encoder_decoder)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
@@ -107,13 +126,13 @@ def generate_answers(
         for start in range(0, len(order), batch_size):
             interrupt.stop_if_requested("interrupted while generating")
             indices = order[start : start + batch_size]
-            inputs = _encode_prompts(
-                [prompts[i] for i in indices], tokenizer, is_encoder_decoder=is_encoder_decoder
-            ).to(model.device)
+            inputs = encode_prompts([prompts[i] for i in indices], tokenizer, is_encoder_decoder=is_encoder_decoder).to(
+                model.device
+            )
             if is_encoder_decoder:
                 inputs.pop("token_type_ids", None)
             with torch.no_grad(), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-                torch.manual_seed(sampling.seed)
+                torch.manual_seed(sampling.next_seed(indices[0]))
                 output = model.generate(
                     **inputs,
                     **sampling.options,

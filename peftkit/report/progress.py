@@ -295,6 +295,8 @@ class LiveDisplay:
         if isinstance(event, PhaseEvent):
             self.phases.add_task(_PHASE_LABELS.get(event.name, event.name), total=None)
         elif isinstance(event, TrainBeginEvent):
+            if self.task is not None:  # begun anew, with half the micro-batch or more directions
+                self.progress.remove_task(self.task)
             self.task = self.progress.add_task("training", total=event.num_steps, completed=event.step, numbers="")
         elif isinstance(event, StepEvent) and self.task is not None:
             numbers = (

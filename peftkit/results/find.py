@@ -8,10 +8,10 @@ from typing import Any
 
 from peftkit.errors import Problem, UserError
 from peftkit.model.adapter.attach import PEFT_TASKS
-from peftkit.model.adapter.load import ADAPTER_CONFIG, read_adapter_config
+from peftkit.model.adapter.load import ADAPTER_CONFIG, read_adapter_config, refuse_unknown_type
 from peftkit.model.base.file_checks import check_adapter_weights, check_model_folder
 from peftkit.model.base.identity import base_plan_fields, lacks_4bit_details, read_identity, refuse_other_base
-from peftkit.model.base.locate import LocatedBase, locate_base
+from peftkit.model.base.locate import BaseNotFoundError, LocatedBase, locate_base
 from peftkit.model.base.shape import infer_base_shape
 from peftkit.model.load import resolve_source
 from peftkit.objectives import OBJECTIVES
@@ -52,10 +52,6 @@ def is_standalone_adapter(path: Path) -> bool:
     return not (run_folder(path) / "plan.json").is_file() and (path / "adapter_config.json").is_file()
 
 
-class BaseNotFoundError(UserError):
-    """The base of an adapter, which is not where the adapter says."""
-
-
 def find_adapter_folder(path: Path) -> Path:
     """Return the intact folder with the adapter files of a run or of a standalone adapter.
 
@@ -90,7 +86,7 @@ def find_adapter(path: Path, *, base: str | None = None) -> Adapter:
         adapter = _run_adapter(path)
     if base is not None:
         adapter = replace(adapter, base=replace(adapter.base, id=base, revision=None))
-    location = _locate_adapters_base(adapter.base.id, adapter.base.revision, "base")
+    location = _locate_adapters_base(adapter.base.id, adapter.base.revision, "--base-model" if base else "base")
     adapter = replace(adapter, source=resolve_source(location, "base"))
     refuse_other_base(adapter.folder, adapter.source, adapter.base)
     return adapter
@@ -99,8 +95,12 @@ def find_adapter(path: Path, *, base: str | None = None) -> Adapter:
 def _locate_adapters_base(base_id: str, revision: str | None, where: str) -> LocatedBase:
     try:
         return locate_base(base_id, revision=revision, where=where)
-    except UserError as error:
+    except BaseNotFoundError as error:
         fix = "where it lies elsewhere: merge and export take --base-model PATH"
+        if where.endswith(ADAPTER_CONFIG):
+            fix += "; everything reads base_model_name_or_path, which can be corrected there"
+        elif where == "--base-model":
+            fix = "give the folder that holds it"
         raise BaseNotFoundError([replace(problem, fix=fix) for problem in error.problems]) from None
 
 
@@ -136,6 +136,7 @@ def read_checked_config(path: Path, *, base: str | None = None) -> dict[str, Any
     """
     check_model_folder(path)
     file, config = str(path / ADAPTER_CONFIG), read_adapter_config(path)
+    refuse_unknown_type(config, file)
     named, revision = base or config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(named, str) or not named.strip() or "\0" in named:
         fix = "write it there; merge and export also take --base-model PATH"
@@ -153,7 +154,7 @@ def standalone_base_plan(path: Path, config: dict[str, Any], *, id: str | None =
     """
     from peftkit.model.hardware import detect_device
 
-    where = str(path / "adapter_config.json")
+    where = "--base-model" if id else str(path / ADAPTER_CONFIG)
     task = {peft_task: own_task for own_task, peft_task in PEFT_TASKS.items()}.get(
         str(config.get("task_type")), "causal-lm"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -11,11 +12,12 @@ from peftkit.data.chat.template import render_prompt
 from peftkit.data.formats import Example
 from peftkit.data.tokens.encode import ENCODERS, seq2seq_texts
 from peftkit.errors import Problem, UserError
-from peftkit.evaluate.generation import Sampling, generate_answers
+from peftkit.evaluate.generation import Sampling, encode_prompts, generate_answers
 from peftkit.evaluate.losses import predict_classes
 from peftkit.model.load import model_stop_ids
 from peftkit.objectives import OBJECTIVES
 from peftkit.plan import Plan
+from peftkit.recipe.document import INVALID_CHARS
 from peftkit.report.progress import quiet_libraries
 from peftkit.results.load import Result, num_learned_positions, open_result
 from peftkit.rundir.events import DataEvent, of_type
@@ -38,11 +40,12 @@ class Conversation:
 
     def ask(self, prompt: str, show: Callable[[str], object] | None = None) -> str:
         """Return the answer to the next prompt. `show` is given each piece of it as soon as it is there."""
-        refuse_empty([prompt])
+        refuse_unreadable([prompt])
         turns = [*(self.turns if self.keeps_turns else ()), {"role": "user", "content": prompt}]
         with quiet_libraries():
             [answer] = _answers(self.result, [turns], self.sampling, show)
         self.turns = [*turns, {"role": "assistant", "content": answer}]
+        self.sampling = replace(self.sampling, seed=self.sampling.next_seed(1))
         return answer
 
 
@@ -51,15 +54,18 @@ def answer(path: Path, prompts: Sequence[str], sampling: Sampling) -> list[str]:
 
     Raises UserError where the run has no result yet, or the base is not available any more.
     """
-    refuse_empty(prompts)
+    refuse_unreadable(prompts)
     result = open_result(path)
     return _answers(result, [[{"role": "user", "content": prompt}] for prompt in prompts], sampling, None)
 
 
-def refuse_empty(prompts: Sequence[str]) -> None:
-    """Raise UserError for an empty prompt."""
+def refuse_unreadable(prompts: Sequence[str]) -> None:
+    """Raise UserError for an empty prompt, or one that is no text."""
     if not all(prompt.strip() for prompt in prompts):
         raise UserError(Problem("prompt", "an empty prompt", "text to answer"))
+    if any(found := [match for prompt in prompts if (match := INVALID_CHARS.search(prompt))]):
+        got = f"the character U+{ord(found[0][0]):04X}"
+        raise UserError(Problem("prompt", got, "text in UTF-8", "convert it: iconv -f ... -t UTF-8"))
 
 
 def _is_asked_in_turns(result: Result) -> bool:
@@ -79,7 +85,9 @@ def _answers(
     plan, model, tokenizer = result.plan, result.model, result.tokenizer
     prompts = [turns[-1]["content"] for turns in conversations]
     if plan is not None and not OBJECTIVES[plan.base.task].generates_answers:
-        refuse_beyond_positions(result, prompts, 0)
+        if sampling.temperature:
+            got = f"temperature {sampling.temperature:g} with {plan.base.task}"
+            raise UserError(Problem("temperature", got, "0: classes are not drawn", "leave it out"))
         found = _predict(result, plan, prompts)
         for text in found if show else ():
             cast(Callable[[str], object], show)(text)
@@ -91,7 +99,9 @@ def _answers(
     for turns in conversations:
         whole = (*system, *turns, {"role": "assistant", "content": ""}) if is_asked_in_turns else ()
         texts.append(render(Example("prompt", messages=whole, prompt=turns[-1]["content"]), tokenizer)[0])
-    refuse_beyond_positions(result, texts, sampling.max_new_tokens)
+    mask = encode_prompts(texts, tokenizer, is_encoder_decoder=result.task == "seq2seq")["attention_mask"]
+    num_new_tokens = sampling.max_new_tokens if result.task == "causal-lm" else 0
+    _refuse_beyond_positions(result, int(mask.sum(1).max()), num_new_tokens)
     answers = generate_answers(
         model,
         tokenizer,
@@ -115,6 +125,7 @@ def _predict(result: Result, plan: Plan, prompts: Sequence[str]) -> list[str]:
         for prompt, prompt_words in zip(prompts, words, strict=True)
     ]
     rows = ENCODERS[task](examples, tokenizer, {name: i for i, name in enumerate(names)})
+    _refuse_beyond_positions(result, max(len(row.input_ids) for row in rows), 0)
     predictions = predict_classes(model, rows, pad_id=tokenizer.pad_token_id, batch_size=len(rows), task=task)
     if task == "classification":
         return [names[row[0]] for row in predictions]
@@ -124,14 +135,10 @@ def _predict(result: Result, plan: Plan, prompts: Sequence[str]) -> list[str]:
     ]
 
 
-def refuse_beyond_positions(result: Result, prompts: Sequence[str], max_new_tokens: int) -> None:
+def _refuse_beyond_positions(result: Result, num_prompt_tokens: int, num_new_tokens: int) -> None:
     """Raise UserError where a prompt and its answer exceed the learned positions of the model."""
     max_positions = num_learned_positions(result)
-    if max_positions is None:
-        return
-    num_new_tokens = max_new_tokens if result.task == "causal-lm" else 0
-    num_prompt_tokens = max(len(result.tokenizer(prompt)["input_ids"]) for prompt in prompts)
-    if num_prompt_tokens + num_new_tokens > max_positions:
+    if max_positions is not None and num_prompt_tokens + num_new_tokens > max_positions:
         got = f"{num_prompt_tokens} tokens and up to {num_new_tokens} new ones"
         raise UserError(Problem("prompt", got, f"at most {max_positions}, the learned positions of the model"))
 

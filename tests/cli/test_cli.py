@@ -432,3 +432,15 @@ def test_a_model_alone_is_sized_without_data(capsys):
     assert json.loads(capsys.readouterr().out)["trainable"] > 0
     assert main(["plan", "quickstart", "--method", "lora"]) == 2
     assert "method.name=" in capsys.readouterr().err
+    assert main(["plan", str(TINY_LLAMA), "--method", "lora", "method=ia3"]) == 2
+    assert "--method lora and method=ia3" in capsys.readouterr().err
+    assert main(["plan", str(TINY_LLAMA.with_name("nowhere"))]) == 2
+    assert "command line base.id" in capsys.readouterr().err, "where the model was named"
+
+
+def test_what_is_without_effect_or_cannot_be_read_is_refused(capsys, monkeypatch):
+    assert main(["finetune", "quickstart", "--all"]) == 2
+    assert "--all without --dry-run" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["generate", "runs/none"]) == 2
+    assert "no input to read one from" in capsys.readouterr().err

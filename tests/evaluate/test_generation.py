@@ -65,7 +65,29 @@ def test_answers_are_drawn_by_their_seed_and_the_callers_draws_are_its_own(parts
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}])
+def test_a_drawn_answer_does_not_hang_on_its_neighbours(parts):
+    model, tokenizer = parts
+
+    def drawn(prompts, seed):
+        sampling = Sampling(12, temperature=1.5, seed=seed)
+        return generate_answers(model, tokenizer, prompts, sampling=sampling, eos_token_ids=[tokenizer.eos_token_id])
+
+    answers = drawn(["say alpha", "say beta and gamma", "say alpha"], 3)
+    assert answers[0] != answers[2], "one prompt, two draws"
+    assert drawn(["say alpha"], 3) == answers[:1]
+    assert drawn(["say beta and gamma", "x"], 4)[0] == answers[1], "prompt i draws with seed + i"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"temperature": value} for value in (-1, float("nan"), float("inf"), 1e-6)),
+        *({"top_p": value, "temperature": 1} for value in (0, 1.1)),
+        *({"seed": value, "temperature": 1} for value in (-1, 2**63)),
+        *({"top_p": 0.5}, {"seed": 1}),
+    ],
+    ids=str,
+)
 def test_what_cannot_be_drawn_from_is_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)

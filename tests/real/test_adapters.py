@@ -76,6 +76,52 @@ def test_a_copy_without_its_base_says_what_was_not_compared(adapter, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def test_a_plain_copy_is_compared_with_the_base_that_is_given(adapter, tmp_path):
+    away = shutil.copytree(adapter, tmp_path / "away")
+    (away / "MANIFEST.json").unlink()
+    config = away / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(TINY_LLAMA), str(tmp_path / "moved")))
+
+    def copy(base, name):
+        return peftkit.export_adapter(
+            away, options=peftkit.ExportOptions("adapter", out=str(tmp_path / name), base_model=str(base))
+        )
+
+    assert not any("not compared" in note for note in copy(TINY_LLAMA, "out").said)
+    with pytest.raises(UserError, match=r"^--base-model: .*give the folder that holds it"):
+        copy(tmp_path / "nowhere", "none")
+
+
+@pytest.mark.parametrize("fault", ["pickled", "no weights"])
+def test_a_base_that_is_there_and_cannot_be_used_is_not_taken_for_a_missing_one(fault, adapter, tmp_path):
+    away, base = shutil.copytree(adapter, tmp_path / "away"), shutil.copytree(TINY_LLAMA, tmp_path / "base")
+    for file in base.glob("*.safetensors"):
+        file.unlink()
+    if fault == "pickled":
+        (base / "pytorch_model.bin").write_bytes(b"\x80")
+    (away / "MANIFEST.json").unlink()
+    config = away / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(TINY_LLAMA), str(base)))
+    with pytest.raises(UserError) as caught:
+        peftkit.export_adapter(away, options=peftkit.ExportOptions("adapter", out=str(tmp_path / "out")))
+    assert "--base-model" not in str(caught.value)
+    assert ("pytorch_model.bin only" if fault == "pickled" else "without weights") in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fix"), [("lora", "write peft_type: LORA"), ("prefix-tuning", "PREFIX_TUNING"), ("DORA", ""), (None, "")]
+)
+def test_a_type_that_peft_does_not_have_is_refused_at_every_door(kind, fix, adapter, tmp_path):
+    odd = shutil.copytree(adapter, tmp_path / "odd")
+    (odd / "MANIFEST.json").unlink()
+    file = odd / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": kind}))
+    for door in DOORS.values():
+        with pytest.raises(UserError, match=f"peft_type.*{fix}"):
+            door(odd, str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("named", [None, "", "somebody/unsloth-llama-bnb-4bit"])
 def test_a_base_that_the_adapter_does_not_name_is_named_on_the_command_line(named, adapter, tmp_path):
     away = shutil.copytree(adapter, tmp_path / "away")

@@ -78,3 +78,12 @@ def test_live_line():
     assert "200 tok/s" in text
     assert "Hugging" not in text
     assert "exact_match after" in text
+
+
+def test_training_that_begins_anew_has_one_bar():
+    display = LiveDisplay(Console(file=io.StringIO(), force_terminal=True, width=160))
+    [begin] = [event for event in EVENTS if isinstance(event, TrainBeginEvent)]
+    with display.live:
+        for _ in range(2):
+            display.show(begin)
+    assert len(display.progress.tasks) == 1

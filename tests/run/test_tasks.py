@@ -249,6 +249,8 @@ def test_measuring_on_other_data_is_refused(bases, tmp_path):
         peftkit.evaluate_run(summary.path, data=text)
     with pytest.raises(UserError, match="at most 128, the learned positions of the model"):
         peftkit.generate(summary.path, ["say alpha " * 200])
+    with pytest.raises(UserError, match="classes are not drawn"):
+        peftkit.generate(summary.path, "a", temperature=1.0)
     import shutil
 
     shutil.copytree(summary.result, tmp_path / "elsewhere")

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from peftkit.cli.command import OVERRIDES, RECIPE, Command, arg
+from peftkit.errors import Problem, UserError
 from peftkit.secrets import redact
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, or with --dry-run print the decisions."""
     from peftkit import api
 
+    if arguments.all and not arguments.dry_run:
+        raise UserError(Problem("command line", "--all without --dry-run", "both, or neither"))
     recipe = api.load_recipe(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         plan = api.make_plan(recipe)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from peftkit.cli.command import Command, arg, positive_int
+from peftkit.errors import Problem, UserError
+from peftkit.units import printable
 
 if TYPE_CHECKING:
     from peftkit.api import Conversation
@@ -33,9 +35,16 @@ def run(arguments: argparse.Namespace) -> int:
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     prompts = arguments.prompts
     if len(prompts) < 2:
+        if not prompts and sys.stdin is None:
+            raise UserError(Problem("command line", "no prompt, and no input to read one from", "a prompt"))
         chat = api.open_chat(arguments.run, **options)
         for prompt in prompts or _lines(chat):
-            chat.ask(prompt, show=lambda piece: print(piece, end="", flush=True))
+            try:
+                chat.ask(prompt, show=lambda piece: print(piece, end="", flush=True))
+            except UserError as error:
+                if prompts or not sys.stdin.isatty():
+                    raise
+                print(f"peftkit: {printable(str(error))}", file=sys.stderr)  # the next line may be shorter
             print()
         return 0
     for prompt, text in zip(prompts, api.generate(arguments.run, prompts, **options), strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftkit.cli.command import OVERRIDES, Command, arg, positive_int, print_json
 from peftkit.errors import Problem, UserError
@@ -12,6 +12,7 @@ from peftkit.units import show_bytes, show_count, show_percent, show_seconds
 
 if TYPE_CHECKING:
     from peftkit.api import Account
+    from peftkit.recipe import LoadedRecipe
 
 _NO_DATA = "no/data"  # a name of the hub, which a plan does not ask for
 COMMAND = Command(
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what a recipe needs on a device. Returns 2 where it does not fit."""
     from peftkit import api
 
-    recipe = api.load_recipe(_recipe_of(arguments), arguments.overrides)
+    recipe = _load_recipe(arguments)
     report = api.plan_recipe(recipe, gpu=arguments.gpu, trace=arguments.trace, measure=arguments.measure)
     if arguments.json:
         print_json(report.to_json())
@@ -43,8 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 2 if report.fit.verdict == "does not fit" else 0
 
 
-def _recipe_of(arguments: argparse.Namespace) -> str | dict[str, Any]:
-    """Return the recipe, or for a model alone one without data: every row then has the full length."""
+def _load_recipe(arguments: argparse.Namespace) -> LoadedRecipe:
+    """Load the recipe, or for a model alone one without data: every row then has the full length."""
+    from peftkit import api
+    from peftkit.recipe import override_texts
+
     name = Path(arguments.recipe)
     is_folder = (name / "config.json").is_file() or name.suffix == ".gguf"
     is_file = name.is_file() or name.suffix in {".yaml", ".yml"}
@@ -54,10 +58,17 @@ def _recipe_of(arguments: argparse.Namespace) -> str | dict[str, Any]:
         fix = "for a recipe: method.name=... train.max_length=..."
         raise UserError(Problem("command line", got, "a model alone, as owner/name or a folder", fix))
     if not is_model:
-        return str(arguments.recipe)
-    train = {"max_length": arguments.length} if arguments.length else {}
-    method = {"name": arguments.method or "lora"}
-    return {"base": arguments.recipe, "method": method, "data": {"train": _NO_DATA, "eval": None}, "train": train}
+        return api.load_recipe(arguments.recipe, arguments.overrides)
+    for text in arguments.overrides:
+        key = text.partition("=")[0].strip()
+        flags = {"method": arguments.method, "method.name": arguments.method, "train.max_length": arguments.length}
+        if flags.get(key):
+            flag = "--length" if key == "train.max_length" else "--method"
+            raise UserError(Problem("command line", f"{flag} {flags[key]} and {text}", "one of them"))
+    given = {"base": arguments.recipe, "method": arguments.method or "lora", "data.train": _NO_DATA, "data.eval": None}
+    if arguments.length:
+        given["train.max_length"] = arguments.length
+    return api.load_recipe({}, [*override_texts(given), *arguments.overrides])
 
 
 def print_plan_report(report: Account) -> None:

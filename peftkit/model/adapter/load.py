@@ -50,6 +50,18 @@ def ignored_keys(config: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {shorten(json.dumps(value))}" for key, value in config.items() if key not in fields and value]
 
 
+def refuse_unknown_type(config: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a type of adapter that PEFT does not have."""
+    import peft
+
+    kind, known = config.get("peft_type"), sorted(peft.PEFT_TYPE_TO_CONFIG_MAPPING)
+    if kind not in known:
+        got = f"peft_type {shorten(json.dumps(kind))}" if "peft_type" in config else "no peft_type"
+        right = str(kind).upper().replace("-", "_")
+        fix = f"write peft_type: {right}" if right in known else "write that of the adapter, or train it again"
+        raise UserError(Problem(where, got, f"one of PEFT's: {', '.join(known)}", fix))
+
+
 def _reject_constant(text: str) -> NoReturn:
     raise ValueError(f"the number {text}")
 

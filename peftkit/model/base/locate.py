@@ -15,6 +15,11 @@ from peftkit.model.base.file_checks import check_model_folder, conversion_fix, p
 from peftkit.recipe.paths import path_exists
 from peftkit.rundir import sha256_of
 
+
+class BaseNotFoundError(UserError):
+    """A base that is neither at the place that is named, nor in the cache, nor on a hub that can be reached."""
+
+
 BaseKind = Literal["hub", "folder", "gguf", "embedded"]
 GATED_FIX = "accept its licence on its hub page and log in (hf auth login)"
 _OFFLINE_FIX = "to try peftkit without a hub: peftkit finetune recipes/quickstart.yaml"
@@ -94,8 +99,8 @@ def _locate_on_hub(model_id: str, revision: str | None, where: str) -> LocatedBa
         RevisionNotFoundError,
     )
 
-    def refuse(got: str, fix: str) -> UserError:
-        return UserError(Problem(where, f"{model_id!r}, {got}", "a base that can be loaded here", fix))
+    def refuse(got: str, fix: str, kind: type[UserError] = UserError) -> UserError:
+        return kind(Problem(where, f"{model_id!r}, {got}", "a base that can be loaded here", fix))
 
     try:
         config_path = hf_hub_download(model_id, "config.json", revision=revision, local_files_only=not probe_hub())
@@ -105,13 +110,15 @@ def _locate_on_hub(model_id: str, revision: str | None, where: str) -> LocatedBa
     except RevisionNotFoundError:
         raise refuse(f"which has no revision {revision!r}", "check base.revision") from None
     except RepositoryNotFoundError:
-        raise refuse("which the hub does not have, or which is private", "check the name, or log in") from None
+        fix = "check the name, or log in"
+        raise refuse("which the hub does not have, or which is private", fix, BaseNotFoundError) from None
     except RemoteEntryNotFoundError:
         raise refuse(
             "which has no config.json", "check that it is not a repository of an adapter or of GGUF files"
         ) from None
     except HFValidationError:
-        raise refuse("which is neither a folder nor a hub id", "a hub id has the form owner/name") from None
+        fix = "a hub id has the form owner/name"
+        raise refuse("which is neither a folder nor a hub id", fix, BaseNotFoundError) from None
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "an error")
         raise refuse(f"for which the hub answered {status}", "try again later, or give a local folder") from None
@@ -122,7 +129,8 @@ def _locate_on_hub(model_id: str, revision: str | None, where: str) -> LocatedBa
             if is_offline
             else "which is not in the cache while the hub cannot be reached"
         )
-        raise refuse(reason, f"give a local folder: base.id=/path/to/model; {_OFFLINE_FIX}") from None
+        fix = f"give a local folder: base.id=/path/to/model; {_OFFLINE_FIX}"
+        raise refuse(reason, fix, BaseNotFoundError) from None
     return LocatedBase(model_id, "hub", None, config)
 
 
@@ -146,7 +154,7 @@ def locate_base(
     exists = path_exists(path)
     if model_id.endswith(".gguf"):
         if not exists or not path.is_file():
-            raise UserError(Problem(where, f"{model_id}, which does not exist", "a .gguf file"))
+            raise BaseNotFoundError(Problem(where, f"{model_id}, which does not exist", "a .gguf file"))
         return LocatedBase(model_id, "gguf", path, None)
     if exists and shapes_alone and path.name == "config.json" and path.is_file():
         return LocatedBase(model_id, "folder", path.parent, _read_config_file(path))
@@ -184,7 +192,7 @@ def locate_base(
             raise UserError(Problem(where, got, "weights as *.safetensors", fix))
         return LocatedBase(str(path), "folder", path, config)
     if path.is_absolute():
-        raise UserError(Problem(where, f"{model_id}, which does not exist", "a model folder or a .gguf file"))
+        raise BaseNotFoundError(Problem(where, f"{model_id}, which does not exist", "a model folder or a .gguf file"))
     if not need_weights and model_id in KNOWN:
         return LocatedBase(model_id, "hub", None, KNOWN[model_id])
     return _locate_on_hub(model_id, revision, where)

@@ -8,8 +8,9 @@ from pathlib import Path
 from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.model.adapter.edits import read_edits, refuse_unmergeable
 from peftkit.model.adapter.load import ADAPTER_WEIGHTS, ignored_keys, read_adapter_config
+from peftkit.model.base.locate import BaseNotFoundError
 from peftkit.model.meta.skeleton import meta_model
-from peftkit.results.find import Adapter, BaseNotFoundError, find_adapter, find_adapter_folder
+from peftkit.results.find import Adapter, find_adapter, find_adapter_folder
 from peftkit.rundir import MANIFEST, publish_folder
 from peftkit.rundir.disk import resolve_new_folder
 from peftkit.rundir.events import Observer
@@ -29,17 +30,16 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
     if options.engine not in {None, *ENGINES}:
         raise UserError(Problem("--for", str(options.engine), ", ".join(ENGINES)))
     out = resolve_new_folder(str(options.out))
-    if options.base_model and not options.engine:
-        got = f"{options.base_model} with a plain copy"
-        raise UserError(Problem("--base-model", got, "--for vllm", "leave it out"))
     adapter = find_adapter(path, base=options.base_model) if options.engine else None
     folder = adapter.folder if adapter is not None else find_adapter_folder(path)
     notes: tuple[str, ...] = ()
     if adapter is None:
         refuse_foreign_names(folder)
         try:
-            whole = find_adapter(path)
+            whole = find_adapter(path, base=options.base_model)
         except BaseNotFoundError as error:
+            if options.base_model:
+                raise
             reason = error.problems[0].got
             notes = (f"its base is not at hand ({reason}): the tensors were not compared with the base's layers",)
         else:
