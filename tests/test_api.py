@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import peftkit
@@ -73,6 +73,7 @@ def test_overrides_are_one_text_several_or_a_mapping(overrides, recipe):
     assert peftkit.make_plan(recipe, overrides).method.peft.arguments["r"] == 8
 
 
+@example({"x": ["\x85"], "y": "\u2028"})
 @given(
     st.dictionaries(
         st.sampled_from(["epochs", "x", "y"]),

@@ -230,7 +230,7 @@ def plain_value(value: object, depth: int = 0) -> object:
 
 def dump_value(value: object) -> str:
     """Return a value on one line, as `parse_value` reads it back. Raises yaml.YAMLError for what YAML cannot hold."""
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf)
     return str(text).removesuffix("...\n").strip()
 
 

@@ -75,7 +75,6 @@ VALUES = st.recursive(
     st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), VALUES, min_size=1, max_size=4),
     st.integers(0, 2**32),
 )
-@settings(deadline=None)
 def test_yaml_is_read_as_it_was_written(data, seed):
     """Text that no YAML library wrote, in many styles, and text of our own."""
     text = document(random.Random(seed), data).decode("utf-8-sig")
@@ -84,7 +83,7 @@ def test_yaml_is_read_as_it_was_written(data, seed):
 
 
 @given(st.integers(0, 2**32))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_case_is_the_same_each_time(seed):
     assert make(random.Random(seed)) == make(random.Random(seed))
     assert plain(random.Random(seed)) == plain(random.Random(seed))

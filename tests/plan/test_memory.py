@@ -36,7 +36,7 @@ def _plan(length=512, rank=8, layers=4, batch=2, method="lora", **train):
     return shape_from_config(config), plan_for(config, options, device=GPU, rows=None, train=train)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from(["lora", "qlora", "full", "ia3", "prefix"]),
     st.sampled_from([True, False, "selective"]),

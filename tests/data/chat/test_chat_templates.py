@@ -436,7 +436,7 @@ words = st.text(alphabet=st.characters(exclude_categories=("Cs",)), min_size=1, 
 
 @pytest.mark.parametrize("name", RANDOM)
 @given(turns=st.lists(st.tuples(words, words), min_size=1, max_size=3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_chat_learns_exactly_its_answers(name, turns):
     family = next(family for family in FAMILIES if family.name == name)
     chat = tuple(said(role, text) for pair in turns for role, text in zip(("user", "assistant"), pair, strict=True))

@@ -163,7 +163,7 @@ def test_what_stands_before_an_answer_is_the_prompt_for_it(family):
 
 
 @given(chat=words.flatmap(lambda a: words.map(lambda b: (said("user", a), said("assistant", b)))))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @pytest.mark.parametrize("name", ["llama-2", "falcon", "outside", "zephyr"])
 def test_any_chat_learns_exactly_its_answer(name, chat):
     family = next(family for family in BY_HAND if family.name == name)

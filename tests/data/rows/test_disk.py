@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkit.data.rows.disk import JsonLinesReader, JsonLinesWriter
@@ -11,7 +11,6 @@ values = st.recursive(
 
 
 @given(rows=st.lists(values, max_size=12))
-@settings(deadline=None)
 def test_what_is_written_is_read_by_number(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("spill") / "rows.jsonl"
     writer = JsonLinesWriter(path)

@@ -1,7 +1,7 @@
 import random
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkit.data.rows.similar import (
@@ -40,7 +40,6 @@ def jaccard(one, other):
 
 
 @given(st.text("abc ,.!ABC", min_size=1, max_size=60), st.text("abc ,.!ABC", min_size=1, max_size=60))
-@settings(deadline=None)
 def test_similarity_is_jaccard_over_runs(one, other):
     assert jaccard_similarity(one, other, NONE) == jaccard(one, other)
 

@@ -118,7 +118,7 @@ words = st.text(alphabet=st.characters(exclude_categories=("Cs",)), min_size=1, 
 
 
 @given(turns=st.lists(st.tuples(words, words), min_size=1, max_size=3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_chat_learns_exactly_its_answers(tokenizer, turns):
     example = chat(*(text for pair in turns for text in pair))
     assert learnt(tokenizer, example) == "".join(answer + "<|end|>" for _, answer in turns)

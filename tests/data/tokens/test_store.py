@@ -18,7 +18,7 @@ def store(folder, batches):
 
 
 @given(batches=st.lists(rows, max_size=3))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_rows_come_back_as_they_were(tmp_path_factory, batches):
     found = store(tmp_path_factory.mktemp("store"), batches)
     wanted = [row for batch in batches for row in batch]

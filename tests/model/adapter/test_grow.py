@@ -375,7 +375,7 @@ SIZE, SCALE = st.integers(1, 6), st.floats(0.05, 20)
 SIZES = st.tuples(st.integers(1, 3), SIZE, st.integers(0, 6), SIZE, SIZE)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(SIZES, SCALE, SCALE, st.sampled_from("AB"), st.integers(0, 99))
 def test_any_growth_keeps_the_product(sizes, s, s_new, zero, seed):
     num_experts, rank, more, d_in, d_out = sizes

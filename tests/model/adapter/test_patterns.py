@@ -22,7 +22,7 @@ KEYS = ("q_proj", r"0\..*k_proj", "^model.layers.1.self_attn.v_proj", r".*\.1\.s
     ranks=st.dictionaries(st.sampled_from(KEYS), st.integers(1, 9), max_size=4),
     alphas=st.dictionaries(st.sampled_from(KEYS), st.integers(1, 40), max_size=4),
 )
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_module_has_the_scale_that_peft_gives_it(
     rslora: bool, ranks: dict[str, int], alphas: dict[str, int], tmp_path: Path
 ) -> None:

@@ -173,7 +173,7 @@ TEXTS = st.text() | st.sampled_from(
 NUMBERS = st.none() | st.integers(0, 2**60)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.builds(
         CardFacts,

@@ -112,7 +112,7 @@ def go(template: str, messages: list[dict[str, str]]) -> str:
     contents=st.lists(st.text("abc<>|\n🦙é .", min_size=1).map(str.strip).filter(bool), min_size=1, max_size=7),
     system=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_template_renders_every_conversation_as_the_chat_template_does(
     name: str, contents: list[str], system: bool, tokenizer: Any
 ) -> None:

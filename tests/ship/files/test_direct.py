@@ -15,7 +15,7 @@ from peftkit.ship.files.direct import BLOCK, DirectFile
 PLACES = [None, "/dev/shm"]  # the disk, and a file system in memory, which refuses direct writes
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 3 * BLOCK), max_size=8), st.sampled_from(PLACES), st.integers(1, 3))
 def test_what_is_written_is_there(sizes, place, blocks):
     if place and not Path(place).is_dir():

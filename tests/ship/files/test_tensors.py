@@ -5,7 +5,7 @@ import struct
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -29,7 +29,6 @@ def drawn(shape, dtype, seed=0):
     return (torch.rand(shape, generator=generator) * 100).to(dtype)
 
 
-@settings(deadline=None)
 @given(st.dictionaries(NAMES, st.tuples(SHAPES, st.sampled_from(list(SAFETENSORS_DTYPES.values()))), max_size=6))
 def test_what_is_written_is_read_by_us_and_by_the_library(tmp_path_factory, about):
     path = tmp_path_factory.mktemp("w") / "model.safetensors"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkit.errors import UserError
@@ -51,7 +51,6 @@ def test_one_adapter_of_weight_one_comes_back(kind, how):
     torch.testing.assert_close(together([((tensors, edits), kind)], how), alone, rtol=0, atol=1e-6)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(KINDS), st.sampled_from(KINDS), st.floats(-2, 2), st.floats(-2, 2))
 def test_a_sum_is_the_sum_of_the_changes(first, second, one, two):
     parts = [(adapter(1), first), (adapter(2, rank=3), second)]
@@ -85,7 +84,6 @@ def test_ties_by_hand():
     assert 12 <= int((trimmed.abs() > 1e-6).sum()) <= 24, "a quarter of 48 from each"
 
 
-@settings(deadline=None)
 @given(st.floats(0.05, 1), st.integers(0, 1000))
 def test_dare_keeps_the_mean_and_draws_the_same_again(density, seed):
     delta = torch.ones(100, 100)

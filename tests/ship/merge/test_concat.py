@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import peftkit
@@ -85,7 +85,6 @@ def test_a_smaller_rank_tells_what_it_leaves_out(two, tmp_path):
     assert abs(left / total - found.made.discarded) < 1e-4
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
 def test_truncation_is_the_nearest_matrix_of_its_rank(d_out, d_in, rank, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkit.model.adapter.edits import Edit
@@ -16,7 +16,6 @@ def tensor(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, st.integers(1, 4), st.booleans(), st.sampled_from([torch.bfloat16, torch.float32]))
 def test_lora(d_out, d_in, rank, transposed, dtype):
     a, b = tensor(rank, d_in), tensor(d_out, rank, seed=1)
@@ -29,7 +28,6 @@ def test_lora(d_out, d_in, rank, transposed, dtype):
     assert bool(((got.double() - exact).abs() <= one_rounding).all())
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, st.booleans())
 def test_dora_has_the_magnitudes_as_lengths(d_out, d_in, transposed):
     a, b, m = tensor(2, d_in), tensor(d_out, 2, seed=1), tensor(d_out, seed=3).abs() + 0.1

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkit.data.tokens.mask import Tokenized
@@ -16,7 +16,6 @@ def said(logits, num_texts=1):
     return ModelOutputs(torch.as_tensor(logits, dtype=torch.float32), num_texts, None)
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.floats(-5, 5), min_size=4, max_size=4), min_size=1, max_size=5))
 def test_divergence_is_none_from_oneself_and_by_hand(rows):
     first = torch.tensor(rows, dtype=torch.float32)
