@@ -11,11 +11,10 @@ from peftkit.archs import ModelShape
 from peftkit.methods.base import (
     Conflict,
     Method,
-    Options,
     PeftSpec,
     PositiveInt,
     Selection,
-    Targets,
+    TargetOptions,
     count_head,
     head_arguments,
     linear_roles,
@@ -23,7 +22,7 @@ from peftkit.methods.base import (
 )
 
 
-class AdaloraOptions(Options):
+class AdaloraOptions(TargetOptions):
     """Low-rank adapters whose singular values are pruned to a budget while training."""
 
     name: Literal["adalora"]
@@ -31,7 +30,6 @@ class AdaloraOptions(Options):
     rank: PositiveInt = Field(8, description="mean rank at the end")
     alpha: float = Field(32, gt=0, description="scale numerator")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    targets: Targets = "auto"
 
 
 def count(options: AdaloraOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from peftkit.archs import ModelShape, Module
+from peftkit.archs import ModelShape, Module, Tensor
 
 
 class Options(BaseModel):
@@ -23,17 +23,45 @@ class TokenRows(Options):
     tokens: list[str] = Field(min_length=1, description="tokens of the vocabulary whose rows are trained")
 
 
-AlsoTrain = Literal["embeddings", "head", "norms"] | TokenRows
+MATCH = "match:"
+WHOLE_PARTS = ("embeddings", "head", "norms")  # of also_train
+
+
+def _match_text(value: object) -> object:
+    """Return items with {match: REGEX}, as YAML reads it with a blank, as the text match:REGEX."""
+    if isinstance(value, list):
+        return [_match_text(item) for item in value]
+    is_match = isinstance(value, dict) and list(value) == ["match"] and isinstance(value["match"], str)
+    return f"{MATCH}{value['match']}" if isinstance(value, dict) and is_match else value
+
+
+_MATCH_SCHEMA: dict[str, Any] = {"type": "object", "properties": {"match": {"type": "string"}}, "required": ["match"]}
+Item = Annotated[
+    str,
+    BeforeValidator(_match_text),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {**_MATCH_SCHEMA, "additionalProperties": False}]}),
+]
+AlsoTrain = TokenRows | Item
 Targets = Annotated[
-    str | Annotated[list[str], Field(min_length=1)],
+    Item | Annotated[list[Item], Field(min_length=1)],
     Field(
-        description="auto, attention, all-linear, experts, a role (q, k, v, o, gate, up, down, ...), "
-        "a module name, or a list of these"
+        description="auto, or modules: attention, all-linear, experts, a role (q, k, v, o, gate, up, down, ...), "
+        "a name or its end, match:REGEX for whole names, or a list of these"
     ),
 ]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]  # what is counted here is never more
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class TargetOptions(Options):
+    """Which modules of the model a method adapts."""
+
+    targets: Targets = "auto"
+    layers: NonNegativeInt | str | list[NonNegativeInt | str] | None = Field(
+        None, description="of the targets those in these layers: last 8, first 8, 0-15, a number, or a list of these"
+    )
+    exclude: list[Item] = Field([], description="of the targets all but these, named as in targets")
 
 
 @dataclass(frozen=True)
@@ -49,12 +77,16 @@ class Selection:
     """The modules to adapt, and the names by which PEFT reaches them.
 
     `names` are endings that match exactly the ordinary modules, `parameters` those of weights that PEFT
-    reaches as parameters (fused experts).
+    reaches as parameters (fused experts). `ranks` and `alphas` are those of modules that differ from the rest,
+    by name; `whole` is what is trained itself beside the adapter.
     """
 
     modules: tuple[Module, ...] = ()
     names: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    whole: tuple[Module | Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

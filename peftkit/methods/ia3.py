@@ -11,10 +11,9 @@ from peftkit.archs import ModelShape, Module
 from peftkit.methods.base import (
     Conflict,
     Method,
-    Options,
     PeftSpec,
     Selection,
-    Targets,
+    TargetOptions,
     count_head,
     head_arguments,
     sum_by_role,
@@ -23,11 +22,10 @@ from peftkit.methods.base import (
 _DEFAULT_ROLES = ("k", "v", "kv_b", "qkv", "ssm_in", "down")
 
 
-class Ia3Options(Options):
+class Ia3Options(TargetOptions):
     """Scaling vectors: the fewest parameters of all methods here."""
 
     name: Literal["ia3"]
-    targets: Targets = "auto"
     feedforward: list[str] | None = Field(
         None, description="module names among the targets that are scaled at their input, not output"
     )

@@ -7,17 +7,17 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from peftkit.archs import ModelShape
+from peftkit.archs import ModelShape, Module, shortest_names
 from peftkit.methods.base import (
+    WHOLE_PARTS,
     AlsoTrain,
     Conflict,
     Method,
-    Options,
     PeftSpec,
     PositiveFloat,
     PositiveInt,
     Selection,
-    Targets,
+    TargetOptions,
     TokenRows,
     count_head,
     head_arguments,
@@ -41,20 +41,23 @@ BASE_CHANGING_INITS = ("pissa", "olora")  # they subtract their start from the b
 _TIED_BY_TABLE, _TIED_BY_HEAD = ("embed_tokens",), ("wte", "word_embeddings")
 
 
-class LoraOptions(Options):
+class LoraOptions(TargetOptions):
     """Low-rank adapters on linear layers."""
 
     name: Literal["lora"]
     rank: PositiveInt = Field(16, description="inner dimension of the adapter; more is more capacity")
     alpha: PositiveFloat | None = Field(None, description="scale numerator; 2 x rank unless given")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    targets: Targets = "auto"
     target_parameters: list[str] = Field([], description="names of parameters to adapt beside the targets")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
     dora: bool = Field(False, description="train magnitude and direction apart (Liu et al. 2024)")
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "default"
     lr_ratio: PositiveFloat | None = Field(None, description="LoRA+: learning rate of B over that of A")
-    also_train: list[AlsoTrain] = Field([], description="embeddings, head, norms, or {tokens: [...]}")
+    rank_pattern: dict[str, PositiveInt] = Field({}, description="other ranks, of modules named as in targets")
+    alpha_pattern: dict[str, PositiveFloat] = Field({}, description="other alphas; 2 x their rank where neither says")
+    also_train: list[AlsoTrain] = Field(
+        [], description="embeddings, head, norms, {tokens: [...]}, or modules named as in targets"
+    )
 
     @property
     def scale_alpha(self) -> float:
@@ -64,9 +67,15 @@ class LoraOptions(Options):
 def count(options: LoraOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:
     """Count rank * (d_in + d_out) per matrix, d_out magnitudes for DoRA, and the parts in `also_train`."""
     magnitudes = 1 if options.dora else 0
-    counts = sum_by_role(
-        selection.modules, lambda m: max(1, m.num) * options.rank * (m.d_in + m.d_out) + magnitudes * m.d_out
-    )
+
+    def num_in(module: Module) -> int:
+        rank = selection.ranks.get(module.name, options.rank)
+        return max(1, module.num) * rank * (module.d_in + module.d_out) + magnitudes * module.d_out
+
+    counts = sum_by_role(selection.modules, num_in)
+    for part in selection.whole:
+        role = f"{part.role}, whole" if isinstance(part, Module) else part.role
+        counts[role] = counts.get(role, 0) + part.num_parameters
     by_kind = shape.by_role()
     whole_parts = set(_whole_parts(options))
     tokens = {token for item in options.also_train if isinstance(item, TokenRows) for token in item.tokens}
@@ -83,7 +92,23 @@ def count(options: LoraOptions, shape: ModelShape, selection: Selection) -> dict
 
 
 def _whole_parts(options: LoraOptions) -> list[str]:
-    return [item for item in options.also_train if isinstance(item, str)]
+    return [item for item in options.also_train if item in WHOLE_PARTS]
+
+
+def _patterns(options: LoraOptions, selection: Selection) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield PEFT's rank_pattern and alpha_pattern, by endings that match exactly the modules that differ."""
+    names = [module.name for module in selection.modules]
+    ranks = {name: selection.ranks.get(name, options.rank) for name in names}
+    given = None if options.alpha is None else options.alpha
+    alphas = {name: selection.alphas.get(name, given or 2.0 * ranks[name]) for name in names}
+    for key, values, usual in (("rank_pattern", ranks, options.rank), ("alpha_pattern", alphas, options.scale_alpha)):
+        pattern = {
+            ending: value
+            for value in sorted({value for value in values.values() if value != usual})
+            for ending in shortest_names([name for name in names if values[name] == value], names)
+        }
+        if pattern:
+            yield key, pattern
 
 
 def peft(options: LoraOptions, shape: ModelShape, selection: Selection) -> PeftSpec:
@@ -100,6 +125,11 @@ def peft(options: LoraOptions, shape: ModelShape, selection: Selection) -> PeftS
     }
     if selection.parameters:
         arguments["target_parameters"] = list(selection.parameters)
+    arguments |= _patterns(options, selection)
+    if selection.whole:
+        # PEFT takes endings here that need not begin at a dot: only whole names are exact
+        whole_names = [part.name for part in selection.whole]
+        arguments["modules_to_save"] = [*arguments.get("modules_to_save", ()), *whole_names]
     parts = _whole_parts(options)
     if parts:
         family = shape.family
@@ -125,6 +155,13 @@ def conflicts(options: LoraOptions, shape: ModelShape, selection: Selection) -> 
             yield Conflict("dora", f"true {detail}", "false", f"set dora: false, {alternative}")
         if options.init not in {"default", "gaussian"}:
             yield Conflict("init", f"{options.init} {detail}", "default")
+        for key, values in (("rank_pattern", selection.ranks), ("alpha_pattern", selection.alphas)):
+            if names := [m.name for m in selection.modules if m.name in values and (m.in_experts or m.by_parameter)]:
+                yield Conflict(key, f"{names[0]}, which PEFT reaches as a parameter", "layers of their own")
+    if selection.ranks and options.init == "eva":
+        yield Conflict(
+            "rank_pattern", "ranks with init eva", "one rank", "leave rank_pattern out, or take another init"
+        )
     smallest = min((module.d_in for module in selection.modules), default=0)
     if options.init == "eva" and EVA_TOKENS_PER_RANK * options.rank > smallest > 0:
         got = f"eva at rank {options.rank} for a layer with {smallest} inputs"

@@ -11,10 +11,9 @@ from peftkit.archs import ModelShape
 from peftkit.methods.base import (
     Conflict,
     Method,
-    Options,
     PeftSpec,
     Selection,
-    Targets,
+    TargetOptions,
     count_head,
     head_arguments,
     linear_roles,
@@ -22,12 +21,11 @@ from peftkit.methods.base import (
 )
 
 
-class OftOptions(Options):
+class OftOptions(TargetOptions):
     """Orthogonal rotations: the angles between neurons are kept."""
 
     name: Literal["oft"]
     block_size: int = Field(32, ge=2, lt=2**31, description="width of the rotated blocks; must divide every input")
-    targets: Targets = "auto"
     dropout: float = Field(0.0, ge=0, lt=1, description="probability that a block is skipped in a step")
 
 

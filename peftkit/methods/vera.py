@@ -9,12 +9,11 @@ from pydantic import Field
 from peftkit.archs import ModelShape
 from peftkit.methods.base import (
     Method,
-    Options,
     PeftSpec,
     PositiveFloat,
     PositiveInt,
     Selection,
-    Targets,
+    TargetOptions,
     count_head,
     head_arguments,
     linear_roles,
@@ -22,12 +21,11 @@ from peftkit.methods.base import (
 )
 
 
-class VeraOptions(Options):
+class VeraOptions(TargetOptions):
     """Random low-rank matrices shared by all layers; only their scalings are trained."""
 
     name: Literal["vera"]
     rank: PositiveInt = Field(256, description="rank of the shared random matrices")
-    targets: Targets = "auto"
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     d_initial: PositiveFloat = Field(0.1, description="start of the rank scalings")
     seed: int = Field(0, ge=0, description="seed of the shared random matrices, which are stored with the adapter")

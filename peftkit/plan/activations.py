@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from importlib import resources
@@ -19,7 +19,7 @@ from typing import Any
 from peftkit.archs import ModelShape, Module
 from peftkit.archs.family import Tensor
 from peftkit.plan.plan import Batch, Plan
-from peftkit.plan.targets import matches_target
+from peftkit.plan.targets import layer_position, matches_target
 
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 # Tensors of the feed-forward's width that an activation saves, where it is not one.
@@ -167,12 +167,8 @@ def layer_activations(
         saved_bytes += sum(m.d_in * 4 if m.role == "down" else m.d_out * types.product for m in adapted_modules)
     else:
         # what adapters save beside their inputs
-        spec = plan.method.peft
-        rank = spec.arguments.get("r", 0) if spec is not None else 0
         item = types.product if types.autocast else types.adapter
-        adapter_bytes = (
-            sum(rank * item for _ in adapted_modules) if spec is not None and "Lora" in spec.class_name else 0.0
-        )
+        adapter_bytes = sum(float(lora_rank(module, plan) * item) for module in adapted_modules)
         # sum the inputs of products whose weights, or whose adapters, are trained
         is_full = plan.method.peft is None
         input_bytes, counted_groups = 0.0, set()
@@ -195,14 +191,36 @@ def layer_activations(
 
 def is_adapted(module: Module, plan: Plan) -> bool:
     """Return True if the method trains something at this module."""
-    if plan.method.peft is None:
+    spec = plan.method.peft
+    if spec is None or module.name in spec.arguments.get("modules_to_save", ()):
         return True
     return _is_target(module.name, plan.method.target_modules)
+
+
+def lora_rank(module: Module, plan: Plan) -> int:
+    """Return the rank at which LoRA adapts this module at the start; 0 where it does not."""
+    spec = plan.method.peft
+    if spec is None or "Lora" not in spec.class_name or not _is_target(module.name, plan.method.target_modules):
+        return 0
+    usual = int(spec.arguments.get("r") or spec.arguments.get("init_r", 0))
+    pattern = spec.arguments.get("rank_pattern", {})
+    return next((int(rank) for ending, rank in pattern.items() if matches_target(module.name, ending)), usual)
 
 
 @lru_cache(maxsize=2**16)
 def _is_target(name: str, targets: tuple[str, ...]) -> bool:
     return any(matches_target(name, ending) for ending in targets)
+
+
+def _num_untouched_layers(blocks: Sequence[Layer], shape: ModelShape, plan: Plan) -> int:
+    """Return how many layers at the bottom have nothing to train above their input: in one stack, by targets alone."""
+    spec = plan.method.peft
+    if spec is None or not plan.method.target_modules or plan.method.token_rows or len(shape.family.stacks) > 1:
+        return 0
+    named = {module.name for module in shape.modules} | {shape.family.head, *shape.family.heads[shape.task].modules}
+    if not named.issuperset(spec.arguments.get("modules_to_save", ())):
+        return 0  # the embeddings, or norms
+    return next((i for i, block in enumerate(blocks) if any(is_adapted(m, plan) for m in block.modules)), 0)
 
 
 def _unpacked_expert_bytes(layer: Layer, plan: Plan) -> float:
@@ -275,15 +293,14 @@ def activation_bytes(
     costs_by_kind: dict[Any, tuple[LayerActivations, float]] = {}
 
     def layer_cost(block: Layer) -> tuple[LayerActivations, float]:
-        kind = (block.kind, tuple(is_adapted(module, plan) for module in block.modules))
+        kind = (block.kind, tuple((is_adapted(module, plan), lora_rank(module, plan)) for module in block.modules))
         if kind not in costs_by_kind:
             correction = _linear_correction(layer_coefficients, layer_features(block, shape, batch))
             # autocast keeps a 16-bit copy of every fp32 weight until the pass ends: of A and B, or of the base
             spec, cast_bytes = plan.method.peft, 0.0
             adapted_modules = [m for m in block.modules if is_adapted(m, plan)] if plan.train.autocast else []
             if spec is not None:
-                rank = spec.arguments.get("r", 0) if "Lora" in spec.class_name else 0
-                cast_bytes = sum(2.0 * rank * (m.d_in + m.d_out) for m in adapted_modules)
+                cast_bytes = sum(2.0 * lora_rank(m, plan) * (m.d_in + m.d_out) for m in adapted_modules)
             elif plan.base.dtype == "float32":
                 cast_bytes = sum(2.0 * max(1, m.num) * m.d_in * m.d_out for m in adapted_modules)
             costs_by_kind[kind] = (layer_activations(block, shape, plan, batch, correction), cast_bytes)
@@ -294,8 +311,19 @@ def activation_bytes(
     inputs = shape.dims.hidden * types.hidden
     mode = plan.train.gradient_checkpointing
     recomputed = [mode == "full" or (mode == "selective" and i % 2 == 0) for i in range(len(layers))]
-    saved_bytes = sum(inputs if recomputed[i] else layer.saved for i, layer in enumerate(layers))
-    if plan.method.peft is not None and prompt_tokens == 0 and layers and not recomputed[0]:
+    below = _num_untouched_layers(blocks, shape, plan)  # the backward pass ends above these: they save nothing
+    layer_casts[:below] = [0.0] * below
+    saved_bytes = sum(inputs if recomputed[i] else layer.saved if i >= below else 0.0 for i, layer in enumerate(layers))
+    trained = () if plan.method.peft is None else plan.method.peft.arguments.get("modules_to_save", ())
+    norms = [t.name for t in shape.tensors if t.role == "norms" and any(matches_target(t.name, n) for n in trained)]
+    if norms and shape.family.norm == "RMSNorm":  # a trained one keeps what its weight is multiplied with
+        kept = [
+            name for name in norms if (place := layer_position(name)) is None or not recomputed[place[1] % len(layers)]
+        ]
+        saved_bytes += len(kept) * inputs
+    is_first_kept = bool(norms) and shape.family.norm != "RMSNorm"
+    is_frozen_below = plan.method.peft is not None and prompt_tokens == 0 and not is_first_kept
+    if is_frozen_below and below < len(layers) and not recomputed[below]:
         first_norm_bytes = shape.dims.hidden * (4 if shape.family.norm == "RMSNorm" or types.autocast else types.hidden)
         saved_bytes -= first_norm_bytes
     is_full = plan.method.peft is None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from peftkit.archs import ModelShape
 from peftkit.objectives import OBJECTIVES
-from peftkit.plan.activations import activation_bytes, is_adapted, is_fitted, virtual_tokens
+from peftkit.plan.activations import activation_bytes, is_fitted, lora_rank, virtual_tokens
 from peftkit.plan.plan import Batch, Memory, Peak, Plan
 from peftkit.plan.targets import matches_target
 from peftkit.plan.task import trainer_spec
@@ -194,12 +194,9 @@ def fixed_memory(shape: ModelShape, plan: Plan) -> FixedMemory:
         shapes = weight_shapes + [(t.num_parameters,) for t in shape.tensors]
     else:
         matrices: list[tuple[int, ...]] = []
-        if "Lora" in spec.class_name:
-            rank = int(spec.arguments.get("r") or spec.arguments.get("init_r", 0))
-            for module in shape.modules:
-                if is_adapted(module, plan):
-                    num = max(1, module.num)
-                    matrices += [(rank * num, module.d_in), (module.d_out, rank * num)]
+        for module in shape.modules:
+            if rank := lora_rank(module, plan) * max(1, module.num):
+                matrices += [(rank, module.d_in), (module.d_out, rank)]
         rest = (plan.method.num_trainable or 0) - sum(math.prod(m) for m in matrices)
         shapes = matrices + ([(rest,)] if rest > 0 else [])
     item = ITEM_BYTES[plan.base.dtype] if plan.method.peft is None else 4

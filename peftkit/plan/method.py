@@ -6,12 +6,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from peftkit.archs import ModelShape, Module, Tensor, wildcard_name
-from peftkit.methods import METHODS, Method, PeftSpec, Selection, TokenRows
+from peftkit.methods import METHODS, Method, PeftSpec, Selection, TargetOptions, TokenRows
+from peftkit.methods.base import WHOLE_PARTS
 from peftkit.methods.lora import LoraOptions
 from peftkit.plan.decisions import DecisionLog
 from peftkit.plan.plan import MethodPlan
-from peftkit.plan.targets import make_selection, resolve_parameters, resolve_targets
+from peftkit.plan.targets import (
+    LayerPosition,
+    layer_position,
+    make_selection,
+    resolve_items,
+    resolve_layers,
+    resolve_parameters,
+    resolve_targets,
+    resolve_whole,
+)
 
+_MAX_SHOWN_NAMES = 16
 LOW_4BIT_SHARE = 0.5  # below this share in 4-bit, QLoRA saves little
 
 
@@ -25,14 +36,28 @@ def default_selection(method: Method, shape: ModelShape) -> Selection:
 
 
 def _resolve_selection(d: DecisionLog, shape: ModelShape, method: Method) -> Selection:
-    targets_option = getattr(d.loaded.recipe.method, "targets", None)
-    if targets_option is None or method.default_roles is None:
+    options = d.loaded.recipe.method
+    if not isinstance(options, TargetOptions) or method.default_roles is None:
         return Selection()
+    targets_option = options.targets
     roles, reason = method.default_roles(shape)
     if targets_option == "auto" and not roles:
         return Selection()
     targets = roles if targets_option == "auto" else targets_option
-    modules, problems = resolve_targets(targets, shape, method, d.where("method.targets"))
+    layers: set[LayerPosition] | None = None
+    if options.layers is not None:
+        layers, problems = resolve_layers(options.layers, (m.name for m in shape.modules), d.where("method.layers"))
+        d.problems.extend(problems)
+        if problems:
+            return Selection()
+    named = dict.fromkeys(options.exclude, True)
+    everything, _ = resolve_targets(targets, shape, method, "", layers=layers)
+    excluded, problems = resolve_items(named, everything, shape, d.where("method.exclude"))
+    d.problems.extend(problems)
+    if everything and len(excluded) == len(everything):
+        d.refuse("method.exclude", "all of the targets", "some of them")
+    where = d.where("method.targets")
+    modules, problems = resolve_targets(targets, shape, method, where, layers=layers, exclude=excluded)
     d.problems.extend(problems)
     extra = getattr(d.loaded.recipe.method, "target_parameters", ())
     parameter_modules, problems = resolve_parameters(extra, shape, d.where("method.target_parameters"))
@@ -40,7 +65,22 @@ def _resolve_selection(d: DecisionLog, shape: ModelShape, method: Method) -> Sel
     module_names = {module.name for module in (*modules, *parameter_modules)}
     modules = [module for module in shape.modules if module.name in module_names]
     selection = make_selection(modules, shape, as_parameters=method.reaches_parameters, by_parameter=parameter_modules)
+    if isinstance(options, LoraOptions):
+        ranks, rank_problems = resolve_items(options.rank_pattern, modules, shape, d.where("method.rank_pattern"))
+        alphas, alpha_problems = resolve_items(options.alpha_pattern, modules, shape, d.where("method.alpha_pattern"))
+        items = [item for item in options.also_train if isinstance(item, str) and item not in WHOLE_PARTS]
+        whole, whole_problems = resolve_whole(items, shape, d.where("method.also_train"))
+        d.problems.extend((*rank_problems, *alpha_problems, *whole_problems))
+        if both := [part.name for part in whole if part.name in module_names]:
+            d.refuse(
+                "method.also_train", f"{both[0]}, which is adapted", "one of the two", "exclude it from the targets"
+            )
+        parts = tuple(part for part in whole if part.role not in options.also_train)  # norms: all of them already
+        selection = replace(selection, ranks=ranks, alphas=alphas, whole=parts)
+    # of many single layers only the kinds are shown: method.layers says which
     endings = [*selection.names, *selection.parameters]
+    if len(endings) > _MAX_SHOWN_NAMES:
+        endings = list(dict.fromkeys(map(wildcard_name, endings)))
     if targets_option == "auto":
         d.record("method.targets", targets_option, endings, reason)
     else:
@@ -155,17 +195,7 @@ def nearest_method(method: Method, shape: ModelShape) -> str:
     return name
 
 
-LayerPosition = tuple[str, int]  # ("model.layers", 3)
 OUTSIDE_LAYERS, SHARED_BY_LAYERS = "outside the layers", "shared by the layers"
-
-
-def layer_position(name: str) -> LayerPosition | None:
-    """Return (stack, number) of the layer that a module's path lies in: its first number; None outside."""
-    parts = name.split(".")
-    for place, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[:place]), int(part)
-    return None
 
 
 def count_by_layers(method: Method, options: object, shape: ModelShape, selection: Selection) -> dict[str, int]:
@@ -188,7 +218,11 @@ def count_by_layers(method: Method, options: object, shape: ModelShape, selectio
     for layer in {**modules_in, **tensors_in}:
         modules = modules_in.get(layer, [])
         layer_shape = replace(shape, modules=tuple(modules), tensors=tuple(tensors_in.get(layer, ())))
-        layer_selection = replace(selection, modules=tuple(m for m in modules if m.name in adapted_names))
+        layer_selection = replace(
+            selection,
+            modules=tuple(m for m in modules if m.name in adapted_names),
+            whole=tuple(part for part in selection.whole if layer_position(part.name) == layer),
+        )
         counts[layer] = sum(method.count(options, layer_shape, layer_selection).values())
     empty_shape = replace(shape, modules=(), tensors=())
     constant = sum(method.count(options, empty_shape, Selection()).values())  # single token rows

@@ -6,6 +6,7 @@ and LLaMA-Factory.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 import yaml
@@ -91,14 +92,24 @@ def translate_datasets(value: object, _: Mapping[str, object]) -> str:
 
 def translate_modules(value: object, _: Mapping[str, object]) -> str:
     """Return the parts that modules trained whole are, or what to do where they are none of ours."""
-    names = [value] if isinstance(value, str) else list(value) if isinstance(value, list) else []
+    names = [value] if isinstance(value, str) else list(map(str, value)) if isinstance(value, list) else []
     if not names:
         return "leave it out"
     if set(names) <= {"score", "classifier"}:
         return "leave it out: the head of a classifier is always trained"
-    if not set(map(str, names)) <= _PARTS.keys():
-        return "method.also_train takes embeddings, head, norms and {tokens: [...]}"
-    return f"method.also_train: {_show(sorted({_PARTS[name] for name in names}))}"
+    return f"method.also_train: {_show(sorted({_PARTS.get(name, name) for name in names}))}"
+
+
+def translate_pattern(key: str) -> Translation:
+    """Return a translation of PEFT's patterns: their keys are ends of names, or regular expressions of them."""
+
+    def translate(value: object, _: Mapping[str, object]) -> str:
+        if not value or not isinstance(value, Mapping):
+            return "leave it out" if not value else f"{key}: {{NAME: VALUE}}"
+        ours = {f"match:(.*\\.)?({name})" if re.search(r"[^\w.]", str(name)) else name: n for name, n in value.items()}
+        return f"{key}: {_show(ours)}"
+
+    return translate
 
 
 def translate_switch(value: object, siblings: Mapping[str, object]) -> str:
@@ -164,6 +175,9 @@ _TRANSLATIONS: dict[str, Translation] = {
     "task_type": by_value("task", {"causal_lm": "causal-lm", "seq_2_seq_lm": "seq2seq", "seq_cls": "classification"}),
     "modules_to_save": translate_modules,
     "lora_modules_to_save": translate_modules,
+    **{key: translate_pattern(f"method.{key}") for key in ("rank_pattern", "alpha_pattern")},
+    "exclude_modules": by_value("method.exclude", {}, is_name=False),
+    "layers_to_transform": by_value("method.layers", {}),
 }
 # what has no key: what to do instead
 _WITHOUT_KEY = {
@@ -177,8 +191,7 @@ _WITHOUT_KEY = {
     "do_train do_eval stage remove_unused_columns tokenizer_type model_type ddp_find_unused_parameters strict tf32 "
     "is_llama_derived_model overwrite_output_dir overwrite_cache dataloader_num_workers num_workers": "peftkit "
     "decides this itself: leave it out",
-    "bias lora_bias fan_in_fan_out inference_mode layers_to_transform rank_pattern alpha_pattern": "this option: "
-    + _NOT_YET,
+    "bias lora_bias fan_in_fan_out inference_mode": f"this option: {_NOT_YET}",
     "template chat_template conversation": "the model's own chat template is used; another one is "
     "data.chat.template: FILE",
     "push_to_hub hub_model_id hub_private_repo hub_strategy": "push the result: peftkit export RUN --to hub "

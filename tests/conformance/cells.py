@@ -26,6 +26,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
     "full": ({"name": "full"}, 1e-3),
     "lora": ({"name": "lora", "rank": 4}, 1e-2),
     "lora, norms": ({"name": "lora", "rank": 4, "rslora": True, "also_train": ["norms"]}, 1e-2),
+    "lora, layers": ({"name": "lora", "rank": 4, "layers": "last 1", "rank_pattern": {"attention": 2}}, 1e-2),
     "lora, experts": ({"name": "lora", "rank": 4, "targets": ["attention", "experts"]}, 1e-2),
     "dora": ({"name": "lora", "rank": 4, "dora": True}, 1e-2),
     "pissa": ({"name": "lora", "rank": 4, "init": "pissa"}, 1e-2),

@@ -93,6 +93,26 @@ def test_what_lies_there_before_a_step_is_exact_and_activations_are_bounded(mode
         assert ledger.saved_activation_bytes <= said
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"layers": "last 1", "rank_pattern": {"all-linear": 8}},
+        {"layers": "first 1"},
+        {"layers": "last 1", "also_train": ["norms"]},
+    ],
+    ids=str,
+)
+def test_layers_below_the_first_that_is_adapted_save_nothing(model_type, choice):
+    task = "seq2seq" if model_type == "t5" else "causal-lm"
+    light, ledger, _, _ = _traced_pair(model_type, task, {"name": "lora", "rank": 4, **choice})
+    said = next(p for p in light.peaks if p.phase == "forward").components["activations"]
+    if model_type == "t5":
+        assert ledger.saved_activation_bytes <= said
+    else:
+        assert said == pytest.approx(ledger.saved_activation_bytes, rel=0.05, abs=4096)
+
+
 UNSEEN = [(m, v, p) for m in fitted.DENSE for v in fitted.METHODS for p in fitted.PRECISIONS]
 QUICK = {"llama", "gemma2", "phi3", "gpt2", "falcon"}
 

@@ -4,7 +4,15 @@ from hypothesis import strategies as st
 
 from peftkit.archs import FAMILIES, KNOWN, shape_from_config, shortest_names
 from peftkit.methods import METHODS
-from peftkit.plan.targets import make_selection, matches_target, resolve_targets, unmatched_targets
+from peftkit.plan.targets import (
+    make_selection,
+    matches_target,
+    resolve_items,
+    resolve_layers,
+    resolve_targets,
+    resolve_whole,
+    unmatched_targets,
+)
 from tests.rigs.tiny import TINY
 
 LLAMA = shape_from_config(KNOWN["meta-llama/Llama-3.2-1B"])
@@ -35,6 +43,64 @@ def test_groups_and_roles():
     assert names(["qkv"], GPT2)[0] == ("c_attn",)
     assert names(["q", "q_proj", "q"], LLAMA)[0] == ("q_proj",)
     assert names("attention", GPT2)[0] == ("c_attn", "attn.c_proj")
+
+
+def test_a_regular_expression_is_of_whole_names():
+    assert names(r"match:.*\.(q|v)_proj", LLAMA)[0] == ("q_proj", "v_proj")
+    assert len(names([r"match:model\.layers\.[01]\..*"], LLAMA)[0]) == 14
+    assert "match:.*q_proj.*" in refused("match:q_proj", LLAMA)
+    assert "regular expression" in refused("match:(", LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("layers", "kept"),
+    [
+        ("last 2", [14, 15]),
+        ("first 1", [0]),
+        (3, [3]),
+        ("0-1, 4", [0, 1, 4]),
+        ([0, "last 1"], [0, 15]),
+        ("2 - 3", [2, 3]),
+    ],
+    ids=str,
+)
+def test_layers_are_counted_from_either_end(layers, kept):
+    found, problems = resolve_layers(layers, (module.name for module in LLAMA.modules), "layers")
+    assert not problems
+    assert found == {("model.layers", number) for number in kept}
+
+
+@pytest.mark.parametrize("layers", ["last 17", "0-16", 16, "x", "", "3-2", [0, "last 99"], "last 0", "-1"], ids=str)
+def test_layers_that_the_model_does_not_have_are_refused(layers):
+    _, [problem] = resolve_layers(layers, (module.name for module in LLAMA.modules), "layers")
+    assert "model.layers 0-15" in problem.fix
+
+
+def test_layers_of_an_encoder_may_be_more_than_its_decoder_has():
+    stacks = [f"encoder.{i}.q" for i in range(12)] + [f"decoder.{i}.q" for i in range(6)]
+    found, problems = resolve_layers("0-11", stacks, "layers")
+    assert len(found) == 18 and not problems
+
+
+def test_values_by_item_are_those_of_the_last_that_names_a_module():
+    modules, _ = resolve_targets("all-linear", LLAMA, METHODS["lora"], "")
+    values, problems = resolve_items({"all-linear": 1, "down": 2, "0.mlp.down_proj": 3}, modules, LLAMA, "pattern")
+    assert not problems
+    assert (values["model.layers.0.mlp.down_proj"], values["model.layers.1.mlp.down_proj"]) == (3, 2)
+    assert values["model.layers.0.mlp.up_proj"] == 1
+    attention, _ = resolve_targets("attention", LLAMA, METHODS["lora"], "")
+    _, [problem] = resolve_items({"down": 2}, attention, LLAMA, "pattern")
+    assert "not adapted" in problem.got and problem.fix == "these are q, k, v, o"
+
+
+def test_parts_to_train_whole_are_named_as_targets_are():
+    parts, problems = resolve_whole(["down", "norm"], LLAMA, "also_train")
+    assert not problems
+    assert {part.role for part in parts} == {"down", "norms"} and len(parts) == 17
+    _, [problem] = resolve_whole(["embedings"], LLAMA, "also_train")
+    assert problem.fix == "did you mean embeddings?"
+    _, [problem] = resolve_whole(["experts"], MIXTRAL, "also_train")
+    assert "no layer of its own" in problem.got
 
 
 def test_experts_are_parameters_and_never_a_default():

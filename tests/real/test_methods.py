@@ -1,11 +1,16 @@
 """Methods on the small or odd data that people bring."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
+from peft import PeftModel
+from safetensors.torch import load_file
 
 import peftkit
 from peftkit.errors import UserError
+from tests.conftest import TINY_LLAMA
 from tests.real.test_data import recipe_of_lengths
 
 
@@ -115,3 +120,31 @@ def test_settings_that_a_schedule_does_not_have_are_refused(settings, said, tmp_
     recipe["train"] |= {"max_steps": 20, "schedule": settings}
     with pytest.raises(UserError, match=said):
         peftkit.make_plan(recipe)
+
+
+def test_layers_ranks_and_parts_are_those_that_the_recipe_names(tmp_path):
+    recipe = recipe_of_lengths(tmp_path, range(5, 13), batch_size=4)
+    recipe["method"] = {
+        "name": "lora",
+        "rank": 4,
+        "layers": "last 2",
+        "exclude": ["k", {"match": r".*\.3\.mlp\..*"}],
+        "rank_pattern": {"down": 8},
+        "alpha_pattern": {"q": 3.0},
+        "also_train": ["3.mlp.down_proj"],
+    }
+    recipe["train"] = {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2}
+    run = peftkit.finetune(recipe, out=tmp_path / "run")
+    tensors = load_file(Path(run.result) / "adapter_model.safetensors")
+    ranks = {
+        name.split(".layers.")[1].split(".lora_A")[0]: t.shape[0] for name, t in tensors.items() if "lora_A" in name
+    }
+    attention = {f"{layer}.self_attn.{name}_proj": 4 for layer in (2, 3) for name in "qvo"}
+    assert ranks == {**attention, "2.mlp.gate_proj": 4, "2.mlp.up_proj": 4, "2.mlp.down_proj": 8}
+    assert sum(t.numel() for t in tensors.values()) == run.num_trainable
+    base = transformers.AutoModelForCausalLM.from_pretrained(TINY_LLAMA)
+    modules = dict(PeftModel.from_pretrained(base, run.result).named_modules())
+    scales = {name: module.scaling["default"] for name, module in modules.items() if hasattr(module, "lora_A")}
+    assert {scale for name, scale in scales.items() if "q_proj" in name} == {3.0 / 4}
+    assert {scale for name, scale in scales.items() if "q_proj" not in name} == {2.0}, "alpha is 2 x the module's rank"
+    assert peftkit.merge_adapter(run.path, out=str(tmp_path / "merged")).passed

@@ -117,7 +117,6 @@ def test_all_problems_at_once(tmp_path):
         ("nonsense", "expected key=value"),
         ("=3", "expected key=value"),
         ("data.eval=150%", "not a percentage"),
-        ("method.also_train=[embedings]", "embeddings"),
     ],
 )
 def test_wrong_values_on_the_command_line(tmp_path, override, said):

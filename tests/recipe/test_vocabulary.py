@@ -44,6 +44,7 @@ def test_what_is_advised_for_a_foreign_key_loads(key):
     ours = translate_key(key, 4, {})[0].partition(":")[0]
     special = {"quantization_bit": 4, "attn_implementation": "flash_attention_2", "torch_dtype": "bfloat16"}
     special |= dict.fromkeys(("modules_to_save", "lora_modules_to_save"), "lm_head")
+    special |= {key: {"down_proj": 8} for key in ("rank_pattern", "alpha_pattern")} | {"exclude_modules": ["q_proj"]}
     value = special.get(key, True if ours in SWITCHES else SAMPLES.get(ours, 4))
     text, instead = translate_key(key, value, {"per_device_train_batch_size": 2})
     assert not instead
@@ -71,6 +72,11 @@ def test_what_is_advised_for_a_foreign_key_loads(key):
         ("init_lora_weights", "pissa", "method.init: pissa"),
         ("modules_to_save", ["lm_head", "embed_tokens"], "method.also_train: [embeddings, head]"),
         ("modules_to_save", "lm_head", "method.also_train: [head]"),
+        ("modules_to_save", ["q_norm", "lm_head"], "method.also_train: [head, q_norm]"),
+        ("layers_to_transform", [0, 1], "method.layers: [0, 1]"),
+        ("exclude_modules", ["down_proj"], "method.exclude: [down_proj]"),
+        ("rank_pattern", {"down_proj": 8}, "method.rank_pattern: {down_proj: 8}"),
+        ("alpha_pattern", {r"^model\..*": 8}, "method.alpha_pattern: {'match:(.*\\.)?(^model\\..*)': 8}"),
         ("warmup_ratio", 0.1, "train.schedule.warmup: 0.1"),
         ("warmup_steps", 10, "train.schedule.warmup_steps: 10"),
     ],
@@ -84,7 +90,7 @@ def test_values_are_in_our_terms(key, value, written):
     [
         ("modules_to_save", [], {}, "leave it out"),
         ("modules_to_save", ["score"], {}, "leave it out: the head of a classifier is always trained"),
-        ("modules_to_save", ["q_norm"], {}, "method.also_train takes embeddings, head, norms and {tokens: [...]}"),
+        ("rank_pattern", {}, {}, "leave it out"),
         ("init_lora_weights", "loftq", {}, "leave it out, or take method.init: gaussian"),
         ("finetuning_type", "freeze", {}, "training some of the layers: peftkit has none yet"),
         ("fp16", False, {"bf16": True}, "leave it out: the precision is chosen then"),

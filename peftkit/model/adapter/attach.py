@@ -157,7 +157,7 @@ def _role(name: str, plan: Plan, *, table: str, head: str) -> str:
     place = wildcard_name(f".{name}.")
     named_role = next((role for module, role in plan.method.roles.items() if f".{module}." in place), None)
     if named_role is not None:
-        return named_role
+        return f"{named_role}, whole" if ".modules_to_save." in name else named_role
     if plan.method.peft is None:
         return "the rest"
     if ".lora_" in name and plan.method.target_parameters:
