@@ -172,6 +172,7 @@ def method_plan(d: DecisionLog, shape: ModelShape, num_steps: int | None) -> Met
         trainable_by_layers={} if d.problems else count_by_layers(method, options, shape, selection),
         num_parameters=shape.num_parameters,
         roles={wildcard_name(module.name): module.role for module in shape.modules},
+        start_from=d.record("start_from", d.loaded.recipe.start_from),
     )
 
 

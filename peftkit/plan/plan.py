@@ -65,6 +65,7 @@ class MethodPlan:
     num_parameters: int
     roles: Mapping[str, str]  # path of a module with * for numbers -> its role
     trainable_by_layers: Mapping[str, int] = field(default_factory=dict)  # ranges of alike layers
+    start_from: str | None = None  # the folder of the adapter that is trained on
 
     @property
     def num_trainable(self) -> int | None:

@@ -18,9 +18,11 @@ from peftkit.model.hardware import detect_device
 from peftkit.model.load import resolve_source
 from peftkit.plan import Facts, Plan, read_plan
 from peftkit.plan.advice import WARNING
+from peftkit.plan.resolve import unquantized_base
 from peftkit.prepare.data_check import PreparedData, prepare_data
 from peftkit.prepare.environment import environment, fingerprints, resolved_text
 from peftkit.prepare.facts import memory_problems, model_facts, with_converted_config
+from peftkit.prepare.start import require_start
 from peftkit.prepare.traced_memory import plan_with_traced_memory
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.paths import redact_url
@@ -103,7 +105,13 @@ def prepare_run(
     start_time = time.monotonic()
     source = resolve_source(base, loaded.where(("base", "id")))
     interrupt.stop_if_requested("interrupted before training")
+    is_planned = (run.path / "plan.json").exists()
     examples = read_examples(loaded) if examples is None else examples
+    if loaded.recipe.start_from is not None and not is_planned:
+        base_plan = unquantized_base(
+            facts.model.shape, id=base.id, kind=base.kind, revision=loaded.recipe.base.revision, dtype="float32"
+        )
+        require_start(loaded, source, base_plan, examples.labels, observer)
     plan_device = facts.device.kind
     full_base = with_converted_config(base, source)
     facts = Facts(detect_device(), model_facts(loaded, full_base, examples), None)
@@ -122,7 +130,7 @@ def prepare_run(
     if prepared_data.report.failed:
         raise UserError(prepared_data.report.problems())
     context = RunContext(run, loaded, facts, full_base.config or {}, plan, source, prepared_data, observer, start_time)
-    if (run.path / "plan.json").exists():
+    if is_planned:
         require_disk_space(plan, run)
         return replace(context, plan=read_plan(run))
     plan, note = plan_with_traced_memory(loaded, facts, plan, full_base.config or {})

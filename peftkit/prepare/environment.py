@@ -19,6 +19,7 @@ from peftkit.data.tokens.tokenize import tokenizer_sha256
 from peftkit.model.base.identity import base_identity
 from peftkit.plan import DeviceFacts
 from peftkit.plan.plan import BasePlan
+from peftkit.prepare.start import start_sha256
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.document import dump_text
 from peftkit.secrets import redact
@@ -78,6 +79,7 @@ def fingerprints(
     template = str(tokenizer.chat_template or "")
     return {
         "recipe": recipe_sha256(loaded),
+        "start_from": start_sha256(loaded),
         "data": prepared.fingerprint or data_sha256(prepared.train, prepared.eval),
         "base": base_identity(source, base),
         "tokenizer": tokenizer_sha256(tokenizer),

@@ -83,6 +83,14 @@ def _lora_conflicts(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
 
 
 @rule
+def _init_of_a_start(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
+    key = ("method", "init")
+    init = getattr(recipe.method, "init", "default")
+    if recipe.start_from is not None and key in loaded.sources and init != "default":
+        yield Problem(loaded.where(key), f"{init} with start_from", "one of them", "leave init out")
+
+
+@rule
 def _loraplus_optimizer(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     method = recipe.method
     if (

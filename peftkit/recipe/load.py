@@ -25,9 +25,10 @@ from peftkit.recipe.document import (
     read_document,
 )
 from peftkit.recipe.explain import show_value, validation_problems
-from peftkit.recipe.paths import path_exists, with_absolute_paths
+from peftkit.recipe.paths import absolute_path, path_exists, with_absolute_paths
 from peftkit.recipe.schema import SCHEDULE_KEYS, Recipe
 from peftkit.recipe.shipped import find_shipped, list_shipped
+from peftkit.recipe.start import adapter_folder, differences, is_complete, settings_of
 
 _SHORT_FORMS = {"base": "id", "method": "name"}
 _MAX_CHAIN = 50
@@ -37,7 +38,7 @@ _MAX_CHAIN = 50
 class ValueSource:
     """The place where a value was written. `folder` is what its relative paths are relative to."""
 
-    kind: str  # "recipe" | "extends" | "command line" | "python"
+    kind: str  # "recipe" | "extends" | "command line" | "python" | "start_from"
     where: str
     folder: Path
     rank: int = 0  # later layers have higher ranks and lie over earlier ones
@@ -232,6 +233,39 @@ def _drop_overruled(data: dict[str, Any], sources: dict[Key, ValueSource]) -> No
             del section[old[-1]], sources[old]
 
 
+def _take_from_start(data: dict[str, Any], sources: dict[Key, ValueSource], name: str) -> None:
+    """Fill in what the recipe does not say of base and method from the adapter that it starts from.
+
+    A run's own recipe says all of it, and needs the adapter no more. Raises UserError where the recipe says
+    something else than the adapter does.
+    """
+    path, method = data.get("start_from"), data.get("method")
+    if not isinstance(path, str) or (is_complete(method) and "base" in data) or not isinstance(method, dict | None):
+        return
+    where = _where(sources, name, ("start_from",))
+    folder = adapter_folder(Path(absolute_path(path, sources[("start_from",)].folder)), where)
+    given = method or {}
+    sections = settings_of(folder, where, given.get("name"))
+    problems = [
+        Problem(
+            _where(sources, name, ("method", key)), show_value(given[key]), show_value(sections["method"][key]), fix
+        )
+        for key in differences(given, sections["method"])
+        if (fix := "leave it out: the adapter of start_from has its own")
+    ]
+    if problems:
+        raise UserError(problems)
+    taken = ValueSource("start_from", str(folder / "adapter_config.json"), Path.cwd())
+    for section, values in sections.items():
+        if section == "base" and data.get("base"):
+            continue  # another copy of it: what it is is compared
+        target = data.setdefault(section, {})
+        for key, value in values.items():
+            if key not in target:
+                target[key] = value
+                sources[(section, key)] = taken
+
+
 def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Load a recipe from a file, a shipped recipe's name, a dict or a `Recipe`, with overrides on top.
 
@@ -269,6 +303,7 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     command = ValueSource("command line", "command line", Path.cwd(), 1_000_000)
     _merge(data, override_values, sources, {k: command for k in _all_keys(override_values) if k})
     _drop_overruled(data, sources)
+    _take_from_start(data, sources, name)
     if invalid := list(_invalid_texts(data)):
         raise UserError(Problem(_where(sources, name, key), got, "text") for key, got in invalid)
     try:

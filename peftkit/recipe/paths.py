@@ -61,7 +61,8 @@ def path_exists(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110
 
 
-def _absolute_path(text: str, folder: Path) -> str:
+def absolute_path(text: str, folder: Path) -> str:
+    """Return a path of a recipe as an absolute one."""
     return str((folder / os.path.expanduser(text)).resolve())  # noqa: PTH111  Path's raises for unknown users
 
 
@@ -69,7 +70,7 @@ def with_absolute_paths(recipe: Recipe, folder: Callable[..., Path]) -> Recipe:
     """Return the recipe with every path absolute; `folder(*key)` is what a key's paths are relative to."""
     base, data = recipe.base, recipe.data
     if is_model_path(base.id, folder("base", "id")):
-        base = base.model_copy(update={"id": _absolute_path(base.id, folder("base", "id"))})
+        base = base.model_copy(update={"id": absolute_path(base.id, folder("base", "id"))})
     sources = data.train if isinstance(data.train, list) else [data.train]
     train = [_absolute_source(source, folder("data", "train")) for source in sources]
     update: dict[str, object] = {"train": train}
@@ -80,9 +81,12 @@ def with_absolute_paths(recipe: Recipe, folder: Callable[..., Path]) -> Recipe:
         )
         update["eval"] = _absolute_source(data.eval, folder("data", "eval"), folders=files)
     if data.chat.template is not None:
-        template = _absolute_path(data.chat.template, folder("data", "chat", "template"))
+        template = absolute_path(data.chat.template, folder("data", "chat", "template"))
         update["chat"] = data.chat.model_copy(update={"template": template})
-    return recipe.model_copy(update={"base": base, "data": data.model_copy(update=update)})
+    changed: dict[str, object] = {"base": base, "data": data.model_copy(update=update)}
+    if recipe.start_from is not None:
+        changed["start_from"] = absolute_path(recipe.start_from, folder("start_from"))
+    return recipe.model_copy(update=changed)
 
 
 def _absolute_source(source: AnySource, folder: Path, *, folders: bool = True) -> AnySource:
@@ -91,4 +95,4 @@ def _absolute_source(source: AnySource, folder: Path, *, folders: bool = True) -
         return source.model_copy(update={"path": _absolute_source(source.path, folder)})
     if is_url(source) or not is_data_path(source, folder if folders else None):
         return source
-    return _absolute_path(source, folder)
+    return absolute_path(source, folder)

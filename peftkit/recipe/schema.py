@@ -305,6 +305,9 @@ class Recipe(Options):
     base: Base
     method: AnyMethod
     data: Data
+    start_from: str | None = Field(
+        None, description="a run or an adapter folder to go on training: its base and its settings are taken from it"
+    )
     task: Literal["auto", "causal-lm", "seq2seq", "classification", "token-classification"] = "auto"
     train: Train = Train()
     evaluate: EvaluateOptions = EvaluateOptions()

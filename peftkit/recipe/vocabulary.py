@@ -7,14 +7,17 @@ and LLaMA-Factory.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import yaml
 
+Value = TypeVar("Value")
 Translation = Callable[[object, Mapping[str, object]], str]  # of a value, with the keys beside it
 # our key: what others call it, with a value of the same meaning
 _SAME = {
     "base": "base_model model_name_or_path model_name model pretrained_model_name_or_path",
+    "start_from": "adapter_name_or_path lora_model_dir adapters",
     "base.trust_remote_code": "trust_remote_code trust_remote_code_tokenizer",
     "base.revision": "model_revision revision_of_model",
     "method.rank": "r lora_r lora_rank rank_dim",
@@ -90,6 +93,18 @@ def translate_datasets(value: object, _: Mapping[str, object]) -> str:
     return f"data.train: {_show(kept if isinstance(value, list) else kept[0])}"
 
 
+def own_parts(names: Iterable[str]) -> list[str]:
+    """Return modules that are trained whole as `also_train` names them, each once."""
+    return sorted({_PARTS.get(name.rpartition(".")[2] if name.count(".") < 2 else name, name) for name in names})
+
+
+def own_items(pattern: Mapping[str, Value]) -> dict[str, Value]:
+    """Return one of PEFT's patterns with our items: its keys are ends of names, or regular expressions of them."""
+    return {
+        f"match:(.*\\.)?({name})" if re.search(r"[^\w.]", str(name)) else name: value for name, value in pattern.items()
+    }
+
+
 def translate_modules(value: object, _: Mapping[str, object]) -> str:
     """Return the parts that modules trained whole are, or what to do where they are none of ours."""
     names = [value] if isinstance(value, str) else list(map(str, value)) if isinstance(value, list) else []
@@ -97,17 +112,16 @@ def translate_modules(value: object, _: Mapping[str, object]) -> str:
         return "leave it out"
     if set(names) <= {"score", "classifier"}:
         return "leave it out: the head of a classifier is always trained"
-    return f"method.also_train: {_show(sorted({_PARTS.get(name, name) for name in names}))}"
+    return f"method.also_train: {_show(own_parts(names))}"
 
 
 def translate_pattern(key: str) -> Translation:
-    """Return a translation of PEFT's patterns: their keys are ends of names, or regular expressions of them."""
+    """Return a translation of one of PEFT's patterns."""
 
     def translate(value: object, _: Mapping[str, object]) -> str:
         if not value or not isinstance(value, Mapping):
             return "leave it out" if not value else f"{key}: {{NAME: VALUE}}"
-        ours = {f"match:(.*\\.)?({name})" if re.search(r"[^\w.]", str(name)) else name: n for name, n in value.items()}
-        return f"{key}: {_show(ours)}"
+        return f"{key}: {_show(own_items(value))}"
 
     return translate
 

@@ -35,7 +35,7 @@ from peftkit.rundir.events import (
 )
 from peftkit.secrets import REDACTED
 
-ALLOWED_CHANGES = ("data", "recipe", "base", "tokenizer", "versions")
+ALLOWED_CHANGES = ("data", "recipe", "start_from", "base", "tokenizer", "versions")
 
 
 def resume(
@@ -202,6 +202,9 @@ def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
     for key in ("recipe", "data", "tokenizer"):
         if before[key] != now[key]:
             changes[key] = f"sha256 {before[key][:8]} then, {now[key][:8]} now"
+    start, start_now = before.get("start_from"), now.get("start_from")
+    if start and start_now and start != start_now:  # where it is gone, the checkpoint has what was made of it
+        changes["start_from"] = f"sha256 {start[:8]} then, {start_now[:8]} now"
     if changed_fields := identity.changed_parts(before["base"], now["base"]):
         changes["base"] = f"other {' and '.join(changed_fields)}"
     changed_versions = [

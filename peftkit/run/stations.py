@@ -15,12 +15,14 @@ from peftkit.evaluate.scores import compute_metrics
 from peftkit.methods.lora import EVA_TOKENS_PER_RANK
 from peftkit.model.adapter import attach
 from peftkit.model.adapter.attach import non_finite_tensors
+from peftkit.model.adapter.load import load_adapter_tensors
 from peftkit.model.base.identity import IDENTITY_FILE
 from peftkit.model.hardware import read_memory_use, release_memory, reset_peak_memory
 from peftkit.model.load import load_model
 from peftkit.plan.packing import mean_row_tokens
 from peftkit.prepare.calibration import calibrate, compare_memory
 from peftkit.prepare.context import RunContext, record_weights
+from peftkit.recipe.start import adapter_folder
 from peftkit.report import Summary
 from peftkit.rundir import publish_folder, step_of, write_sealed
 from peftkit.rundir.events import (
@@ -86,7 +88,8 @@ def load_base(segment: Segment) -> PreTrainedModel:
         if plan.base.trust_remote_code:
             text = f"code that comes with {plan.base.id} is run, as the recipe allows"
             context.emit(WarningEvent(text=text))
-        context.emit(PhaseEvent(name="model", detail=plan.method.name))
+        start = f", going on from {Path(plan.method.start_from).name}" if plan.method.start_from else ""
+        context.emit(PhaseEvent(name="model", detail=f"{plan.method.name}{start}"))
     interrupt.stop_if_requested()
     set_seed(plan.seed)
     model = segment.base_in_memory or load_model(
@@ -129,14 +132,17 @@ def attach_adapter(segment: Segment, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def assemble_training(segment: Segment, model: PreTrainedModel) -> Training:
-    """Assemble trainer and callbacks, and the restoring of the checkpoint; training stops at the looks still due."""
+    """Assemble trainer and callbacks, and the restoring of the checkpoint or of the adapter that is trained on.
+
+    Training stops at the looks that are still due.
+    """
     from peftkit.experiments.look import is_look_due
     from peftkit.train import assemble
 
     context, plan = segment.context, segment.context.plan
     reset_peak_memory()
     look_steps = tuple(step for step in plan.diagnose.look_steps if is_look_due(context, step, at_end=False))
-    return assemble(
+    training = assemble(
         model,
         replace(plan, diagnose=replace(plan.diagnose, look_steps=look_steps)),
         context.tokenizer,
@@ -146,6 +152,10 @@ def assemble_training(segment: Segment, model: PreTrainedModel) -> Training:
         checkpoint=segment.checkpoint,
         facts={"fingerprints": context.fingerprints(), "num_rollbacks": len(plan.train.rollbacks)},
     )
+    if plan.method.start_from is not None and segment.checkpoint is None:
+        # after the trainer was made: over 4 bit TRL's rounds the adapter to 16 bits
+        load_adapter_tensors(model, adapter_folder(Path(plan.method.start_from), "start_from"))
+    return training
 
 
 def run_preflight(context: RunContext, training: Training) -> None:

@@ -77,7 +77,8 @@ def test_the_set_of_recipe_keys_is_frozen():
         return sorted(section.model_fields)
 
     fields = Recipe.model_fields
-    assert sorted(fields) == ["base", "data", "devices", "diagnose", "evaluate", "method", "seed", "task", "train"]
+    sections = ["base", "data", "devices", "diagnose", "evaluate", "method", "seed", "start_from", "task", "train"]
+    assert sorted(fields) == sections
     assert keys(fields["base"].annotation) == ["attention", "id", "revision", "rope_scaling", "trust_remote_code"]
     assert keys(fields["data"].annotation) == [
         "chat",

@@ -1,5 +1,7 @@
 """Every key of another tool is named in ours, and what the error says to write loads."""
 
+import json
+
 import pytest
 import yaml
 
@@ -40,12 +42,15 @@ SWITCHES |= {"train.gradient_checkpointing"}
 
 
 @pytest.mark.parametrize("key", sorted(_KEYS))
-def test_what_is_advised_for_a_foreign_key_loads(key):
+def test_what_is_advised_for_a_foreign_key_loads(key, tmp_path):
+    adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     ours = translate_key(key, 4, {})[0].partition(":")[0]
     special = {"quantization_bit": 4, "attn_implementation": "flash_attention_2", "torch_dtype": "bfloat16"}
     special |= dict.fromkeys(("modules_to_save", "lora_modules_to_save"), "lm_head")
     special |= {key: {"down_proj": 8} for key in ("rank_pattern", "alpha_pattern")} | {"exclude_modules": ["q_proj"]}
-    value = special.get(key, True if ours in SWITCHES else SAMPLES.get(ours, 4))
+    samples = {**SAMPLES, "start_from": str(tmp_path)}
+    value = special.get(key, True if ours in SWITCHES else samples.get(ours, 4))
     text, instead = translate_key(key, value, {"per_device_train_batch_size": 2})
     assert not instead
     recipe = dict(BASE)

@@ -172,7 +172,8 @@ def locate_base(
                 )
             )
         if not config_file.is_file() and (path / "adapter_config.json").is_file():
-            fix = f"merge it first: peftkit merge {path} --out MERGED; then base: MERGED"
+            fix = f"go on training it: start_from: {path}, without base; or stack another one on it: "
+            fix += f"peftkit merge {path} --out MERGED, then base: MERGED"
             raise UserError(Problem(where, f"{path}, which is an adapter", "the model that it adapts", fix))
         if not config_file.is_file():
             raise UserError(
