@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from peftkit.errors import Problem, UserError, did_you_mean
 from peftkit.recipe.schema import AnySource, Recipe, Source
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
@@ -15,6 +16,18 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.:-]*://")
 _GLOB = re.compile(r"[*?]|\[.*/|/.*\[")  # a bracket alone is a slice of a hub split: train[:10%]
 _SECRETS = re.compile(r"(?<=://)(?:[^/\s]*|[^/\s@]*:(?!//)(?:(?!://)[^\s'\"@])*)@|[?#][^\s'\"]*")
+
+
+# small data that comes with peftkit, as sample:NAME: a new recipe works as it is
+SAMPLES = {"chats": "banking77-10.train.jsonl", "classes": "banking77.train.csv"}
+_SAMPLE = "sample:"
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def shipped_folder() -> Path:
+    """Return `recipes/` of a clone, or the copy inside an installed package."""
+    installed = _PACKAGE / "shipped_recipes"
+    return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
 
 
 def is_commit(revision: str | None) -> bool:
@@ -93,6 +106,11 @@ def _absolute_source(source: AnySource, folder: Path, *, folders: bool = True) -
     """Return the source with an absolute path, if it is a path."""
     if isinstance(source, Source):
         return source.model_copy(update={"path": _absolute_source(source.path, folder)})
+    if source.startswith(_SAMPLE):
+        name = source.removeprefix(_SAMPLE)
+        if name not in SAMPLES:
+            raise UserError(Problem("data", source, "a sample of peftkit", did_you_mean(name, list(SAMPLES))))
+        return str(shipped_folder() / "data" / SAMPLES[name])
     if is_url(source) or not is_data_path(source, folder if folders else None):
         return source
     return absolute_path(source, folder)

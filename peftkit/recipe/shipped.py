@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftkit.archs import EMBEDDED, KNOWN, family_of
 from peftkit.errors import Problem, UserError, did_you_mean
 from peftkit.recipe.document import INVALID_CHARS, dump_text
-from peftkit.recipe.paths import path_exists
-
-_PACKAGE = Path(__file__).resolve().parent.parent
-
-
-def shipped_folder() -> Path:
-    """Return `recipes/` of a clone, or the copy inside an installed package."""
-    installed = _PACKAGE / "shipped_recipes"
-    return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
+from peftkit.recipe.paths import path_exists, shipped_folder
 
 
 @dataclass(frozen=True)
@@ -63,16 +59,36 @@ base: {quoted}
 method:
   name: {method}
 data:
-  train: train.jsonl   # chat, prompt-completion, instruction or text; the format is detected
-  eval: 5%             # a share of train, or a file
+{data}
+  eval: 5%              # held out: a share of train, or a file
 train:
-  epochs: 3
+  epochs: 1             # passes over the data; what is left out here is decided, with reasons: --dry-run
 """
+_DATA = {
+    "chats": """\
+  train: sample:chats   # 600 chats that come with peftkit, to try it. Then yours: a file, a folder, a URL or a hub
+                        # dataset of chats, prompts with completions, instructions or texts; columns are detected""",
+    "classes": """\
+  train: sample:classes         # 10,003 texts with classes that come with peftkit, to try it. Then yours
+  columns: {label: category}    # our name of a column: the file's name of it""",
+}
 
 
 def new_recipe(base: str, method: str) -> str:
-    """Return the text of a new recipe for a model and a method. Raises UserError for an invalid base name."""
+    """Return the text of a new recipe for a model and a method, on data that the model can learn from.
+
+    Raises UserError for an invalid base name.
+    """
     if INVALID_CHARS.search(base):
         raise UserError(Problem("recipes new", repr(base), "the name of a model"))
     quoted = dump_text({"base": base}).removeprefix("base: ").strip()
-    return _NEW_RECIPE.format(base=" ".join(base.split()), quoted=quoted, method=method)
+    embedded = EMBEDDED.get(base.removeprefix("embedded:"))
+    config = embedded.config if embedded else KNOWN.get(base, {})
+    file = Path(base) / "config.json"
+    if path_exists(file):
+        with suppress(ValueError, OSError):
+            config = json.loads(file.read_text(encoding="utf-8"))
+    family = family_of(str(config.get("model_type"))) if isinstance(config, Mapping) else None
+    writes = family is None or not {"causal-lm", "seq2seq"}.isdisjoint(family.heads)
+    data = _DATA["chats" if writes else "classes"]
+    return _NEW_RECIPE.format(base=" ".join(base.split()), quoted=quoted, method=method, data=data)

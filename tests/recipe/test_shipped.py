@@ -3,11 +3,13 @@ import json
 import pytest
 import yaml
 
+import peftkit
 from peftkit.errors import UserError
 from peftkit.recipe import load
 from peftkit.recipe.json_schema import recipe_schema
 from peftkit.recipe.schema import Recipe
 from peftkit.recipe.shipped import find_shipped, list_shipped, new_recipe, shipped_folder, show_shipped
+from tests.conftest import TINY_LLAMA
 
 WANTED = {
     "quickstart",
@@ -68,6 +70,30 @@ def test_show_find_and_new(tmp_path, monkeypatch):
     assert load(tmp_path / "new.yaml").recipe.method.name == "prefix"
     (tmp_path / "odd.yaml").write_text(new_recipe("a: b #c", "lora"))
     assert load(tmp_path / "odd.yaml").recipe.base.id == "a: b #c"
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "prefix", "ia3"])
+@pytest.mark.parametrize(
+    ("model", "fmt"),
+    [
+        (str(TINY_LLAMA), "chat"),
+        ("meta-llama/Llama-3.1-8B", "chat"),
+        ("google-t5/t5-base", "chat"),
+        ("google-bert/bert-base-uncased", "labelled"),
+        ("embedded:smollm2-135m-instruct", "chat"),
+    ],
+)
+def test_a_new_recipe_works_as_it_is(model, fmt, method, tmp_path):
+    (tmp_path / "new.yaml").write_text(new_recipe(model, method))
+    plan = peftkit.make_plan(tmp_path / "new.yaml")
+    assert plan.method.name == method and plan.method.num_trainable
+    assert (plan.base.task == "classification") == (fmt == "labelled")
+
+
+def test_a_sample_that_there_is_not_is_named(tmp_path):
+    (tmp_path / "new.yaml").write_text(new_recipe("o/m", "lora").replace("sample:chats", "sample:chat"))
+    with pytest.raises(UserError, match="did you mean chats"):
+        load(tmp_path / "new.yaml")
 
 
 def test_the_set_of_recipe_keys_is_frozen():

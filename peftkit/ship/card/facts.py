@@ -59,17 +59,22 @@ def read_run_facts(
     verdict = last_of(events, VerdictEvent)
     train = plan.train
     peft: Mapping[str, Any] = plan.method.peft.arguments if plan.method.peft else {}
-    run_settings = _peft_settings(peft) | {
-        "learning rate": train.learning_rate,
-        "schedule": f"{train.schedule}, {train.num_warmup_steps} warm-up steps",
-        "optimizer": train.optimizer,
-        "optimizer steps": train.num_steps,
-        "batch size": train.batch_size,
-        "maximum length, tokens": plan.data.max_length,
-        "packing": train.packing,
-        "autocast": train.autocast,
-        "seed": str(plan.seed),
-    }
+    start = {"trained on from": Path(plan.method.start_from).name} if plan.method.start_from else {}
+    run_settings = (
+        _peft_settings(peft)
+        | start
+        | {
+            "learning rate": train.learning_rate,
+            "schedule": f"{train.schedule}, {train.num_warmup_steps} warm-up steps",
+            "optimizer": train.optimizer,
+            "optimizer steps": train.num_steps,
+            "batch size": train.batch_size,
+            "maximum length, tokens": plan.data.max_length,
+            "packing": train.packing,
+            "autocast": train.autocast,
+            "seed": str(plan.seed),
+        }
+    )
     counts: Mapping[str, Any] = last_of(events, DataEvent) or {}
     sha256 = fingerprints.get("data")
     sources = plan.data.train
