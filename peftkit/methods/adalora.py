@@ -10,11 +10,14 @@ from pydantic import Field
 from peftkit.archs import ModelShape
 from peftkit.methods.base import (
     Conflict,
+    Excluded,
+    Layers,
     Method,
+    Options,
     PeftSpec,
     PositiveInt,
     Selection,
-    TargetOptions,
+    Targets,
     count_head,
     head_arguments,
     linear_roles,
@@ -22,7 +25,7 @@ from peftkit.methods.base import (
 )
 
 
-class AdaloraOptions(TargetOptions):
+class AdaloraOptions(Options):
     """Low-rank adapters whose singular values are pruned to a budget while training."""
 
     name: Literal["adalora"]
@@ -30,6 +33,9 @@ class AdaloraOptions(TargetOptions):
     rank: PositiveInt = Field(8, description="mean rank at the end")
     alpha: float = Field(32, gt=0, description="scale numerator")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    targets: Targets = "auto"
+    layers: Layers = None
+    exclude: Excluded = Field([])
 
 
 def count(options: AdaloraOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:

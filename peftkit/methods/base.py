@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
@@ -21,6 +21,15 @@ class TokenRows(Options):
     """Single rows of the embedding to train, by token text."""
 
     tokens: list[str] = Field(min_length=1, description="tokens of the vocabulary whose rows are trained")
+
+
+class NewTokens(Options):
+    """Tokens to add to the vocabulary, with rows of the embeddings that are trained."""
+
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, description="texts of new tokens")
+    init: dict[str, str] = Field(
+        {}, description="token: a text whose tokens' mean its row starts from; the mean of all rows where none is given"
+    )
 
 
 MATCH = "match:"
@@ -41,7 +50,7 @@ Item = Annotated[
     BeforeValidator(_match_text),
     WithJsonSchema({"anyOf": [{"type": "string"}, {**_MATCH_SCHEMA, "additionalProperties": False}]}),
 ]
-AlsoTrain = TokenRows | Item
+AlsoTrain = TokenRows | NewTokens | Item
 Targets = Annotated[
     Item | Annotated[list[Item], Field(min_length=1)],
     Field(
@@ -52,16 +61,20 @@ Targets = Annotated[
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]  # what is counted here is never more
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Layers = Annotated[
+    NonNegativeInt | str | list[NonNegativeInt | str] | None,
+    Field(description="of the targets those in these layers: last 8, first 8, 0-15, a number, or a list of these"),
+]
+Excluded = Annotated[list[Item], Field(description="of the targets all but these, named as in targets")]
 
 
-class TargetOptions(Options):
-    """Which modules of the model a method adapts."""
+@runtime_checkable
+class TargetOptions(Protocol):
+    """Options of a method that adapts modules; each has them in its own place, which recipes of runs keep."""
 
-    targets: Targets = "auto"
-    layers: NonNegativeInt | str | list[NonNegativeInt | str] | None = Field(
-        None, description="of the targets those in these layers: last 8, first 8, 0-15, a number, or a list of these"
-    )
-    exclude: list[Item] = Field([], description="of the targets all but these, named as in targets")
+    targets: str | list[str]
+    layers: int | str | list[int | str] | None
+    exclude: list[str]
 
 
 @dataclass(frozen=True)

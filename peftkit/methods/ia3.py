@@ -10,10 +10,13 @@ from pydantic import Field
 from peftkit.archs import ModelShape, Module
 from peftkit.methods.base import (
     Conflict,
+    Excluded,
+    Layers,
     Method,
+    Options,
     PeftSpec,
     Selection,
-    TargetOptions,
+    Targets,
     count_head,
     head_arguments,
     sum_by_role,
@@ -22,10 +25,13 @@ from peftkit.methods.base import (
 _DEFAULT_ROLES = ("k", "v", "kv_b", "qkv", "ssm_in", "down")
 
 
-class Ia3Options(TargetOptions):
+class Ia3Options(Options):
     """Scaling vectors: the fewest parameters of all methods here."""
 
     name: Literal["ia3"]
+    targets: Targets = "auto"
+    layers: Layers = None
+    exclude: Excluded = Field([])
     feedforward: list[str] | None = Field(
         None, description="module names among the targets that are scaled at their input, not output"
     )

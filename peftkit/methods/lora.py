@@ -12,12 +12,16 @@ from peftkit.methods.base import (
     WHOLE_PARTS,
     AlsoTrain,
     Conflict,
+    Excluded,
+    Layers,
     Method,
+    NewTokens,
+    Options,
     PeftSpec,
     PositiveFloat,
     PositiveInt,
     Selection,
-    TargetOptions,
+    Targets,
     TokenRows,
     count_head,
     head_arguments,
@@ -41,13 +45,16 @@ BASE_CHANGING_INITS = ("pissa", "olora")  # they subtract their start from the b
 _TIED_BY_TABLE, _TIED_BY_HEAD = ("embed_tokens",), ("wte", "word_embeddings")
 
 
-class LoraOptions(TargetOptions):
+class LoraOptions(Options):
     """Low-rank adapters on linear layers."""
 
     name: Literal["lora"]
     rank: PositiveInt = Field(16, description="inner dimension of the adapter; more is more capacity")
     alpha: PositiveFloat | None = Field(None, description="scale numerator; 2 x rank unless given")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    targets: Targets = "auto"
+    layers: Layers = None
+    exclude: Excluded = Field([])
     target_parameters: list[str] = Field([], description="names of parameters to adapt beside the targets")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski 2023)")
     dora: bool = Field(False, description="train magnitude and direction apart (Liu et al. 2024)")
@@ -56,7 +63,7 @@ class LoraOptions(TargetOptions):
     rank_pattern: dict[str, PositiveInt] = Field({}, description="other ranks, of modules named as in targets")
     alpha_pattern: dict[str, PositiveFloat] = Field({}, description="other alphas; 2 x their rank where neither says")
     also_train: list[AlsoTrain] = Field(
-        [], description="embeddings, head, norms, {tokens: [...]}, or modules named as in targets"
+        [], description="embeddings, head, norms, {tokens: [...]}, {new_tokens: [...]}, or modules named as in targets"
     )
 
     @property
@@ -80,8 +87,10 @@ def count(options: LoraOptions, shape: ModelShape, selection: Selection) -> dict
     whole_parts = set(_whole_parts(options))
     tokens = {token for item in options.also_train if isinstance(item, TokenRows) for token in item.tokens}
     also_counts = {}
-    if tokens:
-        also_counts["tokens"] = len(tokens) * shape.dims.hidden
+    added = set(new_tokens(options))
+    if tokens | added:
+        num_heads = 0 if shape.tied_embeddings else len(added)  # what is new has to be written, too
+        also_counts["tokens"] = (len(tokens | added) + num_heads) * shape.dims.hidden
     if "norms" in whole_parts:
         also_counts["norms"] = by_kind.get("norms", 0)
     if "embeddings" in whole_parts or ("head" in whole_parts and shape.tied_embeddings):
@@ -89,6 +98,12 @@ def count(options: LoraOptions, shape: ModelShape, selection: Selection) -> dict
     if "head" in whole_parts and not shape.tied_embeddings:
         also_counts["head"] = by_kind.get("head", 0)
     return {**counts, **also_counts, **count_head(shape)}
+
+
+def new_tokens(options: LoraOptions) -> dict[str, str]:
+    """Return the tokens that are added to the vocabulary, each with the text that it starts from, or an empty one."""
+    items = [item for item in options.also_train if isinstance(item, NewTokens)]
+    return {token: item.init.get(token, "") for item in items for token in item.new_tokens}
 
 
 def _whole_parts(options: LoraOptions) -> list[str]:

@@ -10,10 +10,13 @@ from pydantic import Field
 from peftkit.archs import ModelShape
 from peftkit.methods.base import (
     Conflict,
+    Excluded,
+    Layers,
     Method,
+    Options,
     PeftSpec,
     Selection,
-    TargetOptions,
+    Targets,
     count_head,
     head_arguments,
     linear_roles,
@@ -21,11 +24,14 @@ from peftkit.methods.base import (
 )
 
 
-class OftOptions(TargetOptions):
+class OftOptions(Options):
     """Orthogonal rotations: the angles between neurons are kept."""
 
     name: Literal["oft"]
     block_size: int = Field(32, ge=2, lt=2**31, description="width of the rotated blocks; must divide every input")
+    targets: Targets = "auto"
+    layers: Layers = None
+    exclude: Excluded = Field([])
     dropout: float = Field(0.0, ge=0, lt=1, description="probability that a block is skipped in a step")
 
 

@@ -8,12 +8,15 @@ from pydantic import Field
 
 from peftkit.archs import ModelShape
 from peftkit.methods.base import (
+    Excluded,
+    Layers,
     Method,
+    Options,
     PeftSpec,
     PositiveFloat,
     PositiveInt,
     Selection,
-    TargetOptions,
+    Targets,
     count_head,
     head_arguments,
     linear_roles,
@@ -21,11 +24,14 @@ from peftkit.methods.base import (
 )
 
 
-class VeraOptions(TargetOptions):
+class VeraOptions(Options):
     """Random low-rank matrices shared by all layers; only their scalings are trained."""
 
     name: Literal["vera"]
     rank: PositiveInt = Field(256, description="rank of the shared random matrices")
+    targets: Targets = "auto"
+    layers: Layers = None
+    exclude: Excluded = Field([])
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     d_initial: PositiveFloat = Field(0.1, description="start of the rank scalings")
     seed: int = Field(0, ge=0, description="seed of the shared random matrices, which are stored with the adapter")

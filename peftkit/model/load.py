@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -67,6 +68,7 @@ def _access_fix(error: BaseException, source: str) -> str:
 
 def load_tokenizer(source: str, plan: BasePlan) -> PreTrainedTokenizerBase:
     """Load the tokenizer. Raises UserError where the base has none, or not the end token that the plan names."""
+    from tokenizers import AddedToken
     from transformers import AutoTokenizer
 
     _check_files(source, plan)
@@ -83,6 +85,9 @@ def load_tokenizer(source: str, plan: BasePlan) -> PreTrainedTokenizerBase:
         copy_fix = f"copy {files} from the model's repository into {source}"
         fix = copy_fix if Path(source).is_dir() else _access_fix(error, source)
         raise UserError(Problem(f"base {plan.id}", got, expected, fix)) from error
+    if plan.new_tokens:
+        # not special ones, which decoding would hide in answers
+        tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plan.new_tokens])
     if plan.end_token is not None:
         if plan.end_token not in tokenizer.get_vocab():
             fix = f"it has {join_names(special_tokens(tokenizer), 8)}"
@@ -215,7 +220,32 @@ def load_model(
             )
         )
     finish_4bit_loading(model, plan)
+    if plan.new_tokens:
+        tokenizer = load_tokenizer(source, replace(plan, new_tokens={}))
+        known = tokenizer.get_vocab()  # a merged model brings the tokens, with their trained rows
+        if added := {token: text for token, text in plan.new_tokens.items() if token not in known}:
+            _add_token_rows(model, load_tokenizer(source, plan), added)
     return model
+
+
+def _add_token_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: Mapping[str, str]) -> None:
+    """Give new tokens their rows of the embeddings, and of a head of its own, in place.
+
+    A row starts as the mean of the rows of its text's tokens, or of all that the tokenizer had.
+    """
+    import torch
+
+    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in new_tokens}
+    if max(ids.values()) >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(max(ids.values()) + 1, mean_resizing=False)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = {id(layer.weight): layer.weight for layer in layers if layer is not None}
+    with torch.no_grad():
+        for table in tables.values():
+            mean = table[: min(ids.values())].float().mean(dim=0)
+            for token, text in new_tokens.items():
+                of_text = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+                table[ids[token]] = (table[of_text].float().mean(dim=0) if of_text else mean).to(table.dtype)
 
 
 def _is_head_tensor(key: str, plan: BasePlan) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from peftkit.archs import ModelShape, Module, Tensor, wildcard_name
-from peftkit.methods import METHODS, Method, PeftSpec, Selection, TargetOptions, TokenRows
-from peftkit.methods.base import WHOLE_PARTS
-from peftkit.methods.lora import LoraOptions
+from peftkit.methods import METHODS, Method, PeftSpec, Selection, TokenRows
+from peftkit.methods.base import WHOLE_PARTS, TargetOptions
+from peftkit.methods.lora import LoraOptions, new_tokens
 from peftkit.plan.decisions import DecisionLog
 from peftkit.plan.plan import MethodPlan
 from peftkit.plan.targets import (
@@ -145,7 +145,7 @@ def method_plan(d: DecisionLog, shape: ModelShape, num_steps: int | None) -> Met
     if isinstance(options, LoraOptions):
         d.record("method.alpha", options.alpha, options.scale_alpha, "2 x rank")
         tokens = [t for item in options.also_train if isinstance(item, TokenRows) for t in item.tokens]
-        rows = tuple(dict.fromkeys(tokens))
+        rows = tuple(dict.fromkeys([*tokens, *new_tokens(options)]))
     if not reason:
         for conflict in method.conflicts(options, shape, selection):
             d.refuse(f"method.{conflict.key}", conflict.got, conflict.expected, conflict.fix)

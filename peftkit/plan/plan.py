@@ -49,6 +49,7 @@ class BasePlan:
     overrides: Mapping[str, Any]  # of the configuration, at loading
     attention: str | None  # transformers' implementation; None where the model has none, or is unknown
     end_token: str | None = None  # what ends an answer, where the recipe names it
+    new_tokens: Mapping[str, str] = field(default_factory=dict)  # added to the vocabulary: what each starts from
 
 
 @dataclass(frozen=True)

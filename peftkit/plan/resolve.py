@@ -8,7 +8,7 @@ from dataclasses import replace
 from peftkit.archs import Family, ModelShape
 from peftkit.errors import UserError
 from peftkit.methods import METHODS, Method
-from peftkit.methods.lora import EVA_TOKENS_PER_RANK, LoraOptions
+from peftkit.methods.lora import EVA_TOKENS_PER_RANK, LoraOptions, new_tokens
 from peftkit.methods.qlora import QloraOptions
 from peftkit.objectives import OBJECTIVES
 from peftkit.plan.advice import advice
@@ -100,6 +100,7 @@ def _base_plan(d: DecisionLog, facts: Facts, method: Method) -> tuple[BasePlan, 
         overrides=overrides,
         attention=attention,
         end_token=recipe.data.chat.end_token,
+        new_tokens=new_tokens(recipe.method) if isinstance(recipe.method, LoraOptions) else {},
     ), autocast
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peftkit.errors import Problem
-from peftkit.methods import METHODS
+from peftkit.methods import METHODS, NewTokens
 from peftkit.methods.lora import BASE_CHANGING_INITS, LoraOptions
 from peftkit.methods.prefix import PrefixOptions
 from peftkit.recipe.load import LoadedRecipe
@@ -65,6 +65,11 @@ def _lora_conflicts(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
             "default",
             f"PEFT converts only A and B of such an adapter: what {with_what} trains would be lost",
         )
+    for item in method.also_train:
+        unknown = sorted(item.init.keys() - set(item.new_tokens)) if isinstance(item, NewTokens) else []
+        if unknown:
+            where = loaded.where(("method", "also_train"))
+            yield Problem(where, f"init of {unknown[0]!r}", "one of new_tokens", "name it there, or leave it out")
     tokens = [item for item in method.also_train if not isinstance(item, str)]
     if tokens and "embeddings" in method.also_train:
         yield Problem(

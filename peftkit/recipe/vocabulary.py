@@ -213,7 +213,8 @@ _WITHOUT_KEY = {
     "load_in_8bit": "8-bit bases are not trained: method.name: qlora trains over 4 bit",
     "resume_from_checkpoint": "peftkit resume RUN",
     "num_return_sequences temperature top_p top_k do_sample": "answers are generated greedily: leave it out",
-    "special_tokens tokens added_tokens": "method.also_train: [{tokens: [...]}] trains rows of the vocabulary's tokens",
+    "special_tokens tokens added_tokens new_special_tokens add_tokens add_special_tokens": "method.also_train: "
+    "[{new_tokens: [...]}] adds tokens and trains their rows, {tokens: [...]} trains those of tokens that there are",
 }
 
 

@@ -21,6 +21,8 @@ METHODS = {
     "dora": {"name": "lora", "rank": 2, "dora": True},
     "pissa": {"name": "lora", "rank": 2, "init": "pissa"},
     "embeddings": {"name": "lora", "rank": 2, "also_train": ["embeddings"]},
+    "new tokens": {"name": "lora", "rank": 2, "also_train": [{"new_tokens": ["<one>"]}]},
+    "layers": {"name": "lora", "rank": 2, "layers": "last 2", "rank_pattern": {"down": 4}},
     "qlora": {"name": "qlora", "rank": 4, "dropout": 0.1},
     "prefix": {"name": "prefix", "virtual_tokens": 3},
     "prefix projection": {"name": "prefix", "virtual_tokens": 3, "projection": True},

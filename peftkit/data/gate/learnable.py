@@ -107,7 +107,8 @@ def round_trip(data: CheckInputs) -> DataFinding:
 def vocabulary(data: CheckInputs) -> DataFinding:
     """Find token ids beyond the embedding: the run would stop, or on a GPU read other memory."""
     largest = data.prepared.seen.largest_id
-    num_embeddings = data.facts.model.shape.dims.vocab
+    added = [int(data.tokenizer.convert_tokens_to_ids(token)) for token in data.plan.base.new_tokens]
+    num_embeddings = max([data.facts.model.shape.dims.vocab, *(i + 1 for i in added)])  # new tokens get theirs
     if largest < num_embeddings:
         return DataFinding("vocabulary", "pass", "every token has its embedding")
     message = f"the token {largest} ({_token_text(data, largest)}) in a model with {num_embeddings:,} embeddings"

@@ -88,6 +88,12 @@ def attach_adapter(
         # without a tokenizer (to see shapes) any rows stand for them
         ids = list(range(len(tokens))) if tokenizer is None else _token_ids(tokenizer, tokens)
         arguments["trainable_token_indices"] = {_embedding_name(model): ids}
+        head = model.get_output_embeddings()
+        if plan.base.new_tokens and head is not None and head.weight is not model.get_input_embeddings().weight:
+            added = list(plan.base.new_tokens)
+            head_ids = list(range(len(added))) if tokenizer is None else _token_ids(tokenizer, added)
+            name = next(str(name) for name, module in model.named_modules() if module is head)
+            arguments["trainable_token_indices"][name.rsplit(".", 1)[-1]] = head_ids
     if arguments.get("init_lora_weights") == "eva":
         # rho 1 keeps every rank as planned; PEFT's default would move rank between layers
         arguments["eva_config"] = peft.EvaConfig(rho=1.0)
@@ -229,7 +235,7 @@ def save_trained(
     PiSSA and OLoRA adapters are converted to plain LoRA of twice the rank on the original base.
     Raises PeftkitError where the saved initial adapter is damaged.
     """
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"save_embedding_layers": True} if plan.base.new_tokens else {}
     if needs_initial_adapter(plan):
         if faults := verify_folder(initial_adapter):
             raise PeftkitError(f"the saved initial adapter is damaged: {'; '.join(faults)}")

@@ -125,6 +125,9 @@ def read_edits(
     for parameter, edit in _layer_edits(peft_model, shapes):
         edits_by_parameter.setdefault(parameter, []).append(edit)
         used_tensors.update(edit.tensors.values())
+    # of tied ends PEFT may save both
+    tied = [name for name, module in peft_model.named_modules() if getattr(module, "tied_adapter", None) is not None]
+    used_tensors |= {name for name in shapes if any(name.startswith(f"{tied_name}.") for tied_name in tied)}
     for name in sorted(shapes.keys() - used_tensors):
         parameter = _base_name(name)
         if parameter in parameters:  # trained whole, or a copy of an embedding that PEFT saved beside it
@@ -167,7 +170,7 @@ def _peft_model_of(model: PreTrainedModel, folder: Path) -> Any:
 def _base_name(name: str) -> str:
     """Return the base's name of a module or tensor of the PEFT model."""
     inner_name = name.removeprefix(_PEFT_PREFIX).replace(".ln_tuning_layers", "")
-    return inner_name.replace(".base_layer", "").replace(".modules_to_save", "")
+    return inner_name.replace(".base_layer", "").replace(".modules_to_save", "").replace(".token_adapter", "")
 
 
 def _layer_edits(peft_model: Any, tensor_names: Collection[str]) -> Iterator[tuple[str, Edit]]:
@@ -186,7 +189,10 @@ def _layer_edits(peft_model: Any, tensor_names: Collection[str]) -> Iterator[tup
             )
             ids = tuple(int(i) for i in owner.token_indices["default"])
             value = {"value": f"{owner_name}.trainable_tokens_delta"}
-            yield f"{_base_name(name).removesuffix('.token_adapter')}.weight", Edit("rows", value, ids=ids)
+            copy = {"value": f"{owner_name}.base_layer.weight"}  # saved where the vocabulary was resized
+            if copy["value"] in tensor_names:
+                yield f"{_base_name(name)}.weight", Edit("whole", copy, is_table_copy=True)
+            yield f"{_base_name(name)}.weight", Edit("rows", value, ids=ids)
         elif isinstance(module, IA3Layer):
             # IA3 (Liu et al. 2022) scales outputs and their bias, or the inputs of a feed-forward layer
             scales, base_name = {"value": f"{name}.ia3_l"}, _base_name(name)

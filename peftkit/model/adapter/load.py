@@ -171,7 +171,7 @@ def resized_vocabulary(model: PreTrainedModel, shapes: Mapping[str, tuple[int, .
     """
     table = model.get_input_embeddings()
     table_name = next(name for name, module in model.named_modules() if module is table)
-    for ending in ("weight", "base_layer.weight"):
+    for ending in ("weight", "base_layer.weight", "token_adapter.base_layer.weight"):
         shape = shapes.get(f"base_model.model.{table_name}.{ending}")
         if shape is not None and shape[0] != table.weight.shape[0]:
             return shape[0]

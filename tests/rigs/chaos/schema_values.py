@@ -115,6 +115,7 @@ def _word(rng: random.Random) -> str:
 
 _FIXED: dict[tuple[str, ...], Callable[[random.Random], Any]] = {
     ("base", "id"): lambda rng: str(TINY),
+    ("start_from",): lambda rng: None,
     ("data", "train"): lambda rng: rng.choice(["rows.jsonl", ["rows.jsonl"], {"path": "rows.jsonl"}]),
     ("data", "eval"): lambda rng: rng.choice(["5%", "33.3%", 0.25, 0, None, "held.jsonl", {"path": "held.jsonl"}]),
     ("data", "columns"): lambda rng: {_word(rng): _word(rng) for _ in range(rng.randint(0, 3))},
@@ -149,7 +150,7 @@ def _fill(rng: random.Random, annotation: Any, bounds: tuple[Any, ...], path: tu
         least = 1 if any(getattr(b, "min_length", 0) for b in bounds) else 0
         return [_fill(rng, parts[0], (), path) for _ in range(rng.randint(least, 3))]
     if origin is dict:
-        return {_word(rng): _word(rng) for _ in range(rng.randint(0, 3))}
+        return {_word(rng): _fill(rng, parts[1], (), path) for _ in range(rng.randint(0, 3))}
     if annotation in {int, float}:
         return _number(rng, annotation, bounds)
     if annotation in _MADE:
