@@ -120,6 +120,7 @@ class TrainPlan:
     restart_step: int = 0  # where the schedule begins anew: an escalation that goes on past the end
     packing: bool = False
     sampling: str = "random"  # or "by length": rows of like length together
+    neftune: float | None = None  # noise on the embeddings, in transformers' terms
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,9 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
         d.record("train.gradient_checkpointing", checkpointing)
     d.record("train.max_grad_norm", train.max_grad_norm)
     d.record("train.weight_decay", train.weight_decay)
+    if d.record("train.neftune", train.neftune) is not None and method.virtual_tokens:
+        fix = "leave it out: transformers finds no embeddings to add it to behind virtual tokens"
+        d.refuse("train.neftune", f"{train.neftune:g} with {method.name}", "none", fix)
     interval = max(1, math.ceil((steps or 100) / _EVALS_PER_RUN))
     eval_steps = d.record("train.eval_steps", train.eval_steps, interval, f"{_EVALS_PER_RUN} evaluations in the run")
     checkpoint_reason = (
@@ -233,6 +236,7 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
         schedule_arguments=schedule_arguments,
         max_grad_norm=train.max_grad_norm,
         weight_decay=train.weight_decay,
+        neftune=train.neftune,
         optimizer=optimizer,
         batch_size=rows.batch_size,
         micro_batch=micro,

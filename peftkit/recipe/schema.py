@@ -220,6 +220,9 @@ class Train(Options):
     schedule: Schedule = Schedule()
     max_grad_norm: PositiveFloat = Field(1.0, description="gradient clipping")
     weight_decay: float = Field(0.0, ge=0)
+    neftune: PositiveFloat | None = Field(
+        None, description="noise on the embeddings while training, 5 in the paper (Jain et al. 2023)"
+    )
     optimizer: Literal[
         "auto", "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"
     ] = "auto"

@@ -41,6 +41,7 @@ def trainer_arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
         "lr_scheduler_kwargs": dict(train.schedule_arguments),
         "learning_rate": train.learning_rate,
         "weight_decay": train.weight_decay,
+        "neftune_noise_alpha": train.neftune,
         "optim": train.optimizer,
         "max_grad_norm": train.max_grad_norm,
         "per_device_train_batch_size": train.micro_batch,

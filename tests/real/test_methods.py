@@ -122,6 +122,25 @@ def test_settings_that_a_schedule_does_not_have_are_refused(settings, said, tmp_
         peftkit.make_plan(recipe)
 
 
+def test_neftune_is_noise_on_the_embeddings_of_training_alone(tmp_path):
+    recipe = recipe_of_lengths(tmp_path, range(5, 13), batch_size=8)
+    recipe["data"]["eval"] = recipe["data"]["train"]
+    recipe["data"]["waive"] = ["near-leakage", "leakage", "near-duplicates"]
+    losses = {}
+    for alpha in (None, 1e-6, 5.0, 50.0):
+        recipe["train"] = {"max_steps": 1, "batch_size": 8, "neftune": alpha, "learning_rate": 1e-12}
+        run = peftkit.finetune(recipe, out=tmp_path / f"run{alpha}")
+        losses[alpha] = (run.loss_last, run.eval_loss_before, run.eval_loss_after)
+    quiet = losses[None]
+    assert losses[1e-6] == pytest.approx(quiet, rel=1e-5)
+    for alpha in (5.0, 50.0):
+        assert losses[alpha][1:] == pytest.approx(quiet[1:], rel=1e-6), "not in evaluations"
+    assert abs(losses[50.0][0] - quiet[0]) > abs(losses[5.0][0] - quiet[0]) > 1e-3
+    recipe["method"] = {"name": "prefix", "virtual_tokens": 2}
+    with pytest.raises(UserError, match="5 with prefix"):
+        peftkit.make_plan(recipe, {"train.neftune": 5})
+
+
 def test_layers_ranks_and_parts_are_those_that_the_recipe_names(tmp_path):
     recipe = recipe_of_lengths(tmp_path, range(5, 13), batch_size=4)
     recipe["method"] = {

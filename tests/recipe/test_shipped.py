@@ -129,6 +129,7 @@ def test_the_set_of_recipe_keys_is_frozen():
         "max_length",
         "max_steps",
         "micro_batch",
+        "neftune",
         "on_oom",
         "on_spike",
         "optimizer",

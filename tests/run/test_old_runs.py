@@ -49,8 +49,8 @@ def test_old_runs_of_each_kind(old_runs, tmp_path):
         sealed = json.loads((run.path / "plan.json").read_text())
         plan = json.loads(json.dumps(read_plan(run).to_json()))
         younger = plan["base"].pop("end_token"), plan["train"].pop("schedule_arguments")
-        younger += plan["base"].pop("new_tokens"), plan["method"].pop("start_from")
-        assert younger == (None, {}, {}, None)
+        younger += plan["base"].pop("new_tokens"), plan["method"].pop("start_from"), plan["train"].pop("neftune")
+        assert younger == (None, {}, {}, None, None)
         assert plan == {key: value for key, value in sealed.items() if key != "sha256"}
         if name != "stopped":
             summary = peftkit.summarize_run(run.path)

@@ -60,6 +60,15 @@ FAST = {"lora", "qlora", "prefix", "full", "adalora", "pissa"}
 CASES = [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in METHODS]
 
 
+@pytest.mark.slow
+def test_noise_on_embeddings_is_drawn_again_as_it_was(long_recipe, tmp_path):
+    long_recipe["train"]["neftune"] = 5.0
+    whole = peftkit.finetune(long_recipe, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        peftkit.finetune(long_recipe, out=tmp_path / "cut", observer=stopping_at(7))
+    assert weights(peftkit.resume_run(tmp_path / "cut")) == weights(whole)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_and_resumed_equals_uninterrupted(case, long_recipe, tmp_path):
     source = {**long_recipe, "method": METHODS[case]}
