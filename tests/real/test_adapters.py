@@ -1,12 +1,14 @@
 """Adapters as they are found: every door that lets one out looks at its tensors the same way."""
 
 import json
+import shlex
 import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import peftkit
+from peftkit.cli import main
 from peftkit.errors import UserError
 from tests.conftest import TINY_LLAMA
 from tests.real.test_data import recipe_of_lengths
@@ -164,3 +166,39 @@ def test_a_key_that_peft_does_not_know_is_told_where_it_is_on(adapter, tmp_path)
     assert rows["ignored"].startswith("use_hyperlora: true: keys")
     options = peftkit.ExportOptions("adapter", out=str(tmp_path / "out"))
     assert "ignores, use_hyperlora: true" in peftkit.export_adapter(foreign, options=options).said[-1]
+
+
+RENAMED = {
+    "torch.compile": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+    "default": lambda name: name.replace(".weight", ".default.weight"),
+    "both": lambda name: name.replace("model.model.", "model._orig_mod.model.").replace(".weight", ".default.weight"),
+    "two wrappers": lambda name: f"base_model.model.{name}",
+    "data parallel": lambda name: f"module.{name}",
+    "a vision model's text": lambda name: name.replace("model.model.", "model.model.language_model."),
+    "a missing prefix": lambda name: name.replace("model.model.", "model."),
+}
+
+
+@pytest.mark.parametrize("door", ["merge", "vllm", "generate"])
+@pytest.mark.parametrize("how", RENAMED)
+def test_names_that_a_rename_makes_fit_are_told_and_the_fix_works(how, door, adapter, tmp_path, capsys):
+    broken = shutil.copytree(adapter, tmp_path / "broken")
+    (broken / "MANIFEST.json").unlink()
+    file = broken / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({RENAMED[how](name): tensor for name, tensor in tensors.items()}, file)
+    doors = {**DOORS, "generate": lambda path, out: peftkit.generate(path, "hello", max_new_tokens=1)}
+    with pytest.raises(UserError) as caught:
+        doors[door](broken, str(tmp_path / "out"))
+    [fix] = {problem.fix for problem in caught.value.problems}
+    command = shlex.split(fix.removeprefix("its names fit after: ").replace("FIXED", str(tmp_path / "fixed")))
+    assert main(command[1:]) == 0
+    assert load_file(tmp_path / "fixed" / "adapter_model.safetensors").keys() == tensors.keys()
+    doors[door](tmp_path / "fixed", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("rename", ["lora_X=", "=x", "nonsense", ".lora_A.=.lora_B."])
+def test_a_rename_that_does_nothing_or_too_much_is_refused(rename, adapter, tmp_path):
+    with pytest.raises(UserError, match="--rename"):
+        peftkit.convert_weights(adapter, out=tmp_path / "out", rename=[rename])
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Pickled weights into safetensors."""
+"""Pickled weights into safetensors, and tensors of adapters under PEFT's names."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from peftkit.units import show_bytes, show_count
 
 COMMAND = Command(
     "convert",
-    "convert pickled weights to safetensors, in a process that runs none of their code",
+    "convert pickled weights to safetensors, running none of their code, or rename an adapter's tensors",
     (
         arg("path", metavar="PATH", help="a folder with pytorch_model*.bin or adapter_model.bin, or one file"),
         arg("--out", metavar="DIR", required=True, help="a new folder"),
+        arg("--rename", metavar="OLD=NEW", action="append", default=[], help="in the names of an adapter's tensors"),
     ),
 )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert pickled weights; print the files written and those left out."""
+    """Convert pickled weights, or names; print the files written and those left out."""
     from peftkit import api
 
-    conversion = api.convert_weights(arguments.path, out=arguments.out)
+    conversion = api.convert_weights(arguments.path, out=arguments.out, rename=arguments.rename)
     for name in conversion.left:
         print(redact(f"not converted: {name}"), file=sys.stderr)
     tensors = f"{show_count(conversion.num_tensors)} tensors, {show_bytes(conversion.num_bytes)}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peftkit.errors import Problem, UserError, first_line
 from peftkit.methods.lora import BASE_CHANGING_INITS
 from peftkit.model.adapter.load import ADAPTER_CONFIG, read_adapter_config
+from peftkit.model.adapter.names import fitting_renames, rename_fix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,11 +138,11 @@ def read_edits(
     faults = [("without a module in this base", tensor_name) for tensor_name in sorted(shapes.keys() - used_tensors)]
     faults += [("which is not in the file", tensor_name) for tensor_name in sorted(used_tensors - shapes.keys())]
     if faults:
+        expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        fix = rename_fix(folder, fitting_renames(shapes, expected))
         raise UserError(
-            [
-                Problem(str(folder), f"{name}, {fault}", "each tensor used once, none left out")
-                for fault, name in faults[:5]
-            ]
+            Problem(str(folder), f"{name}, {fault}", "each tensor used once, none left out", fix)
+            for fault, name in (faults[:1] if fix else faults[:5])
         )
     return {parameter: tuple(edits) for parameter, edits in edits_by_parameter.items()}
 

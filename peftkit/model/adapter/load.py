@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from peftkit.errors import Problem, UserError
+from peftkit.model.adapter.names import fitting_renames, rename_fix
 from peftkit.model.base.file_checks import check_adapter_weights, check_model_folder
 from peftkit.units import shorten
 
@@ -221,7 +222,8 @@ def _compare_with_file(peft_model: object, folder: Path, shapes: dict[str, tuple
         if names:
             more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
             got = f"a file {relation} {', '.join(names[:_MAX_NAMES])}{more}"
-            yield Problem(file, got, "exactly the tensors that adapter_config.json describes")
+            fix = rename_fix(folder, fitting_renames(shapes, expected))
+            yield Problem(file, got, "exactly the tensors that adapter_config.json describes", fix)
     with safe_open(file, framework="pt") as weights:
         for name in sorted(shapes.keys() & targets.keys()):
             tensor, target = weights.get_tensor(name), targets[name]

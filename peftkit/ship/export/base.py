@@ -12,6 +12,7 @@ from typing import Any
 from peftkit.errors import Problem, UserError
 from peftkit.model.adapter.edits import read_edits, refuse_unmergeable
 from peftkit.model.adapter.load import ADAPTER_WEIGHTS
+from peftkit.model.adapter.names import NEVER_IN_NAMES, rename_fix
 from peftkit.model.meta.skeleton import meta_model
 from peftkit.plan import read_plan
 from peftkit.results.find import Adapter, is_standalone_adapter, refuse_damaged, run_folder
@@ -179,12 +180,13 @@ def open_full_model(
 def refuse_foreign_names(folder: Path) -> None:
     """Raise UserError for tensors under names that PEFT does not load, and for one of A and B without the other."""
     names = set(read_all_entries([folder / ADAPTER_WEIGHTS]))
-    foreign = [name for name in sorted(names) if ".default." in name or "_orig_mod." in name]
+    foreign = [name for name in sorted(names) if any(old in name for old, _ in NEVER_IN_NAMES)]
     halves = {name: name.replace(".lora_A.", ".lora_B.") for name in names if ".lora_A." in name}
     halves |= {name: name.replace(".lora_B.", ".lora_A.") for name in names if ".lora_B." in name}
     alone = [name for name, other in sorted(halves.items()) if other not in names]
-    expected, fix = "names as PEFT saves them", "save it with save_pretrained, or rename its tensors"
-    problems = [Problem(str(folder), name, expected, fix) for name in foreign[:5]]
+    parts = [(old, new) for old, new in NEVER_IN_NAMES if any(old in name for name in foreign)]
+    expected, fix = "names as PEFT saves them", rename_fix(folder, parts)
+    problems = [Problem(str(folder), name, expected, fix) for name in foreign[:1]]
     problems += [Problem(str(folder), f"{name} without {halves[name]}", "both factors") for name in alone[:5]]
     if problems:
         raise UserError(problems)
