@@ -4,7 +4,10 @@ import json
 import shlex
 import shutil
 
+import peft
 import pytest
+import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import peftkit
@@ -202,3 +205,38 @@ def test_a_rename_that_does_nothing_or_too_much_is_refused(rename, adapter, tmp_
     with pytest.raises(UserError, match="--rename"):
         peftkit.convert_weights(adapter, out=tmp_path / "out", rename=[rename])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_that_were_resized_and_trained_whole_are_merged_as_peft_reads_them(tied, tmp_path):
+    base = shutil.copytree(TINY_LLAMA, tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"<t{i}>" for i in range(16)])
+
+    def resized():
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        return model
+
+    whole = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    options = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": whole, "init_lora_weights": False}
+    trained = peft.get_peft_model(resized(), peft.LoraConfig(**options, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.01)
+    trained.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(".original_module." in name for name in names), "the trait of these files"
+    assert peftkit.merge_adapter(tmp_path / "adapter", out=str(tmp_path / "merged")).passed
+    theirs = peft.PeftModel.from_pretrained(resized(), tmp_path / "adapter").eval()
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    inputs = tokenizer("say <t3> and <t15>", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.allclose(theirs(**inputs).logits, ours(**inputs).logits, atol=1e-3)

@@ -129,6 +129,9 @@ def read_edits(
     # of tied ends PEFT may save both
     tied = [name for name, module in peft_model.named_modules() if getattr(module, "tied_adapter", None) is not None]
     used_tensors |= {name for name in shapes if any(name.startswith(f"{tied_name}.") for tied_name in tied)}
+    # beside a table that was resized and trained whole, PEFT saves the untrained one, and the trained one twice
+    used_tensors |= {name for name in shapes if ".original_module." in name}
+    used_tensors |= {name for name in shapes if name.replace(".modules_to_save.", ".") in shapes.keys() - {name}}
     for name in sorted(shapes.keys() - used_tensors):
         parameter = _base_name(name)
         if parameter in parameters:  # trained whole, or a copy of an embedding that PEFT saved beside it
