@@ -75,7 +75,9 @@ def _plan_rung(context: RunContext, rung: Rung, rank: int) -> Candidate:
         changes.append(f"method.targets=[{', '.join(rung.roles)}]")
     if rank != current_rank:
         ratio = math.sqrt(rank / current_rank) if options.rslora else rank / current_rank
-        changes += [f"method.rank={rank}", f"method.alpha={alpha * ratio:.6g}"]
+        changes.append(f"method.rank={rank}")
+        if alpha * ratio != 2.0 * rank or options.alpha is not None:  # else each module's follows from its rank
+            changes.append(f"method.alpha={alpha * ratio:.6g}")
     additions: list[object] = [*rung.also_train, *([{"tokens": list(rung.tokens)}] if rung.tokens else [])]
     if additions:
         configured = options.model_dump(mode="json")["also_train"]
