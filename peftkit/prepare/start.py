@@ -11,6 +11,7 @@ from peftkit.model.base.file_checks import check_adapter_weights, check_model_fo
 from peftkit.model.base.identity import read_identity, refuse_other_base
 from peftkit.plan.plan import BasePlan, read_plan
 from peftkit.recipe import LoadedRecipe
+from peftkit.recipe.paths import path_exists
 from peftkit.recipe.start import adapter_folder, differences, settings_of
 from peftkit.rundir import MANIFEST, RunDir, sha256_of, verify_folder
 from peftkit.rundir.events import Observer, WarningEvent
@@ -19,7 +20,7 @@ from peftkit.rundir.events import Observer, WarningEvent
 def start_sha256(loaded: LoadedRecipe) -> str | None:
     """Return the hash of the weights that a training starts from; None without, or where they are gone."""
     path = loaded.recipe.start_from
-    file = adapter_folder(Path(path), "start_from") / ADAPTER_WEIGHTS if path and Path(path).exists() else None
+    file = adapter_folder(Path(path), "start_from") / ADAPTER_WEIGHTS if path and path_exists(Path(path)) else None
     return sha256_of(file) if file is not None and file.is_file() else None
 
 

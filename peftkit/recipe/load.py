@@ -303,9 +303,9 @@ def load(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     command = ValueSource("command line", "command line", Path.cwd(), 1_000_000)
     _merge(data, override_values, sources, {k: command for k in _all_keys(override_values) if k})
     _drop_overruled(data, sources)
-    _take_from_start(data, sources, name)
     if invalid := list(_invalid_texts(data)):
         raise UserError(Problem(_where(sources, name, key), got, "text") for key, got in invalid)
+    _take_from_start(data, sources, name)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
+from peftkit.recipe.paths import path_exists
 from peftkit.recipe.vocabulary import own_items, own_parts
 
 _NAMES = {"LORA": "lora", "IA3": "ia3", "VERA": "vera", "OFT": "oft", "LN_TUNING": "ln"}
@@ -41,12 +42,20 @@ _IGNORED = {
 }
 _USUAL = {"bias": "none", "use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "save_projection": True}
 _USUAL |= dict.fromkeys(("init_lora_weights", "init_ia3_weights", "init_weights"), True)
+_SHAPES: Mapping[str, Any] = {
+    **dict.fromkeys(("target_modules", "exclude_modules"), str | list | None),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), list | None),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), dict | None),
+}
 _FREE = ("dropout",)  # may differ from one training of an adapter to the next
 _DATA_INITS = ("gaussian", "orthogonal", "eva")  # they choose the start of A and B and leave the base alone
 
 
 def adapter_folder(path: Path, where: str) -> Path:
     """Return the folder with the adapter of a run, or `path` itself. Raises UserError where there is none."""
+    if not path_exists(path):
+        fix = "one of the hub is downloaded first: hf download OWNER/NAME --local-dir DIR"
+        raise UserError(Problem(where, f"{path}, which does not exist", "a finished run, or an adapter folder", fix))
     if (path / "plan.json").is_file():
         if (path / "model").is_dir():
             got = f"{path}, a run of full fine-tuning"
@@ -58,8 +67,7 @@ def adapter_folder(path: Path, where: str) -> Path:
             raise UserError(Problem(where, f"{path}, a run without a result", "a finished run", fix))
         return path / "adapter"
     if not (path / "adapter_config.json").is_file():
-        got = f"{path}, which does not exist" if not path.exists() else f"{path} without adapter_config.json"
-        raise UserError(Problem(where, got, "a finished run, or an adapter folder"))
+        raise UserError(Problem(where, f"{path} without adapter_config.json", "a finished run, or an adapter folder"))
     return path
 
 
@@ -95,9 +103,11 @@ def settings_of(folder: Path, where: str, name: str | None) -> dict[str, Any]:
         if key not in settings and key not in _IGNORED and value not in (None, False, "none", [], {}, _USUAL.get(key))
         if not (key == "init_lora_weights" and value in _DATA_INITS)
     ]
-    targets = config.get("target_modules")
-    if "target_modules" in settings and not targets:
+    if "target_modules" in settings and not config.get("target_modules"):
         problems.append(Problem(str(file), "no target_modules", "modules that are adapted", "train a new adapter"))
+    for key in settings.keys() & _SHAPES.keys():
+        if not isinstance(config.get(key), _SHAPES[key]):
+            problems.append(Problem(f"{file} {key}", f"{json.dumps(config[key])}", "names, as PEFT saves them"))
     if problems:
         raise UserError(problems)
     for key, ours in settings.items():

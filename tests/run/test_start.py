@@ -134,12 +134,33 @@ def test_an_adapter_that_peft_saved_goes_on(first, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("target_modules", 3),
+        ("rank_pattern", ["q"]),
+        ("modules_to_save", "lm_head"),
+        ("r", "x"),
+        ("target_modules", {}),
+    ],
+    ids=str,
+)
+def test_a_configuration_of_odd_types_is_refused_in_words(key, value, tmp_path):
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], key: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        peftkit.make_plan({"base": str(TINY_LLAMA), "start_from": str(tmp_path), "data": {"train": "x.jsonl"}})
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"method": {"name": "lora", "rank": 8}}, "method.rank: got 8, expected 4; leave it out"),
         ({"method": "ia3"}, "an adapter of type LORA for method ia3"),
         ({"method": {"name": "lora", "init": "pissa"}}, "pissa with start_from"),
         ({"start_from": "nowhere"}, "which does not exist"),
+        ({"start_from": "x" * 5000}, "which does not exist"),
+        ({"start_from": "a\0b"}, "character U"),
+        ({"start_from": str(TINY_LLAMA)}, "without adapter_config.json"),
     ],
     ids=str,
 )
