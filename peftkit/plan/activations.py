@@ -212,9 +212,11 @@ def _is_target(name: str, targets: tuple[str, ...]) -> bool:
     return any(matches_target(name, ending) for ending in targets)
 
 
-def _num_untouched_layers(blocks: Sequence[Layer], shape: ModelShape, plan: Plan) -> int:
+def num_untouched_layers(blocks: Sequence[Layer], shape: ModelShape, plan: Plan) -> int:
     """Return how many layers at the bottom have nothing to train above their input: in one stack, by targets alone."""
     spec = plan.method.peft
+    if plan.train.gradient_checkpointing != "none":
+        return 0  # it makes the embeddings' output require a gradient
     if spec is None or not plan.method.target_modules or plan.method.token_rows or len(shape.family.stacks) > 1:
         return 0
     named = {module.name for module in shape.modules} | {shape.family.head, *shape.family.heads[shape.task].modules}
@@ -311,7 +313,7 @@ def activation_bytes(
     inputs = shape.dims.hidden * types.hidden
     mode = plan.train.gradient_checkpointing
     recomputed = [mode == "full" or (mode == "selective" and i % 2 == 0) for i in range(len(layers))]
-    below = _num_untouched_layers(blocks, shape, plan)  # the backward pass ends above these: they save nothing
+    below = num_untouched_layers(blocks, shape, plan)  # the backward pass ends above these: they save nothing
     layer_casts[:below] = [0.0] * below
     saved_bytes = sum(inputs if recomputed[i] else layer.saved if i >= below else 0.0 for i, layer in enumerate(layers))
     trained = () if plan.method.peft is None else plan.method.peft.arguments.get("modules_to_save", ())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peftkit.archs import ModelShape
+from peftkit.plan.activations import group_layers, num_untouched_layers
 from peftkit.plan.facts import Facts
 from peftkit.plan.memory import ITEM_BYTES, state_bytes
 from peftkit.plan.packing import mean_row_tokens
@@ -48,7 +49,8 @@ def flops_per_token(shape: ModelShape, plan: Plan, length: float) -> float:
     """Return the floating-point operations per trained token.
 
     2 per parameter forwards, 2 backwards for activations, 2 more for trained weights, 2 for recomputed
-    layers; attention adds 2 x length x width per layer (Kaplan et al. 2020, table 1).
+    layers; attention adds 2 x length x width per layer (Kaplan et al. 2020, table 1). Layers below the first that
+    is adapted are passed forwards alone, unless they are recomputed.
     """
     passes = 4.0
     if plan.method.peft is None:
@@ -56,7 +58,11 @@ def flops_per_token(shape: ModelShape, plan: Plan, length: float) -> float:
     passes += {"none": 0.0, "selective": 1.0, "full": 2.0}[plan.train.gradient_checkpointing]
     attention = length * shape.dims.q * shape.num_cached_layers  # each pass counts 2 of it
     adapter = 6.0 * (plan.method.num_trainable or 0) if plan.method.peft is not None else 0.0
-    return passes * (active_parameters(shape) + attention) + adapter
+    blocks = group_layers(shape)
+    below = num_untouched_layers(blocks, shape, plan)
+    lower = replace(shape, modules=tuple(m for block in blocks[:below] for m in block.modules), tensors=())
+    forwards_alone = (active_parameters(lower) + attention * below / len(blocks)) if below else 0.0
+    return passes * (active_parameters(shape) + attention - forwards_alone) + 2.0 * forwards_alone + adapter
 
 
 def speed_key(plan: Plan) -> str:

@@ -134,6 +134,18 @@ def test_work_follows_from_parameters_and_the_measured_speed():
     assert known.price == pytest.approx(100)
 
 
+def test_layers_below_the_first_that_is_adapted_are_passed_forwards_alone():
+    def work(**changes):
+        method = {"name": "lora", "rank": 1, **changes.pop("method", {})}
+        _, _, plan = planned(gpu("h100-80gb"), method=method, train={"max_length": 2048, "max_steps": 9, **changes})
+        return flops_per_token(LLAMA, plan, 2048)
+
+    last = {"method": {"layers": "last 1"}}
+    everywhere, at_the_end = work(gradient_checkpointing=False), work(gradient_checkpointing=False, **last)
+    assert 0.5 < at_the_end / everywhere < 0.65, "half, and the last layer and the head"
+    assert work(gradient_checkpointing=True, **last) == pytest.approx(work(gradient_checkpointing=True), rel=1e-3)
+
+
 def test_a_token_meets_the_experts_that_it_is_routed_to():
     shape = shape_from_config(KNOWN["mistralai/Mixtral-8x7B-v0.1"])
     assert active_parameters(shape) / 1e9 == pytest.approx(12.75, abs=0.2)  # 12.9 B with the embeddings
