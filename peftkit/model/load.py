@@ -242,7 +242,7 @@ def _add_token_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     tables = {id(layer.weight): layer.weight for layer in layers if layer is not None}
     with torch.no_grad():
         for table in tables.values():
-            mean = table[: min(ids.values())].float().mean(dim=0)
+            mean = table[: min(ids.values())].mean(dim=0, dtype=torch.float32)
             for token, text in new_tokens.items():
                 of_text = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
                 table[ids[token]] = (table[of_text].float().mean(dim=0) if of_text else mean).to(table.dtype)

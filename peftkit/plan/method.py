@@ -50,6 +50,8 @@ def _resolve_selection(d: DecisionLog, shape: ModelShape, method: Method) -> Sel
         d.problems.extend(problems)
         if problems:
             return Selection()
+    if targets_option == "auto":  # of what nobody named, what these layers lack is no mistake
+        targets = [role for role in roles if resolve_targets(role, shape, method, "", layers=layers)[0]] or roles
     named = dict.fromkeys(options.exclude, True)
     everything, _ = resolve_targets(targets, shape, method, "", layers=layers)
     excluded, problems = resolve_items(named, everything, shape, d.where("method.exclude"))

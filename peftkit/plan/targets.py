@@ -225,13 +225,10 @@ def resolve_targets(
     for item in [targets] if isinstance(targets, str) else targets:
         named, item_problems = _modules_named(item, shape, where)
         problems += item_problems
-        modules = [
-            module
-            for module in named
-            if (layers is None or layer_position(module.name) in layers) and module.name not in exclude
-        ]
-        if named and not modules and layers is not None:
+        in_layers = [module for module in named if layers is None or layer_position(module.name) in layers]
+        if named and not in_layers:
             problems.append(Problem(where, f"{item!r} outside of method.layers", "modules in these layers"))
+        modules = [module for module in in_layers if module.name not in exclude]
         blocked_modules = [m for m in modules if m.blocked_reason]
         if blocked_modules:
             fix = "leave it out; the default targets are those that work"

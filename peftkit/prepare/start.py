@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peftkit.errors import Problem, UserError
+from peftkit.methods import METHODS
 from peftkit.model.adapter.load import ADAPTER_WEIGHTS, read_adapter_config, refuse_unknown_type
 from peftkit.model.base.file_checks import check_adapter_weights, check_model_folder
 from peftkit.model.base.identity import read_identity, refuse_other_base
@@ -52,6 +53,11 @@ def require_start(loaded: LoadedRecipe, source: str, base: BasePlan, labels: Seq
     if problems:
         raise UserError(problems)
     refuse_other_base(folder, source, base)
-    if not read_identity(folder):
+    identity, is_4bit = read_identity(folder), METHODS[loaded.recipe.method.name].quantized
+    if identity and bool(identity.get("quantization")) != is_4bit:
+        now, then = ("in 4 bit", "without") if is_4bit else ("without 4 bit", "in 4 bit")
+        text = f"start_from: its base is loaded {now}, and was {then} when it was trained: its losses will differ"
+        observer(WarningEvent(text=text))
+    if not identity:
         text = f"start_from: nothing in {folder.name} says what base it was trained on; it is taken to be {base.id}"
         observer(WarningEvent(text=text))

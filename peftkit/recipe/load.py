@@ -239,8 +239,10 @@ def _take_from_start(data: dict[str, Any], sources: dict[Key, ValueSource], name
     A run's own recipe says all of it, and needs the adapter no more. Raises UserError where the recipe says
     something else than the adapter does.
     """
-    path, method = data.get("start_from"), data.get("method")
-    if not isinstance(path, str) or (is_complete(method) and "base" in data) or not isinstance(method, dict | None):
+    path, method, base = data.get("start_from"), data.get("method"), data.get("base")
+    if not (isinstance(path, str) and isinstance(method, dict | None) and isinstance(base, dict | None)):
+        return  # what is wrong with them is told by the schema
+    if is_complete(method) and "id" in (base or {}):
         return
     where = _where(sources, name, ("start_from",))
     folder = adapter_folder(Path(absolute_path(path, sources[("start_from",)].folder)), where)
@@ -257,9 +259,9 @@ def _take_from_start(data: dict[str, Any], sources: dict[Key, ValueSource], name
         raise UserError(problems)
     taken = ValueSource("start_from", str(folder / "adapter_config.json"), Path.cwd())
     for section, values in sections.items():
-        if section == "base" and data.get("base"):
+        if "id" in (base or {}) and section == "base":
             continue  # another copy of it: what it is is compared
-        target = data.setdefault(section, {})
+        target = data[section] = data.get(section) or {}
         for key, value in values.items():
             if key not in target:
                 target[key] = value

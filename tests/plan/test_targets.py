@@ -103,6 +103,16 @@ def test_parts_to_train_whole_are_named_as_targets_are():
     assert "no layer of its own" in problem.got
 
 
+def test_what_is_excluded_is_not_taken_for_outside_of_the_layers():
+    in_last = {("model.layers", 15)}
+    excluded = {module.name for module in LLAMA.modules if module.role == "q"}
+    modules, problems = resolve_targets(["q", "v"], LLAMA, METHODS["lora"], "", layers=in_last, exclude=excluded)
+    assert not problems
+    assert [module.name for module in modules] == ["model.layers.15.self_attn.v_proj"]
+    _, [problem] = resolve_targets(["q"], LLAMA, METHODS["lora"], "", layers={("model.layers", 99)})
+    assert "outside of method.layers" in problem.got
+
+
 def test_experts_are_parameters_and_never_a_default():
     assert names("all-linear", MIXTRAL) == (("q_proj", "k_proj", "v_proj", "o_proj"), ())
     assert names("experts", MIXTRAL) == ((), ("gate_up_proj", "down_proj"))

@@ -36,6 +36,16 @@ def weights(result):
     return (result / "adapter_model.safetensors").read_bytes()
 
 
+def stopping_at(name, step=None):
+    """Return an observer that stops the process at an event."""
+
+    def observe(event):
+        if event["event"] == name and step in {None, event.get("step")}:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return observe
+
+
 def first_loss(events):
     return next(event["loss"] for event in events if event["event"] == "eval")
 
@@ -72,12 +82,8 @@ def test_stopped_and_resumed_equals_uninterrupted_though_the_adapter_is_gone(fir
     following = {"start_from": str(start), "data": recipe["data"], "train": {**recipe["train"], "max_steps": 6}}
     whole = peftkit.finetune(following, out=tmp_path / "whole")
 
-    def stop(event):
-        if event["event"] == "step" and event["step"] == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(Interrupted):
-        peftkit.finetune(following, out=tmp_path / "cut", observer=stop)
+        peftkit.finetune(following, out=tmp_path / "cut", observer=stopping_at("step", 3))
     shutil.rmtree(start)
     assert weights(peftkit.resume_run(tmp_path / "cut").result) == weights(whole.result)
 
@@ -88,12 +94,8 @@ def test_without_a_checkpoint_it_begins_again_from_the_same_adapter(first, tmp_p
     following = {"start_from": str(start), "data": recipe["data"], "train": {**recipe["train"], "max_steps": 3}}
     whole = peftkit.finetune(following, out=tmp_path / "whole")
 
-    def stop(event):
-        if event["event"] == "preflight":
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(Interrupted):
-        peftkit.finetune(following, out=tmp_path / "cut", observer=stop)
+        peftkit.finetune(following, out=tmp_path / "cut", observer=stopping_at("preflight"))
     assert not RunDir(tmp_path / "cut").checkpoint_steps()
     shutil.copyfile(whole.result / "adapter_model.safetensors", start / "adapter" / "adapter_model.safetensors")
     with pytest.raises(UserError, match="start_from that changed since the run began"):
@@ -187,6 +189,28 @@ def test_another_base_and_settings_that_peftkit_does_not_have_are_refused(first,
     with pytest.raises(UserError) as caught:
         peftkit.make_plan(following)
     assert {problem.got for problem in caught.value.problems} == {'bias: "all"', "trainable_token_indices: [1]"}
+
+
+@pytest.mark.parametrize("base", [5, ["x"], "", {}, {"attention": "eager"}, None], ids=str)
+def test_a_base_without_an_id_is_taken_from_the_adapter_or_refused_in_words(base, first):
+    folder, recipe = first
+    following = {"start_from": str(folder / "first"), "base": base, "data": recipe["data"]}
+    if isinstance(base, dict | None):
+        plan = peftkit.make_plan(following)
+        assert plan.base.id == str(TINY_LLAMA)
+        assert plan.base.attention == ("eager" if base else "sdpa")
+    else:
+        with pytest.raises(UserError):
+            peftkit.make_plan(following)
+
+
+def test_a_base_in_other_bits_is_told(first, tmp_path):
+    folder, recipe = first
+    events = []
+    following = {"start_from": str(folder / "first"), "method": "qlora", "data": recipe["data"]}
+    following["train"] = {"max_steps": 1}
+    peftkit.finetune(following, out=tmp_path / "run", observer=events.append)
+    assert any("loaded in 4 bit, and was without" in event.get("text", "") for event in events)
 
 
 def test_a_run_of_full_fine_tuning_is_a_base(first, tmp_path):
