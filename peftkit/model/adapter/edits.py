@@ -7,6 +7,7 @@ applies where, with which scale and orientation; `ship` does the arithmetic, fil
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -130,8 +131,8 @@ def read_edits(
     tied = [name for name, module in peft_model.named_modules() if getattr(module, "tied_adapter", None) is not None]
     used_tensors |= {name for name in shapes if any(name.startswith(f"{tied_name}.") for tied_name in tied)}
     # beside a table that was resized and trained whole, PEFT saves the untrained one, and the trained one twice
-    used_tensors |= {name for name in shapes if ".original_module." in name}
-    used_tensors |= {name for name in shapes if name.replace(".modules_to_save.", ".") in shapes.keys() - {name}}
+    copies = re.compile(r"\.(original_module|modules_to_save)\.")
+    used_tensors |= {name for name in shapes if copies.sub(".", name) in shapes.keys() - {name}}
     for name in sorted(shapes.keys() - used_tensors):
         parameter = _base_name(name)
         if parameter in parameters:  # trained whole, or a copy of an embedding that PEFT saved beside it
