@@ -37,10 +37,10 @@ from peftkit.archs import shape_from_config  # noqa: E402
 from peftkit.data.tokens.mask import Tokenized  # noqa: E402
 from peftkit.model.adapter import attach as adapter  # noqa: E402
 from peftkit.model.base.unknown_family import AUTO_CLASSES  # noqa: E402
+from peftkit.model.hardware import allocator_peak  # noqa: E402
 from peftkit.model.load import load_model  # noqa: E402
 from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, Plan, make_plan  # noqa: E402
 from peftkit.plan.plan import Batch  # noqa: E402
-from peftkit.prepare.measured_memory import allocator_peak  # noqa: E402
 from peftkit.recipe import load  # noqa: E402
 from peftkit.train.batches import build_train_dataset  # noqa: E402
 from peftkit.train.trainer import build_trainer  # noqa: E402

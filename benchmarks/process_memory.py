@@ -42,8 +42,8 @@ def run(overrides: list[str]) -> dict[str, Any]:
     [told] = [event for event in events if event["event"] == "memory"]
     peaks = [sum(peak["components"].values()) for peak in plan["memory"]["peaks"]]
     moving = max(peaks) - min(peaks)
-    share = (told["measured_bytes"] - told["predicted_bytes"]) / moving
-    kept = {key: told[key] for key in ("predicted_bytes", "measured_bytes", "error_percent")}
+    share = (told["process_bytes"] - told["measured_bytes"]) / moving
+    kept = {key: told[key] for key in ("predicted_bytes", "measured_bytes", "process_bytes", "error_percent")}
     return {**kept, "share_kept": round(share, 2)}
 
 
@@ -53,7 +53,8 @@ def main() -> None:
         found[label] = one = run(overrides)
         print(
             f"{label:20s} predicted {one['predicted_bytes'] / 2**20:8.0f} MiB  "
-            f"process {one['measured_bytes'] / 2**20:8.0f} MiB  {one['error_percent']:+6.1f} %  "
+            f"measured {one['measured_bytes'] / 2**20:8.0f} MiB  {one['error_percent']:+6.1f} %  "
+            f"process {one['process_bytes'] / 2**20:8.0f} MiB  "
             f"kept {one['share_kept']:.2f} of what comes and goes",
             flush=True,
         )

@@ -17,11 +17,11 @@ _BITS = {"fbgemm_fp8": 8, "modelopt": None, "quanto": None, "torchao": None, "bi
 
 @dataclass(frozen=True)
 class HeldFormat:
-    """A format of quantized weights: its name, its bits (0: unknown), and transformers' class that can undo it."""
+    """A format of quantized weights: its name, its bits (0: unknown), and how transformers can undo it, if at all."""
 
     name: str
     bits: int
-    undone_by: str = ""
+    undone_by: str = ""  # "fp8" | "mxfp4" | "bitsandbytes"
 
 
 def held_format(config: Mapping[str, Any]) -> HeldFormat | None:
@@ -49,13 +49,13 @@ def _with_bits(name: str, bits: object) -> HeldFormat:
 def _named_format(settings: Mapping[str, Any]) -> HeldFormat:
     method = str(settings.get("quant_method") or "")
     if method == "fp8":
-        return HeldFormat("FP8", 8, "FineGrainedFP8Config(dequantize=True)")
+        return HeldFormat("FP8", 8, method)
     if method == "mxfp4":
-        return HeldFormat("MXFP4", 4, "Mxfp4Config(dequantize=True)")
+        return HeldFormat("MXFP4", 4, method)
     if method == "bitsandbytes":
         if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
-            return HeldFormat("bitsandbytes 8-bit", 8)
-        return HeldFormat(f"bitsandbytes 4-bit ({settings.get('bnb_4bit_quant_type', 'fp4')})", 4)
+            return HeldFormat("bitsandbytes 8-bit", 8, method)
+        return HeldFormat(f"bitsandbytes 4-bit ({settings.get('bnb_4bit_quant_type', 'fp4')})", 4, method)
     if method == "compressed-tensors":
         groups = settings.get("config_groups")
         weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
@@ -71,9 +71,8 @@ def way_out(model: str, held: HeldFormat) -> str:
     plain = name
     while (shorter := _SUFFIX.sub("", plain)) != plain:
         plain = shorter
-    if held.undone_by:
-        program = f"AutoModelForCausalLM.from_pretrained({model!r}, quantization_config={held.undone_by})"
-        return f"save it unquantized with transformers: {program}.save_pretrained(DIR), its tokenizer too; base: DIR"
     named = f", such as {plain}" if plain != name else ""
+    if held.undone_by:
+        return f"base.dequantize=true converts it once to bfloat16; or take what it was made from{named}"
     method = "; method.name: qlora makes 4 bit of it" if held.bits == 4 else ""
     return f"take the repository that it was made from{named}{method}"

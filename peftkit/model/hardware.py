@@ -15,7 +15,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -183,3 +183,13 @@ def read_memory_use() -> dict[str, int]:
         "resident_bytes": psutil.Process().memory_info().rss,
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     }
+
+
+def allocator_peak(profile: Any) -> int:
+    """Return the highest running sum of allocations less frees of torch's CPU allocator, in bytes."""
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    current = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        highest = max(highest, current)
+    return highest

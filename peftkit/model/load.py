@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from peftkit.archs import Task
+from peftkit.archs.held import held_format
 from peftkit.errors import Problem, UserError, first_line
 from peftkit.hub import hub_is_offline, hub_is_reachable
+from peftkit.model.base.dequantize import dequantize_base, without_progress_bar
 from peftkit.model.base.file_checks import check_file_size, check_model_folder
 from peftkit.model.base.gguf import convert_gguf_base
 from peftkit.model.base.locate import GATED_FIX, LocatedBase, check_embedded_sha256
@@ -27,8 +28,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def resolve_source(base: LocatedBase, where: str) -> str:
-    """Return the source for `from_pretrained`: a hub id or a folder. GGUF files are converted first."""
+def resolve_source(base: LocatedBase, where: str, *, need_weights: bool = True) -> str:
+    """Return the source for `from_pretrained`: a hub id or a folder.
+
+    GGUF files are converted first, and quantized checkpoints with `need_weights`; a tokenizer needs none.
+    """
+    if need_weights and (held := held_format(base.config or {})) is not None:
+        return str(dequantize_base(base, held, where))
     if base.path is not None and base.path.suffix == ".gguf":
         return str(convert_gguf_base(base, where))
     if base.kind == "embedded":
@@ -136,20 +142,6 @@ def read_stop_ids(source: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int))
 
 
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Hide transformers' bar over the weights: progress is told by events."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
-
-
 def load_model(
     source: str, plan: BasePlan, *, device: str, on_warning: Callable[[str], None] = lambda text: None
 ) -> PreTrainedModel:
@@ -165,7 +157,7 @@ def load_model(
     _check_files(source, plan)
     auto_class = getattr(transformers, AUTO_CLASSES[cast(Task, plan.task)])
     try:
-        with patched_loading(plan), _without_progress_bar():
+        with patched_loading(plan), without_progress_bar():
             config = transformers.AutoConfig.from_pretrained(
                 source,
                 revision=plan.revision,

@@ -58,6 +58,8 @@ def _choose_precision(d: DecisionLog, facts: Facts, method: Method) -> tuple[str
 def _base_plan(d: DecisionLog, facts: Facts, method: Method) -> tuple[BasePlan, str | None]:
     recipe, shape = d.loaded.recipe, facts.model.shape
     d.record("base.id", recipe.base.id)
+    if recipe.base.dequantize:
+        d.decide("base.dequantize", True, "the quantized checkpoint is converted once to bfloat16, in the cache")
     if recipe.base.revision is not None:
         d.record("base.revision", recipe.base.revision)
     if recipe.base.trust_remote_code:

@@ -15,7 +15,7 @@ from typing import Any
 
 from peftkit.archs import ModelShape
 from peftkit.hub import cache_folder
-from peftkit.plan import Plan
+from peftkit.plan import Memory, Plan
 from peftkit.plan.throughput import flops_per_token, speed_key
 from peftkit.rundir import RunDir, read_json, write_json
 from peftkit.rundir.events import MemoryEvent, StepEvent, last_of, of_type
@@ -83,25 +83,30 @@ _NOISE_BYTES = 256 * 2**20  # less than this of a process's size is noise
 _MIN_CALIBRATION_STEPS = 10  # fewer say little of a speed
 
 
-def compare_memory(plan: Plan, usage: dict[str, int], baseline_bytes: int) -> dict[str, Any] | None:
-    """Compare predicted with measured bytes: allocated on a GPU, the process's growth on a CPU.
+def compare_memory(
+    memory: Memory, usage: dict[str, int], baseline_bytes: int, preflight_bytes: int | None, state_bytes: int
+) -> MemoryEvent:
+    """Compare predicted with measured bytes of training's tensors.
 
-    `usage` is the peak of training, `baseline_bytes` what the process held besides the model when it began. A
-    process also keeps some freed memory, so that a CPU's measurement is the higher one.
+    On a GPU `usage`, the allocator's peak of training. On a CPU the allocator's peak of the preflight, whose batch
+    is the longest, and the optimizer's states of `state_bytes`; what the process grew by beyond `baseline_bytes`,
+    freed memory that it keeps included, is told beside it, and stands in where there is no `preflight_bytes`.
     """
-    if plan.memory is None:
-        return None
-    step_peaks = [peak for peak in plan.memory.peaks if peak.phase not in {"generation", "checkpoint write"}]
-    predicted_bytes = max(peak.allocated_bytes for peak in step_peaks)
-    on_gpu = "peak_allocated_bytes" in usage
-    measured_bytes = usage["peak_allocated_bytes"] if on_gpu else usage.get("peak_resident_bytes", 0) - baseline_bytes
-    is_meaningful = measured_bytes > (0 if on_gpu else _NOISE_BYTES)
-    return {
-        "depth": plan.memory.depth,
-        "predicted_bytes": predicted_bytes,
-        "measured_bytes": measured_bytes,
-        "error_percent": round(100 * (predicted_bytes - measured_bytes) / measured_bytes, 1) if is_meaningful else None,
-    }
+    phases = {"forward", "backward"} if preflight_bytes else {"forward", "backward", "optimizer step", "evaluation"}
+    predicted_bytes = max(peak.allocated_bytes for peak in memory.peaks if peak.phase in phases)
+    if "peak_allocated_bytes" in usage:
+        measured_bytes, process_bytes = usage["peak_allocated_bytes"], None
+    else:
+        process_bytes = usage.get("peak_resident_bytes", 0) - baseline_bytes
+        measured_bytes = preflight_bytes + state_bytes if preflight_bytes else process_bytes
+    is_meaningful = measured_bytes > (_NOISE_BYTES if measured_bytes == process_bytes else 0)
+    return MemoryEvent(
+        depth=memory.depth,
+        predicted_bytes=predicted_bytes,
+        measured_bytes=measured_bytes,
+        error_percent=round(100 * (predicted_bytes - measured_bytes) / measured_bytes, 1) if is_meaningful else None,
+        process_bytes=process_bytes,
+    )
 
 
 def calibrate(run: RunDir, plan: Plan, shape: ModelShape, *, device: str, mean_tokens: float) -> None:

@@ -52,7 +52,7 @@ def check_data(loaded: LoadedRecipe, *, full: bool = False) -> DataReport:
     Raises UserError for a recipe, base or source that cannot be read, and where no row is left to train on.
     """
     base = find_base(loaded)
-    source = resolve_source(base, loaded.where(("base", "id")))
+    source = resolve_source(base, loaded.where(("base", "id")), need_weights=False)
     examples = ingest(loaded.recipe.data, seed=loaded.recipe.seed, where=loaded.where)
     model = model_facts(loaded, with_converted_config(base, source), examples)
     facts = Facts(detect_device_without_torch(), model, None)

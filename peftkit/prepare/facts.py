@@ -15,6 +15,7 @@ from peftkit.data.rows.ingest import read_examples
 from peftkit.data.tokens.lengths import bound_lengths, longest_sides
 from peftkit.data.tokens.prepare import TokenizedData
 from peftkit.errors import Problem, UserError
+from peftkit.model.base.dequantize import plain_config
 from peftkit.model.base.gguf import read_header_config
 from peftkit.model.base.locate import LocatedBase, locate_base
 from peftkit.model.base.shape import infer_base_shape
@@ -40,9 +41,14 @@ def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
     base = _locate_for_shapes(loaded)
     if base.kind == "gguf" and base.path is not None:
         base = replace(base, config=read_header_config(base.path, where))
-    if held := held_format(base.config or {}):
+    held = held_format(base.config or {})
+    if held is not None and not (recipe.base.dequantize and held.undone_by):
         got = f"{base.id}, whose weights are held as {held.name}"
         raise UserError(Problem(where, got, "weights that are not quantized", way_out(base.id, held)))
+    if held is None and recipe.base.dequantize:
+        got = f"true, and the weights of {base.id} are not quantized"
+        raise UserError(Problem(loaded.where(("base", "dequantize")), got, "a quantized checkpoint", "leave it out"))
+    base = replace(base, config=plain_config(base.config)) if base.config is not None else base
     examples = read_examples(loaded) if all(is_data_path(s.path) for s in recipe.data.sources) else None
     try:
         model = model_facts(loaded, base, examples)
@@ -70,7 +76,7 @@ def light_config(loaded: LoadedRecipe) -> dict[str, Any]:
         from peftkit.model.load import resolve_source
 
         base = with_converted_config(base, resolve_source(base, where))
-    return dict(base.config or {})
+    return plain_config(base.config or {})
 
 
 def model_facts(loaded: LoadedRecipe, base: LocatedBase, examples: Examples | None) -> ModelFacts:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.model.adapter import attach
-from peftkit.model.hardware import read_memory_use, release_memory, reset_peak_memory, synchronize
+from peftkit.model.hardware import allocator_peak, read_memory_use, release_memory, reset_peak_memory, synchronize
 from peftkit.model.load import read_config
 from peftkit.plan import Batch, Plan
 
@@ -64,11 +64,10 @@ def shortened_plan(plan: Plan, batch: Batch) -> Plan:
 
 def _peak_memory_callback(model: PreTrainedModel, *, on_gpu: bool) -> Any:
     """Return a callback that measures every step after the first."""
-    import torch
     from torch.profiler import ProfilerActivity, profile
     from transformers import TrainerCallback
 
-    from peftkit.model.meta.tensors import count_tensor_bytes
+    from peftkit.model.meta.tensors import count_tensor_bytes, optimizer_bytes
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         """A callback with the peak bytes: of the allocator on a GPU, of torch's profiler on a CPU."""
@@ -93,9 +92,7 @@ def _peak_memory_callback(model: PreTrainedModel, *, on_gpu: bool) -> Any:
             if on_gpu:
                 reset_peak_memory()
             elif state.global_step == 1:
-                states = getattr(optimizer, "optimizer", optimizer).state.values()
-                optimizer_tensors = [t for state in states for t in state.values() if torch.is_tensor(t)]
-                self.there = count_tensor_bytes(model) + sum(t.untyped_storage().nbytes() for t in optimizer_tensors)
+                self.there = count_tensor_bytes(model) + optimizer_bytes(optimizer)
                 self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
                 self.profile.__enter__()
 
@@ -115,16 +112,6 @@ def _peak_memory_callback(model: PreTrainedModel, *, on_gpu: bool) -> Any:
                 self.profile = None
 
     return Watch()
-
-
-def allocator_peak(profile: Any) -> int:
-    """Return the highest running sum of allocations less frees of torch's CPU allocator, in bytes."""
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    current = highest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
-        highest = max(highest, current)
-    return highest
 
 
 def measure_memory(plan: Plan, config: Mapping[str, object], batch: Batch, *, vocab: int) -> MeasuredMemory:

@@ -264,7 +264,7 @@ def _measure_on_device(plan: Plan, facts: Facts, config: Mapping[str, object]) -
 def _count_tokens(loaded: LoadedRecipe, facts: Facts, plan: Plan, examples: Any) -> tuple[Facts, str]:
     """Return the facts with row lengths in tokens; or the same facts and why they were not counted."""
     try:
-        source = resolve_source(find_base(loaded), loaded.where(("base", "id")))
+        source = resolve_source(find_base(loaded), loaded.where(("base", "id")), need_weights=False)
         tokenizer = load_tokenizer(source, plan.base)
     except UserError as error:
         return facts, f"tokens not counted: the tokenizer could not be loaded: {error.problems[0].got}"

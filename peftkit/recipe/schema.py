@@ -66,6 +66,9 @@ class Base(Options):
         "auto", description="sdpa: fused kernels; eager: plain products, to see attention weights"
     )
     rope_scaling: RopeScaling | None = Field(None, description="a longer context, for families with RoPE")
+    dequantize: bool = Field(
+        False, description="convert a quantized checkpoint once to bfloat16 (FP8, MXFP4, bitsandbytes)"
+    )
 
 
 FormatName = Literal[

@@ -153,7 +153,10 @@ def _(event: MemoryEvent) -> str:
     predicted_text = f"memory of training: {show_bytes(event.predicted_bytes)} predicted"
     if event.error_percent is None:
         return f"{predicted_text}, too little to measure beside the process's own"
-    return f"{predicted_text}, {show_bytes(event.measured_bytes)} measured ({event.error_percent:+.1f} %)"
+    text = f"{predicted_text}, {show_bytes(event.measured_bytes)} measured ({event.error_percent:+.1f} %)"
+    if event.process_bytes is None or event.process_bytes <= event.measured_bytes:
+        return text
+    return f"{text}; the process, with what it keeps of freed memory: {show_bytes(event.process_bytes)}"
 
 
 @format_event.register

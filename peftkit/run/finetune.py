@@ -80,7 +80,7 @@ def train_segment(segment: Segment) -> Segment | Finished:
     model = stations.load_base(segment)
     model = stations.attach_adapter(segment, model)
     training = stations.assemble_training(segment, model)
-    stations.run_preflight(context, training)
+    preflight = stations.run_preflight(context, training)
     if checkpoint is None:
         stations.report_metric(context, model, "before")
         training.evaluate_start()
@@ -88,7 +88,7 @@ def train_segment(segment: Segment) -> Segment | Finished:
         context.emit(ResumeEvent(step=step_of(checkpoint)))
         interrupt.stop_if_requested()
 
-    step = stations.train_to_next_look(context, training, model, checkpoint)
+    step = stations.train_to_next_look(context, training, model, checkpoint, preflight)
     at_end = training.has_ended(step)
     if step < (context.plan.train.num_steps or 0):
         interrupt.stop_if_requested()

@@ -28,7 +28,6 @@ from peftkit.rundir import publish_folder, step_of, write_sealed
 from peftkit.rundir.events import (
     DataEvent,
     DoneEvent,
-    MemoryEvent,
     MetricEvent,
     ParametersEvent,
     PhaseEvent,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 
     from peftkit.experiments.look import LookOutcome
     from peftkit.train import Training
+    from peftkit.train.preflight import Preflight
 
 _EVA_TOKENS = 512  # of a batch: few large ones converge sooner than many small ones
 
@@ -158,20 +158,23 @@ def assemble_training(segment: Segment, model: PreTrainedModel) -> Training:
     return training
 
 
-def run_preflight(context: RunContext, training: Training) -> None:
+def run_preflight(context: RunContext, training: Training) -> Preflight:
     """Run one forward and backward on the longest rows; see `train/preflight.py`."""
     preflight = training.preflight()
     context.emit(PreflightEvent(**asdict(preflight), memory=read_memory_use()))
     interrupt.stop_if_requested()
+    return preflight
 
 
-def train_to_next_look(context: RunContext, training: Training, model: PreTrainedModel, checkpoint: Path | None) -> int:
+def train_to_next_look(
+    context: RunContext, training: Training, model: PreTrainedModel, checkpoint: Path | None, preflight: Preflight
+) -> int:
     """Train to the next look or the end, compare measured with predicted memory, and return the step.
 
     Returns at once where the checkpoint's own look is still due: the process was killed before it.
     """
     from peftkit.experiments.look import is_look_due
-    from peftkit.model.meta.tensors import count_tensor_bytes
+    from peftkit.model.meta.tensors import count_tensor_bytes, optimizer_bytes
 
     if checkpoint is not None and is_look_due(context, step_of(checkpoint), at_end=False):
         return step_of(checkpoint)
@@ -179,9 +182,9 @@ def train_to_next_look(context: RunContext, training: Training, model: PreTraine
     reset_peak_memory()
     baseline_bytes = read_memory_use().get("resident_bytes", 0) - count_tensor_bytes(model)
     step = training.run()
-    comparison = compare_memory(context.plan, read_memory_use(), baseline_bytes)
-    if comparison is not None:
-        context.emit(MemoryEvent(**comparison))
+    if context.plan.memory is not None and training.trainer.optimizer is not None:
+        use, state_bytes = read_memory_use(), optimizer_bytes(training.trainer.optimizer)
+        context.emit(compare_memory(context.plan.memory, use, baseline_bytes, preflight.peak_bytes, state_bytes))
     return step
 
 

@@ -184,6 +184,7 @@ class PreflightEvent(Event, kind="preflight"):
     num_tensors: int
     num_waiting: int
     num_frozen: int
+    peak_bytes: int | None = None  # of torch's CPU allocator
     memory: MemoryUse
 
 
@@ -288,12 +289,16 @@ class CheckpointEvent(Event, kind="checkpoint"):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MemoryEvent(Event, kind="memory"):
-    """Predicted and measured memory of training; no error where the measurement is too coarse."""
+    """Predicted and measured memory of training; no error where the measurement is too coarse.
+
+    `process_bytes` is what a CPU's process grew by: more than its tensors, for glibc keeps freed memory.
+    """
 
     depth: str
     predicted_bytes: int
     measured_bytes: int
     error_percent: float | None
+    process_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

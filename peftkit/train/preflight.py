@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from peftkit.errors import Problem, UserError
 from peftkit.evaluate.step import LossFunction, backward
 from peftkit.model.adapter.attach import modules_by_storage, trainable_tensors
+from peftkit.model.hardware import allocator_peak
+from peftkit.model.meta.tensors import count_tensor_bytes
 from peftkit.plan import Plan
 from peftkit.train.batches import BatchRows, collate_groups
 from peftkit.train.checkpoint.snapshot import random_states, restore_random_states
@@ -29,12 +33,17 @@ _CHUNK_WORDS = 2**20  # numbers of a tensor that are summed at once
 
 @dataclass(frozen=True)
 class Preflight:
-    """Result of the preflight. `num_waiting` tensors get a gradient only once others have moved from zero."""
+    """Result of the preflight. `num_waiting` tensors get a gradient only once others have moved from zero.
+
+    `peak_bytes` is the most that torch's CPU allocator held, weights included; None on a GPU, whose allocator
+    keeps count itself.
+    """
 
     loss: float
     num_tensors: int
     num_waiting: int
     num_frozen: int
+    peak_bytes: int | None
 
 
 def frozen_checksums(model: PreTrainedModel) -> dict[str, int]:
@@ -109,7 +118,15 @@ def run_preflight(
     model.train()
     initial: dict[str, torch.Tensor] = {}
     try:
-        value = backward_groups(largest)
+        on_cpu = model.device.type == "cpu"  # whose process also holds what glibc keeps of freed memory
+        weight_bytes = count_tensor_bytes(model)
+        profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if on_cpu else nullcontext()
+        with profiler:
+            value = backward_groups(largest)
+        peak_bytes = weight_bytes + allocator_peak(profiler) if on_cpu else None
+        if peak_bytes and plan.train.accumulation > 1:  # a later micro-batch finds the gradients of the first
+            gradients = [t.grad for t in trainable_tensors(model).values() if t.grad is not None]
+            peak_bytes += sum(gradient.untyped_storage().nbytes() for gradient in gradients)
         without_gradient = zero_start = _tensors_without_gradient(model)
         non_finite = [
             n for n, t in trainable_tensors(model).items() if t.grad is not None and not t.grad.isfinite().all()
@@ -155,4 +172,4 @@ def run_preflight(
     problems += shared
     if problems:
         raise UserError(problems)
-    return Preflight(value, len(trainable_tensors(model)), len(zero_start), len(frozen_sums))
+    return Preflight(value, len(trainable_tensors(model)), len(zero_start), len(frozen_sums), peak_bytes)

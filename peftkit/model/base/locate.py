@@ -33,6 +33,7 @@ class LocatedBase:
     kind: BaseKind
     path: Path | None
     config: dict[str, Any] | None
+    revision: str | None = None  # on the hub
 
 
 def find_embedded_file(name: str, where: str) -> tuple[Embedded, Path]:
@@ -131,7 +132,7 @@ def _locate_on_hub(model_id: str, revision: str | None, where: str) -> LocatedBa
         )
         fix = f"give a local folder: base.id=/path/to/model; {_OFFLINE_FIX}"
         raise refuse(reason, fix, BaseNotFoundError) from None
-    return LocatedBase(model_id, "hub", None, config)
+    return LocatedBase(model_id, "hub", None, config, revision)
 
 
 def locate_base(

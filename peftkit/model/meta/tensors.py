@@ -40,3 +40,9 @@ def count_tensor_bytes(model: PreTrainedModel) -> int:
     """Count the bytes of all weights and buffers, each storage once."""
     tensors = [*(tensor for tensor, _ in weight_tensors(model)), *model.buffers()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def optimizer_bytes(optimizer: Any) -> int:
+    """Count the bytes of an optimizer's states; `optimizer` may be accelerate's wrapper of it."""
+    states = getattr(optimizer, "optimizer", optimizer).state.values()
+    return sum(t.untyped_storage().nbytes() for state in states for t in state.values() if torch.is_tensor(t))

@@ -15,13 +15,13 @@ from peftkit.archs import KNOWN, shape_from_config
 from peftkit.evaluate.losses import collate
 from peftkit.evaluate.step import loss_from_logits
 from peftkit.model.adapter.attach import attach_adapter
+from peftkit.model.hardware import allocator_peak
 from peftkit.model.load import load_model
 from peftkit.model.meta.trace.caching import simulate_reserved_bytes
 from peftkit.model.meta.trace.ledger import FORWARD, Ledger, PhasePeak
 from peftkit.model.meta.trace.step import StepTrace
 from peftkit.plan import Batch, DeviceFacts
 from peftkit.prepare import traced_memory as memory
-from peftkit.prepare.measured_memory import allocator_peak
 from tests.conformance.cells import rows_for
 from tests.conftest import save_tiny
 from tests.rigs.plans import plan_for
