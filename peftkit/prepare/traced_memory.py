@@ -15,7 +15,8 @@ from peftkit.evaluate.step import loss_from_logits
 from peftkit.hub import cache_folder
 from peftkit.methods import METHODS
 from peftkit.model.load import read_config
-from peftkit.plan import Batch, Facts, Memory, Peak, Plan
+from peftkit.plan import Batch, Decision, Facts, Memory, Peak, Plan
+from peftkit.plan.advice import WARNING
 from peftkit.plan.fit import check_fit, micro_batches, replace_train, with_micro_batch
 from peftkit.plan.memory import CONTEXT_BYTES, malloc_reserve_bytes, peaks_between_steps
 from peftkit.plan.plan import TrainPlan
@@ -105,13 +106,33 @@ def plan_with_traced_memory(
         outcome = trace_memory(plan, facts.model.shape, config, plan.batch)
         if outcome.memory is None:
             return plan, f"no exact memory prediction, because the trace failed ({outcome.reason})"
-        plan = replace(plan, memory=outcome.memory)
+        warning = _size_warning(plan, outcome.memory)
+        plan = replace(plan, memory=outcome.memory, decisions=(*plan.decisions, *warning))
         fit = check_fit(outcome.memory, facts.device)
         smaller_train = _smaller_train_plan(loaded, plan) if fit.verdict == "does not fit" else None
         if smaller_train is None:
             return plan, ""
         reason = f"the first choice needs {show_bytes(fit.needed_bytes)} in the trace"
         plan = replace_train(plan, smaller_train, facts, reason)
+
+
+_SIZE_TOLERANCE, _SIZE_TOLERANCE_BYTES = 0.02, 2**20  # buffers, which the closed form does not count
+
+
+def _size_warning(plan: Plan, traced: Memory) -> list[Decision]:
+    """Return a warning where the family's table counts other weights than transformers builds, else nothing.
+
+    A configuration of a known type may have a key that changes the model and that the table does not read.
+    """
+    if plan.memory is None or plan.memory.depth == "traced":
+        return []
+    counted, built = (memory.peak.components.get("base weights", 0) for memory in (plan.memory, traced))
+    if abs(counted - built) <= _SIZE_TOLERANCE * built + _SIZE_TOLERANCE_BYTES:
+        return []
+    reason = f"peftkit's table of the family counts {show_bytes(counted)} of weights, transformers builds "
+    reason += f"{show_bytes(built)}: its config.json has a key that the table does not read. "
+    reason += "Memory is the built model's; parameter counts and time follow the table. Please report this model"
+    return [Decision(f"{WARNING}base.id", plan.base.id, "decided", reason)]
 
 
 def _smaller_train_plan(loaded: LoadedRecipe, plan: Plan) -> TrainPlan | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from peftkit.methods import Options
 from peftkit.methods.adalora import AdaloraOptions
@@ -42,6 +42,17 @@ AnyMethod = Annotated[
 def _share(value: object) -> Any:
     """Parse '5%' as 0.05; other values are returned as they are."""
     return parse_share(value) if isinstance(value, str) and value.strip().endswith("%") else value
+
+
+def _encoding(name: str) -> str:
+    """Return the name of a text encoding that Python has. Raises ValueError for any other."""
+    try:
+        "".encode(name)
+    except LookupError:
+        raise ValueError(
+            "an encoding of text is expected, such as windows-1252, utf-16, shift_jis or gb18030"
+        ) from None
+    return name
 
 
 Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_share)]
@@ -101,6 +112,9 @@ class Source(Options):
     weight: PositiveFloat | None = Field(None, description="share of the mixture, relative to the others")
     format: FormatName | None = None
     columns: Columns | None = None
+    encoding: Annotated[str, AfterValidator(_encoding)] | None = Field(
+        None, description="of a text file that is not UTF-8, such as windows-1252"
+    )
 
 
 class Chat(Options):

@@ -30,10 +30,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class File:
-    """A file to read. `name` is what rows and errors call it: its path, or the URL it was fetched from."""
+    """A file to read. `name` is what rows and errors call it: its path, or the URL it was fetched from.
+
+    `encoding` is that of a text file, where the recipe names one; else UTF-8.
+    """
 
     path: Path
     name: str
+    encoding: str | None = None
 
     def refuse(self, got: str, expected: str, fix: str = "", *, line: int | None = None) -> UserError:
         """Return the error of a file that cannot be read at all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from peftkit.data.read.hub import hub_key, hub_rows
 from peftkit.data.read.locate import local_files, rows_of_file
 from peftkit.data.read.remote import remote_files
 from peftkit.data.read.rows import MAX_PROBLEMS, Fault, File, Row
-from peftkit.data.read.streams import translate_read_errors
+from peftkit.data.read.streams import split_suffixes, translate_read_errors
 from peftkit.errors import Problem, UserError
 from peftkit.recipe.paths import is_data_path, is_url, redact_url
 from peftkit.recipe.schema import Source
@@ -31,6 +32,12 @@ class LocatedSource:
             self._files = remote_files(source.path, where)
         elif is_data_path(source.path, Path()):
             self._files = local_files(source.path, source.split, where)
+        if source.encoding is not None:
+            unread = [file for file in self._files or () if split_suffixes(file.path)[0] in {".parquet", ".arrow"}]
+            if unread or self._files is None:
+                got, expected = f"encoding {source.encoding} for {source.path}", "an encoding of text files"
+                raise UserError(Problem(where, got, expected, "leave it out: the format has its own"))
+            self._files = [replace(file, encoding=source.encoding) for file in self._files]
         self._stamps = self._file_stamps()
 
     def _file_stamps(self) -> list[tuple[int, int]]:
@@ -41,7 +48,7 @@ class LocatedSource:
         """Return a sha256 over all its content, file by file in order, with the files' names."""
         if self._files is None:
             return hub_key(self.source, self.where)
-        digest = hashlib.sha256()
+        digest = hashlib.sha256((self.source.encoding or "").encode())
         for file in self._files:
             with translate_read_errors(file):
                 digest.update(file.name.encode() + b"\0" + bytes.fromhex(sha256_of(file.path)))

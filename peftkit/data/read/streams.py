@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import io
@@ -81,7 +82,7 @@ def open_decompressed(file: File) -> Iterator[io.BufferedReader]:
     with contextlib.ExitStack() as stack:
         raw: io.BufferedReader = stack.enter_context(io.BufferedReader(io.FileIO(file.path), _CHUNK_BYTES))
         if not compression:
-            yield raw
+            yield _as_utf_8(raw, file)
             return
         head = raw.peek(8)[:8]
         kind = {".gz": "gzip", ".zst": "zstd"}[compression]
@@ -98,7 +99,42 @@ def open_decompressed(file: File) -> Iterator[io.BufferedReader]:
             import pyarrow
 
             decompressor = pyarrow.CompressedInputStream(raw, "zstd")
-        yield io.BufferedReader(_BoundedReader(stack.enter_context(decompressor), file), _CHUNK_BYTES)
+        bounded = io.BufferedReader(_BoundedReader(stack.enter_context(decompressor), file), _CHUNK_BYTES)
+        yield _as_utf_8(bounded, file)
+
+
+def _as_utf_8(stream: Any, file: File) -> io.BufferedReader:
+    """Return the stream as UTF-8, where the recipe names another encoding of the file."""
+    return stream if file.encoding is None else io.BufferedReader(_TranscodedReader(stream, file), _CHUNK_BYTES)
+
+
+class _TranscodedReader(io.RawIOBase):
+    """A stream of the file's text in UTF-8. Raises UserError for bytes that its encoding does not have."""
+
+    def __init__(self, inner: io.BufferedReader, file: File) -> None:
+        assert file.encoding is not None
+        self._inner, self._file, self._ready = inner, file, b""
+        self._decoder = codecs.getincrementaldecoder(file.encoding)()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` and return the number of bytes; 0 at the end."""
+        while not self._ready:
+            chunk = self._inner.read(_CHUNK_BYTES)
+            try:
+                self._ready = self._decoder.decode(chunk, final=not chunk).encode()
+            except UnicodeError as error:
+                got = f"bytes that are no {self._file.encoding} ({error})"
+                raise self._file.refuse(
+                    got, f"text in {self._file.encoding}", "name its encoding, or leave it out: UTF-8"
+                ) from None
+            if not chunk:
+                break
+        num_bytes = min(len(buffer), len(self._ready))
+        buffer[:num_bytes], self._ready = self._ready[:num_bytes], self._ready[num_bytes:]
+        return num_bytes
 
 
 class _BoundedReader(io.RawIOBase):
@@ -141,7 +177,7 @@ def check_encoding(file: File, stream: io.BufferedReader) -> Fault | None:
     head = stream.peek(16)[:16]
     kind = next((kind for mark, kind in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), "")
     if kind:
-        fix = f"convert it: iconv -f {kind} -t UTF-8 IN > OUT"
+        fix = f"name it: {{path: {file.path.name}, encoding: {kind.lower()}}}; or iconv -f {kind} -t UTF-8 IN > OUT"
         return encoding_fault(f"{file.name}:1", f"a file in {kind}", fix)
     if binary := detect_binary(head):
         suffix = split_suffixes(file.path)[0]
@@ -179,7 +215,8 @@ def decode_line(raw: bytes, number: int, name: str) -> Line:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        fix = "convert the file to UTF-8: iconv -f WINDOWS-1252 -t UTF-8 IN > OUT, if it is of a Western Windows"
+        fix = "convert the file to UTF-8, or name its encoding, if it is of a Western Windows: "
+        fix += f"{{path: {Path(name).name}, encoding: windows-1252}}"
         fault = encoding_fault(where(error.start), f"the byte 0x{raw[error.start]:02x}", fix)
         text = raw.decode(errors="replace")
     if (at := raw.find(0)) >= 0:

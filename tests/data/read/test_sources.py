@@ -97,3 +97,30 @@ def test_memory_does_not_grow_with_the_data(tmp_path, suffix):
     count, grown = map(int, done.stdout.split())
     assert count == rows
     assert grown < 16 * 1024
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["windows-1252", "utf-16", "shift_jis", "gb18030"])
+def test_an_encoding_that_is_named_is_read(tmp_path, suffix, encoding):
+    word = {"shift_jis": "\u65e5\u672c", "gb18030": "\u4f60\u597d"}.get(encoding, "caf\xe9")
+    line = json.dumps({"text": word}, ensure_ascii=False)
+    text = {".csv": f"text\n{word}\n", ".txt": f"{word}\n", ".json": f"[{line}]"}.get(suffix, f"{line}\n")
+    raw = text.encode(encoding)
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(raw) if suffix.endswith(".gz") else raw)
+    [row] = read(Source(path=str(path), encoding=encoding), where="data.train")
+    assert row.fields["text"].strip() == word
+
+
+def test_an_encoding_that_is_wrong_or_has_no_effect_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 ")
+    with pytest.raises(UserError, match="bytes that are no ascii"):
+        list(read(Source(path=str(tmp_path / "a.txt"), encoding="ascii"), where="data.train"))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="the format has its own"):
+        read(Source(path=str(tmp_path / "a.parquet"), encoding="ascii"), where="data.train")
+    for name in ("hex", "no-such"):
+        with pytest.raises(ValueError, match="an encoding of text is expected"):
+            Source(path="a.txt", encoding=name)
+    one = content_key(Source(path=str(tmp_path / "a.txt")), where="data.train")
+    assert one != content_key(Source(path=str(tmp_path / "a.txt"), encoding="latin-1"), where="data.train")

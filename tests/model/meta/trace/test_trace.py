@@ -20,11 +20,12 @@ from peftkit.model.load import load_model
 from peftkit.model.meta.trace.caching import simulate_reserved_bytes
 from peftkit.model.meta.trace.ledger import FORWARD, Ledger, PhasePeak
 from peftkit.model.meta.trace.step import StepTrace
-from peftkit.plan import Batch, DeviceFacts
+from peftkit.plan import Batch, DeviceFacts, Facts, ModelFacts
 from peftkit.prepare import traced_memory as memory
+from peftkit.recipe import load
 from tests.conformance.cells import rows_for
 from tests.conftest import save_tiny
-from tests.rigs.plans import plan_for
+from tests.rigs.plans import CPU, plan_for
 from tests.rigs.tiny import tiny_config
 
 MIB = 2**20
@@ -182,6 +183,20 @@ def test_a_traced_plan_is_kept_and_found_again(monkeypatch, tmp_path):
     again = memory.trace_memory(plan, shape, config, plan.batch)
     assert not first.from_cache and again.from_cache
     assert first.memory == again.memory
+
+
+def test_a_family_whose_table_counts_other_weights_is_told(monkeypatch, tmp_path):
+    """As of a known type with a new key: the table counts one model, transformers builds another."""
+    monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path))
+    config = json.loads(tiny_config("llama", hidden_size=256, intermediate_size=1024).to_json_string())
+    plan, loaded = plan_for(config, "lora"), load({"base": "org/model", "method": "lora", "data": {"train": "t.jsonl"}})
+    facts = Facts(CPU, ModelFacts("org/model", "hub", shape_from_config(config)), None)
+    same, _ = memory.plan_with_traced_memory(loaded, facts, plan, config)
+    assert same.decisions == plan.decisions
+    wider, _ = memory.plan_with_traced_memory(loaded, facts, plan, {**config, "intermediate_size": 2048})
+    [warning] = [d for d in wider.decisions if d not in plan.decisions]
+    assert warning.key == "warning.base.id"
+    assert "its config.json has a key that the table does not read" in warning.reason
 
 
 def test_a_model_that_cannot_be_traced_says_why(monkeypatch, tmp_path):
