@@ -61,8 +61,10 @@ def forward_inputs(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], ta
     return inputs
 
 
-def summed_loss(logits: Any, labels: Any, task: str, weights: Any = None) -> torch.Tensor:
+def summed_loss(logits: Any, labels: Any, task: str, weights: Any = None, smoothing: float = 0.0) -> torch.Tensor:
     """Compute the cross entropy in nats, summed over the labels in the loss, times their weights if given.
+
+    `smoothing` is the share of each target that is spread over all classes (Szegedy et al. 2016, section 7).
 
     Logits have shape (rows, positions, vocabulary). Those of a causal LM predict the next token; virtual
     tokens may precede them.
@@ -74,15 +76,21 @@ def summed_loss(logits: Any, labels: Any, task: str, weights: Any = None) -> tor
         weights = None if weights is None else weights[:, 1:]
     flat = logits.reshape(-1, logits.shape[-1]).float()
     if weights is None:
-        return cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
-    label_losses = cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="none")
+        return cross_entropy(
+            flat, labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing
+        )
+    label_losses = cross_entropy(
+        flat, labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=smoothing
+    )
     return (label_losses * weights.reshape(-1)).sum()
 
 
-def loss_from_logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], task: str) -> torch.Tensor:
+def loss_from_logits(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], task: str, *, smoothing: float = 0.0
+) -> torch.Tensor:
     """Compute the mean loss of a micro-batch from the logits."""
     logits = model(**forward_inputs(model, batch, task)).logits
-    total = summed_loss(logits, batch["labels"], task, batch.get("weights"))
+    total = summed_loss(logits, batch["labels"], task, batch.get("weights"), smoothing)
     return total / batch["labels"].ne(IGNORE_INDEX).sum().clamp(min=1)
 
 

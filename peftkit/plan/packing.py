@@ -79,6 +79,8 @@ def _packing_obstacle(d: DecisionLog, facts: Facts, method: Method) -> tuple[str
         return f"method {method.name}", "only the first document of a pack would see the virtual tokens"
     if facts.data is not None and facts.data.weighted:
         return "weighted rows", "the trainer with weighted loss does not pack"
+    if d.loaded.recipe.train.label_smoothing:
+        return "train.label_smoothing", "the trainer with a smoothed loss does not pack"
     also = getattr(d.loaded.recipe.method, "also_train", [])
     if any(not isinstance(item, str) for item in also):
         return "also_train with tokens", "token rows are trained by another trainer, which does not pack"

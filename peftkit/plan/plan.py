@@ -121,6 +121,7 @@ class TrainPlan:
     packing: bool = False
     sampling: str = "random"  # or "by length": rows of like length together
     neftune: float | None = None  # noise on the embeddings, in transformers' terms
+    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,7 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
         d.record("train.gradient_checkpointing", checkpointing)
     d.record("train.max_grad_norm", train.max_grad_norm)
     d.record("train.weight_decay", train.weight_decay)
+    d.record("train.label_smoothing", train.label_smoothing)
     if d.record("train.neftune", train.neftune) is not None and method.virtual_tokens:
         fix = "leave it out: transformers finds no embeddings to add it to behind virtual tokens"
         d.refuse("train.neftune", f"{train.neftune:g} with {method.name}", "none", fix)
@@ -239,6 +240,7 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
         max_grad_norm=train.max_grad_norm,
         weight_decay=train.weight_decay,
         neftune=train.neftune,
+        label_smoothing=train.label_smoothing,
         optimizer=optimizer,
         batch_size=rows.batch_size,
         micro_batch=micro,

@@ -11,10 +11,10 @@ from peftkit.plan.plan import Plan
 def trainer_spec(plan: Plan) -> TrainerSpec:
     """Return the trainer that a plan's objective takes for its model and data.
 
-    TRL's fused loss reads the head past PEFT's wrapper of single token rows, and knows no weights.
+    TRL's fused loss reads the head past PEFT's wrapper of single token rows, and knows no weights nor smoothing.
     """
     objective = OBJECTIVES[plan.base.task]
-    can_fuse = not (plan.base.inferred or plan.method.token_rows or plan.data.weighted)
+    can_fuse = not (plan.base.inferred or plan.method.token_rows or plan.data.weighted or plan.train.label_smoothing)
     return objective.fused_trainer if objective.fused_trainer and can_fuse else objective.trainer
 
 

@@ -45,7 +45,8 @@ def trace_plan(plan: Plan, config: Mapping[str, object], batch: Batch) -> StepTr
     """
     from peftkit.model.meta.trace.step import trace_step
 
-    loss = None if trainer_spec(plan).loss == "fused" else partial(loss_from_logits, task=plan.base.task)
+    from_logits = partial(loss_from_logits, task=plan.base.task, smoothing=plan.train.label_smoothing)
+    loss = None if trainer_spec(plan).loss == "fused" else from_logits
     return trace_step(plan, read_config(config, plan.base), batch, loss=loss)
 
 
@@ -67,6 +68,7 @@ def trace_memory(plan: Plan, shape: ModelShape, config: Mapping[str, object], ba
         name: plan_json["train"][name]
         for name in (
             "optimizer", "micro_batch", "accumulation", "gradient_checkpointing", "autocast", "weight_decay",
+            "label_smoothing",
         )
     }  # fmt: skip
     if not plan.base.trust_remote_code:  # else the code that comes with it counts too

@@ -240,6 +240,9 @@ class Train(Options):
     neftune: PositiveFloat | None = Field(
         None, description="noise on the embeddings while training, 5 in the paper (Jain et al. 2023)"
     )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of each target that is spread over all tokens or classes, in training alone"
+    )
     optimizer: Literal[
         "auto", "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"
     ] = "auto"

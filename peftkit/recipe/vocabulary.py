@@ -38,6 +38,7 @@ _SAME = {
     "train.gradient_checkpointing": "activation_checkpointing",
     "train.max_grad_norm": "gradient_clipping clip_grad_norm",
     "train.neftune": "neftune_noise_alpha noisy_embedding_alpha",
+    "train.label_smoothing": "label_smoothing_factor",
     "train.checkpoint_steps": "save_steps",
     "train.early_stopping.patience": "early_stopping_patience",
     "data.train": "dataset_name dataset_path train_data_path",
@@ -199,7 +200,6 @@ _WITHOUT_KEY = {
     "output_dir logging_dir": "give the folder on the command line: --out DIR",
     "report_to wandb_project use_wandb mlflow_experiment_name use_mlflow run_name wandb_name": f"trackers: {_NOT_YET}",
     "deepspeed fsdp fsdp_config ddp_timeout local_rank tensor_parallel_size": f"several GPUs: {_NOT_YET}",
-    "label_smoothing_factor": f"this regularisation: {_NOT_YET}",
     "logging_steps": "every step is logged: leave it out",
     "save_strategy save_total_limit evaluation_strategy eval_strategy load_best_model_at_end": "checkpoints are "
     "written at each evaluation, the last two and the best are kept, and the best is the result: leave it out",

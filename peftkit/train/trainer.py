@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 def training_loss(plan: Plan) -> LossFunction:
     """Return the loss of a micro-batch as the plan's trainer computes it."""
-    return fused_loss if trainer_spec(plan).loss == "fused" else loss_from_logits
+    if trainer_spec(plan).loss == "fused":
+        return fused_loss
+    return partial(loss_from_logits, smoothing=plan.train.label_smoothing)
 
 
 def build_trainer(
@@ -50,7 +52,7 @@ def build_trainer(
     is_fused = spec.loss == "fused"
 
     def mean_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None, weights: Any = None) -> torch.Tensor:
-        total = summed_loss(outputs.logits, labels, task, weights)
+        total = summed_loss(outputs.logits, labels, task, weights, plan.train.label_smoothing)
         return total / (labels.ne(IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
 
     def collate_inputs(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

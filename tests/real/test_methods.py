@@ -1,5 +1,6 @@
 """Methods on the small or odd data that people bring."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 import peftkit
 from peftkit.errors import UserError
+from peftkit.evaluate.step import summed_loss
 from tests.conftest import TINY_LLAMA
 from tests.real.test_data import recipe_of_lengths
 
@@ -139,6 +141,39 @@ def test_neftune_is_noise_on_the_embeddings_of_training_alone(tmp_path):
     recipe["method"] = {"name": "prefix", "virtual_tokens": 2}
     with pytest.raises(UserError, match="5 with prefix"):
         peftkit.make_plan(recipe, {"train.neftune": 5})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_label_smoothing_is_the_papers_and_of_training_alone(precision, tmp_path):
+    recipe = recipe_of_lengths(tmp_path, range(5, 13), batch_size=8)
+    recipe["data"]["eval"] = recipe["data"]["train"]
+    recipe["data"]["waive"] = ["near-leakage", "leakage", "near-duplicates"]
+    losses, runs = {}, {}
+    for smoothing in (0.0, 0.1, 0.5):
+        recipe["train"] = {"max_steps": 1, "batch_size": 8, "learning_rate": 1e-12, "precision": precision}
+        run = peftkit.finetune(recipe, {"train.label_smoothing": smoothing}, out=tmp_path / f"run{smoothing}")
+        losses[smoothing] = run.loss_last
+        runs[smoothing] = run
+    # (1 - e) loss + e mean over the vocabulary of -log p: linear in e
+    assert losses[0.1] > losses[0.0]
+    assert losses[0.5] - losses[0.0] == pytest.approx(5 * (losses[0.1] - losses[0.0]), rel=1e-3)
+    assert runs[0.5].eval_loss_before == pytest.approx(runs[0.0].eval_loss_before, rel=1e-6), "not in evaluations"
+    for run in (runs[0.1], runs[0.5]):
+        memory = [json.loads(line) for line in (run.result.parent / "events.jsonl").read_text().splitlines()]
+        [told] = [event for event in memory if event["event"] == "memory"]
+        assert told["measured_bytes"] == pytest.approx(told["predicted_bytes"], rel=0.02)
+    with pytest.raises(UserError, match="does not pack"):
+        peftkit.make_plan(recipe, {"train.label_smoothing": 0.1, "train.packing": True})
+
+
+def test_a_smoothed_loss_is_that_of_transformers():
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    logits, labels = torch.randn(2, 6, 11), torch.randint(0, 11, (2, 6))
+    labels[0, :3] = -100
+    ours = summed_loss(logits, labels, "causal-lm", smoothing=0.2) / (labels[:, 1:] != -100).sum()
+    theirs = LabelSmoother(epsilon=0.2)({"logits": logits}, labels, shift_labels=True)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
 def test_layers_ranks_and_parts_are_those_that_the_recipe_names(tmp_path):

@@ -125,6 +125,7 @@ def test_the_set_of_recipe_keys_is_frozen():
         "epochs",
         "eval_steps",
         "gradient_checkpointing",
+        "label_smoothing",
         "learning_rate",
         "max_grad_norm",
         "max_length",

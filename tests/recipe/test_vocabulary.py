@@ -35,6 +35,7 @@ SAMPLES = {
     "data.chat.system": "Be brief.",
     "data.mask": False,
     "task": "CAUSAL_LM",
+    "train.label_smoothing": 0.1,
     "method.also_train": ["lm_head"],
 }
 SWITCHES = {"method.dora", "method.rslora", "method.double_quant", "base.trust_remote_code", "train.packing"}

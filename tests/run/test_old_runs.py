@@ -50,7 +50,8 @@ def test_old_runs_of_each_kind(old_runs, tmp_path):
         plan = json.loads(json.dumps(read_plan(run).to_json()))
         younger = plan["base"].pop("end_token"), plan["train"].pop("schedule_arguments")
         younger += plan["base"].pop("new_tokens"), plan["method"].pop("start_from"), plan["train"].pop("neftune")
-        assert younger == (None, {}, {}, None, None)
+        younger += (plan["train"].pop("label_smoothing"),)
+        assert younger == (None, {}, {}, None, None, 0.0)
         assert plan == {key: value for key, value in sealed.items() if key != "sha256"}
         if name != "stopped":
             summary = peftkit.summarize_run(run.path)
