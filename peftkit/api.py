@@ -307,19 +307,22 @@ def evaluate_run(path: str | Path, *, data: str | Path | None = None, contexts: 
         return evaluate(Path(path), data=str(data) if data else None, contexts=contexts)
 
 
-def convert_weights(path: str | Path, *, out: str | Path, rename: Sequence[str] = ()) -> Converted:
-    """Convert pickled weights to safetensors in a new folder; or with `rename`, an adapter to other tensor names.
+def convert_weights(
+    path: str | Path, *, out: str | Path, rename: Sequence[str] = (), expert_major: bool = False
+) -> Converted:
+    """Convert pickled weights to safetensors in a new folder; or an adapter of another trainer to PEFT's form.
 
     `path` is a folder with pytorch_model*.bin or adapter_model.bin, or one .pt file. They are read in a
     separate process that accepts tensors and nothing else; code in them is never run. Raises UserError where
     they hold anything else, or `out` exists. `rename` are texts OLD=NEW: the first OLD in a name becomes NEW.
+    `expert_major` says that lora_B of fused experts is packed expert by expert, and is written rank by rank.
     """
     from peftkit.model.base.convert import convert_weights as convert
 
-    if rename:
-        from peftkit.model.adapter.rename import rename_tensors
+    if rename or expert_major:
+        from peftkit.model.adapter.rename import rewrite_adapter
 
-        return rename_tensors(Path(path), rename, out=out)
+        return rewrite_adapter(Path(path), rename, expert_major=expert_major, out=out)
     return convert(Path(path), out=Path(out))
 
 

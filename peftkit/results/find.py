@@ -9,6 +9,7 @@ from typing import Any
 from peftkit.errors import Problem, UserError
 from peftkit.model.adapter.attach import PEFT_TASKS
 from peftkit.model.adapter.load import ADAPTER_CONFIG, read_adapter_config, refuse_unknown_type
+from peftkit.model.adapter.old_experts import has_single_experts, with_fused_experts
 from peftkit.model.base.file_checks import check_adapter_weights, check_model_folder
 from peftkit.model.base.identity import base_plan_fields, lacks_4bit_details, read_identity, refuse_other_base
 from peftkit.model.base.locate import BaseNotFoundError, LocatedBase, locate_base
@@ -88,6 +89,11 @@ def find_adapter(path: Path, *, base: str | None = None) -> Adapter:
         adapter = replace(adapter, base=replace(adapter.base, id=base, revision=None))
     location = _locate_adapters_base(adapter.base.id, adapter.base.revision, "--base-model" if base else "base")
     adapter = replace(adapter, source=resolve_source(location, "base"))
+    if adapter.run is None and has_single_experts(adapter.folder):
+        from peftkit.model.meta.skeleton import meta_model
+
+        folder = with_fused_experts(adapter.folder, meta_model(adapter.source, adapter.base))
+        adapter = replace(adapter, folder=folder, config=read_adapter_config(folder))
     refuse_other_base(adapter.folder, adapter.source, adapter.base)
     return adapter
 

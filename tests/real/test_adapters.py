@@ -15,6 +15,7 @@ from peftkit.cli import main
 from peftkit.errors import UserError
 from tests.conftest import TINY_LLAMA
 from tests.real.test_data import recipe_of_lengths
+from tests.rigs.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +241,90 @@ def test_tables_that_were_resized_and_trained_whole_are_merged_as_peft_reads_the
     inputs = tokenizer("say <t3> and <t15>", return_tensors="pt")
     with torch.no_grad():
         assert torch.allclose(theirs(**inputs).logits, ours(**inputs).logits, atol=1e-3)
+
+
+PROJECTIONS = {"qwen3_moe": ["gate_proj", "up_proj", "down_proj"], "mixtral": ["w1", "w2", "w3"]}
+
+
+def mixture(kind, folder):
+    """A tiny mixture of experts with the tiny Llama's tokenizer."""
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(tiny_config(kind, vocab_size=2048)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY_LLAMA / name, folder / name)
+    return folder
+
+
+def logits_of(folder, adapter=None):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, adapter) if adapter else model
+    return model(torch.tensor([[5, 6, 7, 8, 9]])).logits
+
+
+def single_experts(kind, base, folder, *, leave_out=()):
+    """LoRA as PEFT wrote it for transformers 4, where each expert was a layer; and the sum done by hand."""
+    weights, tensors = load_file(base / "model.safetensors"), {}
+    for name, weight in dict(weights).items():
+        if (".experts." in name or "q_proj" in name) and not any(part in name for part in leave_out):
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            a, b = torch.randn(4, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], 4) * 0.1
+            tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+            weights[name] = weight + 2 * b @ a
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none"}
+    config |= {"target_modules": ["q_proj", *PROJECTIONS[kind]], "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    by_hand = folder.parent / "by_hand"
+    shutil.copytree(base, by_hand)
+    save_file(weights, by_hand / "model.safetensors", metadata={"format": "pt"})
+    return by_hand
+
+
+@pytest.mark.parametrize("kind", PROJECTIONS)
+def test_lora_of_single_experts_is_merged_and_exported_as_it_was_trained(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path / "cache"))
+    base = mixture(kind, tmp_path / "base")
+    by_hand = single_experts(kind, base, tmp_path / "adapter")
+    wanted = logits_of(by_hand)
+    assert not torch.allclose(wanted, logits_of(base), atol=1e-2)
+    report = peftkit.merge_adapter(tmp_path / "adapter", out=tmp_path / "merged")
+    assert report.passed
+    assert torch.allclose(logits_of(tmp_path / "merged"), wanted, atol=1e-6)
+    options = peftkit.ExportOptions("adapter", out=tmp_path / "copy")
+    peftkit.export_adapter(tmp_path / "adapter", options=options)
+    assert torch.allclose(logits_of(base, tmp_path / "copy"), wanted, atol=1e-6)
+
+
+def test_lora_of_single_experts_that_lacks_some_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path / "cache"))
+    base = mixture("qwen3_moe", tmp_path / "base")
+    single_experts("qwen3_moe", base, tmp_path / "adapter", leave_out=["layers.1.mlp.experts.2.up_proj"])
+    with pytest.raises(UserError, match="each projection of every expert"):
+        peftkit.merge_adapter(tmp_path / "adapter", out=tmp_path / "merged")
+
+
+def test_experts_packed_one_by_one_are_told_and_repacked(adapter, tmp_path):
+    base = mixture("qwen3_moe", tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    parts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_parameters=parts, init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    wanted = model(torch.tensor([[5, 6, 7, 8, 9]])).logits
+    model.save_pretrained(tmp_path / "right")
+    shutil.copytree(tmp_path / "right", tmp_path / "packed")
+    tensors = load_file(tmp_path / "right" / "adapter_model.safetensors")
+    for name in [name for name in tensors if name.endswith("lora_B.weight")]:
+        rows = len(tensors[name])  # rank by rank -> expert by expert
+        tensors[name] = tensors[name].reshape(rows, 3, -1).transpose(1, 2).reshape(rows, -1).contiguous()
+    save_file(tensors, tmp_path / "packed" / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert not torch.allclose(logits_of(base, tmp_path / "packed"), wanted, atol=1e-4)
+    assert not peftkit.merge_adapter(tmp_path / "right", out=tmp_path / "merged_right").doubts
+    (tmp_path / "packed" / "README.md").write_text("---\ntags:\n- unsloth\n---\n")
+    [doubt] = peftkit.merge_adapter(tmp_path / "packed", out=tmp_path / "merged").doubts
+    command = doubt.partition("peftkit convert ")[2].replace("FIXED", str(tmp_path / "fixed"))
+    command = command.replace("ADAPTER", str(tmp_path / "packed"))
+    assert main(["convert", *shlex.split(command)]) == 0
+    assert torch.allclose(logits_of(base, tmp_path / "fixed"), wanted, atol=1e-6)
+    with pytest.raises(UserError, match="an adapter of fused experts"):
+        peftkit.convert_weights(adapter, out=tmp_path / "no", expert_major=True)

@@ -16,6 +16,7 @@ COMMAND = Command(
         arg("path", metavar="PATH", help="a folder with pytorch_model*.bin or adapter_model.bin, or one file"),
         arg("--out", metavar="DIR", required=True, help="a new folder"),
         arg("--rename", metavar="OLD=NEW", action="append", default=[], help="in the names of an adapter's tensors"),
+        arg("--expert-major", action="store_true", help="an adapter's lora_B of fused experts is packed as by Unsloth"),
     ),
 )
 
@@ -24,7 +25,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert pickled weights, or names; print the files written and those left out."""
     from peftkit import api
 
-    conversion = api.convert_weights(arguments.path, out=arguments.out, rename=arguments.rename)
+    conversion = api.convert_weights(
+        arguments.path, out=arguments.out, rename=arguments.rename, expert_major=arguments.expert_major
+    )
     for name in conversion.left:
         print(redact(f"not converted: {name}"), file=sys.stderr)
     tensors = f"{show_count(conversion.num_tensors)} tensors, {show_bytes(conversion.num_bytes)}"

@@ -1,24 +1,31 @@
-"""Renaming of an adapter's tensors, into a new folder: `peftkit convert ADAPTER --rename OLD=NEW`."""
+"""Adapters of other trainers as PEFT reads them, in a new folder: other names, or another order of experts.
+
+`peftkit convert ADAPTER --rename OLD=NEW`, `peftkit convert ADAPTER --expert-major`.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import Problem, UserError, did_you_mean
-from peftkit.model.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from peftkit.model.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from peftkit.model.base.convert import Converted
 from peftkit.model.base.file_checks import check_adapter_weights, check_model_folder
 from peftkit.rundir import MANIFEST, publish_folder
 from peftkit.rundir.disk import resolve_new_folder
 
+if TYPE_CHECKING:
+    import torch
 
-def rename_tensors(folder: Path, renames: Sequence[str], *, out: str | Path) -> Converted:
-    """Write an adapter with other names of its tensors into a new folder.
 
-    Each of `renames` is OLD=NEW: the first OLD in a name becomes NEW. Raises UserError where one changes nothing,
-    or makes two names one.
+def rewrite_adapter(folder: Path, renames: Sequence[str], *, expert_major: bool = False, out: str | Path) -> Converted:
+    """Write an adapter with other names of its tensors, or another order of its experts, into a new folder.
+
+    Each of `renames` is OLD=NEW: the first OLD in a name becomes NEW. `expert_major` says how lora_B of fused
+    experts is packed now. Raises UserError where one of them changes nothing, or makes two names one.
     """
     from safetensors.torch import load_file, save_file
 
@@ -38,6 +45,8 @@ def rename_tensors(folder: Path, renames: Sequence[str], *, out: str | Path) -> 
         names = changed
     if len(set(names.values())) < len(names):
         raise UserError(Problem("--rename", " ".join(renames), "names that stay different from each other"))
+    if expert_major:
+        tensors = _rank_major(tensors, read_adapter_config(folder), folder)
     target = resolve_new_folder(str(out))
     with publish_folder(target) as staging:
         for file in sorted(folder.iterdir()):
@@ -46,3 +55,43 @@ def rename_tensors(folder: Path, renames: Sequence[str], *, out: str | Path) -> 
         save_file({names[name]: tensor for name, tensor in tensors.items()}, staging / ADAPTER_WEIGHTS)
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     return Converted(target, (ADAPTER_WEIGHTS,), len(tensors), num_bytes, ())
+
+
+def _rank_major(
+    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], folder: Path
+) -> dict[str, torch.Tensor]:
+    """Return the tensors with lora_B of fused experts packed rank by rank, as PEFT reads it.
+
+    (d_out, experts x rank) becomes (d_out, rank x experts). Raises UserError for an adapter without fused experts.
+    """
+    rank = int(config["r"])
+    names = [
+        name
+        for name, tensor in tensors.items()
+        if ".experts." in name
+        and name.endswith("lora_B.weight")
+        and tensor.shape[1] % rank == 0 < tensor.shape[1] - rank
+    ]
+    if not names or config.get("rank_pattern"):
+        got = "one with ranks of its own (rank_pattern)" if names else "one without LoRA of fused experts"
+        raise UserError(Problem(f"{folder} --expert-major", got, "an adapter of fused experts, all of one rank"))
+    rows = {name: len(tensors[name]) for name in names}
+    packed = {n: tensors[n].reshape(rows[n], -1, rank).transpose(1, 2).flatten(1).contiguous() for n in names}
+    return {**tensors, **packed}
+
+
+def expert_order_doubt(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return what must be told of an adapter of fused experts that Unsloth may have packed; empty for others.
+
+    Its lora_B was packed expert by expert until September 2026; PEFT and vLLM read it rank by rank. The shapes are the
+    same, and nothing in the files tells which it is (unsloth-zoo's pull requests 1232 and 1269).
+    """
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace")[:4096] if readme.is_file() else ""
+    origin = f"{config.get('base_model_name_or_path')} {config.get('auto_mapping')} {text}".lower()
+    if "unsloth" not in origin or not any("expert" in str(name) for name in config.get("target_parameters") or ()):
+        return ""
+    return (
+        "LoRA of fused experts, perhaps of an Unsloth before September 2026, which packed them expert by expert, where "
+        "PEFT reads them rank by rank: if answers are wrong, peftkit convert ADAPTER --expert-major --out FIXED"
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.model.adapter.edits import read_edits, refuse_unmergeable
 from peftkit.model.adapter.load import ADAPTER_WEIGHTS, ignored_keys, read_adapter_config
+from peftkit.model.adapter.rename import expert_order_doubt
 from peftkit.model.base.locate import BaseNotFoundError
 from peftkit.model.meta.skeleton import meta_model
 from peftkit.results.find import Adapter, find_adapter, find_adapter_folder
@@ -46,6 +47,8 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
             require_every_tensor(whole)
     if ignored := ignored_keys(read_adapter_config(folder)):
         notes = (*notes, f"this PEFT does not know, and ignores, {', '.join(ignored)}")
+    if doubt := expert_order_doubt(folder, read_adapter_config(folder)):
+        notes = (*notes, doubt)
     with publish_folder(out) as staging:
         if adapter is not None:
             notes += _rewrite_for_vllm(adapter, staging)

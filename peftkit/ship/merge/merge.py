@@ -10,6 +10,7 @@ from pathlib import Path
 from peftkit import interrupt
 from peftkit.errors import PeftkitError
 from peftkit.model.adapter.load import ignored_keys
+from peftkit.model.adapter.rename import expert_order_doubt
 from peftkit.recipe.paths import redact_url
 from peftkit.rundir import is_being_written, publish_folder, require_free_space, write_json
 from peftkit.rundir.disk import explain_disk_errors, resolve_new_folder
@@ -74,6 +75,9 @@ def merge(paths: Sequence[Path], out: Path, options: MergeOptions, *, observer: 
                     num_bytes=plan.num_bytes,
                     untied=plan.untied,
                     ignored=tuple(key for adapter in job.adapters for key in ignored_keys(adapter.config)),
+                    doubts=tuple(
+                        filter(None, (expert_order_doubt(adapter.folder, adapter.config) for adapter in job.adapters))
+                    ),
                     fidelity=None,
                     reference="",
                     problem="",

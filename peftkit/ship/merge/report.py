@@ -49,6 +49,7 @@ class MergeReport:
     gain: Interval | None = None
     requantized: str = ""
     write_seconds: float = 0.0
+    doubts: tuple[str, ...] = ()  # what no comparison with the adapter can show
 
     @property
     def passed(self) -> bool:
@@ -91,6 +92,7 @@ class MergeReport:
             found.append(("embeddings", "untied: the adapter changed only one of the tied embeddings"))
         if self.ignored:
             found.append(("ignored", f"{', '.join(self.ignored)}: keys of the adapter that this PEFT does not know"))
+        found += [("to check", doubt) for doubt in self.doubts]
         if self.fidelity is not None:
             where = f"{self.fidelity.num_positions} positions of {self.fidelity.num_prompts} texts"
             effect = "" if self.fidelity.effect is None else f"; the adapter itself: {self.fidelity.effect:.4g}"

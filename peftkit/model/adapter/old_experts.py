@@ -1,0 +1,102 @@
+"""LoRA of single experts, as PEFT wrote it before transformers 5 fused experts: rewritten once, as PEFT reads it.
+
+Qwen-MoE and Mixtral adapters of that time have names such as `experts.3.w1.lora_A`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftkit.errors import Problem, UserError
+from peftkit.hub import cache_folder
+from peftkit.model.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from peftkit.rundir import publish_folder, sha256_of, verify_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_OLD_NAME = re.compile(r"^(.*\.layers\.\d+\.).*\.experts\.(\d+)\.(\w+)\.lora_([AB])\.weight$")
+_FUSED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+
+
+def has_single_experts(folder: Path) -> bool:
+    """Return whether an adapter's file has LoRA factors of single experts."""
+    from safetensors import safe_open
+
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
+        return any(_OLD_NAME.match(name) for name in tensors.keys())  # noqa: SIM118
+
+
+def with_fused_experts(folder: Path, model: PreTrainedModel) -> Path:
+    """Return the cached folder of an adapter of single experts, rewritten for the fused experts of `model`.
+
+    `model` is on the meta device, and gets wrapped. Raises UserError where the two do not fit together.
+    """
+    import peft
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    new = cache_folder() / "adapters" / f"{folder.name}-{sha256_of(folder / ADAPTER_WEIGHTS)[:16]}"
+    if not verify_folder(new):
+        return new
+    old = load_file(folder / ADAPTER_WEIGHTS)
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft_model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+        expected = {k: v.shape for k, v in get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()}
+        fused = {name: tensor.contiguous() for name, tensor in _fused_tensors(peft_model, old)}
+    except (ValueError, KeyError, RuntimeError) as error:
+        got = f"LoRA of single experts that PEFT cannot fuse ({error})"
+        raise UserError(Problem(str(folder), got, "each projection of every expert, at one rank")) from error
+    tensors = {name: tensor for name, tensor in old.items() if not _OLD_NAME.match(name)} | fused
+    wrong = [name for name in sorted(tensors.keys() | expected) if name not in tensors or name not in expected]
+    wrong += [name for name in sorted(tensors.keys() & expected) if tensors[name].shape != expected[name]]
+    if wrong:
+        raise UserError(Problem(str(folder), f"{wrong[0]}, which has no counterpart", "an adapter of this base"))
+    shutil.rmtree(new, ignore_errors=True)
+    with publish_folder(new, source=folder.name) as staging:
+        for file in folder.iterdir():
+            if file.is_file() and file.name not in {ADAPTER_CONFIG, ADAPTER_WEIGHTS, "manifest.json"}:
+                shutil.copyfile(file, staging / file.name)
+        save_file(tensors, staging / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        peft_model.peft_config["default"].save_pretrained(str(staging))
+    return new
+
+
+def _fused_tensors(peft_model: Any, old: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of the factors of fused experts, in the order in which PEFT unpacks them.
+
+    With E experts of rank r: A is (E r, d_in), expert by expert; B is (d_out, r E), rank by rank. Of two
+    projections that are fused, A is stacked, and B is block diagonal: (W1; W2) + (B1 A1; B2 A2).
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    factors: dict[tuple[str, str, str], dict[int, torch.Tensor]] = {}
+    for name, tensor in old.items():
+        if match := _OLD_NAME.match(name):
+            layer, expert, projection, factor = match.groups()
+            factors.setdefault((layer, projection, factor), {})[int(expert)] = tensor
+    for name, module in peft_model.named_modules():
+        parameter = getattr(module, "parameter_name", None)
+        if not isinstance(module, LoraLayer) or parameter not in _FUSED:
+            continue
+        layer = re.sub(r"(\.layers\.\d+\.).*", r"\1", name)
+        projections = next((p for p in _FUSED[parameter] if (layer, p[0], "A") in factors), ())
+        num_experts = len(getattr(module.get_base_layer(), parameter))
+        experts = range(num_experts)
+        parts = {f: [factors[layer, projection, f] for projection in projections] for f in "AB"}
+        a = torch.stack([torch.cat([part[e] for part in parts["A"]]) for e in experts])
+        block_diag: Any = torch.block_diag  # without types
+        b = torch.stack([block_diag(*(part[e] for part in parts["B"])) for e in experts])
+        yield f"{name}.lora_A.weight", a.flatten(0, 1)
+        yield f"{name}.lora_B.weight", b.permute(2, 0, 1).flatten(0, 1).T
