@@ -315,7 +315,8 @@ def convert_weights(
     `path` is a folder with pytorch_model*.bin or adapter_model.bin, or one .pt file. They are read in a
     separate process that accepts tensors and nothing else; code in them is never run. Raises UserError where
     they hold anything else, or `out` exists. `rename` are texts OLD=NEW: the first OLD in a name becomes NEW.
-    `expert_major` says that lora_B of fused experts is packed expert by expert, and is written rank by rank.
+    An adapter of mlx-lm is known by its files. `expert_major` says that lora_B of fused experts is packed expert
+    by expert, and is written rank by rank.
     """
     from peftkit.model.base.convert import convert_weights as convert
 
@@ -323,7 +324,11 @@ def convert_weights(
         from peftkit.model.adapter.rename import rewrite_adapter
 
         return rewrite_adapter(Path(path), rename, expert_major=expert_major, out=out)
-    return convert(Path(path), out=Path(out))
+    from peftkit.model.adapter.mlx import convert_mlx_adapter, is_mlx_adapter
+
+    return (
+        convert_mlx_adapter(Path(path), out=out) if is_mlx_adapter(Path(path)) else convert(Path(path), out=Path(out))
+    )
 
 
 def merge_adapter(

@@ -328,3 +328,46 @@ def test_experts_packed_one_by_one_are_told_and_repacked(adapter, tmp_path):
     assert torch.allclose(logits_of(base, tmp_path / "fixed"), wanted, atol=1e-6)
     with pytest.raises(UserError, match="an adapter of fused experts"):
         peftkit.convert_weights(adapter, out=tmp_path / "no", expert_major=True)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_of_mlx_is_converted(kind, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
+    parts = ["layers.1.self_attn.q_proj", "layers.1.mlp.down_proj"]
+    config = peft.LoraConfig(r=4, lora_alpha=80, target_modules=parts, init_lora_weights=False, use_dora=kind == "dora")
+    theirs = peft.get_peft_model(model, config)
+    wanted = theirs(torch.tensor([[5, 6, 7, 8, 9]])).logits
+    endings = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"}
+    tensors = {}
+    for name, tensor in peft.get_peft_model_state_dict(theirs).items():
+        [ending] = [ending for ending in endings if name.endswith(ending)]
+        new = name.removeprefix("base_model.model.").removesuffix(ending) + endings[ending]
+        tensors[new] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
+    folder = tmp_path / "mlx"
+    folder.mkdir()
+    save_file(tensors, folder / "adapters.safetensors")
+    settings = {"rank": 4, "scale": 20.0, "dropout": 0.0}
+    written = {"fine_tune_type": kind, "num_layers": 1, "lora_parameters": settings, "model": str(TINY_LLAMA)}
+    (folder / "adapter_config.json").write_text(json.dumps(written))
+    with pytest.raises(UserError) as caught:
+        peftkit.merge_adapter(folder, out=tmp_path / "merged")
+    [problem] = caught.value.problems
+    command = problem.fix.partition(" writes")[0].replace("FIXED", str(tmp_path / "fixed"))
+    assert main(shlex.split(command)[1:]) == 0
+    assert torch.allclose(logits_of(TINY_LLAMA, tmp_path / "fixed"), wanted, atol=1e-5)
+    options = peftkit.MergeOptions(dtype="float32")
+    assert peftkit.merge_adapter(tmp_path / "fixed", out=tmp_path / "merged", options=options).passed
+    assert torch.allclose(logits_of(tmp_path / "merged"), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("fault", ["full", "no scale", "a stranger"])
+def test_an_adapter_of_mlx_that_is_none_is_refused(fault, tmp_path):
+    tensors = {"model.layers.0.self_attn.q_proj.lora_a": torch.zeros(4, 2)}
+    tensors |= {"model.layers.0.mlp.experts.x": torch.zeros(2)} if fault == "a stranger" else {}
+    save_file(tensors, tmp_path / "adapters.safetensors")
+    settings = {"rank": 2} | ({} if fault == "no scale" else {"scale": 2.0})
+    config = {"fine_tune_type": "full" if fault == "full" else "lora", "lora_parameters": settings}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError):
+        peftkit.convert_weights(tmp_path, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

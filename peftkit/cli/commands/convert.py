@@ -13,7 +13,11 @@ COMMAND = Command(
     "convert",
     "convert pickled weights to safetensors, running none of their code, or rename an adapter's tensors",
     (
-        arg("path", metavar="PATH", help="a folder with pytorch_model*.bin or adapter_model.bin, or one file"),
+        arg(
+            "path",
+            metavar="PATH",
+            help="a folder with pytorch_model*.bin or adapter_model.bin, one file, or an adapter of mlx-lm",
+        ),
         arg("--out", metavar="DIR", required=True, help="a new folder"),
         arg("--rename", metavar="OLD=NEW", action="append", default=[], help="in the names of an adapter's tensors"),
         arg("--expert-major", action="store_true", help="an adapter's lora_B of fused experts is packed as by Unsloth"),

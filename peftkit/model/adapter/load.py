@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -51,10 +52,18 @@ def ignored_keys(config: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {shorten(json.dumps(value))}" for key, value in config.items() if key not in fields and value]
 
 
+def is_mlx_config(config: Mapping[str, Any]) -> bool:
+    """Return whether an adapter_config.json is of Apple's mlx-lm."""
+    return "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config)
+
+
 def refuse_unknown_type(config: Mapping[str, Any], where: str) -> None:
     """Raise UserError for a type of adapter that PEFT does not have."""
     import peft
 
+    if is_mlx_config(config):
+        fix = f"peftkit convert {shlex.quote(str(Path(where).parent))} --out FIXED writes it as PEFT's"
+        raise UserError(Problem(where, "an adapter of mlx-lm", "an adapter of PEFT", fix))
     kind, known = config.get("peft_type"), sorted(peft.PEFT_TYPE_TO_CONFIG_MAPPING)
     if kind not in known:
         got = f"peft_type {shorten(json.dumps(kind))}" if "peft_type" in config else "no peft_type"
