@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from peftkit.plan.packing import best_sampling
 from peftkit.plan.throughput import estimate_cost
 from peftkit.prepare.calibration import read_calibration
 from peftkit.prepare.facts import data_facts, find_base, model_facts, text_facts, with_converted_config
+from peftkit.prepare.vocabulary import require_tokens
 from peftkit.recipe import LoadedRecipe
 from peftkit.units import join_names
 
@@ -59,22 +59,6 @@ def check_data(loaded: LoadedRecipe, *, full: bool = False) -> DataReport:
     return prepare_data(loaded, facts, examples, source, full=full, to_train=False).report
 
 
-def _require_tokens(loaded: LoadedRecipe, source: str, plan: Plan) -> None:
-    """Raise UserError for tokens to train that the vocabulary lacks, and for new ones that it has."""
-    vocabulary = load_tokenizer(source, replace(plan.base, new_tokens={})).get_vocab()
-    where, problems = loaded.where(("method", "also_train")), []
-    for token in plan.method.token_rows:
-        is_new = token in plan.base.new_tokens
-        if is_new and token in vocabulary:
-            fix = f"train its row: also_train: [{{tokens: [{json.dumps(token)}]}}]"
-            problems.append(Problem(where, f"{token!r}, which the vocabulary has", "a new token", fix))
-        elif not is_new and token not in vocabulary:
-            fix = f"add it: also_train: [{{new_tokens: [{json.dumps(token)}]}}]"
-            problems.append(Problem(where, f"{token!r}", "a token of the vocabulary", fix))
-    if problems:
-        raise UserError(problems)
-
-
 def prepare_data(
     loaded: LoadedRecipe, facts: Facts, examples: Examples, source: str, *, full: bool = False, to_train: bool = True
 ) -> PreparedData:
@@ -87,7 +71,7 @@ def prepare_data(
     plan = make_plan(loaded, facts, to_train=to_train)
     tokenizer = load_tokenizer(source, plan.base)
     if plan.method.token_rows:
-        _require_tokens(loaded, source, plan)
+        require_tokens(loaded, plan, load_tokenizer(source, replace(plan.base, new_tokens={})).get_vocab())
     if tokenizer.eos_token is None and plan.data.format != "text" and OBJECTIVES[task].generates_answers:
         names = special_tokens(tokenizer)
         fix = f"name the token that ends an answer: data.chat.end_token: {names[0] if names else '...'}"

@@ -22,6 +22,7 @@ from peftkit.prepare.facts import find_base, light_config, light_facts
 from peftkit.prepare.measured_memory import MeasuredMemory, measure_memory
 from peftkit.prepare.out_of_memory import find_shortage
 from peftkit.prepare.traced_memory import plan_with_traced_memory
+from peftkit.prepare.vocabulary import require_tokens_of_folder
 from peftkit.recipe import LoadedRecipe
 from peftkit.units import html_table, show_bytes, show_count, show_seconds
 
@@ -185,6 +186,7 @@ def plan_report(loaded: LoadedRecipe, *, gpu: str = "this", trace: bool = False,
     device, device_note = parse_device(gpu, facts.device)
     facts = replace(facts, device=device)
     plan = make_plan(loaded, facts)
+    require_tokens_of_folder(loaded, plan)
     config = light_config(loaded)
     notes: list[str] = []
     if trace:

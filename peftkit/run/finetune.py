@@ -16,6 +16,7 @@ from peftkit.errors import Interrupted, Problem, UserError
 from peftkit.plan import Plan, make_plan
 from peftkit.prepare.context import prepare_run, write_plan_files, write_recipe
 from peftkit.prepare.facts import light_facts, require_runnable
+from peftkit.prepare.vocabulary import require_tokens_of_folder
 from peftkit.recipe import LoadedRecipe
 from peftkit.report import Summary, read_summary
 from peftkit.run import stations
@@ -33,6 +34,7 @@ def finetune(loaded: LoadedRecipe, *, out: Path | None = None, observer: Observe
     """
     facts, examples = light_facts(loaded)
     first_plan = make_plan(loaded, facts)  # without torch: a mistake costs a second
+    require_tokens_of_folder(loaded, first_plan)
     base = require_runnable(loaded, first_plan, facts)
     with new_run(out or default_out(loaded)) as run:
         write_recipe(loaded, run)
@@ -107,7 +109,9 @@ def train_segment(segment: Segment) -> Segment | Finished:
 def dry_run(loaded: LoadedRecipe) -> Plan:
     """Return the plan as far as it can be made without torch, weights and network."""
     facts, _ = light_facts(loaded)
-    return make_plan(loaded, facts)
+    plan = make_plan(loaded, facts)
+    require_tokens_of_folder(loaded, plan)
+    return plan
 
 
 def default_out(loaded: LoadedRecipe) -> Path:

@@ -28,11 +28,13 @@ from peftkit.rundir import publish_folder, step_of, write_sealed
 from peftkit.rundir.events import (
     DataEvent,
     DoneEvent,
+    EvalEvent,
     MetricEvent,
     ParametersEvent,
     PhaseEvent,
     PreflightEvent,
     WarningEvent,
+    of_type,
 )
 
 if TYPE_CHECKING:
@@ -246,9 +248,19 @@ def report_metric(context: RunContext, model: PreTrainedModel, when: str) -> Non
     )
 
 
+_WORSE = 1.001  # of the loss before training: less is rounding
+
+
 def publish(context: RunContext, model: PreTrainedModel, *, step: int, published_step: int) -> None:
     """Publish the result with the fingerprints of what it was trained on, and calibrate later predictions."""
     plan, run = context.plan, context.run
+    losses = {event.step: event.loss for event in of_type(run.events(), EvalEvent)}
+    before, after = losses.get(0), losses.get(published_step)
+    if before is not None and after is not None and after > _WORSE * before:
+        start = Path(plan.method.start_from).name if plan.method.start_from else "the base"
+        text = f"the result is worse than {start} on the held-out rows: evaluation loss {before:.4f} -> {after:.4f}; "
+        text += f"train.learning_rate was {plan.train.learning_rate:g}: try {plan.train.learning_rate / 10:g}"
+        context.emit(WarningEvent(text=text))
     context.emit(PhaseEvent(name="publish", detail="adapter" if plan.method.peft else "model"))
     result = run.adapter if plan.method.peft else run.model
     with publish_folder(result, step=published_step, base=plan.base.id) as folder:

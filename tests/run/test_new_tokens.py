@@ -98,6 +98,9 @@ def test_tokens_that_are_there_and_tokens_that_are_not_are_told_apart(recipe, tm
         changed = {**recipe, "base": str(TINY_LLAMA), "method": {"name": "lora", "also_train": also_train}}
         with pytest.raises(UserError) as caught:
             peftkit.finetune(changed, out=tmp_path / "run")
+        with pytest.raises(UserError) as planned:
+            peftkit.make_plan(changed)
+        assert planned.value.problems == caught.value.problems, "a dry run promises nothing else"
         assert not (tmp_path / "run").exists(), "before anything is loaded"
         return caught.value.problems[0].fix
 

@@ -234,3 +234,21 @@ def test_a_classifier_goes_on_with_its_own_classes(tmp_path):
     with pytest.raises(UserError, match="data of the classes maybe, yes"):
         peftkit.finetune({**following, "data": data("b.jsonl", ["yes", "maybe"])}, out=tmp_path / "two")
     peftkit.finetune({**following, "data": data("c.jsonl", ["yes", "no"])}, out=tmp_path / "two")
+
+
+def test_a_result_that_is_worse_than_its_start_is_told_so(first, tmp_path):
+    folder, recipe = first
+
+    def warnings_at(rate):
+        events = []
+        train = {"max_steps": 2, "max_length": 64, "learning_rate": rate, "schedule": {"warmup": 0}}
+        following = {"start_from": str(folder / "first"), "data": recipe["data"], "train": train}
+        run = peftkit.finetune(following, out=tmp_path / f"at {rate}", observer=events.append)
+        texts = [event["text"] for event in events if event["event"] == "warning"]
+        return run, [text for text in texts if "worse than" in text]
+
+    run, [warning] = warnings_at(3.0)
+    assert run.eval_loss_after > run.eval_loss_before
+    assert f"evaluation loss {run.eval_loss_before:.4f} -> {run.eval_loss_after:.4f}" in warning
+    run, none = warnings_at(1e-5)
+    assert not none
