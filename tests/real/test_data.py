@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import peftkit
@@ -463,3 +464,21 @@ def test_what_a_table_lacks_is_no_answer(value):
 )
 def test_a_header_with_another_s_sign_is_read_by_its_rows(lines, delimiter):
     assert csv_delimiter(*lines.splitlines()) == delimiter
+
+
+@pytest.mark.parametrize("name", ["label", "labels"])
+def test_one_class_in_a_list_is_read_and_several_are_refused_with_a_way(name, tmp_path):
+    def recipe_with(values, **data):
+        rows = [{"text": f"words of row {n}", name: values[n % 2]} for n in range(12)]
+        source = {"train": str(write_jsonl(tmp_path / "r.jsonl", rows)), **data}
+        return {"base": str(TINY_LLAMA), "method": "lora", "data": source}
+
+    one = peftkit.make_plan(recipe_with([["a"], "b"]))
+    assert (one.base.task, one.base.labels) == ("classification", ("a", "b"))
+    with pytest.raises(UserError) as caught:
+        peftkit.make_plan(recipe_with([["a", "b"], ["c"]]))
+    assert "one class for a text" in caught.value.problems[0].expected
+    columns = yaml.safe_load(caught.value.problems[0].expected.partition("columns: ")[2].partition(" lets ")[0])
+    several = peftkit.check_data(recipe_with([["a", "b"], ["c"]], columns=columns))
+    written = {"".join(p.text for p in sample.pieces if p.kind == "learnt").strip() for sample in several.samples}
+    assert written == {"a, b", "c"}

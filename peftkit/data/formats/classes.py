@@ -23,12 +23,16 @@ def _parse_class(value: object, name: str) -> str:
     return str(value)
 
 
-@reads("classification", ("text", "label"))
+@reads("classification", ("text", "label"), ("text", "labels"))
 def _classification(row: Row) -> Example:
     text = required_text(row.fields, "text")
-    return Example(
-        row.where, prompt=text, label=_parse_class(row.fields.get("label"), "label"), weight=loss_weight(row.fields)
-    )
+    name = "label" if "label" in row.fields else "labels"
+    value = row.fields.get(name)
+    if isinstance(value, list) and len(value) != 1:
+        way = f"columns: {{prompt: text, completion: \"{{{{ {name} | join(', ') }}}}\"}} lets a decoder write several"
+        raise BadRow(f"{name} is {value!r}", f"one class for a text; {way}")
+    [value] = value if isinstance(value, list) else [value]
+    return Example(row.where, prompt=text, label=_parse_class(value, name), weight=loss_weight(row.fields))
 
 
 @reads("token-classification", ("tokens", "tags"), ("tokens", "ner_tags"))
