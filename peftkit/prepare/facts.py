@@ -47,7 +47,9 @@ def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
         raise UserError(Problem(where, got, "weights that are not quantized", way_out(base.id, held)))
     if held is None and recipe.base.dequantize:
         got = f"true, and the weights of {base.id} are not quantized"
-        raise UserError(Problem(loaded.where(("base", "dequantize")), got, "a quantized checkpoint", "leave it out"))
+        raise UserError(
+            Problem(loaded.where(("base", "dequantize")), got, "a quantized checkpoint", "set base.dequantize: false")
+        )
     base = replace(base, config=plain_config(base.config)) if base.config is not None else base
     examples = read_examples(loaded) if all(is_data_path(s.path) for s in recipe.data.sources) else None
     try:

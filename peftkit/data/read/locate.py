@@ -13,7 +13,7 @@ from peftkit.data.read.rows import MAX_PROBLEMS, Fault, File, Row
 from peftkit.data.read.streams import MAX_LINE_BYTES, split_suffixes, translate_read_errors
 from peftkit.data.read.tables import read_arrow, read_parquet
 from peftkit.data.read.texts import read_csv, read_json_array, read_json_lines, read_paragraphs, read_tsv
-from peftkit.errors import Problem, UserError, did_you_mean
+from peftkit.errors import Problem, UserError, did_you_mean, nearest
 from peftkit.recipe.paths import COMPRESSED_SUFFIXES, is_glob, path_exists
 
 READERS: dict[str, Callable[[File, int], Iterator[Row | Fault]]] = {
@@ -79,11 +79,12 @@ def local_files(path: str, split: str, where: str) -> list[File]:
             raise UserError(Problem(where, f"{path}, which matches no file", "a glob that matches", fix))
         return [File(Path(name), name) for name in select_data_files(matches, path, where, include_hidden=True)]
     candidate = Path.cwd() / Path(path).name
-    fix = (
-        f"there is {candidate}: paths in a recipe are relative to the recipe"
-        if path_exists(candidate)
-        else "paths in a recipe are relative to the recipe's folder"
-    )
+    siblings = [sibling.name for sibling in location.parent.iterdir()] if path and location.parent.is_dir() else []
+    fix = "paths in a recipe are relative to the recipe's folder"
+    if path_exists(candidate):
+        fix = f"there is {candidate}: paths in a recipe are relative to the recipe"
+    elif similar := nearest(location.name, siblings):
+        fix = f"did you mean {location.parent / similar[0]}?"
     raise UserError(Problem(where, f"{path}, which does not exist", "a data file", fix))
 
 
