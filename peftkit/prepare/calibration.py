@@ -99,12 +99,13 @@ def compare_memory(
     else:
         process_bytes = usage.get("peak_resident_bytes", 0) - baseline_bytes
         measured_bytes = preflight_bytes + state_bytes if preflight_bytes else process_bytes
+    error = 100 * (predicted_bytes - measured_bytes) / max(1, measured_bytes)
     is_meaningful = measured_bytes > (_NOISE_BYTES if measured_bytes == process_bytes else 0)
     return MemoryEvent(
         depth=memory.depth,
         predicted_bytes=predicted_bytes,
         measured_bytes=measured_bytes,
-        error_percent=round(100 * (predicted_bytes - measured_bytes) / measured_bytes, 1) if is_meaningful else None,
+        error_percent=round(error, 1) + 0.0 if is_meaningful else None,  # no -0.0
         process_bytes=process_bytes,
     )
 
