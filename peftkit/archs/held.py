@@ -61,6 +61,9 @@ def _named_format(settings: Mapping[str, Any]) -> HeldFormat:
         weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
         bits = {str(part.get("num_bits")) for part in weights if isinstance(part, Mapping)}
         return _with_bits(method, bits.pop() if len(bits) == 1 else None)
+    if method == "modelopt" and settings.get("quant_algo"):
+        algorithm = str(settings["quant_algo"])
+        return HeldFormat(f"ModelOpt {algorithm}", 4 if "4" in algorithm else 8)
     bits_of = _BITS.get(method, settings.get("bits", settings.get("w_bit")))
     return _with_bits(method.upper() or "MLX", bits_of)  # MLX alone names no method
 

@@ -42,15 +42,14 @@ def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
     if base.kind == "gguf" and base.path is not None:
         base = replace(base, config=read_header_config(base.path, where))
     held = held_format(base.config or {})
+    base = replace(base, config=plain_config(base.config)) if base.config is not None else base
     if held is not None and not (recipe.base.dequantize and held.undone_by):
+        model_facts(loaded, base, None)  # what is no text model is refused for that: dequantizing would not help
         got = f"{base.id}, whose weights are held as {held.name}"
         raise UserError(Problem(where, got, "weights that are not quantized", way_out(base.id, held)))
     if held is None and recipe.base.dequantize:
-        got = f"true, and the weights of {base.id} are not quantized"
-        raise UserError(
-            Problem(loaded.where(("base", "dequantize")), got, "a quantized checkpoint", "set base.dequantize: false")
-        )
-    base = replace(base, config=plain_config(base.config)) if base.config is not None else base
+        got, key = f"true, and the weights of {base.id} are not quantized", ("base", "dequantize")
+        raise UserError(Problem(loaded.where(key), got, "a quantized checkpoint", "set base.dequantize: false"))
     examples = read_examples(loaded) if all(is_data_path(s.path) for s in recipe.data.sources) else None
     try:
         model = model_facts(loaded, base, examples)

@@ -26,6 +26,7 @@ HELD = {
         "compressed-tensors 8-bit",
         8,
     ),
+    "ModelOpt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "ModelOpt NVFP4", 4),
     "MLX": ({"group_size": 64, "bits": 4}, "MLX 4-bit", 4),
     "another": ({"quant_method": "hqq", "bits": 3}, "HQQ 3-bit", 3),
 }
@@ -58,6 +59,14 @@ def test_a_quantized_checkpoint_is_named_and_refused_before_the_data_is_read(nam
         [problem] = caught.value.problems
         assert said in problem.got
         assert problem.fix
+
+
+def test_what_modelopt_writes_beside_the_configuration_is_read(tmp_path):
+    folder = folder_of(tmp_path, LLAMA)
+    (folder / "hf_quant_config.json").write_text(
+        '{"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}'
+    )
+    assert dict(peftkit.inspect_model(folder).rows())["held as"].startswith("ModelOpt FP8, about ")
 
 
 @pytest.mark.parametrize(

@@ -70,15 +70,19 @@ def check_embedded_sha256(base: LocatedBase, where: str) -> None:
         raise UserError(Problem(where, got, expected, entry.pip_line))
 
 
+_MODELOPT_FILE = "hf_quant_config.json"
 _LITGPT_FILES = ("lit_model.pth",)
 
 
 def _read_config_file(path: Path) -> dict[str, Any]:
-    """Read a config.json. Raises UserError where it has no model_type."""
+    """Read a config.json, and what ModelOpt writes beside it. Raises UserError where it has no model_type."""
     config = read_json_file(path.parent, path.name)
     if not isinstance(config.get("model_type"), str):
         expected = "a configuration with model_type"
         raise UserError(Problem(str(path), "no model_type", expected, "check that this is a model folder"))
+    if "quantization_config" not in config and (path.parent / _MODELOPT_FILE).is_file():
+        settings = read_json_file(path.parent, _MODELOPT_FILE).get("quantization")
+        config["quantization_config"] = {**(settings if isinstance(settings, dict) else {}), "quant_method": "modelopt"}
     return config
 
 
