@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 # The libraries underneath report usage unless told not to, before they are imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which measures the preflight, writes to stderr
 
 if TYPE_CHECKING:
     from peftkit.api import *  # noqa: F403

@@ -26,7 +26,6 @@ from peftkit.diagnose.statistics import (
 )
 from peftkit.evaluate.dependence import swap_questions
 from peftkit.evaluate.scores import compute_metrics
-from peftkit.evaluate.step import loss_from_logits
 from peftkit.experiments.candidate import Candidate, plan_candidate
 from peftkit.experiments.evidence import (
     MASK_CHECKS,
@@ -320,7 +319,7 @@ class Experiment:
             start,
             batches,
             pad_id=self.pad_id,
-            loss=loss_from_logits if self.is_reloaded else training_loss(plan),
+            loss=training_loss(plan, fused=not self.is_reloaded),
         )
         self.budget.spent_tokens += result.num_tokens
         rows = self._losses(model, plan, self.deciding) if result.is_finite else None

@@ -149,7 +149,8 @@ class GradientProbe:
 
         def share_of_loss(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], task: str) -> torch.Tensor:
             logits = model(**forward_inputs(model, batch, task)).logits
-            return summed_loss(logits, batch["labels"], task) / max(1, total)
+            smoothing = self.plan.train.label_smoothing
+            return summed_loss(logits, batch["labels"], task, smoothing=smoothing) / max(1, total)
 
         for piece in pieces:
             interrupt.stop_if_requested("interrupted during the diagnosis")

@@ -47,6 +47,9 @@ def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
         model_facts(loaded, base, None)  # what is no text model is refused for that: dequantizing would not help
         got = f"{base.id}, whose weights are held as {held.name}"
         raise UserError(Problem(where, got, "weights that are not quantized", way_out(base.id, held)))
+    if recipe.base.dequantize and recipe.base.trust_remote_code:
+        got, fix = "true with base.trust_remote_code", "set base.dequantize: false, and take the unquantized model"
+        raise UserError(Problem(loaded.where(("base", "dequantize")), got, "a model that transformers has", fix))
     if held is None and recipe.base.dequantize:
         got, key = f"true, and the weights of {base.id} are not quantized", ("base", "dequantize")
         raise UserError(Problem(loaded.where(key), got, "a quantized checkpoint", "set base.dequantize: false"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from peftkit.errors import Problem, UserError
 from peftkit.plan import Plan
@@ -38,4 +39,15 @@ def require_tokens_of_folder(loaded: LoadedRecipe, plan: Plan) -> None:
         vocabulary = Tokenizer.from_file(str(file)).get_vocab()
     except Exception:  # noqa: BLE001
         return  # its Rust part raises this class itself; the run says what is wrong with the file
-    require_tokens(loaded, plan, vocabulary)
+    beside = [file.parent / name for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")]
+    added = [_texts_of(json.loads(path.read_text(encoding="utf-8"))) for path in beside if path.is_file()]
+    require_tokens(loaded, plan, set(vocabulary).union(*added))
+
+
+def _texts_of(value: Any) -> set[str]:
+    """Return all texts and keys in JSON: whichever of them are tokens, transformers adds."""
+    if isinstance(value, dict):
+        return set(value).union(*map(_texts_of, value.values()))
+    if isinstance(value, list):
+        return set().union(*map(_texts_of, value))
+    return {value} if isinstance(value, str) else set()

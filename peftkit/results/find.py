@@ -68,11 +68,11 @@ def find_adapter_folder(path: Path) -> Path:
     return path
 
 
-def find_adapter(path: Path, *, base: str | None = None) -> Adapter:
+def find_adapter(path: Path, *, base: str | None = None, need_weights: bool = True) -> Adapter:
     """Return a run's adapter or a standalone adapter, intact and on the base that it was trained on.
 
-    `base` is another location of that same base. Raises UserError where there is none, where it is damaged,
-    or where the base is another one.
+    `base` is another location of that same base. Without `need_weights` a quantized base is not dequantized.
+    Raises UserError where there is none, where it is damaged, or where the base is another one.
     """
     if not path_exists(path):
         raise UserError(Problem(str(path), "nothing there", RUN_OR_ADAPTER))
@@ -88,7 +88,7 @@ def find_adapter(path: Path, *, base: str | None = None) -> Adapter:
     if base is not None:
         adapter = replace(adapter, base=replace(adapter.base, id=base, revision=None))
     location = _locate_adapters_base(adapter.base.id, adapter.base.revision, "--base-model" if base else "base")
-    adapter = replace(adapter, source=resolve_source(location, "base"))
+    adapter = replace(adapter, source=resolve_source(location, "base", need_weights=need_weights))
     if adapter.run is None and has_single_experts(adapter.folder):
         from peftkit.model.meta.skeleton import meta_model
 

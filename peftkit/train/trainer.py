@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 
-def training_loss(plan: Plan) -> LossFunction:
-    """Return the loss of a micro-batch as the plan's trainer computes it."""
-    if trainer_spec(plan).loss == "fused":
+def training_loss(plan: Plan, *, fused: bool = True) -> LossFunction:
+    """Return the loss of a micro-batch as the plan's trainer computes it; without `fused`, from the logits."""
+    if fused and trainer_spec(plan).loss == "fused":
         return fused_loss
     return partial(loss_from_logits, smoothing=plan.train.label_smoothing)
 

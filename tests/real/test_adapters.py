@@ -261,7 +261,7 @@ def logits_of(folder, adapter=None):
     return model(torch.tensor([[5, 6, 7, 8, 9]])).logits
 
 
-def single_experts(kind, base, folder, *, leave_out=()):
+def single_experts(kind, base, folder, *, leave_out=(), scales=None, **settings):
     """LoRA as PEFT wrote it for transformers 4, where each expert was a layer; and the sum done by hand."""
     weights, tensors = load_file(base / "model.safetensors"), {}
     for name, weight in dict(weights).items():
@@ -269,12 +269,13 @@ def single_experts(kind, base, folder, *, leave_out=()):
             stem = f"base_model.model.{name.removesuffix('.weight')}"
             a, b = torch.randn(4, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], 4) * 0.1
             tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
-            weights[name] = weight + 2 * b @ a
+            scale = next((scale for part, scale in (scales or {}).items() if part in name), 2)
+            weights[name] = weight + scale * b @ a
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none"}
     config |= {"target_modules": ["q_proj", *PROJECTIONS[kind]], "base_model_name_or_path": str(base)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
     by_hand = folder.parent / "by_hand"
     shutil.copytree(base, by_hand)
     save_file(weights, by_hand / "model.safetensors", metadata={"format": "pt"})
@@ -294,6 +295,29 @@ def test_lora_of_single_experts_is_merged_and_exported_as_it_was_trained(kind, t
     options = peftkit.ExportOptions("adapter", out=tmp_path / "copy")
     peftkit.export_adapter(tmp_path / "adapter", options=options)
     assert torch.allclose(logits_of(base, tmp_path / "copy"), wanted, atol=1e-6)
+
+
+SCALES = {
+    "rslora": ({"use_rslora": True}, {"": 4}),
+    "alpha_pattern": ({"alpha_pattern": {"gate_proj": 24, "down_proj": 4}}, {"gate_proj": 6, "down_proj": 1}),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_the_scales_of_single_experts_are_those_of_their_projections(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path / "cache"))
+    settings, scales = SCALES[name]
+    base = mixture("qwen3_moe", tmp_path / "base")
+    by_hand = single_experts("qwen3_moe", base, tmp_path / "adapter", scales=scales, **settings)
+    peftkit.merge_adapter(tmp_path / "adapter", out=tmp_path / "merged")
+    assert torch.allclose(logits_of(tmp_path / "merged"), logits_of(by_hand), atol=1e-5)
+    # another alpha is another adapter, though the weights are the same
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config |= {"lora_alpha": 0.008, "alpha_pattern": {}, "use_new": {"x": 1}}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    report = peftkit.merge_adapter(tmp_path / "adapter", out=tmp_path / "again")
+    assert torch.allclose(logits_of(tmp_path / "again"), logits_of(base), atol=1e-2)
+    assert report.ignored == ('use_new: {"x": 1}',), "told, though the file was rewritten"
 
 
 def test_lora_of_single_experts_that_lacks_some_is_refused(tmp_path, monkeypatch):
@@ -328,6 +352,11 @@ def test_experts_packed_one_by_one_are_told_and_repacked(adapter, tmp_path):
     assert torch.allclose(logits_of(base, tmp_path / "fixed"), wanted, atol=1e-6)
     with pytest.raises(UserError, match="an adapter of fused experts"):
         peftkit.convert_weights(adapter, out=tmp_path / "no", expert_major=True)
+    for rank in (None, "x", 0, 5, 12):
+        config = json.loads((tmp_path / "right" / "adapter_config.json").read_text())
+        (tmp_path / "packed" / "adapter_config.json").write_text(json.dumps({**config, "r": rank}))
+        with pytest.raises(UserError, match="an adapter of fused experts"):
+            peftkit.convert_weights(tmp_path / "packed", out=tmp_path / "no", expert_major=True)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -360,13 +389,36 @@ def test_an_adapter_of_mlx_is_converted(kind, tmp_path):
     assert torch.allclose(logits_of(tmp_path / "merged"), wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("fault", ["full", "no scale", "a stranger"])
+Q = "model.layers.0.self_attn.q_proj"
+MLX_FAULTS = {
+    "full": {"fine_tune_type": "full"},
+    "a list": {"fine_tune_type": ["lora"]},
+    "no scale": {"lora_parameters": {"rank": 2}},
+    "dropout in words": {"lora_parameters": {"scale": 2.0, "dropout": "x"}},
+    "an early one": {"lora_parameters": {"scale": 2.0, "alpha": 16, "rank": 2}},
+    "no magnitudes": {"fine_tune_type": "dora"},
+    "a stranger": {"model.layers.0.mlp.experts.x": torch.zeros(2)},
+    "one factor": {f"{Q}.lora_b": None},
+    "two ranks": {f"{Q}.lora_b": torch.zeros(3, 4)},
+    "not finite": {f"{Q}.lora_b": torch.full((2, 4), float("nan"))},
+    "integers": {f"{Q}.lora_b": torch.zeros(2, 4, dtype=torch.int32)},
+    "a table": {"model.embed_tokens.lora_a": torch.zeros(4, 2), "model.embed_tokens.lora_b": torch.zeros(2, 4)},
+    "no module": {"lora_a": torch.zeros(4, 2)},
+    "cut": {},
+}
+
+
+@pytest.mark.parametrize("fault", MLX_FAULTS)
 def test_an_adapter_of_mlx_that_is_none_is_refused(fault, tmp_path):
-    tensors = {"model.layers.0.self_attn.q_proj.lora_a": torch.zeros(4, 2)}
-    tensors |= {"model.layers.0.mlp.experts.x": torch.zeros(2)} if fault == "a stranger" else {}
-    save_file(tensors, tmp_path / "adapters.safetensors")
-    settings = {"rank": 2} | ({} if fault == "no scale" else {"scale": 2.0})
-    config = {"fine_tune_type": "full" if fault == "full" else "lora", "lora_parameters": settings}
+    tensors = {f"{Q}.lora_a": torch.zeros(4, 2), f"{Q}.lora_b": torch.zeros(2, 4)}
+    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 2.0}}
+    for key, value in MLX_FAULTS[fault].items():
+        (config if key in {*config} else tensors)[key] = value
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if tensor is not None}, tmp_path / "adapters.safetensors"
+    )
+    if fault == "cut":
+        (tmp_path / "adapters.safetensors").write_bytes(b"cut")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError):
         peftkit.convert_weights(tmp_path, out=tmp_path / "out")

@@ -2,11 +2,18 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, Mxfp4Config
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    LlamaForSequenceClassification,
+    Mxfp4Config,
+)
 
 import peftkit
 from peftkit.errors import UserError
@@ -166,3 +173,50 @@ def test_a_damaged_conversion_is_not_used(tmp_path):
     (tmp_path / "cache" / "bases" / source / "model.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match="remove this folder"):
         resolve_source(base, "base")
+
+
+@pytest.mark.parametrize("fault", ["no scale", "no tensor"])
+def test_a_checkpoint_that_lacks_something_is_refused_and_not_filled_up(fault, tmp_path):
+    folder = in_fp8(saved("llama", tmp_path / "plain"), tmp_path / "quantized")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    for gone in {"no scale": [f"{name}_scale_inv"], "no tensor": [name, f"{name}_scale_inv"]}[fault]:
+        del tensors[gone]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="down_proj"):
+        resolve_source(locate_base(str(folder), revision=None, where="base"), "base")
+    assert not list((tmp_path / "cache").glob("bases/*/model.safetensors"))
+
+
+def test_tied_tables_a_trained_head_and_the_files_beside_the_weights_are_kept(tmp_path):
+    plain = tmp_path / "plain"
+    config = tiny_config("llama", tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(plain)
+    (plain / "generation_config.json").write_text('{"eos_token_id": [2, 5, 7], "do_sample": true, "top_p": 0.8}')
+    folder = in_fp8(plain, tmp_path / "quantized")
+    source = Path(resolve_source(locate_base(str(folder), revision=None, where="base"), "base"))
+    assert json.loads((source / "generation_config.json").read_text())["eos_token_id"] == [2, 5, 7]
+    assert "lm_head.weight" not in load_file(source / "model.safetensors")
+
+    head = tmp_path / "head"
+    classifier = LlamaForSequenceClassification(tiny_config("llama", num_labels=3)).to(torch.bfloat16)
+    classifier.config.pad_token_id = 0
+    classifier.save_pretrained(head)
+    folder = in_fp8(head, tmp_path / "quantized head")
+    source = Path(resolve_source(locate_base(str(folder), revision=None, where="base"), "base"))
+    assert torch.equal(load_file(source / "model.safetensors")["score.weight"], classifier.score.weight)
+
+
+def test_an_adapter_is_copied_without_its_quantized_base_being_converted(recipe, tmp_path):
+    summary = peftkit.finetune(recipe, out=tmp_path / "run")
+    shutil.copytree(summary.result, tmp_path / "adapter")
+    folder = in_4_bit(TINY_LLAMA, tmp_path / "base")
+    for name in ("peftkit.json", "MANIFEST.json"):
+        (tmp_path / "adapter" / name).unlink(missing_ok=True)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folder)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    options = peftkit.ExportOptions("adapter", out=tmp_path / "copy")
+    assert not peftkit.export_adapter(tmp_path / "adapter", options=options).said
+    assert not (tmp_path / "cache" / "bases").exists()
+    assert peftkit.merge_adapter(tmp_path / "adapter", out=tmp_path / "merged").passed, "into the dequantized copy"

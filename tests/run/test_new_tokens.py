@@ -1,5 +1,6 @@
 """New tokens: rows for them in the tables, trained, saved, loaded by PEFT, merged and exported right."""
 
+import json
 import shutil
 
 import gguf
@@ -114,3 +115,11 @@ def test_tokens_that_are_there_and_tokens_that_are_not_are_told_apart(recipe, tm
                 "method": {"name": "lora", "also_train": [{**NEW, "init": {"<x>": "y"}}]},
             }
         )
+
+
+def test_a_dry_run_knows_the_tokens_that_only_the_tokenizers_configuration_has(recipe, tmp_path):
+    base = shutil.copytree(TINY_LLAMA, tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**config, "extra_special_tokens": ["<|extra|>"]}))
+    method = {"name": "lora", "also_train": [{"tokens": ["<|extra|>"]}]}
+    assert peftkit.make_plan({**recipe, "base": str(base), "method": method}).method.token_rows == ("<|extra|>",)

@@ -177,7 +177,7 @@ def check_encoding(file: File, stream: io.BufferedReader) -> Fault | None:
     head = stream.peek(16)[:16]
     kind = next((kind for mark, kind in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), "")
     if kind:
-        fix = f"name it: {{path: {file.path.name}, encoding: {kind.lower()}}}; or iconv -f {kind} -t UTF-8 IN > OUT"
+        fix = f"name it: {{path: {file.name}, encoding: {kind.lower()}}}; or iconv -f {kind} -t UTF-8 IN > OUT"
         return encoding_fault(f"{file.name}:1", f"a file in {kind}", fix)
     if binary := detect_binary(head):
         suffix = split_suffixes(file.path)[0]
@@ -216,7 +216,7 @@ def decode_line(raw: bytes, number: int, name: str) -> Line:
         text = raw.decode()
     except UnicodeDecodeError as error:
         fix = "convert the file to UTF-8, or name its encoding, if it is of a Western Windows: "
-        fix += f"{{path: {Path(name).name}, encoding: windows-1252}}"
+        fix += f"{{path: {name}, encoding: windows-1252}}"
         fault = encoding_fault(where(error.start), f"the byte 0x{raw[error.start]:02x}", fix)
         text = raw.decode(errors="replace")
     if (at := raw.find(0)) >= 0:

@@ -5,6 +5,7 @@ Qwen-MoE and Mixtral adapters of that time have names such as `experts.3.w1.lora
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import warnings
@@ -14,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import Problem, UserError
 from peftkit.hub import cache_folder
-from peftkit.model.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from peftkit.rundir import publish_folder, sha256_of, verify_folder
+from peftkit.model.adapter.edits import lora_rank_and_scale
+from peftkit.model.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from peftkit.model.base.identity import IDENTITY_FILE
+from peftkit.rundir import publish_folder, sha256_of, verify_folder, write_json
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+_CONVERSION_VERSION = "1"  # raise when what is written changes
 _OLD_NAME = re.compile(r"^(.*\.layers\.\d+\.).*\.experts\.(\d+)\.(\w+)\.lora_([AB])\.weight$")
 _FUSED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 
@@ -43,7 +47,11 @@ def with_fused_experts(folder: Path, model: PreTrainedModel) -> Path:
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file, save_file
 
-    new = cache_folder() / "adapters" / f"{folder.name}-{sha256_of(folder / ADAPTER_WEIGHTS)[:16]}"
+    described = read_adapter_config(folder)
+    files = [folder / name for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, IDENTITY_FILE) if (folder / name).is_file()]
+    shapes = str([(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()])
+    key = "".join([*map(sha256_of, files), shapes, peft.__version__, _CONVERSION_VERSION])
+    new = cache_folder() / "adapters" / f"{folder.name[:64]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not verify_folder(new):
         return new
     old = load_file(folder / ADAPTER_WEIGHTS)
@@ -53,7 +61,7 @@ def with_fused_experts(folder: Path, model: PreTrainedModel) -> Path:
             warnings.simplefilter("ignore")
             peft_model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
         expected = {k: v.shape for k, v in get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()}
-        fused = {name: tensor.contiguous() for name, tensor in _fused_tensors(peft_model, old)}
+        fused = {name: tensor.contiguous() for name, tensor in _fused_tensors(peft_model, old, described)}
     except (ValueError, KeyError, RuntimeError) as error:
         got = f"LoRA of single experts that PEFT cannot fuse ({error})"
         raise UserError(Problem(str(folder), got, "each projection of every expert, at one rank")) from error
@@ -69,23 +77,31 @@ def with_fused_experts(folder: Path, model: PreTrainedModel) -> Path:
                 shutil.copyfile(file, staging / file.name)
         save_file(tensors, staging / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         peft_model.peft_config["default"].save_pretrained(str(staging))
+        known = read_adapter_config(staging)
+        write_json(staging / ADAPTER_CONFIG, {**described, **known})  # what PEFT ignores is told later
     return new
 
 
-def _fused_tensors(peft_model: Any, old: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def _fused_tensors(
+    peft_model: Any, old: Mapping[str, torch.Tensor], described: Mapping[str, Any]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of the factors of fused experts, in the order in which PEFT unpacks them.
 
     With E experts of rank r: A is (E r, d_in), expert by expert; B is (d_out, r E), rank by rank. Of two
-    projections that are fused, A is stacked, and B is block diagonal: (W1; W2) + (B1 A1; B2 A2).
+    projections that are fused, A is stacked, and B is block diagonal: (W1; W2) + (B1 A1; B2 A2). Each B is scaled by
+    what its projection's alpha and rank say over what PEFT takes for the fused ones, which differs with rsLoRA
+    or patterns.
     """
     import torch
     from peft.tuners.lora import LoraLayer
 
     factors: dict[tuple[str, str, str], dict[int, torch.Tensor]] = {}
+    modules: dict[tuple[str, str], str] = {}  # one of each projection: patterns name projections, not experts
     for name, tensor in old.items():
         if match := _OLD_NAME.match(name):
             layer, expert, projection, factor = match.groups()
             factors.setdefault((layer, projection, factor), {})[int(expert)] = tensor
+            modules[layer, projection] = name.removeprefix("base_model.model.").partition(".lora_")[0]
     for name, module in peft_model.named_modules():
         parameter = getattr(module, "parameter_name", None)
         if not isinstance(module, LoraLayer) or parameter not in _FUSED:
@@ -95,6 +111,9 @@ def _fused_tensors(peft_model: Any, old: Mapping[str, torch.Tensor]) -> Iterator
         num_experts = len(getattr(module.get_base_layer(), parameter))
         experts = range(num_experts)
         parts = {f: [factors[layer, projection, f] for projection in projections] for f in "AB"}
+        for projection, part in zip(projections, parts["B"], strict=True):
+            scale = lora_rank_and_scale(described, modules[layer, projection])[1] / float(module.scaling["default"])
+            part.update({expert: tensor * scale for expert, tensor in part.items() if scale != 1})
         a = torch.stack([torch.cat([part[e] for part in parts["A"]]) for e in experts])
         block_diag: Any = torch.block_diag  # without types
         b = torch.stack([block_diag(*(part[e] for part in parts["B"])) for e in experts])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import Problem, UserError, did_you_mean
-from peftkit.model.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from peftkit.model.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config, refuse_unknown_type
 from peftkit.model.base.convert import Converted
 from peftkit.model.base.file_checks import check_adapter_weights, check_model_folder
 from peftkit.rundir import MANIFEST, publish_folder
@@ -31,6 +31,7 @@ def rewrite_adapter(folder: Path, renames: Sequence[str], *, expert_major: bool 
 
     if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(Problem(str(folder), f"no {ADAPTER_CONFIG}", "an adapter folder"))
+    refuse_unknown_type(read_adapter_config(folder), str(folder / ADAPTER_CONFIG))
     check_model_folder(folder)
     check_adapter_weights(folder)
     tensors = load_file(folder / ADAPTER_WEIGHTS)
@@ -64,16 +65,12 @@ def _rank_major(
 
     (d_out, experts x rank) becomes (d_out, rank x experts). Raises UserError for an adapter without fused experts.
     """
-    rank = int(config["r"])
-    names = [
-        name
-        for name, tensor in tensors.items()
-        if ".experts." in name
-        and name.endswith("lora_B.weight")
-        and tensor.shape[1] % rank == 0 < tensor.shape[1] - rank
-    ]
-    if not names or config.get("rank_pattern"):
-        got = "one with ranks of its own (rank_pattern)" if names else "one without LoRA of fused experts"
+    names = [n for n, t in tensors.items() if ".experts." in n and n.endswith("lora_B.weight") and t.ndim == 2]
+    rank = config.get("r")
+    rank = rank if isinstance(rank, int) and rank > 0 else 0
+    sizes = {divmod(tensors[name].shape[1], rank) for name in names} if rank else set()
+    if len(sizes) != 1 or config.get("rank_pattern") or any(rest or num < 2 for num, rest in sizes):
+        got = f"{len(names)} factors of fused experts, r {config.get('r')}, rank_pattern {config.get('rank_pattern')}"
         raise UserError(Problem(f"{folder} --expert-major", got, "an adapter of fused experts, all of one rank"))
     rows = {name: len(tensors[name]) for name in names}
     packed = {n: tensors[n].reshape(rows[n], -1, rank).transpose(1, 2).flatten(1).contiguous() for n in names}

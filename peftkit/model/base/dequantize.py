@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from peftkit.archs.held import HeldFormat, way_out
 from peftkit.errors import Problem, UserError, first_line
 from peftkit.hub import cache_folder, hub_is_reachable
 from peftkit.model.base.file_checks import check_model_folder
-from peftkit.model.base.identity import weights_fingerprint
+from peftkit.model.base.identity import weight_files, weights_fingerprint
 from peftkit.model.base.locate import LocatedBase
 from peftkit.rundir import publish_folder, require_free_space, verify_folder
+from peftkit.rundir.disk import explain_disk_errors
 
 _CONVERSION_VERSION = 1  # raise when what is written changes, so that older conversions are not reused
+_MAX_NAME = 64  # characters
 _BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")  # tokenizer, template, generation
 
 
@@ -42,7 +46,7 @@ def dequantize_base(base: LocatedBase, held: HeldFormat, where: str) -> Path:
     digest = weights_fingerprint(path)
     if digest is None:
         raise UserError(Problem(where, f"{base.id} without all of its weight files", "*.safetensors", "download it"))
-    folder = cache_folder() / "bases" / f"{Path(base.id).name}-{digest[:16]}-bf16-v{_CONVERSION_VERSION}"
+    folder = cache_folder() / "bases" / f"{Path(base.id).name[:_MAX_NAME]}-{digest[:16]}-bf16-v{_CONVERSION_VERSION}"
     faults = verify_folder(folder, hashes=False)
     if not faults:
         return folder
@@ -50,7 +54,7 @@ def dequantize_base(base: LocatedBase, held: HeldFormat, where: str) -> Path:
         fix = "remove this folder; the checkpoint is then dequantized again"
         raise UserError(Problem(str(folder), "; ".join(faults), "a complete conversion", fix))
     try:
-        with publish_folder(folder, source=base.id, source_sha256=digest) as staging:
+        with explain_disk_errors(folder), publish_folder(folder, source=base.id, source_sha256=digest) as staging:
             _convert_folder(path, staging, held, where)
             interrupt.stop_if_requested("interrupted while dequantizing the base; nothing is left of it")
     except OSError:
@@ -79,13 +83,22 @@ def _convert_folder(path: Path, folder: Path, held: HeldFormat, where: str) -> N
 
     config_of = {"fp8": transformers.FineGrainedFP8Config, "mxfp4": transformers.Mxfp4Config}
     quantization = config_of[held.undone_by](dequantize=True) if held.undone_by in config_of else None
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    fix = way_out(path.name, replace(held, undone_by=""))
+    if "auto_map" in config and config.get("model_type") not in transformers.CONFIG_MAPPING:
+        got = f"{path.name}, held as {held.name}, with code of its own"
+        raise UserError(Problem(where, got, "a model that transformers has", fix))
+    _refuse_missing_scales(path, held, where, fix)
+    own_class: Any = getattr(transformers, str(next(iter(config.get("architectures") or ()), "")), None)
+    model_class = own_class if hasattr(own_class, "from_pretrained") else transformers.AutoModelForCausalLM
     try:
         with without_progress_bar():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model, told = model_class.from_pretrained(
                 path,
                 dtype=torch.bfloat16,
                 device_map={"": "cpu"},
                 use_safetensors=True,
+                output_loading_info=True,
                 **({"quantization_config": quantization} if quantization is not None else {}),
             )
             if quantization is None:
@@ -95,22 +108,42 @@ def _convert_folder(path: Path, folder: Path, held: HeldFormat, where: str) -> N
         raise UserError(Problem(where, got, "an installed bitsandbytes", "pip install 'peftkit[qlora]'")) from None
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
         got = f"{path.name}, held as {held.name}, which transformers cannot read ({first_line(error)})"
-        raise UserError(Problem(where, got, "a checkpoint that it can dequantize", way_out(path.name, held))) from error
+        raise UserError(Problem(where, got, "a checkpoint that it can dequantize", fix)) from error
+    if lacking := sorted({*told["missing_keys"], *(str(key[0]) for key in told["mismatched_keys"])}):
+        got = f"{path.name} without {len(lacking)} tensors (for example {lacking[0]})"
+        raise UserError(Problem(where, got, "all of the model's weights", "download it again"))
     interrupt.stop_if_requested("interrupted while dequantizing the base; nothing is left of it")
-    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    fix = "free disk space, or set PEFTKIT_CACHE to a folder on another disk"
-    require_free_space(folder, num_bytes, what="the dequantized base", fix=fix)
-    config = type(model.config).from_dict(plain_config(model.config.to_dict()))
+    space = "free disk space, or set PEFTKIT_CACHE to a folder on another disk"
+    require_free_space(folder, num_bytes, what="the dequantized base", fix=space)
     with torch.device("meta"):
-        plain = type(model)(config)
+        plain = type(model)(type(model.config).from_dict(plain_config(model.config.to_dict())))
     plain.load_state_dict(state, assign=True)
     plain.tie_weights()
-    for file in (file for pattern in _BESIDE_WEIGHTS for file in path.glob(pattern)):
-        if file.name != "config.json" and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder / file.name)
     with without_progress_bar():
         plain.save_pretrained(folder)
+    for file in (file for pattern in _BESIDE_WEIGHTS for file in path.glob(pattern)):
+        if file.name != "config.json" and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)  # generation_config.json too, as its author wrote it
+
+
+def _refuse_missing_scales(path: Path, held: HeldFormat, where: str, fix: str) -> None:
+    """Raise UserError for quantized tensors without their scales: transformers would take the codes for weights."""
+    from safetensors import safe_open
+
+    names, coded = set[str](), set[str]()
+    for file in weight_files(path):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                names.add(name)
+                if tensors.get_slice(name).get_dtype().startswith("F8"):
+                    coded.add(name)
+    scales = {name: {f"{name}_scale_inv", f"{name}_scale"} for name in coded if name.endswith("weight")}
+    scales |= {name: {f"{name.removesuffix('_blocks')}_scales"} for name in names if name.endswith("_blocks")}
+    if lacking := sorted(name for name, either in scales.items() if not either & names):
+        got = f"{path.name}, held as {held.name}, with {lacking[0]} and no scale of it"
+        raise UserError(Problem(where, got, "a scale for each quantized tensor", f"download it again, or {fix}"))
 
 
 @contextmanager

@@ -31,13 +31,13 @@ def export(path: Path, options: ExportOptions, observer: Observer) -> Exported:
     if options.engine not in {None, *ENGINES}:
         raise UserError(Problem("--for", str(options.engine), ", ".join(ENGINES)))
     out = resolve_new_folder(str(options.out))
-    adapter = find_adapter(path, base=options.base_model) if options.engine else None
+    adapter = find_adapter(path, base=options.base_model, need_weights=False) if options.engine else None
     folder = adapter.folder if adapter is not None else find_adapter_folder(path)
     notes: tuple[str, ...] = ()
     if adapter is None:
         refuse_foreign_names(folder)
         try:
-            whole = find_adapter(path, base=options.base_model)
+            whole = find_adapter(path, base=options.base_model, need_weights=False)
         except BaseNotFoundError as error:
             if options.base_model:
                 raise

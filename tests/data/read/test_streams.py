@@ -94,7 +94,7 @@ def test_wide_text_is_named(tmp_path, encoding):
     with open_decompressed(found) as stream:
         fault = check_encoding(found, stream)
     assert fault.kind == "encoding"
-    assert f"{{path: a.jsonl, encoding: {encoding[:6]}}}" in fault.problem.fix
+    assert f"{{path: {found.name}, encoding: {encoding[:6]}}}" in fault.problem.fix
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\n\0", exclude_categories=["Cs"]), max_size=20)))
