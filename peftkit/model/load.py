@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from safetensors import SafetensorError
+
 from peftkit.archs import Task
 from peftkit.archs.held import held_format
 from peftkit.errors import Problem, UserError, first_line
@@ -152,7 +154,6 @@ def load_model(
     """
     import torch
     import transformers
-    from safetensors import SafetensorError
 
     _check_files(source, plan)
     auto_class = getattr(transformers, AUTO_CLASSES[cast(Task, plan.task)])

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from safetensors import SafetensorError, safe_open
+
 from peftkit.errors import Problem, UserError
 from peftkit.model.adapter.names import fitting_renames, rename_fix
 from peftkit.model.base.file_checks import check_adapter_weights, check_model_folder
@@ -196,7 +198,6 @@ def _first_lines(error: Exception) -> str:
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Read name -> shape of all tensors in the file. Raises UserError for a file that is not safetensors."""
-    from safetensors import SafetensorError, safe_open
 
     file = folder / ADAPTER_WEIGHTS
     try:
@@ -211,7 +212,6 @@ def _compare_with_file(peft_model: object, folder: Path, shapes: dict[str, tuple
     """Yield a problem for missing, unexpected, non-finite, and wrongly loaded tensors."""
     import torch
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
 
     file = str(folder / ADAPTER_WEIGHTS)
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from peftkit.errors import Problem, UserError
 from peftkit.model.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_mlx_config, read_adapter_config
 from peftkit.model.base.convert import Converted
@@ -78,7 +80,6 @@ def convert_mlx_adapter(folder: Path, *, out: str | Path) -> Converted:
 
 def _factors_by_module(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Read the factors of each module. Raises UserError for anything but whole factors of linear layers."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     file = folder / _WEIGHTS

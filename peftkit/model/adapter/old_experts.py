@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
+
 from peftkit.errors import Problem, UserError
 from peftkit.hub import cache_folder
 from peftkit.model.adapter.edits import lora_rank_and_scale
@@ -31,7 +33,6 @@ _FUSED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj":
 
 def has_single_experts(folder: Path) -> bool:
     """Return whether an adapter's file has LoRA factors of single experts."""
-    from safetensors import safe_open
 
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
         return any(_OLD_NAME.match(name) for name in tensors.keys())  # noqa: SIM118
@@ -44,7 +45,6 @@ def with_fused_experts(folder: Path, model: PreTrainedModel) -> Path:
     """
     import peft
     import torch
-    from peft import get_peft_model_state_dict
     from safetensors.torch import load_file, save_file
 
     described = read_adapter_config(folder)
@@ -60,7 +60,9 @@ def with_fused_experts(folder: Path, model: PreTrainedModel) -> Path:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             peft_model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-        expected = {k: v.shape for k, v in get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()}
+        expected = {
+            k: v.shape for k, v in peft.get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()
+        }
         fused = {name: tensor.contiguous() for name, tensor in _fused_tensors(peft_model, old, described)}
     except (ValueError, KeyError, RuntimeError) as error:
         got = f"LoRA of single experts that PEFT cannot fuse ({error})"

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from peftkit import interrupt
 from peftkit.archs.held import HeldFormat, way_out
 from peftkit.errors import Problem, UserError, first_line
@@ -130,7 +132,6 @@ def _convert_folder(path: Path, folder: Path, held: HeldFormat, where: str) -> N
 
 def _refuse_missing_scales(path: Path, held: HeldFormat, where: str, fix: str) -> None:
     """Raise UserError for quantized tensors without their scales: transformers would take the codes for weights."""
-    from safetensors import safe_open
 
     names, coded = set[str](), set[str]()
     for file in weight_files(path):
