@@ -15,12 +15,12 @@ from safetensors import safe_open
 from peftkit import interrupt
 from peftkit.archs.held import HeldFormat, way_out
 from peftkit.errors import Problem, UserError, first_line
-from peftkit.hub import cache_folder, hub_is_reachable
+from peftkit.hub import hub_is_reachable
+from peftkit.model.base.converted import converted_once
 from peftkit.model.base.file_checks import check_model_folder
 from peftkit.model.base.identity import weight_files, weights_fingerprint
 from peftkit.model.base.locate import LocatedBase
-from peftkit.rundir import publish_folder, require_free_space, verify_folder
-from peftkit.rundir.disk import explain_disk_errors
+from peftkit.rundir import require_free_space
 
 _CONVERSION_VERSION = 1  # raise when what is written changes, so that older conversions are not reused
 _MAX_NAME = 64  # characters
@@ -48,22 +48,10 @@ def dequantize_base(base: LocatedBase, held: HeldFormat, where: str) -> Path:
     digest = weights_fingerprint(path)
     if digest is None:
         raise UserError(Problem(where, f"{base.id} without all of its weight files", "*.safetensors", "download it"))
-    folder = cache_folder() / "bases" / f"{Path(base.id).name[:_MAX_NAME]}-{digest[:16]}-bf16-v{_CONVERSION_VERSION}"
-    faults = verify_folder(folder, hashes=False)
-    if not faults:
-        return folder
-    if folder.exists():
-        fix = "remove this folder; the checkpoint is then dequantized again"
-        raise UserError(Problem(str(folder), "; ".join(faults), "a complete conversion", fix))
-    try:
-        with explain_disk_errors(folder), publish_folder(folder, source=base.id, source_sha256=digest) as staging:
-            _convert_folder(path, staging, held, where)
-            interrupt.stop_if_requested("interrupted while dequantizing the base; nothing is left of it")
-    except OSError:
-        if verify_folder(folder, hashes=False):
-            raise
-        # another process was faster: its conversion of the same bytes is as good
-    return folder
+    name = f"{Path(base.id).name[:_MAX_NAME]}-{digest[:16]}-bf16-v{_CONVERSION_VERSION}"
+    return converted_once(
+        name, lambda folder: _convert_folder(path, folder, held, where), source=base.id, source_sha256=digest
+    )
 
 
 def _download(base: LocatedBase) -> Path:

@@ -7,9 +7,9 @@ from typing import Any
 
 from peftkit import interrupt
 from peftkit.errors import Problem, UserError
-from peftkit.hub import cache_folder
+from peftkit.model.base.converted import converted_once
 from peftkit.model.base.locate import LocatedBase, check_embedded_sha256
-from peftkit.rundir import publish_folder, require_free_space, sha256_of, verify_folder, write_json
+from peftkit.rundir import require_free_space, sha256_of, write_json
 
 _CONVERSION_VERSION = 2  # raise when what is written changes, so that older conversions are not reused
 
@@ -24,27 +24,10 @@ def convert_gguf_base(base: LocatedBase, where: str) -> Path:
     digest = sha256_of(base.path)
     if base.kind == "embedded":
         check_embedded_sha256(base, where)
-    folder = cache_folder() / "bases" / f"{base.path.stem}-{digest[:16]}-v{_CONVERSION_VERSION}"
-    if not verify_folder(folder, hashes=False):
-        return folder
-    if folder.exists():
-        raise UserError(
-            Problem(
-                str(folder),
-                "; ".join(verify_folder(folder, hashes=False)),
-                "a complete conversion",
-                "remove this folder; the GGUF file is then converted again",
-            )
-        )
-    try:
-        with publish_folder(folder, source=str(base.path), source_sha256=digest) as staging:
-            _convert_file(base.path, staging, where)
-            interrupt.stop_if_requested("interrupted while converting the base; nothing is left of it")
-    except OSError:
-        if verify_folder(folder, hashes=False):
-            raise
-        # another process was faster: its conversion of the same bytes is as good
-    return folder
+    path, name = base.path, f"{base.path.stem}-{digest[:16]}-v{_CONVERSION_VERSION}"
+    return converted_once(
+        name, lambda folder: _convert_file(path, folder, where), source=str(path), source_sha256=digest
+    )
 
 
 _TOKENIZER_PROBE = "It's 12345 things:\n\n  def f(x):\treturn x  # naïve 你好 🎉 DON'T\r\n"

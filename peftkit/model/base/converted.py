@@ -1,0 +1,37 @@
+"""Bases in other forms (GGUF, quantized), converted once to a folder in the cache that is complete or absent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from peftkit import interrupt
+from peftkit.errors import Problem, UserError
+from peftkit.hub import cache_folder
+from peftkit.rundir import publish_folder, verify_folder
+from peftkit.rundir.disk import explain_disk_errors
+
+
+def converted_once(name: str, write: Callable[[Path], None], *, source: str, source_sha256: str) -> Path:
+    """Return the cached folder of a converted base; `write` fills it where it is not there yet.
+
+    `name` tells the source and the version of the conversion apart. Raises UserError where the folder is damaged, or
+    cannot be written.
+    """
+    folder = cache_folder() / "bases" / name
+    faults = verify_folder(folder, hashes=False)
+    if not faults:
+        return folder
+    if folder.exists():
+        fix = "remove this folder; the base is then converted again"
+        raise UserError(Problem(str(folder), "; ".join(faults), "a complete conversion", fix))
+    with explain_disk_errors(folder):
+        try:
+            with publish_folder(folder, source=source, source_sha256=source_sha256) as staging:
+                write(staging)
+                interrupt.stop_if_requested("interrupted while converting the base; nothing is left of it")
+        except OSError:
+            if verify_folder(folder, hashes=False):
+                raise
+            # another process was faster: its conversion of the same bytes is as good
+    return folder
