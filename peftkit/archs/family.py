@@ -214,6 +214,7 @@ class ModelShape:
     num_cached_layers: int
     activation: str
     source: str
+    unread_keys: tuple[str, ...] = ()  # of config.json, that look like sizes: the family's table knows none of them
 
     @property
     def num_parameters(self) -> int:

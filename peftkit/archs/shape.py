@@ -142,6 +142,7 @@ def shape_of(family: Family, config: Config, *, task: str = "auto", source: str 
         num_cached_layers=num_cached,
         activation=str(sizes.key(key) or default) if key else default,
         source=source,
+        unread_keys=sizes.unread(),
     )
 
 

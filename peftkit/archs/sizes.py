@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Union
 
@@ -30,6 +31,41 @@ _COMMON: dict[str, Expression] = {
     "q": "heads*head_dim",
     "kv": "kv_heads*head_dim",
 }
+_LIKE_A_SIZE = re.compile(r"(^|_)(size|dim|rank|heads|layers|experts|groups|intermediate|width)(_|$)|^(n|num|d)_")
+# Like sizes by name, and of no tensor's shape where a family does not read them: how attention is cut up, other names
+# of what is read, and settings of generation that old files hold.
+_NO_SHAPE = frozenset(
+    [
+        "max_window_layers",
+        "chunk_size",
+        "mamba_chunk_size",
+        "attention_chunk_size",
+        "global_attn_every_n_layers",
+        "n_positions",
+        "n_ctx",
+        "n_group",
+        "num_key_value_heads",
+        "num_kv_heads",
+        "num_query_groups",
+        "num_hidden_layers",
+        "head_dim",
+        "qk_head_dim",
+        "attention_head_dim",
+        "encoder_attention_heads",
+        "experts_per_token",
+        "intermediate_size_mlp",
+        "attention_hidden_size",
+        "time_step_rank",
+        "num_labels",
+        "num_beams",
+        "num_beam_groups",
+        "num_return_sequences",
+        "num_logits_to_keep",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "num_nextn_predict_layers",
+    ]
+)
 _MAX_SIZE = 2**31  # more than any size of any model: beyond it, a config.json is broken
 
 
@@ -46,6 +82,7 @@ class Sizes:
         self._expressions: dict[str, Expression] = {**_COMMON, **family_sizes}
         self._defaults = defaults
         self._values: dict[str, int] = {}
+        self._read: set[str] = set()
         self._resolving: list[str] = []
 
     def __getitem__(self, expression: str) -> int:
@@ -55,8 +92,17 @@ class Sizes:
 
     def key(self, name: str) -> Any:
         """Return a key of config.json, or the family's default for it; None if there is neither."""
+        self._read.add(name)
         value = self._config.get(name)
         return self._defaults.get(name) if value is None else value
+
+    def unread(self) -> tuple[str, ...]:
+        """Return the keys of config.json that look like sizes, and that nothing has read yet."""
+        return tuple(
+            name
+            for name, value in self._config.items()
+            if isinstance(value, int) and value > 1 and name not in self._read | _NO_SHAPE and _LIKE_A_SIZE.search(name)
+        )
 
     def flag(self, name: str) -> bool:
         """Return a Boolean of config.json; False if absent. Raises ValueError for other values."""

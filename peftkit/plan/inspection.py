@@ -12,7 +12,7 @@ from peftkit.archs.held import HeldFormat, way_out
 from peftkit.methods import METHODS
 from peftkit.plan.method import default_selection, nearest_method, refusal_reason, share_in_4bit
 from peftkit.plan.throughput import describe_missing_kernels, missing_kernels
-from peftkit.units import html_table, show_bytes, show_count, show_percent
+from peftkit.units import html_table, join_names, show_bytes, show_count, show_percent
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal pretraining
 _CACHE_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
@@ -147,6 +147,15 @@ def _method_support(name: str, shape: ModelShape) -> MethodSupport:
     return MethodSupport(name, True, sum(method.count(options, shape, selection).values()), note)
 
 
+def unread_keys_note(shape: ModelShape) -> list[str]:
+    """Return a note on keys of config.json that the family's table does not read, where there are some."""
+    if not shape.unread_keys:
+        return []
+    names = join_names(shape.unread_keys, max_names=5)
+    text = f"config.json has {names}, which peftkit's table of {shape.family.name} does not read: sizes may be wrong; "
+    return [f"{text}peftkit plan --trace compares them with the model that transformers builds"]
+
+
 def make_inspection(
     model_id: str, shape: ModelShape, *, data_tokens: int | None = None, held: HeldFormat | None = None
 ) -> Inspection:
@@ -163,6 +172,7 @@ def make_inspection(
     if shape.num_windowed:
         window = f"{shape.num_windowed} of {shape.num_cached_layers} layers keep {shape.window:,} tokens"
     notes = [f"it is not trained as it is held: {way_out(model_id, held)}"] if held is not None else []
+    notes += unread_keys_note(shape)
     # a multiplication and an addition per parameter and token, twice that backward (Kaplan et al. 2020)
     growth = "linear in the length"
     if shape.family.has_attention:

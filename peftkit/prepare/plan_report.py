@@ -16,6 +16,7 @@ from peftkit.plan import DeviceFacts, Facts, Memory, Plan, make_plan
 from peftkit.plan.changes import Change, nearest_changes
 from peftkit.plan.devices import parse_device
 from peftkit.plan.fit import Fit, check_fit
+from peftkit.plan.inspection import unread_keys_note
 from peftkit.plan.throughput import RunCost, estimate_cost, flops_per_token, speed_key
 from peftkit.prepare.calibration import add_run, read_calibration
 from peftkit.prepare.facts import find_base, light_config, light_facts
@@ -188,7 +189,7 @@ def plan_report(loaded: LoadedRecipe, *, gpu: str = "this", trace: bool = False,
     plan = make_plan(loaded, facts)
     require_tokens_of_folder(loaded, plan)
     config = light_config(loaded)
-    notes: list[str] = []
+    notes: list[str] = [] if trace else unread_keys_note(facts.model.shape)
     if trace:
         if examples is not None:
             facts, note = _count_tokens(loaded, facts, plan, examples)

@@ -423,3 +423,16 @@ def test_an_adapter_of_mlx_that_is_none_is_refused(fault, tmp_path):
     with pytest.raises(UserError):
         peftkit.convert_weights(tmp_path, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_whose_tokenizer_knows_more_tokens_than_it_has_is_merged(tmp_path):
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(tiny_config("llama", vocab_size=64))
+    base.save_pretrained(tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY_LLAMA / name, tmp_path / "base" / name)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    assert peftkit.merge_adapter(tmp_path / "adapter", out=tmp_path / "merged").passed

@@ -7,8 +7,11 @@ import torch
 import transformers
 
 import peftkit
+from peftkit.archs import KNOWN, shape_from_config
 from peftkit.archs.held import held_format, way_out
+from peftkit.cli import main
 from peftkit.errors import UserError
+from tests.rigs.tiny import TINY, tiny_config
 
 HELD = {
     "AWQ": ({"quant_method": "awq", "bits": 4, "group_size": 128}, "AWQ 4-bit", 4),
@@ -184,3 +187,20 @@ def test_an_unknown_encoder_decoder_is_one(tmp_path):
     side = {**SMALL, "model_type": "t5_gemma_module", "sliding_window": 16}
     config = {"model_type": "t5gemma", "is_encoder_decoder": True, "encoder": side, "decoder": side, "vocab_size": 96}
     assert peftkit.inspect_model(folder_of(tmp_path, config)).task == "seq2seq"
+
+
+def test_a_key_that_looks_like_a_size_and_that_no_table_reads_is_told(tmp_path, capsys):
+    folder = folder_of(tmp_path, {**LLAMA, "hyper_latent_size": 16})
+    [note] = [note for note in peftkit.inspect_model(folder).mind if "hyper_latent_size" in note]
+    assert "peftkit plan --trace compares" in note
+    assert main(["plan", str(folder), "--length", "64", "--gpu", "8GiB"]) == 0
+    assert "hyper_latent_size" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_keys_of_known_models_are_read_or_of_no_shape():
+    found = {}
+    for name, config in [*KNOWN.items(), *((t, json.loads(tiny_config(t).to_json_string())) for t in TINY)]:
+        shape = shape_from_config(config)
+        if shape is not None and shape.unread_keys:
+            found[name] = shape.unread_keys
+    assert found == {}

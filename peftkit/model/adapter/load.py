@@ -94,7 +94,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     check_model_folder(folder)
     check_adapter_weights(folder)
-    shapes = _read_shapes(folder)
+    shapes = read_shapes(folder)
     # PEFT would allocate sizes from the configuration beyond those in the file
     config = read_adapter_config(folder)
     largest = max((max(shape, default=1) for shape in shapes.values()), default=0)
@@ -164,7 +164,7 @@ def load_adapter_tensors(model: PreTrainedModel, folder: Path) -> None:
 
     check_model_folder(folder)
     check_adapter_weights(folder)
-    shapes = _read_shapes(folder)
+    shapes = read_shapes(folder)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     mismatched = sorted(shapes.keys() ^ expected.keys()) or [
         name for name, tensor in expected.items() if tuple(tensor.shape) != shapes[name]
@@ -196,7 +196,7 @@ def _first_lines(error: Exception) -> str:
     return " ".join(lines[:2])[:300] or "no reason given"
 
 
-def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Read name -> shape of all tensors in the file. Raises UserError for a file that is not safetensors."""
 
     file = folder / ADAPTER_WEIGHTS

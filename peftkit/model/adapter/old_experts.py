@@ -13,12 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-
 from peftkit.errors import Problem, UserError
 from peftkit.hub import cache_folder
 from peftkit.model.adapter.edits import lora_rank_and_scale
-from peftkit.model.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from peftkit.model.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config, read_shapes
 from peftkit.model.base.identity import IDENTITY_FILE
 from peftkit.rundir import publish_folder, sha256_of, verify_folder, write_json
 
@@ -32,10 +30,9 @@ _FUSED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj":
 
 
 def has_single_experts(folder: Path) -> bool:
-    """Return whether an adapter's file has LoRA factors of single experts."""
+    """Return whether an adapter's file has LoRA factors of single experts. Raises UserError for a damaged file."""
 
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
-        return any(_OLD_NAME.match(name) for name in tensors.keys())  # noqa: SIM118
+    return any(_OLD_NAME.match(name) for name in read_shapes(folder))
 
 
 def with_fused_experts(folder: Path, model: PreTrainedModel) -> Path:

@@ -87,6 +87,8 @@ def compute_outputs(
     model: PreTrainedModel, rows: Sequence[Tokenized], *, pad_id: int, task: str, loss_rows: Sequence[Tokenized] = ()
 ) -> ModelOutputs:
     """Compute logits on the first tokens of the first `rows`, and the loss on all of `loss_rows`."""
+    num_ids = model.get_input_embeddings().weight.shape[0]  # a tokenizer may know more tokens than its base has
+    rows = [row for row in rows if max(row.input_ids) < num_ids] or [Tokenized([0, 0], [0, 0], "a token")]
     short_rows = [
         Tokenized(
             row.input_ids[:_MAX_TEXT_TOKENS],
