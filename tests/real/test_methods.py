@@ -143,7 +143,7 @@ def test_neftune_is_noise_on_the_embeddings_of_training_alone(tmp_path):
         peftkit.make_plan(recipe, {"train.neftune": 5})
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_label_smoothing_is_the_papers_and_of_training_alone(precision, tmp_path):
     recipe = recipe_of_lengths(tmp_path, range(5, 13), batch_size=8)
     recipe["data"]["eval"] = recipe["data"]["train"]
