@@ -197,6 +197,9 @@ def test_tied_tables_a_trained_head_and_the_files_beside_the_weights_are_kept(tm
     source = Path(resolve_source(locate_base(str(folder), revision=None, where="base"), "base"))
     assert json.loads((source / "generation_config.json").read_text())["eos_token_id"] == [2, 5, 7]
     assert "lm_head.weight" not in load_file(source / "model.safetensors")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3]}')
+    source = Path(resolve_source(locate_base(str(folder), revision=None, where="base"), "base"))
+    assert json.loads((source / "generation_config.json").read_text())["eos_token_id"] == [3], "no stale copy"
 
     head = tmp_path / "head"
     classifier = LlamaForSequenceClassification(tiny_config("llama", num_labels=3)).to(torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from peftkit.model.base.converted import converted_once
 from peftkit.model.base.file_checks import check_model_folder
 from peftkit.model.base.identity import weight_files, weights_fingerprint
 from peftkit.model.base.locate import LocatedBase
-from peftkit.rundir import require_free_space
+from peftkit.rundir import require_free_space, sha256_of
 
 _CONVERSION_VERSION = 1  # raise when what is written changes, so that older conversions are not reused
 _MAX_NAME = 64  # characters
@@ -37,8 +38,8 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def dequantize_base(base: LocatedBase, held: HeldFormat, where: str) -> Path:
     """Return the cached bfloat16 folder of a quantized checkpoint, converting it first if needed.
 
-    Keyed by the weights' fingerprint. Raises UserError for a format that transformers cannot undo, and where it
-    cannot read the files.
+    Keyed by the weights' fingerprint and all files beside them. Raises UserError for a format that transformers
+    cannot undo, and where it cannot read the files.
     """
     if not held.undone_by:
         got = f"{base.id}, whose weights are held as {held.name}"
@@ -48,7 +49,8 @@ def dequantize_base(base: LocatedBase, held: HeldFormat, where: str) -> Path:
     digest = weights_fingerprint(path)
     if digest is None:
         raise UserError(Problem(where, f"{base.id} without all of its weight files", "*.safetensors", "download it"))
-    name = f"{Path(base.id).name[:_MAX_NAME]}-{digest[:16]}-bf16-v{_CONVERSION_VERSION}"
+    key = hashlib.sha256("".join([digest, *map(sha256_of, _files_beside_weights(path))]).encode()).hexdigest()
+    name = f"{Path(base.id).name[:_MAX_NAME]}-{key[:16]}-bf16-v{_CONVERSION_VERSION}"
     return converted_once(
         name, lambda folder: _convert_folder(path, folder, held, where), source=base.id, source_sha256=digest
     )
@@ -59,7 +61,19 @@ def _download(base: LocatedBase) -> Path:
 
     patterns = ["*.safetensors", *_BESIDE_WEIGHTS]
     offline = not hub_is_reachable()
-    return Path(snapshot_download(base.id, revision=base.revision, allow_patterns=patterns, local_files_only=offline))
+    folder = snapshot_download(
+        base.id,
+        revision=base.revision,
+        allow_patterns=patterns,
+        ignore_patterns=["*/*"],  # such as original/, the same weights in another form
+        local_files_only=offline,
+    )
+    return Path(folder)
+
+
+def _files_beside_weights(path: Path) -> list[Path]:
+    """Return configuration, tokenizer, template and generation settings, in order."""
+    return sorted({file for pattern in _BESIDE_WEIGHTS for file in path.glob(pattern) if file.is_file()})
 
 
 def _convert_folder(path: Path, folder: Path, held: HeldFormat, where: str) -> None:
@@ -113,7 +127,7 @@ def _convert_folder(path: Path, folder: Path, held: HeldFormat, where: str) -> N
     plain.tie_weights()
     with without_progress_bar():
         plain.save_pretrained(folder)
-    for file in (file for pattern in _BESIDE_WEIGHTS for file in path.glob(pattern)):
+    for file in _files_beside_weights(path):
         if file.name != "config.json" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)  # generation_config.json too, as its author wrote it
 
