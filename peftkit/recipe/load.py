@@ -223,7 +223,7 @@ def _drop_overruled(data: dict[str, Any], sources: dict[Key, ValueSource]) -> No
     warmup_steps = ("train", "schedule", "warmup_steps")
     pairs = [(epochs, ("train", "max_steps")), (warmup, warmup_steps), (warmup_steps, warmup)]
     if isinstance(schedule, dict):
-        other_kinds = (key for key, takers in SCHEDULE_KEYS.items() if schedule.get("kind") not in takers)
+        other_kinds = (key for key, takers in SCHEDULE_KEYS.items() if str(schedule.get("kind")) not in takers)
         pairs += [(("train", "schedule", key), kind) for key in other_kinds]
     for old, new in pairs:
         section = train if len(old) == 2 else schedule

@@ -260,3 +260,11 @@ def test_thousands_of_keys_are_merged_at_once(tmp_path):
     assert loaded.recipe.data.columns == {**columns, "key9": "b"}
     assert loaded.where(("data", "columns", "key9")).startswith(str(tmp_path / "b.yaml"))
     assert loaded.where(("base", "id")).startswith(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize("kind", [{"a": 1}, ["cosine"], 3, None])
+def test_a_kind_of_schedule_that_is_no_word_is_refused_in_words(kind):
+    recipe = {"base": "org/model", "method": "lora", "data": {"train": "x"}, "train": {"schedule": {"kind": kind}}}
+    with pytest.raises(UserError) as caught:
+        load(recipe, ["train.epochs=2"])
+    assert [problem.where for problem in caught.value.problems] == ["recipe train.schedule.kind"]
