@@ -267,4 +267,4 @@ def test_a_kind_of_schedule_that_is_no_word_is_refused_in_words(kind):
     recipe = {"base": "org/model", "method": "lora", "data": {"train": "x"}, "train": {"schedule": {"kind": kind}}}
     with pytest.raises(UserError) as caught:
         load(recipe, ["train.epochs=2"])
-    assert [problem.where for problem in caught.value.problems] == ["recipe train.schedule.kind"]
+    assert [problem.where for problem in caught.value.problems] == ["python train.schedule.kind"]

@@ -49,7 +49,7 @@ _STRICT = {int, float, bool, "choice", type(None)}
 
 def _wrong_type(rng: random.Random, data: dict[str, Any]) -> None:
     slot = _slot(rng, data, lambda s: s.kinds <= _STRICT)
-    wrong: list[Any] = [[1], {"a": 1}, "no such value", "", "2024-01-01", "off", "1e5x"]
+    wrong: list[Any] = [[1], {"a": 1}, "no such value", "", "2024-01-01", "on", "1e5x"]
     if bool not in slot.kinds:
         wrong += [True, False]
     if int not in slot.kinds and float not in slot.kinds:
