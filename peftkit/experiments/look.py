@@ -45,6 +45,7 @@ from peftkit.rundir.events import (
 )
 from peftkit.secrets import REDACTED
 from peftkit.train.checkpoint.restore import load_trained
+from peftkit.train.training import compute_row_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,6 +151,11 @@ def start_experiment(context: RunContext, model: PreTrainedModel, checkpoint: Pa
         start = ForkStart({n: t.detach().clone() for n, t in trainable_tensors(model).items()}, {})
     events, held_out = context.run.events(), context.prepared.eval
     evaluations, train_loss = read_evaluations(events, held_out, step, task=context.plan.base.task)
+    if (
+        context.plan.train.label_smoothing
+    ):  # steps report the smoothed loss, whose floor would hide what is known by heart
+        rows = context.prepared.train[: len(held_out)]
+        train_loss = compute_row_losses(model, rows, context.plan, pad_id=context.tokenizer.pad_token_id).mean
     share_clipped = clipped_share(events, context.plan.train.max_grad_norm)
     num_divergences = len(of_type(events, RollbackEvent))
     num_divergences += sum(spike.skipped for spike in of_type(events, SpikeEvent))

@@ -16,10 +16,11 @@ from peftkit.archs import Task
 from peftkit.archs.held import held_format
 from peftkit.errors import Problem, UserError, first_line
 from peftkit.hub import hub_is_offline, hub_is_reachable
-from peftkit.model.base.dequantize import dequantize_base, without_progress_bar
+from peftkit.model.base.dequantize import dequantize_base
 from peftkit.model.base.file_checks import check_file_size, check_model_folder
 from peftkit.model.base.gguf import convert_gguf_base
 from peftkit.model.base.locate import GATED_FIX, LocatedBase, check_embedded_sha256
+from peftkit.model.base.progress_bar import without_progress_bar
 from peftkit.model.base.remote_code import check_remote_code, find_model_file
 from peftkit.model.base.unknown_family import AUTO_CLASSES
 from peftkit.model.quantize import build_quantization_config, finish_4bit_loading, patched_loading

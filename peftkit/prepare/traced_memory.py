@@ -108,8 +108,8 @@ def plan_with_traced_memory(
         outcome = trace_memory(plan, facts.model.shape, config, plan.batch)
         if outcome.memory is None:
             return plan, f"no exact memory prediction, because the trace failed ({outcome.reason})"
-        warning = _size_warning(plan, outcome.memory)
-        plan = replace(plan, memory=outcome.memory, decisions=(*plan.decisions, *warning))
+        warnings = [warning for warning in _size_warning(plan, outcome.memory) if warning not in plan.decisions]
+        plan = replace(plan, memory=outcome.memory, decisions=(*plan.decisions, *warnings))
         fit = check_fit(outcome.memory, facts.device)
         smaller_train = _smaller_train_plan(loaded, plan) if fit.verdict == "does not fit" else None
         if smaller_train is None:

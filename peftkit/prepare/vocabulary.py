@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Problem, UserError
+from peftkit.model.base.file_checks import read_json_file
 from peftkit.plan import Plan
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.paths import path_exists
@@ -39,9 +40,17 @@ def require_tokens_of_folder(loaded: LoadedRecipe, plan: Plan) -> None:
         vocabulary = Tokenizer.from_file(str(file)).get_vocab()
     except Exception:  # noqa: BLE001
         return  # its Rust part raises this class itself; the run says what is wrong with the file
-    beside = [file.parent / name for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")]
-    added = [_texts_of(json.loads(path.read_text(encoding="utf-8"))) for path in beside if path.is_file()]
-    require_tokens(loaded, plan, set(vocabulary).union(*added))
+    names = [name for name in _BESIDE if (file.parent / name).is_file()]
+    added = [_texts_of(read_json_file(file.parent, name)) for name in names]
+    new = set(plan.base.new_tokens)  # for these a text that is perhaps no token counts as none
+    require_tokens(loaded, plan, set(vocabulary).union(set().union(*added) - new))
+
+
+_BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)  # from which transformers adds tokens
 
 
 def _texts_of(value: Any) -> set[str]:

@@ -166,6 +166,19 @@ def test_label_smoothing_is_the_papers_and_of_training_alone(precision, tmp_path
         peftkit.make_plan(recipe, {"train.label_smoothing": 0.1, "train.packing": True})
 
 
+def test_a_smoothed_loss_does_not_hide_what_is_known_by_heart(tmp_path):
+    """The smoothed training loss has a floor above the held-out loss: overfitting would never be named."""
+    recipe = recipe_of_lengths(tmp_path, range(5, 25), batch_size=8)
+    recipe["data"]["eval"] = recipe["data"]["train"]
+    recipe["data"]["waive"] = ["near-leakage", "leakage", "near-duplicates"]
+    recipe["train"] = {"max_steps": 12, "batch_size": 8, "learning_rate": 1e-2, "label_smoothing": 0.5}
+    run = peftkit.finetune(recipe, out=tmp_path / "run")
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    judged = next(event for event in events if event["event"] == "verdict")["numbers"]["train_loss"]
+    assert judged == pytest.approx(run.eval_loss_after, rel=0.05), "the same rows, the plain loss"
+    assert run.loss_last > judged + 1
+
+
 def test_a_smoothed_loss_is_that_of_transformers():
     from transformers.trainer_pt_utils import LabelSmoother
 

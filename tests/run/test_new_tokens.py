@@ -123,3 +123,8 @@ def test_a_dry_run_knows_the_tokens_that_only_the_tokenizers_configuration_has(r
     (base / "tokenizer_config.json").write_text(json.dumps({**config, "extra_special_tokens": ["<|extra|>"]}))
     method = {"name": "lora", "also_train": [{"tokens": ["<|extra|>"]}]}
     assert peftkit.make_plan({**recipe, "base": str(base), "method": method}).method.token_rows == ("<|extra|>",)
+    method = {"name": "lora", "also_train": [{"new_tokens": ["model_max_length"]}]}
+    assert peftkit.make_plan({**recipe, "base": str(base), "method": method}), "a key of the file is no token"
+    (base / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer_config"):
+        peftkit.make_plan({**recipe, "base": str(base), "method": method})

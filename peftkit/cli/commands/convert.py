@@ -1,4 +1,4 @@
-"""Pickled weights into safetensors, and tensors of adapters under PEFT's names."""
+"""Pickled weights into safetensors, and adapters of other trainers into PEFT's form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftkit.units import show_bytes, show_count
 
 COMMAND = Command(
     "convert",
-    "convert pickled weights to safetensors, running none of their code, or rename an adapter's tensors",
+    "convert pickled weights to safetensors, running none of their code, or another trainer's adapter to PEFT's form",
     (
         arg(
             "path",
@@ -26,7 +26,7 @@ COMMAND = Command(
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert pickled weights, or names; print the files written and those left out."""
+    """Convert pickled weights, or an adapter; print the files written and those left out."""
     from peftkit import api
 
     conversion = api.convert_weights(

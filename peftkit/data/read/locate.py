@@ -6,6 +6,7 @@ import glob
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
 
@@ -79,7 +80,9 @@ def local_files(path: str, split: str, where: str) -> list[File]:
             raise UserError(Problem(where, f"{path}, which matches no file", "a glob that matches", fix))
         return [File(Path(name), name) for name in select_data_files(matches, path, where, include_hidden=True)]
     candidate = Path.cwd() / Path(path).name
-    siblings = [sibling.name for sibling in location.parent.iterdir()] if path and location.parent.is_dir() else []
+    siblings: list[str] = []
+    with suppress(OSError):  # a folder that may not be read suggests nothing
+        siblings = [sibling.name for sibling in location.parent.iterdir()] if path and location.parent.is_dir() else []
     fix = "paths in a recipe are relative to the recipe's folder"
     if path_exists(candidate):
         fix = f"there is {candidate}: paths in a recipe are relative to the recipe"

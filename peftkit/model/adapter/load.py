@@ -198,7 +198,6 @@ def _first_lines(error: Exception) -> str:
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Read name -> shape of all tensors in the file. Raises UserError for a file that is not safetensors."""
-
     file = folder / ADAPTER_WEIGHTS
     try:
         with safe_open(file, framework="pt") as tensors:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import Problem, UserError
-from peftkit.hub import cache_folder
 from peftkit.model.adapter.edits import lora_rank_and_scale
 from peftkit.model.adapter.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config, read_shapes
+from peftkit.model.base.converted import converted_once
 from peftkit.model.base.identity import IDENTITY_FILE
-from peftkit.rundir import publish_folder, sha256_of, verify_folder, write_json
+from peftkit.rundir import MANIFEST, sha256_of, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,6 @@ _FUSED = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj":
 
 def has_single_experts(folder: Path) -> bool:
     """Return whether an adapter's file has LoRA factors of single experts. Raises UserError for a damaged file."""
-
     return any(_OLD_NAME.match(name) for name in read_shapes(folder))
 
 
@@ -41,44 +40,44 @@ def with_fused_experts(folder: Path, model: PreTrainedModel) -> Path:
     `model` is on the meta device, and gets wrapped. Raises UserError where the two do not fit together.
     """
     import peft
-    import torch
-    from safetensors.torch import load_file, save_file
 
-    described = read_adapter_config(folder)
     files = [folder / name for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, IDENTITY_FILE) if (folder / name).is_file()]
     shapes = str([(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()])
     key = "".join([*map(sha256_of, files), shapes, peft.__version__, _CONVERSION_VERSION])
-    new = cache_folder() / "adapters" / f"{folder.name[:64]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not verify_folder(new):
-        return new
-    old = load_file(folder / ADAPTER_WEIGHTS)
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    place = f"adapters/{folder.name[:64]}-{digest[:16]}"
+    return converted_once(place, lambda out: _write_fused(folder, model, out), source=folder.name, source_sha256=digest)
+
+
+def _write_fused(folder: Path, model: PreTrainedModel, out: Path) -> None:
+    """Write an adapter of single experts as one of fused experts. Raises UserError where it does not fit."""
+    import peft
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    described, old = read_adapter_config(folder), load_file(folder / ADAPTER_WEIGHTS)
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             peft_model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-        expected = {
-            k: v.shape for k, v in peft.get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()
-        }
+        state = peft.get_peft_model_state_dict(peft_model, save_embedding_layers=False)
         fused = {name: tensor.contiguous() for name, tensor in _fused_tensors(peft_model, old, described)}
     except (ValueError, KeyError, RuntimeError) as error:
         got = f"LoRA of single experts that PEFT cannot fuse ({error})"
         raise UserError(Problem(str(folder), got, "each projection of every expert, at one rank")) from error
     tensors = {name: tensor for name, tensor in old.items() if not _OLD_NAME.match(name)} | fused
-    wrong = [name for name in sorted(tensors.keys() | expected) if name not in tensors or name not in expected]
-    wrong += [name for name in sorted(tensors.keys() & expected) if tensors[name].shape != expected[name]]
+    wrong = sorted(tensors.keys() ^ state.keys())
+    wrong += [name for name in sorted(tensors.keys() & state.keys()) if tensors[name].shape != state[name].shape]
     if wrong:
         raise UserError(Problem(str(folder), f"{wrong[0]}, which has no counterpart", "an adapter of this base"))
-    shutil.rmtree(new, ignore_errors=True)
-    with publish_folder(new, source=folder.name) as staging:
-        for file in folder.iterdir():
-            if file.is_file() and file.name not in {ADAPTER_CONFIG, ADAPTER_WEIGHTS, "manifest.json"}:
-                shutil.copyfile(file, staging / file.name)
-        save_file(tensors, staging / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        peft_model.peft_config["default"].save_pretrained(str(staging))
-        known = read_adapter_config(staging)
-        write_json(staging / ADAPTER_CONFIG, {**described, **known})  # what PEFT ignores is told later
-    return new
+    for file in folder.iterdir():
+        if file.is_file() and file.name not in {ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST}:
+            shutil.copyfile(file, out / file.name)
+    save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    peft_model.peft_config["default"].save_pretrained(str(out))
+    known = read_adapter_config(out)
+    write_json(out / ADAPTER_CONFIG, {**described, **known})  # what PEFT ignores is told later
 
 
 def _fused_tensors(

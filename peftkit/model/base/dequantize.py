@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from peftkit.model.base.converted import converted_once
 from peftkit.model.base.file_checks import check_model_folder
 from peftkit.model.base.identity import weight_files, weights_fingerprint
 from peftkit.model.base.locate import LocatedBase
+from peftkit.model.base.progress_bar import without_progress_bar
 from peftkit.rundir import require_free_space, sha256_of
 
 _CONVERSION_VERSION = 1  # raise when what is written changes, so that older conversions are not reused
@@ -50,9 +50,9 @@ def dequantize_base(base: LocatedBase, held: HeldFormat, where: str) -> Path:
     if digest is None:
         raise UserError(Problem(where, f"{base.id} without all of its weight files", "*.safetensors", "download it"))
     key = hashlib.sha256("".join([digest, *map(sha256_of, _files_beside_weights(path))]).encode()).hexdigest()
-    name = f"{Path(base.id).name[:_MAX_NAME]}-{key[:16]}-bf16-v{_CONVERSION_VERSION}"
+    place = f"bases/{Path(base.id).name[:_MAX_NAME]}-{key[:16]}-bf16-v{_CONVERSION_VERSION}"
     return converted_once(
-        name, lambda folder: _convert_folder(path, folder, held, where), source=base.id, source_sha256=digest
+        place, lambda folder: _convert_folder(path, folder, held, where), source=base.id, source_sha256=digest
     )
 
 
@@ -103,6 +103,7 @@ def _convert_folder(path: Path, folder: Path, held: HeldFormat, where: str) -> N
                 device_map={"": "cpu"},
                 use_safetensors=True,
                 output_loading_info=True,
+                trust_remote_code=False,  # not asked about either
                 **({"quantization_config": quantization} if quantization is not None else {}),
             )
             if quantization is None:
@@ -140,24 +141,11 @@ def _refuse_missing_scales(path: Path, held: HeldFormat, where: str, fix: str) -
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 names.add(name)
-                if tensors.get_slice(name).get_dtype().startswith("F8"):
+                is_scale = name.endswith(("_scale", "_scale_inv", "_scales"))
+                if tensors.get_slice(name).get_dtype().startswith("F8") and not is_scale:
                     coded.add(name)
-    scales = {name: {f"{name}_scale_inv", f"{name}_scale"} for name in coded if name.endswith("weight")}
+    scales = {name: {f"{name}_scale_inv", f"{name}_scale"} for name in coded}
     scales |= {name: {f"{name.removesuffix('_blocks')}_scales"} for name in names if name.endswith("_blocks")}
     if lacking := sorted(name for name, either in scales.items() if not either & names):
         got = f"{path.name}, held as {held.name}, with {lacking[0]} and no scale of it"
         raise UserError(Problem(where, got, "a scale for each quantized tensor", f"download it again, or {fix}"))
-
-
-@contextmanager
-def without_progress_bar() -> Iterator[None]:
-    """Hide transformers' bar over the weights: progress is told by events."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()

@@ -24,9 +24,9 @@ def convert_gguf_base(base: LocatedBase, where: str) -> Path:
     digest = sha256_of(base.path)
     if base.kind == "embedded":
         check_embedded_sha256(base, where)
-    path, name = base.path, f"{base.path.stem}-{digest[:16]}-v{_CONVERSION_VERSION}"
+    path, place = base.path, f"bases/{base.path.stem}-{digest[:16]}-v{_CONVERSION_VERSION}"
     return converted_once(
-        name, lambda folder: _convert_file(path, folder, where), source=str(path), source_sha256=digest
+        place, lambda folder: _convert_file(path, folder, where), source=str(path), source_sha256=digest
     )
 
 
