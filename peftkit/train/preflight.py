@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from peftkit.errors import Problem, UserError
 from peftkit.evaluate.step import LossFunction, backward
-from peftkit.model.adapter.attach import modules_by_storage, trainable_tensors
+from peftkit.model.adapter.attach import checkpointing_arguments, modules_by_storage, trainable_tensors
 from peftkit.model.hardware import allocator_peak
 from peftkit.model.meta.tensors import count_tensor_bytes
 from peftkit.plan import Plan
@@ -116,6 +116,9 @@ def run_preflight(
     frozen_sums = frozen_checksums(model)
     was_training = model.training
     model.train()
+    recomputes = plan.train.gradient_checkpointing != "none"
+    if recomputes:  # as the Trainer does once it trains: without, memory could be lacking here alone
+        model.activation_checkpointing_enable(**checkpointing_arguments(plan))
     initial: dict[str, torch.Tensor] = {}
     try:
         on_cpu = model.device.type == "cpu"  # whose process also holds what glibc keeps of freed memory
@@ -142,6 +145,8 @@ def run_preflight(
                 if name in initial:
                     tensor.copy_(initial[name])
         model.zero_grad(set_to_none=True)
+        if recomputes:
+            model.activation_checkpointing_disable()
         model.train(was_training)
         restore_random_states(*rng_states)
     changed_names = [name for name, value in frozen_checksums(model).items() if value != frozen_sums[name]]

@@ -59,6 +59,16 @@ def test_every_method_trains_and_its_result_loads_in_plain_libraries(case, recip
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
 
 
+@pytest.mark.parametrize("level", [True, "selective"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_preflight_recomputes_as_training_does(level, method, recipe, tmp_path):
+    recipe["method"] = {"name": method}
+    recipe["train"] = {**recipe["train"], "max_steps": 2, "gradient_checkpointing": level}
+    peftkit.finetune(recipe, out=tmp_path / "run")
+    [memory] = [e for e in RunDir(tmp_path / "run").events() if e["event"] == "memory"]
+    assert memory["measured_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.02)
+
+
 def test_run_directory_holds_what_the_design_promises(recipe, tmp_path):
     recipe["evaluate"] = {"metric": "exact_match", "max_new_tokens": 4}
     summary = peftkit.finetune(recipe, out=tmp_path / "run")
