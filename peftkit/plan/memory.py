@@ -23,8 +23,7 @@ _CUBLAS_BYTES = 32 * 2**20  # PyTorch's default cuBLAS workspace on Hopper; 8 Mi
 _BLOCK_8BIT, _SMALL_8BIT, _SMALL_PAGED = 256, 4096, 100_000  # bitsandbytes: state blocks, and what stays fp32
 CONTEXT_BYTES = {"cuda": 520 * 2**20, "cpu": 750 * 2**20, "mps": 750 * 2**20}  # CUDA context; Python and torch
 RESERVE_SHARE = 0.04  # of what is allocated, beside it, by torch's CUDA allocator; the trace replays it
-# of what comes and goes, kept by glibc: up to 0.46, in 4-bit up to 0.81 (benchmarks/process_memory.py)
-RESERVE_SHARE_CPU, RESERVE_SHARE_CPU_4BIT = 0.5, 1.0
+RESERVE_SHARE_CPU = 1.0  # of what comes and goes, kept by glibc: 0.60 and 0.84 were seen (benchmarks/process_memory.py)
 TILE_TOKENS, TILE_VOCAB = 4096, 32768  # of TRL's fused head
 TILE_BYTES = {"forward": 13, "backward": 29, "softcap": 4}  # per element of a tile, where Triton is missing
 # Where a family was not measured, its activations are at most so many times the closed form, and a state
@@ -267,7 +266,7 @@ def closed_form_memory(shape: ModelShape, plan: Plan, batch: Batch, *, fixed_par
     peaks += peaks_between_steps(shape, plan, batch, resident)
     highest = max(peak.allocated_bytes for peak in peaks)
     on_gpu = plan.device == "cuda"
-    reserve = int(highest * RESERVE_SHARE) if on_gpu else malloc_reserve_bytes(plan, peaks)
+    reserve = int(highest * RESERVE_SHARE) if on_gpu else malloc_reserve_bytes(peaks)
     return Memory(
         depth="closed form",
         peaks=tuple(peaks),
@@ -286,14 +285,13 @@ def peaks_between_steps(shape: ModelShape, plan: Plan, batch: Batch, resident: M
     return peaks
 
 
-def malloc_reserve_bytes(plan: Plan, peaks: Sequence[Peak]) -> int:
+def malloc_reserve_bytes(peaks: Sequence[Peak]) -> int:
     """Return the upper bound of freed memory that a CPU process keeps.
 
     glibc returns pages late and in pieces.
     """
     sizes = [peak.allocated_bytes for peak in peaks]
-    share = RESERVE_SHARE_CPU_4BIT if plan.base.quant_type else RESERVE_SHARE_CPU
-    return int(share * (max(sizes) - min(sizes)))
+    return int(RESERVE_SHARE_CPU * (max(sizes) - min(sizes)))
 
 
 def _merge_components(resident: Mapping[str, int], extra: Mapping[str, int]) -> dict[str, int]:

@@ -249,7 +249,7 @@ def memory_from_components(
     constant_bytes = {name: size for name, size in peaks[0].components.items() if name in constant_names}
     peaks += peaks_between_steps(shape, plan, batch, constant_bytes)
     peak_bytes = max(peak.allocated_bytes for peak in peaks)
-    total_bytes = reserved_bytes if plan.device == "cuda" else peak_bytes + malloc_reserve_bytes(plan, peaks)
+    total_bytes = reserved_bytes if plan.device == "cuda" else peak_bytes + malloc_reserve_bytes(peaks)
     return Memory(
         depth="traced",
         peaks=tuple(peaks),
