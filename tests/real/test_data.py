@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -482,3 +483,13 @@ def test_one_class_in_a_list_is_read_and_several_are_refused_with_a_way(name, tm
     several = peftkit.check_data(recipe_with([["a", "b"], ["c"]], columns=columns))
     written = {"".join(p.text for p in sample.pieces if p.kind == "learnt").strip() for sample in several.samples}
     assert written == {"a, b", "c"}
+
+
+def test_the_error_about_a_byte_names_the_encoding_and_that_works(tmp_path):
+    (tmp_path / "rows.csv").write_bytes("text;label\ncafé one;a\nthé two;b\n".encode("windows-1252"))
+    recipe = {"base": str(TINY_LLAMA), "method": "lora", "data": {"train": str(tmp_path / "rows.csv")}}
+    with pytest.raises(UserError) as caught:
+        peftkit.make_plan(recipe)
+    said = re.search(r"\{path: FILE, [^}]*\}", caught.value.problems[0].fix).group()
+    source = yaml.safe_load(said.replace("FILE", str(tmp_path / "rows.csv")))
+    assert peftkit.make_plan({**recipe, "data": {"train": source}}).base.labels == ("a", "b")

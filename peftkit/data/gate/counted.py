@@ -25,7 +25,9 @@ class CountedCheck:
 _NEVER = 2.0
 COUNTED_CHECKS: dict[str, CountedCheck] = {
     "malformed-rows": CountedCheck("every row can be read", "rows that cannot be read", "fix the file"),
-    "encoding": CountedCheck("all text is UTF-8", "rows that are not UTF-8", "convert the file to UTF-8"),
+    "encoding": CountedCheck(
+        "all text is UTF-8", "rows that are not UTF-8", "name the file's encoding, or convert it to UTF-8"
+    ),
     "missing-fields": CountedCheck(
         "every row has its fields", "rows without a field, or with the wrong kind", "fix the rows or map columns"
     ),

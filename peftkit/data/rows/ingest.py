@@ -38,7 +38,7 @@ _FORMAT_ROWS = 100  # among which one has to tell the format
 _TRAIN_KEY, _EVAL_KEY = ("data", "train"), ("data", "eval")
 _FIXES = {
     "malformed-rows": "fix the file",
-    "encoding": "convert the file to UTF-8",
+    "encoding": "name the file's encoding: {path: FILE, encoding: windows-1252} or another; or convert it to UTF-8",
     "missing-fields": "fix the rows, or map other columns",
     "empty-answers": "give an answer, or remove the rows",
     "roles": "end each chat with an assistant turn",
