@@ -8,8 +8,8 @@ from typing import Literal
 
 from peftkit.archs.sizes import Expression, Sizes
 
-Task = Literal["causal-lm", "seq2seq", "classification", "token-classification"]
-TASKS: tuple[Task, ...] = ("causal-lm", "seq2seq", "classification", "token-classification")
+Task = Literal["causal-lm", "seq2seq", "classification", "multi-label", "token-classification"]
+TASKS: tuple[Task, ...] = ("causal-lm", "seq2seq", "classification", "multi-label", "token-classification")
 Positions = Literal["rope", "alibi", "learned", "relative", "none", "unknown"]
 SHARED_WEIGHT = "several layers share one weight: merging would add every adapter to it"
 ROLES_NOT_BY_DEFAULT = ("router", "experts_gate_up", "experts_up", "experts_down")
@@ -120,6 +120,10 @@ class Family:
     fused_attention: bool = True  # transformers can run its attention as one kernel
     inferred: bool = False  # made by looking at a model of no known family
 
+    def task_head(self, task: Task) -> TaskHead | None:
+        """Return the head of a task, None where the family has none. One class or several come of the same."""
+        return self.heads.get("classification" if task == "multi-label" and task not in self.heads else task)
+
     @property
     def linears(self) -> tuple[Linear, ...]:
         """Every different linear layer, in block order."""
@@ -215,6 +219,12 @@ class ModelShape:
     activation: str
     source: str
     unread_keys: tuple[str, ...] = ()  # of config.json, that look like sizes: the family's table knows none of them
+
+    @property
+    def task_head(self) -> TaskHead:
+        head = self.family.task_head(self.task)
+        assert head is not None, "the shape is computed for a task that the family has"
+        return head
 
     @property
     def num_parameters(self) -> int:

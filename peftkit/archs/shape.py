@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from peftkit.archs.families import FAMILIES
-from peftkit.archs.family import BlockPart, Dims, Family, ModelShape, Module, Task, Tensor
+from peftkit.archs.family import TASKS, BlockPart, Dims, Family, ModelShape, Module, Task, Tensor
 from peftkit.archs.sizes import Config, Sizes
 
 _FAMILY_BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
@@ -20,7 +20,7 @@ def task_of(family: Family, task_name: str) -> Task | None:
     """Return the task to train: the named one, for auto the family's first; None without such a head."""
     if task_name == "auto":
         return next(iter(family.heads))
-    return next((task for task in family.heads if task == task_name), None)
+    return next((task for task in TASKS if task == task_name and family.task_head(task) is not None), None)
 
 
 _MAX_LAYERS = 10_000
@@ -72,7 +72,8 @@ def shape_of(family: Family, config: Config, *, task: str = "auto", source: str 
     configuration lacks a size, ValueError if one is absurd or the family has no head for the task.
     """
     resolved_task = task_of(family, task)
-    if resolved_task is None:
+    head = family.task_head(resolved_task) if resolved_task else None
+    if resolved_task is None or head is None:
         raise ValueError(f"{family.name} has no {task} head: it has {', '.join(family.heads)}")
     sizes = Sizes(config, family.sizes, {"num_labels": 2, **family.defaults})
     names = ("hidden", "heads", "kv_heads", "q", "kv", "ffn", "vocab", "head_dim", "positions")
@@ -101,7 +102,7 @@ def shape_of(family: Family, config: Config, *, task: str = "auto", source: str 
             tensors.append(Tensor(family.head, "head", vocab + (sizes["vocab"] if family.head_bias else 0)))
         elif family.head_bias:
             tensors.append(Tensor(family.head, "head", sizes["vocab"]))
-    tensors += [Tensor(w.name, w.role, sizes[w.size]) for w in family.heads[resolved_task].weights]
+    tensors += [Tensor(w.name, w.role, sizes[w.size]) for w in head.weights]
     cache = state = num_cached = 0
     for block, part in _blocks(family, sizes):
         modules += [

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def collate(rows: Sequence[Tokenized], pad_id: int, *, task: str = "causal-lm") -> dict[str, Any]:
     """Return right-padded tensors of shape (rows, longest): input_ids, attention_mask, labels.
 
-    Labels have shape (rows,) for classification, (rows, longest target) for seq2seq. Where any row has
+    Labels have shape (rows,) for classification, (rows, classes) for multi-label, (rows, longest target) for
+    seq2seq. Where any row has
     weights, "weights" has the shape of the labels.
     """
     import torch
@@ -159,7 +160,10 @@ def predict_classes(
     task: str,
     autocast: str | None = None,
 ) -> list[list[int]]:
-    """Return the likeliest classes, one per row or per labelled token, in the order of `rows`."""
+    """Return the likeliest classes in the order of `rows`: one per row or per labelled token.
+
+    Of multi-label, all those more likely than not.
+    """
     predictions: list[list[int]] = [[] for _ in rows]
     for indices, batch, output in evaluation_batches(
         model, rows, pad_id=pad_id, batch_size=batch_size, task=task, autocast=autocast
@@ -168,6 +172,8 @@ def predict_classes(
         for position, row in enumerate(indices):
             if task == "classification":
                 predictions[row] = [int(likeliest[position])]
+            elif task == "multi-label":
+                predictions[row] = [int(value) for value in (output.logits[position] > 0).nonzero()[:, 0]]
             else:
                 in_loss = batch["labels"][position] != IGNORE_INDEX
                 predictions[row] = [int(value) for value in likeliest[position][in_loss]]

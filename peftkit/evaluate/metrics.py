@@ -67,6 +67,21 @@ def macro_f1(answers: Sequence[str], references: Sequence[str]) -> float:
     return sum(_f1(common[c], predicted[c], expected[c]) for c in classes) / len(classes)
 
 
+def multi_label_f1(answers: Tags, references: Tags) -> tuple[float, float]:
+    """Compute (micro, macro) F1 of texts with any number of classes.
+
+    Micro counts all decisions alike; macro is the unweighted mean of each class that occurs.
+    """
+    _check_lengths(answers, references)
+    common = Counter(name for a, r in zip(answers, references, strict=True) for name in set(a) & set(r))
+    predicted, expected = (Counter(name for row in rows for name in row) for rows in (answers, references))
+    classes = predicted.keys() | expected.keys()
+    if not classes:
+        return 1.0, 1.0
+    macro = sum(_f1(common[c], predicted[c], expected[c]) for c in classes) / len(classes)
+    return _f1(common.total(), predicted.total(), expected.total()), macro
+
+
 def entity_spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """Return the entities in BIO tags as (kind, first, last + 1).
 

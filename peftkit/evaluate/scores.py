@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from peftkit.data.chat.template import render_prompt
 from peftkit.data.formats import Example
+from peftkit.data.formats.classes import show_classes
 from peftkit.data.tokens.encode import seq2seq_texts
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.evaluate import metrics
@@ -81,6 +82,12 @@ def compute_metrics(
     )
     names = plan.base.labels
     predicted = [[names[i] for i in row] for row in predictions]
+    if plan.base.task == "multi-label":
+        chosen = [[name for name, flag in zip(names, row.labels, strict=True) if flag == 1] for row in rows]
+        micro_f1, macro_f1 = metrics.multi_label_f1(predicted, chosen)
+        shown, wanted = ([*map(show_classes, classes)] for classes in (predicted, chosen))
+        scores = {"micro_f1": micro_f1, "macro_f1": macro_f1, "exact_match": metrics.exact_match(shown, wanted)}
+        return TaskMetrics(scores, len(rows), _sample_answers(examples, shown, wanted))
     expected = [[names[i] for i in row.labels if i != IGNORE_INDEX] for row in rows]
     flat_answers = [name for row in predicted for name in row]
     flat_references = [name for row in expected for name in row]

@@ -66,11 +66,15 @@ def summed_loss(logits: Any, labels: Any, task: str, weights: Any = None, smooth
 
     `smoothing` is the share of each target that is spread over all classes (Szegedy et al. 2016, section 7).
 
-    Logits have shape (rows, positions, vocabulary). Those of a causal LM predict the next token; virtual
+    Logits have shape (rows, positions, vocabulary), or (rows, classes); of multi-label each class is a question
+    of its own, as transformers' `multi_label_classification`. Those of a causal LM predict the next token; virtual
     tokens may precede them.
     """
-    from torch.nn.functional import cross_entropy
+    from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+    if task == "multi-label":
+        in_loss = labels.ne(IGNORE_INDEX) if weights is None else labels.ne(IGNORE_INDEX) * weights
+        return binary_cross_entropy_with_logits(logits.float(), labels.clamp(min=0).float(), in_loss, reduction="sum")
     if task == "causal-lm":
         logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
         weights = None if weights is None else weights[:, 1:]

@@ -162,10 +162,10 @@ def linear_roles(shape: ModelShape) -> tuple[tuple[str, ...], str]:
 def count_head(shape: ModelShape) -> dict[str, int]:
     """Count the task's own head, which is initialised at random and trained whole beside any adapter."""
     head = sum(tensor.num_parameters for tensor in shape.tensors if tensor.role == "head")
-    return {"head": head} if shape.family.heads[shape.task].modules else {}
+    return {"head": head} if shape.task_head.modules else {}
 
 
 def head_arguments(shape: ModelShape) -> dict[str, Any]:
     """Return PEFT's argument that trains and saves the task's head."""
-    modules = shape.family.heads[shape.task].modules
+    modules = shape.task_head.modules
     return {"modules_to_save": list(modules)} if modules else {}

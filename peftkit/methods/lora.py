@@ -181,7 +181,7 @@ def conflicts(options: LoraOptions, shape: ModelShape, selection: Selection) -> 
     if options.init == "eva" and EVA_TOKENS_PER_RANK * options.rank > smallest > 0:
         got = f"eva at rank {options.rank} for a layer with {smallest} inputs"
         yield Conflict("init", got, f"a rank of at most {smallest // EVA_TOKENS_PER_RANK}", "or another init")
-    head = shape.family.heads[shape.task].modules
+    head = shape.task_head.modules
     if head and options.init in BASE_CHANGING_INITS:
         fix = f"PEFT converts only A and B of such an adapter: the {shape.task} head would be lost"
         yield Conflict("init", f"{options.init} with a head to train", "default", fix)

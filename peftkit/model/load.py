@@ -275,6 +275,8 @@ def apply_overrides(config: Any, plan: BasePlan) -> PreTrainedConfig:
     if plan.labels:
         names = dict(enumerate(plan.labels))
         values |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    if plan.task == "multi-label":
+        values["problem_type"] = "multi_label_classification"
     config.update(values)
     return config
 

@@ -219,7 +219,7 @@ def num_untouched_layers(blocks: Sequence[Layer], shape: ModelShape, plan: Plan)
         return 0  # it makes the embeddings' output require a gradient
     if spec is None or not plan.method.target_modules or plan.method.token_rows or len(shape.family.stacks) > 1:
         return 0
-    named = {module.name for module in shape.modules} | {shape.family.head, *shape.family.heads[shape.task].modules}
+    named = {module.name for module in shape.modules} | {shape.family.head, *shape.task_head.modules}
     if not named.issuperset(spec.arguments.get("modules_to_save", ())):
         return 0  # the embeddings, or norms
     return next((i for i, block in enumerate(blocks) if any(is_adapted(m, plan) for m in block.modules)), 0)

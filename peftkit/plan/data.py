@@ -73,7 +73,7 @@ def data_plan(d: DecisionLog, facts: Facts) -> DataPlan:
     chat = d.loaded.recipe.data.chat
     for name in ("template", "system", "thinking"):
         if d.loaded.source(("data", "chat", name)):
-            if kind in {"text", "classification", "token-classification", "seq2seq"}:
+            if kind in {"text", "seq2seq", *FORMAT_TASKS}:
                 d.refuse(f"data.chat.{name}", f"a setting of chats for {kind} data", "nothing")
             d.record(f"data.chat.{name}", getattr(chat, name))
     if facts.text is not None:

@@ -120,7 +120,7 @@ def unquantized_base(shape: ModelShape, *, id: str, kind: str, revision: str | N
         task=shape.task,
         labels=(),
         inferred=shape.family.inferred,
-        head_modules=shape.family.heads[shape.task].modules,
+        head_modules=shape.task_head.modules,
         skip_4bit=(),
         experts_4bit=(),
         overrides=dict(shape.family.overrides),
@@ -215,7 +215,8 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
         d.record("train.gradient_checkpointing", checkpointing)
     d.record("train.max_grad_norm", train.max_grad_norm)
     d.record("train.weight_decay", train.weight_decay)
-    d.record("train.label_smoothing", train.label_smoothing)
+    if d.record("train.label_smoothing", train.label_smoothing) and facts.model.shape.task == "multi-label":
+        d.refuse("train.label_smoothing", f"{train.label_smoothing:g} with multi-label", "0", "each class is yes or no")
     if d.record("train.neftune", train.neftune) is not None and method.virtual_tokens:
         fix = "leave it out: transformers finds no embeddings to add it to behind virtual tokens"
         d.refuse("train.neftune", f"{train.neftune:g} with {method.name}", "none", fix)

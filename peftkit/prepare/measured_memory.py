@@ -153,6 +153,8 @@ def measure_memory(plan: Plan, config: Mapping[str, object], batch: Batch, *, vo
                 labels = ids[: batch.num_labels]
             elif trial_plan.base.task == "classification":
                 labels = [number % max(2, len(trial_plan.base.labels))]
+            elif trial_plan.base.task == "multi-label":
+                labels = [(number + position) % 2 for position in range(max(2, len(trial_plan.base.labels)))]
             elif trial_plan.base.task == "token-classification":
                 labels = [position % max(2, len(trial_plan.base.labels)) for position in range(length)]
             synthetic_rows.append(Tokenized(ids, labels, str(number)))

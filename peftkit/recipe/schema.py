@@ -92,6 +92,7 @@ FormatName = Literal[
     "unpaired-preference",
     "seq2seq",
     "classification",
+    "multi-label",
     "token-classification",
     "text",
 ]
@@ -277,10 +278,11 @@ class Train(Options):
 class EvaluateOptions(Options):
     """Metrics that are measured besides the loss."""
 
-    metric: Literal["auto", "exact_match", "token_f1", "accuracy", "macro_f1", "entity_f1"] | None = Field(
+    metric: Literal["auto", "exact_match", "token_f1", "accuracy", "micro_f1", "macro_f1", "entity_f1"] | None = Field(
         "auto",
         description="measured before and after training. exact_match, token_f1: of greedy answers; accuracy, "
-        "macro_f1: of classes; entity_f1: of tagged spans; auto: accuracy or entity_f1 for classes",
+        "macro_f1: of classes; micro_f1: of texts with several; entity_f1: of tagged spans; auto: the first of these "
+        "that the task has",
     )
     max_examples: PositiveInt = Field(100, description="number of held-out examples for the metric")
     max_new_tokens: PositiveInt = Field(32, description="length of generated answers")
@@ -331,7 +333,7 @@ class Recipe(Options):
     start_from: str | None = Field(
         None, description="a run or an adapter folder to go on training: its base and its settings are taken from it"
     )
-    task: Literal["auto", "causal-lm", "seq2seq", "classification", "token-classification"] = "auto"
+    task: Literal["auto", "causal-lm", "seq2seq", "classification", "multi-label", "token-classification"] = "auto"
     train: Train = Train()
     evaluate: EvaluateOptions = EvaluateOptions()
     diagnose: Diagnose = Diagnose()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 from peftkit.archs import Task
 from peftkit.data.chat.template import render_prompt
 from peftkit.data.formats import Example
+from peftkit.data.formats.classes import show_classes
 from peftkit.data.tokens.encode import ENCODERS, seq2seq_texts
 from peftkit.errors import Problem, UserError
 from peftkit.evaluate.generation import Sampling, encode_prompts, generate_answers
@@ -129,6 +130,8 @@ def _predict(result: Result, plan: Plan, prompts: Sequence[str]) -> list[str]:
     predictions = predict_classes(model, rows, pad_id=tokenizer.pad_token_id, batch_size=len(rows), task=task)
     if task == "classification":
         return [names[row[0]] for row in predictions]
+    if task == "multi-label":
+        return [show_classes(names[i] for i in row) for row in predictions]
     return [
         tagged_text(tokenizer, prompt_words, [names[i] for i in row])
         for prompt_words, row in zip(words, predictions, strict=True)

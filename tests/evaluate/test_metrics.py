@@ -2,14 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftkit.evaluate.metrics import accuracy, entity_f1, entity_spans, exact_match, macro_f1, token_f1
+from peftkit.evaluate.metrics import accuracy, entity_f1, entity_spans, exact_match, macro_f1, multi_label_f1, token_f1
 
 
 def test_exact_match_forgives_blanks_only():
     assert exact_match(["a ", "b", "C"], ["a", " b", "c"]) == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("metric", [exact_match, token_f1, accuracy, macro_f1, entity_f1])
+@pytest.mark.parametrize("metric", [exact_match, token_f1, accuracy, macro_f1, multi_label_f1, entity_f1])
 def test_nothing_to_compare_and_different_lengths_are_errors(metric):
     with pytest.raises(ValueError, match="no answers"):
         metric([], [])
@@ -53,3 +53,10 @@ def test_a_perfect_answer_is_one_and_scores_stay_between(labels):
 def test_spans_never_overlap_and_cover_every_tag_but_o(tags):
     covered = [i for _, start, end in entity_spans(tags) for i in range(start, end)]
     assert sorted(covered) == [i for i, tag in enumerate(tags) if tag != "O"]
+
+
+def test_micro_f1_counts_decisions_alike_and_macro_f1_classes():
+    answers, references = [["a"], ["a", "b"], [], ["c"]], [["a"], ["a"], ["b"], []]
+    # a: 2 of 2 and 2; b: 0 of 1 and 1; c: predicted once, never right
+    assert multi_label_f1(answers, references) == pytest.approx((2 * 2 / (4 + 3), (1 + 0 + 0) / 3))
+    assert multi_label_f1([[]], [[]]) == (1.0, 1.0)

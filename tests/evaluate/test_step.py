@@ -37,3 +37,16 @@ def test_weights_of_rows_scale_their_losses():
     single = [float(summed_loss(logits[i : i + 1], labels[i : i + 1], "causal-lm")) for i in (0, 1)]
     weights = torch.tensor([[2.0] * 5, [0.5] * 5])
     assert float(summed_loss(logits, labels, "causal-lm", weights)) == pytest.approx(2 * single[0] + single[1] / 2)
+
+
+def test_the_loss_of_several_classes_is_transformers_own(tmp_path):
+    model = tiny_model("bert", "classification", num_labels=3, problem_type="multi_label_classification").eval()
+    ids, labels = torch.randint(5, 50, (4, 7)), torch.tensor([[0, 1, 1], [0, 0, 0], [1, 1, 1], [1, 0, 0]])
+    output = model(input_ids=ids, labels=labels.float())
+    assert float(summed_loss(output.logits, labels, "multi-label")) == pytest.approx(12 * float(output.loss), rel=1e-6)
+    # a row of weight 0 has no label in the loss; another weight multiplies its own
+    rows = [float(summed_loss(output.logits[i : i + 1], labels[i : i + 1], "multi-label")) for i in range(4)]
+    weights, masked = torch.tensor([[1.0] * 3, [3.0] * 3, [1.0] * 3, [1.0] * 3]), labels.clone()
+    masked[0] = -100
+    weighted = float(summed_loss(output.logits, masked, "multi-label", weights))
+    assert weighted == pytest.approx(3 * rows[1] + rows[2] + rows[3], rel=1e-6)

@@ -32,6 +32,6 @@ def test_what_an_objective_names_exists(objective):
 
 
 def test_formats_lead_to_their_task_and_metrics_to_a_default():
-    assert FORMAT_TASKS == {"classification": "classification", "token-classification": "token-classification"}
+    assert {name: name for name in ("classification", "multi-label", "token-classification")} == FORMAT_TASKS
     assert OBJECTIVES["causal-lm"].default_metric[0] == "none"
     assert OBJECTIVES["classification"].default_metric == ("accuracy", "usual for classification")

@@ -468,7 +468,7 @@ def test_a_header_with_another_s_sign_is_read_by_its_rows(lines, delimiter):
 
 
 @pytest.mark.parametrize("name", ["label", "labels"])
-def test_one_class_in_a_list_is_read_and_several_are_refused_with_a_way(name, tmp_path):
+def test_one_class_in_a_list_is_a_class_and_several_are_told_apart_or_named(name, tmp_path):
     def recipe_with(values, **data):
         rows = [{"text": f"words of row {n}", name: values[n % 2]} for n in range(12)]
         source = {"train": str(write_jsonl(tmp_path / "r.jsonl", rows)), **data}
@@ -476,13 +476,12 @@ def test_one_class_in_a_list_is_read_and_several_are_refused_with_a_way(name, tm
 
     one = peftkit.make_plan(recipe_with([["a"], "b"]))
     assert (one.base.task, one.base.labels) == ("classification", ("a", "b"))
+    several = peftkit.make_plan(recipe_with([["a", "b"], ["c"]]))
+    assert (several.base.task, several.base.labels) == ("multi-label", ("a", "b", "c"))
     with pytest.raises(UserError) as caught:
-        peftkit.make_plan(recipe_with([["a", "b"], ["c"]]))
-    assert "one class for a text" in caught.value.problems[0].expected
-    columns = yaml.safe_load(caught.value.problems[0].expected.partition("columns: ")[2].partition(" lets ")[0])
-    several = peftkit.check_data(recipe_with([["a", "b"], ["c"]], columns=columns))
-    written = {"".join(p.text for p in sample.pieces if p.kind == "learnt").strip() for sample in several.samples}
-    assert written == {"a, b", "c"}
+        peftkit.make_plan(recipe_with([["c"], ["a", "b"]]))
+    assert "data.format: multi-label" in caught.value.problems[0].expected
+    assert peftkit.make_plan(recipe_with([["c"], ["a", "b"]], format="multi-label")).base.labels == ("a", "b", "c")
 
 
 def test_the_error_about_a_byte_names_the_encoding_and_that_works(tmp_path):

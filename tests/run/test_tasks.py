@@ -278,3 +278,40 @@ def test_chats_of_many_turns_train_an_encoder_decoder(bases, tmp_path):
     recipe = recipe_for(bases["t5"], data, "lora", max_steps=2)
     recipe["train"]["eval_steps"] = "auto"
     assert peftkit.finetune(recipe, out=tmp_path / "run").result is not None
+
+
+def with_several_classes(tmp_path, num=64):
+    """Rows with every subset of the words as classes, the empty one too."""
+    rows = []
+    for i in range(num):
+        words = [word for bit, word in enumerate(WORDS) if (i % 16) >> bit & 1]
+        rows.append({"text": f"please say {' and '.join(words) or 'nothing'} for {i}", "labels": words})
+    return {"train": str(write_jsonl(tmp_path / "rows.jsonl", [*rows[3:], *rows[:3]])), "eval": "25%"}
+
+
+@pytest.mark.parametrize("base", ["bert", "llama"])
+def test_texts_of_several_classes_are_learnt_merged_and_read_by_transformers(base, bases, tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = bases.get(base, TINY_LLAMA)
+    recipe = recipe_for(folder, with_several_classes(tmp_path), "lora", learning_rate=5e-3, max_steps=120)
+    summary = peftkit.finetune(recipe, out=tmp_path / "run")
+    assert summary.metric == "micro_f1"
+    assert summary.metric_after > 0.9
+    texts = [f"please say {words} for 7" for words in ("nothing", "beta", "gamma and delta")]
+    answers = peftkit.generate(summary.path, texts)
+
+    peftkit.merge_adapter(summary.path, out=tmp_path / "merged")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert model.config.problem_type == "multi_label_classification"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    for text, answer in zip(texts, answers, strict=True):
+        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        chosen = (model(**inputs).logits[0] > 0).nonzero()[:, 0].tolist()
+        assert answer == (", ".join(model.config.id2label[i] for i in chosen) or "(none)")
+
+
+def test_smoothing_is_refused_where_each_class_is_a_question_of_its_own(bases, tmp_path):
+    recipe = recipe_for(bases["bert"], with_several_classes(tmp_path), "lora", label_smoothing=0.1)
+    with pytest.raises(UserError, match="each class is yes or no"):
+        peftkit.make_plan(recipe)

@@ -30,11 +30,11 @@ __all__ = [
 # the order matters: the first whose columns are all there is taken
 _ORDER = (
     *("preference", "unpaired-preference", "chat", "prompt-completion", "instruction", "question-answer", "seq2seq"),
-    *("token-classification", "classification", "text"),
+    *("token-classification", "multi-label", "classification", "text"),
 )
 assert set(_ORDER) == READERS.keys(), "a format without a place in the order"
 FORMATS: dict[str, Format] = {name: READERS[name] for name in _ORDER}
-CLASSES = frozenset({"token-classification", "classification"})
+CLASSES = frozenset({"token-classification", "multi-label", "classification"})
 PREFERENCES = frozenset({"preference", "unpaired-preference"})
 _MAX_COLUMNS_SHOWN = 20  # columns that a message names
 
@@ -51,8 +51,10 @@ def detect_format(rows: Sequence[Row], given: Mapping[str, str] | None = None, o
     names = list(rows[0].fields)
     # a label that is neither true nor false is a column of its own: a class, a topic
     is_rated = any(as_boolean(rows[0].fields.get(name)) is not None for name in ("label", "kto_tag"))
+    value = rows[0].fields.get("labels", rows[0].fields.get("label"))
+    meant = {"unpaired-preference": is_rated, "multi-label": isinstance(value, list) and len(value) != 1}
     for name, spec in FORMATS.items():
-        if any(set(columns) <= set(names) for columns in spec.columns) and (name != "unpaired-preference" or is_rated):
+        if any(set(columns) <= set(names) for columns in spec.columns) and meant.get(name, True):
             return name
     wanted = (f"{name}: {' or '.join(' + '.join(c) for c in spec.columns)}" for name, spec in FORMATS.items())
     raise _columns_problem(rows[0], "auto", f"the columns of a format ({'; '.join(wanted)})", given, of)

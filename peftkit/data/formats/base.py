@@ -19,8 +19,9 @@ _MAX_CHARS = 300  # characters that are told of a row
 class Example:
     """One training example: a chat (`messages`), a prompt with its completion, raw text, or classified text.
 
-    A message has role and content, and may have reasoning_content, tool_calls and a weight. `tags` has one
-    class per word of `words`. `rejected` is the answer that a preference turns down, as turns or text.
+    A message has role and content, and may have reasoning_content, tool_calls and a weight. `tags` has one class
+    per word of `words`; without words, the classes of `prompt`. `rejected` is the answer that a preference turns
+    down, as turns or text.
     """
 
     where: str

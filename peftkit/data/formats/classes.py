@@ -1,11 +1,11 @@
-"""Formats with classes: classified texts and tagged words."""
+"""Formats with classes: texts of one class or of several, and tagged words."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-from peftkit.data.formats.base import BadRow, Example, loss_weight, reads, required_text
+from peftkit.data.formats.base import BadRow, Example, as_boolean, loss_weight, reads, required_text
 from peftkit.data.formats.chat import parse_list
 from peftkit.data.read import Row
 
@@ -29,10 +29,31 @@ def _classification(row: Row) -> Example:
     name = "label" if "label" in row.fields else "labels"
     value = row.fields.get(name)
     if isinstance(value, list) and len(value) != 1:
-        way = f"columns: {{prompt: text, completion: \"{{{{ {name} | join(', ') }}}}\"}} lets a decoder write several"
-        raise BadRow(f"{name} is {value!r}", f"one class for a text; {way}")
+        raise BadRow(f"{name} is {value!r}", "one class for a text; data.format: multi-label takes any number")
     [value] = value if isinstance(value, list) else [value]
     return Example(row.where, prompt=text, label=_parse_class(value, name), weight=loss_weight(row.fields))
+
+
+@reads("multi-label", ("text", "labels"), ("text", "label"))
+def _multi_label(row: Row) -> Example:
+    """Read a list of classes, or a 0 or 1 for each of three classes or more."""
+    text = required_text(row.fields, "text")
+    name = "labels" if "labels" in row.fields else "label"
+    values = parse_list(row.fields.get(name), name)
+    if not isinstance(values, list):
+        raise BadRow(f"{name} is {values!r}", "a list of classes, which may be empty")
+    classes = [_parse_class(value, name) for value in values]
+    flags = [as_boolean(value) for value in values]
+    if len(values) > 2 and None not in flags:
+        classes = [str(number) for number, flag in enumerate(flags) if flag]
+    if len(set(classes)) != len(classes):
+        raise BadRow(f"{name} is {values!r}", "each class once, or a 0 or 1 for each of three classes or more")
+    return Example(row.where, prompt=text, tags=tuple(classes), weight=loss_weight(row.fields))
+
+
+def show_classes(names: Iterable[str]) -> str:
+    """Return the classes of one text as it is shown: "a, b"."""
+    return ", ".join(names) or "(none)"
 
 
 @reads("token-classification", ("tokens", "tags"), ("tokens", "ner_tags"))

@@ -31,7 +31,7 @@ def labels(data: CheckInputs) -> DataFinding:
     """Find classes that are much rarer than others, or one class that is nearly everything."""
     examples = data.examples.train
     if data.examples.format in CLASSES:
-        counts = Counter(label for e in examples for label in (e.tags or (e.label,)))
+        counts = Counter(label for e in examples for label in (e.tags or filter(None, [e.label])))
     else:
         answer_counts = Counter(e.answer.strip() for e in _evenly_spaced(examples))
         is_few = len(answer_counts) <= _MAX_CLASSES and sum(answer_counts.values()) >= 5 * len(answer_counts)
@@ -40,7 +40,7 @@ def labels(data: CheckInputs) -> DataFinding:
     if len(counts) < 2:
         return DataFinding("labels", "n/a", "no classes to compare")
     (commonest, num_commonest), (rarest, num_rarest) = counts.most_common()[0], counts.most_common()[-1]
-    total = sum(counts.values())
+    total = len(examples) if data.examples.format == "multi-label" else sum(counts.values())
     kind = "classes" if data.examples.format in CLASSES else "short answers that recur"
     message = (
         f"{len(counts)} {kind}: {commonest!r} {show_share(num_commonest, total)}, {rarest!r} "
@@ -48,7 +48,9 @@ def labels(data: CheckInputs) -> DataFinding:
     )
     is_tagging = data.examples.format == "token-classification"  # most words of a text are of no class
     if not is_tagging and (num_commonest >= _MAX_MAJORITY * total or num_commonest >= _MAX_CLASS_RATIO * num_rarest):
-        rows = [(e.where, e.answer) for e in _evenly_spaced(data.examples.train) if e.answer.strip() == rarest]
+        rows = [
+            (e.where, e.answer) for e in _evenly_spaced(data.examples.train) if rarest in (e.answer.strip(), *e.tags)
+        ]
         fix = "add rows of the rare classes, and look at macro_f1 rather than accuracy"
         return finding_from_rows("labels", "warn", rows, message, fix)
     return DataFinding("labels", "pass", message)

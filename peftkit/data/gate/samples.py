@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from peftkit.data.formats.classes import show_classes
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ def make_sample(
     input_pieces = _pieces(row.input_ids, [False] * len(row.input_ids), tokenizer)
     if task == "classification":
         target_pieces = [Piece(f" -> {labels[row.labels[0]]}", "learnt", ())]
+    elif task == "multi-label":
+        names = [name for name, is_class in zip(labels, row.labels, strict=True) if is_class == 1]
+        target_pieces = [Piece(f" -> {show_classes(names)}", "learnt", ())]
     else:
         target_pieces = [Piece(" -> ", "masked", ()), *_pieces(row.labels, [True] * len(row.labels), tokenizer)]
     return Sample(row.where, name, (*input_pieces, *target_pieces))

@@ -1,4 +1,4 @@
-"""Token ids and labels of seq2seq, classification and token classification."""
+"""Token ids and labels of all tasks but causal language modelling."""
 
 from __future__ import annotations
 
@@ -64,6 +64,17 @@ def _encode_classes(
     ]
 
 
+def _encode_multi_label(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, label_ids: Mapping[str, int]
+) -> list[Tokenized]:
+    """Encode texts; the labels of a row are a 1 or 0 for each class, in the order of their ids."""
+    texts = tokenizer([example.prompt for example in examples])["input_ids"]
+    return [
+        _with_weight(Tokenized(list(text), [int(name in e.tags) for name in label_ids], e.where), e.weight)
+        for text, e in zip(texts, examples, strict=True)
+    ]
+
+
 def has_several_turns(examples: Sequence[Example]) -> bool:
     """Return True where some chat has more than a question and its answer, so that turns need a template."""
     return any(len(example.messages) > 2 for example in examples)
@@ -88,5 +99,6 @@ def _encode_tags(
 ENCODERS: Mapping[Task, Encoder] = {
     "seq2seq": _encode_seq2seq,
     "classification": _encode_classes,
+    "multi-label": _encode_multi_label,
     "token-classification": _encode_tags,
 }

@@ -43,7 +43,8 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> lis
 PEFT_TASKS = {
     "causal-lm": "CAUSAL_LM",
     "seq2seq": "SEQ_2_SEQ_LM",
-    "classification": "SEQ_CLS",
+    "multi-label": "SEQ_CLS",
+    "classification": "SEQ_CLS",  # what an adapter of this kind is taken for, where its run is gone
     "token-classification": "TOKEN_CLS",
 }
 

@@ -16,6 +16,7 @@ AUTO_CLASSES: Mapping[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "classification": "AutoModelForSequenceClassification",
+    "multi-label": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
 }
 
@@ -105,7 +106,7 @@ def infer_shape_from_code(
         model_config = transformers.AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
-        if task in {"classification", "token-classification"}:
+        if task in {"classification", "multi-label", "token-classification"}:
             model_config.num_labels = num_labels
         with torch.device("meta"):
             model = auto_class.from_config(model_config, trust_remote_code=trust_remote_code)

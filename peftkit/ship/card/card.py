@@ -24,6 +24,7 @@ _PIPELINES = {
     "causal-lm": "text-generation",
     "seq2seq": "text2text-generation",
     "classification": "text-classification",
+    "multi-label": "text-classification",
     "token-classification": "token-classification",
 }
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -21,6 +21,7 @@ _AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "classification": "AutoModelForSequenceClassification",
+    "multi-label": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
 }
 

@@ -74,10 +74,15 @@ def build_training_model(
     return model
 
 
-def meta_batch(batch: Batch, task: str) -> dict[str, torch.Tensor]:
+def meta_batch(batch: Batch, task: str, num_classes: int) -> dict[str, torch.Tensor]:
     """Return the tensors of a batch's shapes, on the meta device."""
     size = (batch.num_rows, batch.num_tokens)
-    labels = {"classification": (batch.num_rows,), "seq2seq": (batch.num_rows, batch.num_labels)}.get(task, size)
+    shapes_by_task = {
+        "classification": (batch.num_rows,),
+        "multi-label": (batch.num_rows, max(2, num_classes)),
+        "seq2seq": (batch.num_rows, batch.num_labels),
+    }
+    labels = shapes_by_task.get(task, size)
     boundary_key = "position_ids" if batch.is_packed else "attention_mask"
     shapes = {"input_ids": size, boundary_key: size, "labels": labels}
     return {name: torch.zeros(shape, dtype=torch.long, device="meta") for name, shape in shapes.items()}
@@ -144,7 +149,7 @@ def trace_step(plan: Plan, config: object, batch: Batch, *, loss: TracedLoss | N
             parameter.grad = torch.empty_like(parameter)
             ledger.see(parameter.grad, "gradients")
         parameter.register_post_accumulate_grad_hook(arrived)
-    inputs = meta_batch(batch, plan.base.task)
+    inputs = meta_batch(batch, plan.base.task, len(plan.base.labels))
     for tensor in inputs.values():
         ledger.see(tensor, "batch")
     static_bytes = ledger.live_bytes() - ledger.live_bytes(kinds={"gradients"})
@@ -163,7 +168,7 @@ def trace_step(plan: Plan, config: object, batch: Batch, *, loss: TracedLoss | N
             ledger.phase = EVALUATION
             model.eval()
             held_out = evaluation_batch(batch)
-            inputs = meta_batch(held_out, plan.base.task)
+            inputs = meta_batch(held_out, plan.base.task, len(plan.base.labels))
             head = _lm_head(model, held_out, target) if loss is None else None
             with torch.no_grad(), TargetKernels(target, autocast, head=head):
                 _fused_loss(model, inputs) if loss is None else loss(model, inputs)
