@@ -35,6 +35,7 @@ MIN_STANDARD_ERRORS = 2.5  # paired standard errors that a fork must be better b
 MIN_GAIN_SHARE = 0.004  # of the loss: less is not worth a change, however certain
 MIN_GENERALISATION = 0.3  # below it what is left to learn does not help held-out rows
 MIN_AGREEMENT = 0.05  # below it two batches want nothing in common
+MIN_EXPRESSIBLE_SHARE = 0.12  # of the gradients' energy, in the tangent space of a small adapter
 MIN_DEPENDENCE = 0.01  # of the loss: what an answer's own question brings at least, where labels are right
 MIN_UNADAPTED_SHARE = 0.8  # of the gradients' energy in layers without an adapter: the rest is not what a run lacks
 LEARNED_LOSS_SHARE = 0.5  # of the loss at the start: below it answers are known in shape, if not by their questions
@@ -218,6 +219,12 @@ def _conclude_from_forks(e: Evidence) -> Diagnosis:
     if e.candidate and _growing_pays(e):
         reason = f"the grown adapter is better than going on by {e.gain_over('candidate', 'continue')}"
         return Diagnosis(e.candidate, reason, "candidate", proven=_is_proven(e))
+    signals = e.signals
+    if signals is not None and e.candidate == "rank" and e.is_small and signals.agreement >= MIN_AGREEMENT:
+        # a few steps cannot tell: a higher rate helps nearly as much, and new rows have hardly begun
+        share = f"{signals.share_expressible:.0%} of the gradients' energy"
+        if signals.share_expressible < MIN_EXPRESSIBLE_SHARE:
+            return Diagnosis("rank", f"an adapter of this rank can express no more than {share}")
     is_untried = "rate up" not in e.arms and "rate up" not in e.unaffordable
     may_lack_layers = e.candidate == "target modules" and not is_untried and not e.beats("rate up", "continue")
     if may_lack_layers and e.signals is not None and e.signals.share_unadapted > MIN_UNADAPTED_SHARE:

@@ -55,6 +55,12 @@ class Signals:
         return self.unadapted / total if total > 0 else 0.0
 
     @property
+    def share_expressible(self) -> float:
+        """Share of the energy that the adapter's tangent space can express."""
+        total = self.tangent + self.residual + self.unadapted
+        return self.tangent / total if total > 0 else 1.0
+
+    @property
     def generalises(self) -> float:
         """Share of the residual that helps held-out rows too: 1 for all of it, 0 for none."""
         total_residual = sum(m.residual for m in self.modules)

@@ -82,6 +82,17 @@ def paired_gain(before: HeldOutLosses, after: HeldOutLosses, *, looks: int = 1) 
     return _bootstrap_interval(np.asarray(before.sums) - np.asarray(after.sums), before, looks)
 
 
+def resample_means(arms: Sequence[HeldOutLosses]) -> Floats:
+    """Return the mean losses of arms over resampled documents, shape (NUM_RESAMPLES, arms): the same for all arms."""
+    documents, place = np.unique(np.asarray(arms[0].documents), return_inverse=True)
+    num = len(documents)
+    weights = np.random.default_rng(0).multinomial(num, np.full(num, 1 / num), size=NUM_RESAMPLES)
+    counts = np.bincount(place, weights=np.asarray(arms[0].counts, dtype=float), minlength=num)
+    sums = np.stack([np.bincount(place, weights=np.asarray(arm.sums), minlength=num) for arm in arms], axis=1)
+    means: Floats = (weights @ sums) / np.maximum(weights @ counts, 1e-12)[:, None]
+    return means
+
+
 def _bootstrap_interval(sums: Floats, rows: HeldOutLosses, looks: int) -> Interval:
     """Bootstrap the ratio sum(sums) / sum(counts) over documents; infinite bounds for one document.
 

@@ -39,6 +39,7 @@ from peftkit.experiments.evidence import (
 from peftkit.experiments.forks import ForkStart, draw_fork_batches, train_fork, with_learning_rate
 from peftkit.experiments.gradients import STREAMS, GradientProbe
 from peftkit.experiments.reference import gap_to_full_finetuning
+from peftkit.methods import METHODS
 from peftkit.model.adapter.attach import attach_adapter, trainable_tensors, with_plain_init
 from peftkit.model.adapter.grow import GrownCheckpoint, adapted_weights, grow_adapter
 from peftkit.model.load import load_model
@@ -410,6 +411,8 @@ def unwrap_base(context: RunContext, model: PreTrainedModel) -> PreTrainedModel:
     PEFT's `unload` leaves trained copies in place of `modules_to_save`, and parameters that it has wrapped in
     another order, which would nest the next wrappers the other way round.
     """
+    if METHODS[context.plan.method.name].virtual_tokens:
+        return model.get_base_model()
     if needs_reload(context.plan):
         return load_model(context.source, context.plan.base, device=context.plan.device)
     return model.unload()

@@ -1,12 +1,13 @@
 """Forks: short continuations of a training from one state, on the same batches, compared on held-out rows.
 
-Each is judged by the mean of its weights over its second half. The mean stands for a learning rate decayed to
-zero and costs no steps (Izmailov et al. 2018), so a larger rate is not judged by the noise it makes
-meanwhile.
+Those from within a run are judged by the mean of their weights over the second half: the mean stands for a learning
+rate decayed to zero and costs no steps (Izmailov et al. 2018), so a larger rate is not judged by the noise it makes
+meanwhile. Those from the start of a run are decayed: a small training each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ForkStep = Sequence[Sequence[BatchRows]]  # micro-batches
+_DECAYED_WARMUP_SHARE = 0.15
 _WARMUP_SHARE = 0.2  # of a fork's steps: moments of another rate, or none, are not trusted at once
 
 
@@ -75,6 +77,14 @@ def draw_fork_batches(
     return [[step[i : i + size] for i in range(0, batch_size, size)] for step in steps]
 
 
+def decayed_rate_factor(step: int, num_steps: int) -> float:
+    """Return the share of the peak learning rate at `step`, from 0: a warm-up of 15 %, then a cosine to zero."""
+    num_warmup = max(1, round(_DECAYED_WARMUP_SHARE * num_steps))
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
+
+
 def fork_rate_factor(step: int, num_steps: int) -> float:
     """Return the share of the peak learning rate at `step`, from 0: min(1, (step + 1) / (w + 1)).
 
@@ -85,9 +95,18 @@ def fork_rate_factor(step: int, num_steps: int) -> float:
 
 
 def train_fork(
-    model: PreTrainedModel, plan: Plan, start: ForkStart, steps: Sequence[ForkStep], *, pad_id: int, loss: LossFunction
+    model: PreTrainedModel,
+    plan: Plan,
+    start: ForkStart,
+    steps: Sequence[ForkStep],
+    *,
+    pad_id: int,
+    loss: LossFunction,
+    decayed: bool = False,
 ) -> ForkResult:
     """Train from `start` over `steps` at the plan's rate; the model then holds its mean over the second half.
+
+    Where it is `decayed`, the rate falls to zero within the fork, and the model holds its last weights.
 
     Random states are restored. Raises Interrupted on a signal.
     """
@@ -101,7 +120,7 @@ def train_fork(
     try:
         for number, step in enumerate(steps):
             interrupt.stop_if_requested("interrupted during the diagnosis")
-            rate_factor = fork_rate_factor(number, len(steps))
+            rate_factor = (decayed_rate_factor if decayed else fork_rate_factor)(number, len(steps))
             for group, peak_rate in zip(optimizer.param_groups, peak_rates, strict=True):
                 group["lr"] = rate_factor * peak_rate
             # gradients of the mean over the step's loss tokens, as in training
@@ -118,9 +137,10 @@ def train_fork(
                 return ForkResult(value, num_tokens, is_finite=False)
             optimizer.step()
             model.zero_grad(set_to_none=True)
-            if number >= len(steps) // 2:
+            if not decayed and number >= len(steps) // 2:
                 mean.add(trainable_tensors(model))
-        load_trained(model, mean.tensors())
+        if not decayed:
+            load_trained(model, mean.tensors())
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)

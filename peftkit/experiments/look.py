@@ -36,6 +36,7 @@ from peftkit.rundir.events import (
     GrowthEvent,
     GrowthKeptEvent,
     GrowthTakenBackEvent,
+    RateFoundEvent,
     RollbackEvent,
     SpikeEvent,
     VerdictEvent,
@@ -169,7 +170,8 @@ def start_experiment(context: RunContext, model: PreTrainedModel, checkpoint: Pa
         train_loss,
         has_questions="dependence on the question" in OBJECTIVES[context.plan.base.task].health_signs,
         clipped_share=share_clipped,
-        spent_share=sum(e.overhead for e in of_type(events, VerdictEvent) if e.step < step),
+        spent_share=sum(e.overhead for e in of_type(events, VerdictEvent) if e.step < step)
+        + (found.overhead if (found := last_of(events, RateFoundEvent)) else 0.0),
     )
 
 

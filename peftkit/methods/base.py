@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol, runtime_checkable
@@ -102,6 +103,21 @@ class Selection:
     whole: tuple[Module | Tensor, ...] = ()
 
 
+STEPS_EXPONENT = 0.17  # the best learning rate falls with the steps of a run to this power
+WIDTH_LAW = "Tinker's law of the width, checked here at widths of 128 to 576: docs/quality.md"
+
+
+def full_rate_by_law(shape: ModelShape, num_steps: int | None) -> float:
+    """Return the learning rate of full fine-tuning by the model's width and the steps of the run.
+
+    rate = 5e-5 * (2000 / hidden)^0.781 * (200 / steps)^0.17
+
+    The first is tinker-cookbook's (hyperparam_utils, its exponent of Llama), for which adapters want ten times as
+    much (Schulman et al. 2025, "LoRA Without Regret"); the second was measured (docs/quality.md).
+    """
+    return 5e-5 * math.pow(2000 / shape.dims.hidden, 0.781) * math.pow(200 / (num_steps or 200), STEPS_EXPONENT)
+
+
 @dataclass(frozen=True)
 class Conflict:
     """A conflict between an option of a method and a model. `key` is the option's name."""
@@ -127,7 +143,7 @@ class Method:
     options: type[Options]
     count: Callable[[Any, ModelShape, Selection], dict[str, int]]
     peft: Callable[[Any, ModelShape, Selection], PeftSpec | None]
-    learning_rate: Callable[[int], tuple[float, str]]
+    learning_rate: Callable[[Any, ModelShape, int | None], tuple[float, str]]
     default_roles: Callable[[ModelShape], tuple[tuple[str, ...], str]] | None = None
     conflicts: Callable[[Any, ModelShape, Selection], Iterator[Conflict]] = lambda *_: iter(())
     refuses: Callable[[ModelShape], str] = lambda shape: ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from peftkit.archs import ModelShape
-from peftkit.methods.base import Method, Options, PeftSpec, Selection, sum_by_role
+from peftkit.methods.base import WIDTH_LAW, Method, Options, PeftSpec, Selection, full_rate_by_law, sum_by_role
 
 
 class FullOptions(Options):
@@ -24,8 +24,8 @@ def peft(options: FullOptions, shape: ModelShape, selection: Selection) -> PeftS
     return None
 
 
-def learning_rate(num_parameters: int) -> tuple[float, str]:
-    return 2e-5, "usual for supervised fine-tuning of all weights (Llama 2, Touvron et al. 2023, section 3.1)"
+def learning_rate(options: FullOptions, shape: ModelShape, num_steps: int | None) -> tuple[float, str]:
+    return full_rate_by_law(shape, num_steps), f"by the width of {shape.dims.hidden} ({WIDTH_LAW})"
 
 
 METHOD = Method(

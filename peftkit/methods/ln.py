@@ -33,7 +33,7 @@ def peft(options: LnOptions, shape: ModelShape, selection: Selection) -> PeftSpe
     return PeftSpec("LNTuningConfig", {"target_modules": names, **head_arguments(shape)})
 
 
-def learning_rate(num_parameters: int) -> tuple[float, str]:
+def learning_rate(options: LnOptions, shape: ModelShape, num_steps: int | None) -> tuple[float, str]:
     return 1e-3, "norms are few and tolerate large steps: a rule of thumb, not measured at scale"
 
 

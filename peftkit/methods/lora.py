@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field
 from peftkit.archs import ModelShape, Module, shortest_names
 from peftkit.methods.base import (
     WHOLE_PARTS,
+    WIDTH_LAW,
     AlsoTrain,
     Conflict,
     Excluded,
@@ -24,12 +26,14 @@ from peftkit.methods.base import (
     Targets,
     TokenRows,
     count_head,
+    full_rate_by_law,
     head_arguments,
     linear_roles,
     sum_by_role,
 )
 from peftkit.methods.ln import norm_names
 
+_USUAL_RANK, _USUAL_SCALE = 16, 2.0  # of which the law of the learning rate was measured
 EVA_TOKENS_PER_RANK = 2  # PEFT decomposes batches of activations to twice the rank (Paischer et al. 2024)
 # Our name -> PEFT's init_lora_weights.
 INITS: dict[str, bool | str] = {
@@ -201,12 +205,15 @@ def conflicts(options: LoraOptions, shape: ModelShape, selection: Selection) -> 
         )
 
 
-def learning_rate(num_parameters: int) -> tuple[float, str]:
-    if num_parameters < 1_000_000_000:
-        return 5e-4, "below 1B parameters adapters want more (measured here on SmolLM2-135M)"
-    if num_parameters <= 15_000_000_000:
-        return 2e-4, "the QLoRA paper's value for 7B to 13B (Dettmers et al. 2023, table 9)"
-    return 1e-4, "the QLoRA paper's value for 33B and 65B (Dettmers et al. 2023, table 9)"
+def learning_rate(options: LoraOptions, shape: ModelShape, num_steps: int | None) -> tuple[float, str]:
+    """Return ten times the rate of full fine-tuning for rank 16 at alpha 32; others by the root.
+
+    rate = 10 * full * sqrt(16 / rank) * sqrt(2 / scale), scale = alpha / rank: what B A moves by in a step grows
+    with both. Measured for ranks 4 to 64 and scales 0.5 to 2 (docs/quality.md).
+    """
+    scale = options.scale_alpha / (math.sqrt(options.rank) if options.rslora else options.rank)
+    rate = 10 * full_rate_by_law(shape, num_steps) * math.sqrt(_USUAL_RANK / options.rank * _USUAL_SCALE / scale)
+    return rate, f"by the width of {shape.dims.hidden} and rank {options.rank} ({WIDTH_LAW})"
 
 
 METHOD = Method(

@@ -45,7 +45,7 @@ def peft(options: PrefixOptions, shape: ModelShape, selection: Selection) -> Pef
     return PeftSpec("PrefixTuningConfig", arguments)
 
 
-def learning_rate(num_parameters: int) -> tuple[float, str]:
+def learning_rate(options: PrefixOptions, shape: ModelShape, num_steps: int | None) -> tuple[float, str]:
     return 1e-2, "PEFT's own prefix tuning example; prefixes start from noise and want large steps"
 
 

@@ -47,7 +47,7 @@ def peft(options: PromptOptions, shape: ModelShape, selection: Selection) -> Pef
     return PeftSpec("PromptTuningConfig", arguments)
 
 
-def learning_rate(num_parameters: int) -> tuple[float, str]:
+def learning_rate(options: PromptOptions, shape: ModelShape, num_steps: int | None) -> tuple[float, str]:
     return 3e-2, "a tenth of the paper's 0.3 (Lester et al. 2021, section 3), which was for Adafactor"
 
 

@@ -17,7 +17,6 @@ from peftkit.units import show_bytes, show_count
 
 _FEW_ROWS = 10_000  # below: adapters lose little against full fine-tuning and forget less
 _MANY_EPOCHS = 5
-_ODD_RATE_FACTOR = 20  # from the usual rate; ten times less still is tried on purpose
 WARNING = "warning."  # how the keys of such decisions begin
 _SMALL_METHODS = {"prefix", "prompt", "ia3", "ln", "vera"}
 
@@ -50,13 +49,6 @@ def advice(plan: Plan, facts: Facts) -> Iterator[Decision]:
 
 def unusual_values(plan: Plan, facts: Facts) -> Iterator[Decision]:
     """Yield warnings of values that are allowed and that nobody would choose: most are slips of the keyboard."""
-    usual, _ = METHODS[plan.method.name].learning_rate(facts.model.shape.num_parameters)
-    rate = plan.train.learning_rate
-    if rate > _ODD_RATE_FACTOR * usual or rate < usual / _ODD_RATE_FACTOR / 10:
-        outcome = "the loss is likely to diverge" if rate > usual else "hardly anything is learned"
-        yield Decision(
-            f"{WARNING}learning_rate", rate, "decided", f"{rate / usual:.2g} times the usual {usual:g}: {outcome}"
-        )
     rank = int(plan.method.peft.arguments.get("r") or 0) if plan.method.peft is not None else 0
     smallest = min((min(m.d_in, m.d_out) for m in facts.model.shape.modules if is_adapted(m, plan)), default=rank)
     if rank > smallest:

@@ -91,6 +91,20 @@ class DataPlan:
 
 
 @dataclass(frozen=True)
+class RateSearch:
+    """The search for the learning rate that is still to be made, before the first step.
+
+    At most `max_forks` forks of `fork_steps` steps each, at the usual rate and around it. Unless it `is_exact`, a
+    usual rate that is nearly right is kept.
+    """
+
+    fork_steps: int
+    max_forks: int
+    usual: float
+    is_exact: bool
+
+
+@dataclass(frozen=True)
 class TrainPlan:
     """The settings of training. `num_steps` is None until the number of rows is known.
 
@@ -122,6 +136,7 @@ class TrainPlan:
     sampling: str = "random"  # or "by length": rows of like length together
     neftune: float | None = None  # noise on the embeddings, in transformers' terms
     label_smoothing: float = 0.0
+    rate_search: RateSearch | None = None  # None once the rate is found
 
 
 @dataclass(frozen=True)

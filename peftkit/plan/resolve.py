@@ -21,6 +21,7 @@ from peftkit.plan.memory import closed_form_memory
 from peftkit.plan.method import LOW_4BIT_SHARE, largest_role_outside_4bit, method_plan, share_in_4bit
 from peftkit.plan.packing import TrainerRows, choose_rows, choose_sampling
 from peftkit.plan.plan import BasePlan, EvaluatePlan, Plan, TrainPlan
+from peftkit.plan.rate import decide_learning_rate, plan_rate_search
 from peftkit.plan.schedule import resolve_schedule
 from peftkit.plan.targets import make_selection
 from peftkit.plan.throughput import describe_missing_kernels, missing_kernels
@@ -176,8 +177,7 @@ def _num_steps(d: DecisionLog, rows: TrainerRows) -> int | None:
 
 
 def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | None, max_length: int) -> TrainPlan:
-    train, shape = d.loaded.recipe.train, facts.model.shape
-    rate, rate_reason = method.learning_rate(shape.num_parameters)
+    train = d.loaded.recipe.train
     # the trainer's rows, examples or packs, and how many of them make a forward pass
     num_train = facts.data.num_train if facts.data else None
     fixed_micro_batch = train.micro_batch if isinstance(train.micro_batch, int) and train.packing is not True else 1
@@ -189,7 +189,10 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
     if train.micro_batch != "auto":
         micro = d.record("train.micro_batch", train.micro_batch)
     steps = _num_steps(d, rows)
-    learning_rate = d.record("train.learning_rate", train.learning_rate, rate, rate_reason)
+    learning_rate = decide_learning_rate(d, facts, method, steps)
+    rate_search = plan_rate_search(
+        d, facts, method, usual=learning_rate, num_steps=steps, batch_size=rows.batch_size, autocast=autocast
+    )
     num_warmup, schedule_arguments = resolve_schedule(d, steps)
     on_gpu = facts.device.kind == "cuda"
     has_lora_plus = getattr(d.loaded.recipe.method, "lr_ratio", None) is not None  # LoRA+ builds a plain AdamW
@@ -255,6 +258,7 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
         on_oom=train.on_oom,
         on_spike=train.on_spike,
         packing=rows.packing,
+        rate_search=rate_search,
     )
 
 

@@ -47,6 +47,8 @@ from peftkit.rundir.events import (
     PhaseEvent,
     PreflightEvent,
     ProgressEvent,
+    RateForkEvent,
+    RateFoundEvent,
     ResumeEvent,
     RollbackEvent,
     SpikeEvent,
@@ -183,6 +185,17 @@ def _(event: ForkEvent) -> str:
     if event.loss is None or event.gain is None:
         return f"fork {event.name}: its loss was not finite"
     return f"fork {event.name}: {event.num_steps} steps gained {event.gain[0]:+.4f} nats"
+
+
+@format_event.register
+def _(event: RateForkEvent) -> str:
+    loss = "not finite" if event.loss is None else f"{event.loss:.4f}"
+    return f"learning rate {event.learning_rate:.3g}: held-out loss {loss} after {event.num_steps} steps"
+
+
+@format_event.register
+def _(event: RateFoundEvent) -> str:
+    return f"learning rate: {event.text} ({event.overhead:.1%} of the run)"
 
 
 @format_event.register

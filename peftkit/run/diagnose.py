@@ -95,7 +95,7 @@ def _diagnose_now(
     segment = Segment(context, checkpoint)
     model = attach_adapter(segment, load_base(segment))
     training = assemble_training(segment, model)
-    run_preflight(context, training)
+    run_preflight(segment, training)
     if adapter is not None:
         load_adapter_tensors(model, adapter)
     if step is None:

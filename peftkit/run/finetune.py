@@ -82,7 +82,9 @@ def train_segment(segment: Segment) -> Segment | Finished:
     model = stations.load_base(segment)
     model = stations.attach_adapter(segment, model)
     training = stations.assemble_training(segment, model)
-    preflight = stations.run_preflight(context, training)
+    preflight = stations.run_preflight(segment, training)
+    if context.plan.train.rate_search is not None:  # what follows begins anew, at the rate that is found
+        return stations.segment_after_rate_search(context, model)
     if checkpoint is None:
         stations.report_metric(context, model, "before")
         training.evaluate_start()

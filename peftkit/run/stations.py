@@ -54,6 +54,7 @@ class Segment:
     context: RunContext
     checkpoint: Path | None = None
     base_in_memory: PreTrainedModel | None = None  # the bare base, where the segment before left one
+    is_begun_anew: bool = False  # of the same adapter: what it is was told
 
     def from_newest_checkpoint(self) -> Segment:
         """Return the same, from the newest checkpoint that verifies."""
@@ -120,14 +121,15 @@ def attach_adapter(segment: Segment, model: PreTrainedModel) -> PreTrainedModel:
     is_new = segment.checkpoint is None and not run.adapter.exists()
     attach.save_initial_adapter(model, plan, run.path / "adapter_start", overwrite=is_new)
     num_trainable, num_total = attach.count_parameters(model)
-    context.emit(
-        ParametersEvent(
-            num_trainable=num_trainable,
-            num_total=num_total,
-            by_role=attach.trainable_by_role(model, plan),
-            num_planned=plan.method.num_trainable,
+    if not segment.is_begun_anew:
+        context.emit(
+            ParametersEvent(
+                num_trainable=num_trainable,
+                num_total=num_total,
+                by_role=attach.trainable_by_role(model, plan),
+                num_planned=plan.method.num_trainable,
+            )
         )
-    )
     if num_trainable == 0:
         raise PeftkitError("nothing would be trained: no parameter of the model is trainable")
     return model
@@ -160,12 +162,22 @@ def assemble_training(segment: Segment, model: PreTrainedModel) -> Training:
     return training
 
 
-def run_preflight(context: RunContext, training: Training) -> Preflight:
+def run_preflight(segment: Segment, training: Training) -> Preflight:
     """Run one forward and backward on the longest rows; see `train/preflight.py`."""
     preflight = training.preflight()
-    context.emit(PreflightEvent(**asdict(preflight), memory=read_memory_use()))
+    if not segment.is_begun_anew:
+        segment.context.emit(PreflightEvent(**asdict(preflight), memory=read_memory_use()))
     interrupt.stop_if_requested()
     return preflight
+
+
+def segment_after_rate_search(context: RunContext, model: PreTrainedModel) -> Segment:
+    """Search for the learning rate, and return the segment that trains at it, from the start."""
+    from peftkit.experiments.experiment import unwrap_base
+    from peftkit.experiments.rates import search_learning_rate
+
+    plan = search_learning_rate(context, model)
+    return Segment(replace(context, plan=plan), base_in_memory=unwrap_base(context, model), is_begun_anew=True)
 
 
 def train_to_next_look(

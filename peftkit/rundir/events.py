@@ -328,6 +328,28 @@ class ForkEvent(Event, kind="fork"):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class RateForkEvent(Event, kind="rate_fork"):
+    """A fork of the start at one learning rate; `row_losses` are None where they were not finite."""
+
+    learning_rate: float
+    num_steps: int
+    loss: float | None
+    row_losses: Sequence[float] | None
+    num_tokens: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RateFoundEvent(Event, kind="rate_found"):
+    """The end of the search for the learning rate, and what it took of the run's tokens."""
+
+    learning_rate: float
+    usual: float
+    interval: Sequence[float] | None
+    text: str
+    overhead: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class VerdictEvent(Event, kind="verdict"):
     """The verdict of a diagnosis: the fields of `diagnose.Verdict`, with its line as `text`."""
 

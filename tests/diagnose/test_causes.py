@@ -126,6 +126,19 @@ def test_layers_that_hold_all_the_energy_need_no_fork_and_a_small_rank_a_weaker_
     assert measure_or_conclude(evidence(**{**small, "arms": strong})).proven
 
 
+def test_a_small_rank_that_expresses_little_is_the_cause_whatever_short_forks_say():
+    def found(tangent, agreement=0.3, **more):
+        module = ModuleSignal("a.q", "q", True, 64, tangent, 1.0, 1.0, agreement)
+        forks = arms(**{"continue": 1.95, "rate_up": 1.4, "candidate": 1.97})
+        given = {"arms": forks, "candidate": "rank", "quality": quality(projected=LEARNS), **more}
+        return cause(**given, signals=Signals((module,), head_size=1.0, num_rows=48))
+
+    assert found(0.05, is_small=True) == "rank"
+    assert found(0.05) == "learning rate too low", "a usual rank needs a fork that pays"
+    assert found(0.3, is_small=True) == "learning rate too low"
+    assert found(0.05, is_small=True, agreement=0.01) != "rank", "noise has no share"
+
+
 def test_what_the_budget_leaves_out_is_told():
     left_out = frozenset({"rate up", "candidate"})
     some = {"arms": arms(**{"continue": 2.0}), "unaffordable": left_out}

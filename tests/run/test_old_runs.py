@@ -50,8 +50,8 @@ def test_old_runs_of_each_kind(old_runs, tmp_path):
         plan = json.loads(json.dumps(read_plan(run).to_json()))
         younger = plan["base"].pop("end_token"), plan["train"].pop("schedule_arguments")
         younger += plan["base"].pop("new_tokens"), plan["method"].pop("start_from"), plan["train"].pop("neftune")
-        younger += (plan["train"].pop("label_smoothing"),)
-        assert younger == (None, {}, {}, None, None, 0.0)
+        younger += plan["train"].pop("label_smoothing"), plan["train"].pop("rate_search")
+        assert younger == (None, {}, {}, None, None, 0.0, None)
         assert plan == {key: value for key, value in sealed.items() if key != "sha256"}
         if name != "stopped":
             summary = peftkit.summarize_run(run.path)

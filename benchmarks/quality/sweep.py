@@ -1,0 +1,141 @@
+"""What peftkit decides out of the box, against a sweep of five learning rates by three ranks.
+
+    python benchmarks/quality/sweep.py --data FOLDER [--steps 600] [--cells "python intents"] [--workers 2]
+
+Every training is one line of the results file and is not made again. The split: the laws of the learning rate and of
+the forks were fitted elsewhere (docs/quality.md), on other rows and, but for the first, other bases; no number here
+set a threshold. Printed at the end: the loss of each way against the best of the sweep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from cells import CELLS, Cell, recipe_of
+from tiny_model import base_folder, data_folder
+
+RESULTS = Path(__file__).parent.parent / "results" / "quality_sweep.jsonl"
+BATCH = 8
+RANKS = (4, 16, 64)
+RATES = {
+    "python": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "plays": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "minilm": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+}
+
+
+def train(cell: Cell, way: str, seed: int, steps: int, data: Path) -> dict[str, Any]:
+    """Train one way in a folder that is gone afterwards. Returns its line of the results file."""
+    import torch
+
+    from peftkit.api import finetune
+
+    torch.set_num_threads(1)
+    folder, started = Path(tempfile.mkdtemp(prefix="peftkit-quality-")), time.perf_counter()
+    try:
+        recipe = recipe_of(cell, folder, data, steps=steps, batch=BATCH, seed=seed)
+        if way != "auto":
+            rank, rate = way.removeprefix("r").split(" at ")
+            recipe["method"] |= {"rank": int(rank), "targets": "all-linear"}
+            recipe["train"]["learning_rate"] = float(rate)
+        summary = finetune(recipe, out=folder / "run", observer=lambda event: None)
+        events = [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()]
+        plan = json.loads((folder / "run" / "plan.json").read_text())
+        found = [event for event in events if event["event"] == "rate_found"]
+        return {
+            "key": key_of(cell, way, seed, steps),
+            "cell": cell.key,
+            "way": way,
+            "seed": seed,
+            "steps": steps,
+            "loss": summary.eval_loss_after,
+            "loss_before": summary.eval_loss_before,
+            "learning_rate": plan["train"]["learning_rate"],
+            "rank": (plan["method"]["peft"] or {}).get("arguments", {}).get("r"),
+            "usual": found[0]["usual"] if found else plan["train"]["learning_rate"],
+            "overhead": sum(event["overhead"] for event in events if event["event"] in {"rate_found", "verdict"}),
+            "said": found[0]["text"] if found else "",
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def key_of(cell: Cell, way: str, seed: int, steps: int) -> str:
+    """Return the name of a training in the results file."""
+    return f"{cell.key}/{way}/{seed}/{steps}"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines that were made so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def print_table(lines: Sequence[dict[str, Any]], steps: int) -> None:
+    """Print each cell: the best of the sweep, and how far behind it `auto` ends."""
+    regrets = []
+    print(f"\n{steps} steps of {BATCH} rows; the sweep costs {len(RANKS) * 5} runs")
+    for cell in CELLS:
+        here = [line for line in lines if line["cell"] == cell.key and line["steps"] == steps]
+        swept = [line for line in here if line["way"] != "auto"]
+        for auto in (line for line in here if line["way"] == "auto"):
+            if len(swept) < len(RANKS) * 5:
+                continue
+            best = min(swept, key=lambda line: line["loss"])
+            regrets.append(100 * (auto["loss"] / best["loss"] - 1))
+            print(
+                f"{cell.key:16} sweep {best['loss']:.4f} ({best['way']})  auto {auto['loss']:.4f} "
+                f"(r{auto['rank']} at {auto['learning_rate']:.3g}, usual {auto['usual']:.3g}) {regrets[-1]:+6.1f} %  "
+                f"{1 + auto['overhead']:.3f} runs"
+            )
+    if regrets:
+        print(f"median {statistics.median(regrets):+.1f} %, worst {max(regrets):+.1f} %")
+
+
+def main() -> int:
+    """Train what is missing and print the table."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="folder of the data sets")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--cells", default="")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="ways that begin so")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    data = data_folder(asked.data)
+    base_folder(data)
+    made = {line["key"] for line in read_lines(asked.results)}
+    waiting = [
+        (cell, way, asked.seed, asked.steps)
+        for cell in CELLS
+        if cell.key in asked.cells.split(",") or not asked.cells
+        for way in ("auto", *(f"r{rank} at {rate:g}" for rank in RANKS for rate in RATES[cell.base]))
+        if way.startswith(asked.only) and key_of(cell, way, asked.seed, asked.steps) not in made
+    ]
+    print(f"{len(waiting)} trainings to go", flush=True)
+    with ProcessPoolExecutor(asked.workers) as pool:
+        for future in as_completed([pool.submit(train, *one, data) for one in waiting]):
+            line = future.result()
+            with asked.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{line['key']}: {line['loss']:.4f} ({line['seconds']:.0f} s)", flush=True)
+    print_table(read_lines(asked.results), asked.steps)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
