@@ -27,7 +27,7 @@ from tiny_model import base_folder, data_folder
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality_sweep.jsonl"
 BATCH = 8
-RANKS = (4, 16, 64)
+RANKS = (64, 16, 4)
 RATES = {
     "python": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "plays": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
@@ -121,9 +121,10 @@ def main() -> int:
     made = {line["key"] for line in read_lines(asked.results)}
     waiting = [
         (cell, way, asked.seed, asked.steps)
+        for rank in (0, *RANKS)  # `auto` of all cells first
         for cell in CELLS
         if cell.key in asked.cells.split(",") or not asked.cells
-        for way in ("auto", *(f"r{rank} at {rate:g}" for rank in RANKS for rate in RATES[cell.base]))
+        for way in ([f"r{rank} at {rate:g}" for rate in RATES[cell.base]] if rank else ["auto"])
         if way.startswith(asked.only) and key_of(cell, way, asked.seed, asked.steps) not in made
     ]
     print(f"{len(waiting)} trainings to go", flush=True)

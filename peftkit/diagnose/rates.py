@@ -18,7 +18,7 @@ STEPS_EXPONENT = 0.17  # best rate of N steps = best rate of n steps * (n / N)^0
 _ROUND_DOWN = 0.9  # twice too high costs more than twice too low
 _FALLBACK = 8.0  # so many times lower rates are tried once where none did any good
 _MIN_CERTAINTY = 2.0  # paired standard errors between the best arm and the worst
-_NEARLY_RIGHT = 1.5  # within this factor short forks know no better than the usual rate
+_NEARLY_RIGHT = 2.0  # within this factor short forks know no better than the usual rate
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,13 @@ def _is_flat(arms: Sequence[RateArm]) -> bool:
 def _vertex(rates: Sequence[float], losses: np.ndarray) -> float:
     """Return the rate at the minimum of the parabola through the best rate and its neighbours, a factor of 2 away.
 
-    At an edge, the best rate itself. With losses a, b, c at log2 rates -1, 0, 1: (a - c) / (2 (a - 2 b + c)).
+    With losses a, b, c at log2 rates -1, 0, 1 it is at (a - c) / (2 (a - 2 b + c)). At an edge, half of the best rate:
+    it is not known to be the best, and too high costs most.
     """
     best = int(np.argmin(losses))
     loss_of = dict(zip(rates, losses.tolist(), strict=True))
     below, above = loss_of.get(rates[best] / 2), loss_of.get(rates[best] * 2)
     if below is None or above is None:
-        return rates[best]
+        return rates[best] / 2
     curvature = below - 2 * float(losses[best]) + above
     return rates[best] * math.pow(2, (below - above) / (2 * curvature)) if curvature > 0 else rates[best]

@@ -73,7 +73,7 @@ def _plan_rung(context: RunContext, rung: Rung, rank: int) -> Candidate:
     changes = []
     if rung.roles:
         changes.append(f"method.targets=[{', '.join(rung.roles)}]")
-    if rank != current_rank:
+    if rank != current_rank or options.rank == "auto":
         ratio = math.sqrt(rank / current_rank) if options.rslora else rank / current_rank
         changes.append(f"method.rank={rank}")
         if alpha * ratio != 2.0 * rank or options.alpha is not None:  # else each module's follows from its rank

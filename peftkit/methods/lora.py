@@ -13,6 +13,7 @@ from peftkit.methods.base import (
     WHOLE_PARTS,
     WIDTH_LAW,
     AlsoTrain,
+    Auto,
     Conflict,
     Excluded,
     Layers,
@@ -53,7 +54,7 @@ class LoraOptions(Options):
     """Low-rank adapters on linear layers."""
 
     name: Literal["lora"]
-    rank: PositiveInt = Field(16, description="inner dimension of the adapter; more is more capacity")
+    rank: Auto | PositiveInt = Field("auto", description="inner dimension of the adapter; more is more capacity")
     alpha: PositiveFloat | None = Field(None, description="scale numerator; 2 x rank unless given")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     targets: Targets = "auto"
@@ -71,8 +72,14 @@ class LoraOptions(Options):
     )
 
     @property
+    def r(self) -> int:
+        """The rank as a number, which a plan has settled."""
+        assert isinstance(self.rank, int), "the plan settles the rank first"
+        return self.rank
+
+    @property
     def scale_alpha(self) -> float:
-        return 2.0 * self.rank if self.alpha is None else self.alpha
+        return 2.0 * self.r if self.alpha is None else self.alpha
 
 
 def count(options: LoraOptions, shape: ModelShape, selection: Selection) -> dict[str, int]:
@@ -80,7 +87,7 @@ def count(options: LoraOptions, shape: ModelShape, selection: Selection) -> dict
     magnitudes = 1 if options.dora else 0
 
     def num_in(module: Module) -> int:
-        rank = selection.ranks.get(module.name, options.rank)
+        rank = selection.ranks.get(module.name, options.r)
         return max(1, module.num) * rank * (module.d_in + module.d_out) + magnitudes * module.d_out
 
     counts = sum_by_role(selection.modules, num_in)
@@ -117,10 +124,10 @@ def _whole_parts(options: LoraOptions) -> list[str]:
 def _patterns(options: LoraOptions, selection: Selection) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield PEFT's rank_pattern and alpha_pattern, by endings that match exactly the modules that differ."""
     names = [module.name for module in selection.modules]
-    ranks = {name: selection.ranks.get(name, options.rank) for name in names}
+    ranks = {name: selection.ranks.get(name, options.r) for name in names}
     given = None if options.alpha is None else options.alpha
     alphas = {name: selection.alphas.get(name, given or 2.0 * ranks[name]) for name in names}
-    for key, values, usual in (("rank_pattern", ranks, options.rank), ("alpha_pattern", alphas, options.scale_alpha)):
+    for key, values, usual in (("rank_pattern", ranks, options.r), ("alpha_pattern", alphas, options.scale_alpha)):
         pattern = {
             ending: value
             for value in sorted({value for value in values.values() if value != usual})
@@ -133,7 +140,7 @@ def _patterns(options: LoraOptions, selection: Selection) -> Iterator[tuple[str,
 def peft(options: LoraOptions, shape: ModelShape, selection: Selection) -> PeftSpec:
     """Build peft.LoraConfig. Token rows are added once the tokenizer is loaded."""
     arguments: dict[str, Any] = {
-        "r": options.rank,
+        "r": options.r,
         "lora_alpha": options.scale_alpha,
         "lora_dropout": options.dropout,
         "use_rslora": options.rslora,
@@ -182,8 +189,8 @@ def conflicts(options: LoraOptions, shape: ModelShape, selection: Selection) -> 
             "rank_pattern", "ranks with init eva", "one rank", "leave rank_pattern out, or take another init"
         )
     smallest = min((module.d_in for module in selection.modules), default=0)
-    if options.init == "eva" and EVA_TOKENS_PER_RANK * options.rank > smallest > 0:
-        got = f"eva at rank {options.rank} for a layer with {smallest} inputs"
+    if options.init == "eva" and EVA_TOKENS_PER_RANK * options.r > smallest > 0:
+        got = f"eva at rank {options.r} for a layer with {smallest} inputs"
         yield Conflict("init", got, f"a rank of at most {smallest // EVA_TOKENS_PER_RANK}", "or another init")
     head = shape.task_head.modules
     if head and options.init in BASE_CHANGING_INITS:
@@ -211,9 +218,9 @@ def learning_rate(options: LoraOptions, shape: ModelShape, num_steps: int | None
     rate = 10 * full * sqrt(16 / rank) * sqrt(2 / scale), scale = alpha / rank: what B A moves by in a step grows
     with both. Measured for ranks 4 to 64 and scales 0.5 to 2 (docs/quality.md).
     """
-    scale = options.scale_alpha / (math.sqrt(options.rank) if options.rslora else options.rank)
-    rate = 10 * full_rate_by_law(shape, num_steps) * math.sqrt(_USUAL_RANK / options.rank * _USUAL_SCALE / scale)
-    return rate, f"by the width of {shape.dims.hidden} and rank {options.rank} ({WIDTH_LAW})"
+    scale = options.scale_alpha / (math.sqrt(options.r) if options.rslora else options.r)
+    rate = 10 * full_rate_by_law(shape, num_steps) * math.sqrt(_USUAL_RANK / options.r * _USUAL_SCALE / scale)
+    return rate, f"by the width of {shape.dims.hidden} and rank {options.r} ({WIDTH_LAW})"
 
 
 METHOD = Method(

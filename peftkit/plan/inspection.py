@@ -10,7 +10,9 @@ from typing import Any
 from peftkit.archs import ModelShape
 from peftkit.archs.held import HeldFormat, way_out
 from peftkit.methods import METHODS
+from peftkit.methods.lora import LoraOptions
 from peftkit.plan.method import default_selection, nearest_method, refusal_reason, share_in_4bit
+from peftkit.plan.rank import preferred_rank
 from peftkit.plan.throughput import describe_missing_kernels, missing_kernels
 from peftkit.units import html_table, join_names, show_bytes, show_count, show_percent
 
@@ -132,7 +134,8 @@ def _method_support(name: str, shape: ModelShape) -> MethodSupport:
     reason = refusal_reason(method, shape)
     if reason:
         return MethodSupport(name, False, None, f"{reason}; nearest: {nearest_method(method, shape)}")
-    options = method.options(name=name)  # type: ignore[call-arg]
+    ranks = {"rank": preferred_rank(shape)} if issubclass(method.options, LoraOptions) else {}
+    options = method.options(name=name, **ranks)  # type: ignore[call-arg]
     selection = default_selection(method, shape)
     conflicts = list(method.conflicts(options, shape, selection))
     if conflicts:

@@ -16,11 +16,12 @@ from peftkit.plan.data import data_plan, rope_overrides
 from peftkit.plan.decisions import DecisionLog
 from peftkit.plan.diagnosis import diagnose_plan
 from peftkit.plan.facts import Facts
-from peftkit.plan.fit import AutoValues, choose_auto_values, longest_batch
+from peftkit.plan.fit import AutoValues, check_fit, choose_auto_values, longest_batch
 from peftkit.plan.memory import closed_form_memory
 from peftkit.plan.method import LOW_4BIT_SHARE, largest_role_outside_4bit, method_plan, share_in_4bit
 from peftkit.plan.packing import TrainerRows, choose_rows, choose_sampling
 from peftkit.plan.plan import BasePlan, EvaluatePlan, Plan, TrainPlan
+from peftkit.plan.rank import settled_ranks
 from peftkit.plan.rate import decide_learning_rate, plan_rate_search
 from peftkit.plan.schedule import resolve_schedule
 from peftkit.plan.targets import make_selection
@@ -267,6 +268,19 @@ def make_plan(loaded: LoadedRecipe, facts: Facts, *, to_train: bool = True) -> P
 
     Without `to_train`, data that nothing can train on yet is planned for as well, for inspection.
     """
+    plans = (
+        _plan_settled(settled, facts, reason, to_train=to_train)
+        for settled, reason in settled_ranks(loaded, facts.model.shape)
+    )
+    for plan in plans:
+        assert plan.memory is not None
+        if check_fit(plan.memory, facts.device).verdict == "fits":
+            break
+    return plan
+
+
+def _plan_settled(loaded: LoadedRecipe, facts: Facts, rank_reason: str, *, to_train: bool) -> Plan:
+    """Decide everything but the rank, which is settled."""
     recipe = loaded.recipe
     d = DecisionLog(loaded, to_train)
     d.problems.extend(check_recipe(loaded))
@@ -298,11 +312,13 @@ def make_plan(loaded: LoadedRecipe, facts: Facts, *, to_train: bool = True) -> P
         d.decide("evaluate.use_cache", False, f"PEFT would prepend the prompt at every step on {family.name}")
     evaluate = EvaluatePlan(metric, options.max_examples, options.max_new_tokens, batch, use_cache)
     method_settings = method_plan(d, facts.model.shape, train.num_steps)
+    if rank_reason:
+        d.revise("method.rank", getattr(recipe.method, "rank", None), rank_reason)
     method_options, lengths = recipe.method, facts.data.lengths if facts.data else None
     if isinstance(method_options, LoraOptions) and method_options.init == "eva" and lengths is not None:
-        min_tokens = EVA_TOKENS_PER_RANK * method_options.rank
+        min_tokens = EVA_TOKENS_PER_RANK * method_options.r
         if lengths.num_tokens < min_tokens:
-            got = f"eva at rank {method_options.rank} with at most {lengths.num_tokens:,} tokens of training data"
+            got = f"eva at rank {method_options.r} with at most {lengths.num_tokens:,} tokens of training data"
             d.refuse("method.init", got, f"at least {min_tokens:,} tokens", "lower the rank, or use another init")
     d.record("seed", recipe.seed)
     d.record("train.on_spike", recipe.train.on_spike)

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from peftkit.methods import Options
 from peftkit.methods.adalora import AdaloraOptions
-from peftkit.methods.base import NonNegativeInt, PositiveFloat, PositiveInt
+from peftkit.methods.base import Auto, NonNegativeInt, PositiveFloat, PositiveInt
 from peftkit.methods.full import FullOptions
 from peftkit.methods.ia3 import Ia3Options
 from peftkit.methods.ln import LnOptions
@@ -23,7 +23,6 @@ from peftkit.methods.qlora import QloraOptions
 from peftkit.methods.vera import VeraOptions
 from peftkit.units import parse_share
 
-Auto = Literal["auto"]
 AnyMethod = Annotated[
     FullOptions
     | LoraOptions

@@ -97,12 +97,12 @@ def test_every_method_is_registered_under_its_own_name():
 @given(num_steps=st.none() | st.integers(1, 10**6))
 @settings(max_examples=10, deadline=None)
 def test_default_learning_rates_are_sane_and_sourced(name, config, num_steps):
-    options = METHODS[name].options(name=name)
+    options = METHODS[name].options(name=name, **({"rank": 64} if name in {"lora", "qlora"} else {}))
     rate, source = METHODS[name].learning_rate(options, shape_from_config(KNOWN[config]), num_steps)
     assert 1e-6 < rate < 0.1
     assert len(source) > 20
 
 
 def test_lora_of_llama_8b_at_rank_16_is_the_known_number(h100):
-    plan = plan_for(KNOWN["meta-llama/Llama-3.1-8B"], "qlora", device=h100)
+    plan = plan_for(KNOWN["meta-llama/Llama-3.1-8B"], {"name": "qlora", "rank": 16}, device=h100)
     assert plan.method.num_trainable == 41_943_040

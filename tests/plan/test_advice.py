@@ -25,7 +25,7 @@ def test_few_rows_are_an_adapters():
 
 
 def test_4_bits_are_not_needed_where_16_fit():
-    assert advised(gpu("h100-80gb"), "qlora")["advice.method"].value == "lora"
+    assert advised(gpu("h100-80gb"), {"name": "qlora", "rank": 16})["advice.method"].value == "lora"
     assert advised(gpu("12GiB"), "qlora") == {}
 
 

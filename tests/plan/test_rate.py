@@ -30,15 +30,16 @@ def usual(*args, **kwargs):
 
 def test_the_usual_rate_follows_width_rank_scale_and_steps():
     # Tinker's formula for an adapter at 200 steps: 5e-5 * 10 * (2000 / width)^0.781
-    assert usual(hidden=128, steps=200) == pytest.approx(4.28e-3, rel=0.01)
-    assert usual(hidden=192, steps=200) == pytest.approx(3.12e-3, rel=0.01)
+    rank_16 = {"name": "lora", "rank": 16}
+    assert usual(rank_16, hidden=128, steps=200) == pytest.approx(4.28e-3, rel=0.01)
+    assert usual(rank_16, hidden=192, steps=200) == pytest.approx(3.12e-3, rel=0.01)
     assert usual("full", hidden=128, steps=200) == pytest.approx(4.28e-4, rel=0.01)
-    at_16 = usual({"name": "lora", "rank": 16})
+    at_16 = usual(rank_16)
     assert usual({"name": "lora", "rank": 64}) == pytest.approx(at_16 / 2, rel=0.01)
     assert usual({"name": "lora", "rank": 4}) == pytest.approx(2 * at_16, rel=0.01)
     assert usual({"name": "lora", "rank": 64, "alpha": 32}) == pytest.approx(at_16, rel=0.01)
     assert usual({"name": "lora", "rank": 16, "rslora": True, "alpha": 8}) == pytest.approx(at_16, rel=0.01)
-    assert usual("qlora") == at_16
+    assert usual({"name": "qlora", "rank": 16}) == at_16
     assert usual(steps=1200) == pytest.approx(usual(steps=200) * (200 / 1200) ** 0.17, rel=0.01)
 
 

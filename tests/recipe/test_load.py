@@ -75,8 +75,8 @@ def test_errors_name_file_line_key_got_expected_and_fix(tmp_path):
     [problem] = refuse(path).problems
     assert problem.where == f"{path}:4 method.rank"
     assert problem.got == "-8"
-    assert problem.expected == "a number greater than 0"
-    assert problem.fix == "try rank: 16"
+    assert problem.expected == "auto or a number greater than 0"
+    assert problem.fix == "try rank: auto"
 
 
 def test_all_problems_at_once(tmp_path):
@@ -102,9 +102,9 @@ def test_all_problems_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("method.rank='16'", "got '16', expected an integer"),
-        ("method.rank=true", "got true, expected an integer"),
-        ("method.rank=1.5", "got 1.5, expected an integer"),
+        ("method.rank='16'", "got '16', expected auto or an integer"),
+        ("method.rank=true", "got true, expected auto or an integer"),
+        ("method.rank=1.5", "got 1.5, expected auto or an integer"),
         ("method.name=lroa", "did you mean lora?"),
         ("method=lroa", "did you mean lora?"),
         ("rank=8", "method.rank"),

@@ -1,0 +1,32 @@
+"""The rank of an adapter, where the recipe leaves it open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from peftkit.archs import ModelShape
+from peftkit.methods.lora import LoraOptions
+from peftkit.recipe import LoadedRecipe
+
+_RANKS = (64, 32, 16)
+_REASON = "at its own learning rate no lower one ended better wherever it was measured (docs/quality.md)"
+
+
+def preferred_rank(shape: ModelShape) -> int:
+    """Return the rank where memory allows it: at most half the width, where A and B are as large as a square layer."""
+    return min(_RANKS[0], max(1, shape.dims.hidden // 2))
+
+
+def settled_ranks(loaded: LoadedRecipe, shape: ModelShape) -> Iterator[tuple[LoadedRecipe, str]]:
+    """Yield the recipe with each rank that `rank: auto` may become, and why; as it is, where nothing is open.
+
+    The first that fits is to be taken.
+    """
+    method = loaded.recipe.method
+    if not isinstance(method, LoraOptions) or method.rank != "auto":
+        yield loaded, ""
+        return
+    for number, rank in enumerate(dict.fromkeys(min(rank, preferred_rank(shape)) for rank in _RANKS)):
+        settled = loaded.recipe.model_copy(update={"method": method.model_copy(update={"rank": rank})})
+        yield replace(loaded, recipe=settled), _REASON if number == 0 else "the largest that fits with a margin"
