@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "diagnosis"))
 from tiny_model import base_folder  # noqa: E402
 
 NUM_TRAIN, NUM_EVAL = 4000, 240
+EMBEDDED = {"minilm": "embedded:all-minilm-l6-v2", "smollm2": "embedded:smollm2-135m-instruct"}
 _WINDOW = 160  # characters of raw text in a row
 Row = dict[str, str]
 
@@ -51,8 +52,8 @@ CELLS = (
 
 def base_of(cell: Cell, data: Path) -> str:
     """Return the base as a recipe names it."""
-    if cell.base == "minilm":
-        return "embedded:all-minilm-l6-v2"
+    if cell.base in EMBEDDED:
+        return EMBEDDED[cell.base]
     return str(ROOT / "tests" / "assets" / "tiny-llama" if cell.base == "python" else base_folder(data))
 
 

@@ -46,7 +46,9 @@ def search_learning_rate(context: RunContext, model: PreTrainedModel) -> Plan:
         losses = compute_row_losses(model, rows, plan, pad_id=pad_id)
         return HeldOutLosses(losses.sums, losses.counts, judged)
 
-    origin = ForkStart({name: tensor.detach().clone() for name, tensor in trainable_tensors(model).items()}, {})
+    # on the host: the plan's memory knows of no second adapter
+    trained = {name: tensor.detach().to("cpu", copy=True) for name, tensor in trainable_tensors(model).items()}
+    origin = ForkStart(trained, {})
     start = measure()
     evaluation_tokens = EVAL_COST * sum(row.length for row in rows)
     budget.spent_tokens += evaluation_tokens

@@ -46,7 +46,10 @@ def recipe_file(recipe, tmp_path):
 
 BAD_FILES = {
     "misspelled key": ("base: a/b\nmethod: {name: lora, rnk: 8}\ndata: {train: x.jsonl}\n", "did you mean rank?"),
-    "wrong type": ("base: a/b\nmethod: {name: lora, rank: eight}\ndata: {train: x.jsonl}\n", "expected  an integer"),
+    "wrong type": (
+        "base: a/b\nmethod: {name: lora, rank: eight}\ndata: {train: x.jsonl}\n",
+        "expected  auto or an integer",
+    ),
     "negative rank": ("base: a/b\nmethod: {name: lora, rank: -8}\ndata: {train: x.jsonl}\n", "greater than 0"),
     "empty": ("", "an empty file"),
     "a list": ("- base\n", "a list"),

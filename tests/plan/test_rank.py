@@ -12,7 +12,7 @@ LLAMA = shape_from_config(KNOWN["meta-llama/Llama-3.1-8B"])
 
 def decided(method, *, shape=LLAMA, gib=80):
     device = DeviceFacts("cuda", "a GPU", gib * 2**30, True, True)
-    loaded = load({"base": "o/m", "method": method, "data": {"train": "x.jsonl"}, "train": {"max_length": 2048}})
+    loaded = load({"base": "o/m", "method": method, "data": {"train": "x.jsonl"}, "train": {"max_length": 512}})
     plan = make_plan(loaded, Facts(device, ModelFacts("o/m", "hub", shape), None))
     [decision] = [one for one in plan.decisions if one.key == "method.rank"]
     assert decision.value == plan.method.peft.arguments["r"] == plan.method.peft.arguments["lora_alpha"] / 2
@@ -31,6 +31,12 @@ def test_it_is_the_largest_that_fits_with_a_margin():
     assert values == sorted(values) and values[-1] == 64
     smaller = [one for one in ranks.values() if one.value < 64]
     assert smaller and all("largest that fits" in one.reason for one in smaller)
+
+
+def test_it_is_16_beside_a_new_head():
+    bert = shape_from_config(KNOWN["google-bert/bert-base-uncased"])
+    assert (decided("lora", shape=bert).value, decided("lora", shape=bert).source) == (16, "decided")
+    assert "a new head" in decided("lora", shape=bert).reason
 
 
 def test_it_is_at_most_half_the_width_and_a_given_one_is_kept():

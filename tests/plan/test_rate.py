@@ -4,6 +4,8 @@ import pytest
 
 from peftkit.archs import shape_from_config
 from peftkit.diagnose.statistics import MIN_DOCUMENTS
+from peftkit.methods import METHODS
+from peftkit.methods.lora import LoraOptions
 from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, make_plan
 from peftkit.plan import rate as rates
 from peftkit.recipe import load
@@ -40,6 +42,11 @@ def test_the_usual_rate_follows_width_rank_scale_and_steps():
     assert usual({"name": "lora", "rank": 64, "alpha": 32}) == pytest.approx(at_16, rel=0.01)
     assert usual({"name": "lora", "rank": 16, "rslora": True, "alpha": 8}) == pytest.approx(at_16, rel=0.01)
     assert usual({"name": "qlora", "rank": 16}) == at_16
+    assert usual({"name": "lora", "rank": 16, "lr_ratio": 16}) == pytest.approx(at_16 / 4, rel=0.01)
+    config, options = tiny_config("llama").to_dict(), LoraOptions(name="lora", rank=16)
+    for task, share in (("auto", 1), ("classification", 0.5)):  # of a decoder, whose new head reads one token
+        rate, _ = METHODS["lora"].learning_rate(options, shape_from_config(config, task=task), 200)
+        assert rate == pytest.approx(share * usual(rank_16, hidden=config["hidden_size"], steps=200), rel=0.01)
     assert usual(steps=1200) == pytest.approx(usual(steps=200) * (200 / 1200) ** 0.17, rel=0.01)
 
 

@@ -294,7 +294,8 @@ def test_texts_of_several_classes_are_learnt_merged_and_read_by_transformers(bas
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = bases.get(base, TINY_LLAMA)
-    recipe = recipe_for(folder, with_several_classes(tmp_path), "lora", learning_rate=5e-3, max_steps=120)
+    method = {"name": "lora", "rank": 16}
+    recipe = recipe_for(folder, with_several_classes(tmp_path), method, learning_rate=5e-3, max_steps=120)
     summary = peftkit.finetune(recipe, out=tmp_path / "run")
     assert summary.metric == "micro_f1"
     assert summary.metric_after > 0.9
