@@ -18,7 +18,7 @@ STEPS_EXPONENT = 0.17  # best rate of N steps = best rate of n steps * (n / N)^0
 _ROUND_DOWN = 0.9  # twice too high costs more than twice too low
 _FALLBACK = 8.0  # so many times lower rates are tried once where none did any good
 _MIN_CERTAINTY = 2.0  # paired standard errors between the best arm and the worst
-_NEARLY_RIGHT = 2.0  # within this factor short forks know no better than the usual rate
+_NEARLY_RIGHT = 2.0  # within this factor short forks know little more than the usual rate
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,10 @@ def choose_rate(
     losses = {arm.rate: "not finite" if arm.rows is None else f"{arm.rows.mean:.3f}" for arm in arms}
     tried = ", ".join(f"{rate:.2g}: {losses[rate]}" for rate in sorted(losses))
     evidence = f"forks of {fork_steps} steps from the start ({tried}), for {num_steps} steps"
-    is_near = max(vertex / usual, usual / vertex) <= _NEARLY_RIGHT
-    if not is_exact and is_near:
-        return RateChoice(usual, f"{evidence}: they confirm the usual rate", (low, high))
-    rate = float(f"{vertex:.3g}")
-    return RateChoice(rate, f"{evidence}: {rate:g} [{low:.2g}, {high:.2g}]; the usual rate is {usual:g}", (low, high))
+    said = f"{evidence}: {vertex:.3g} [{low:.2g}, {high:.2g}]; the usual rate is {usual:g}"
+    if not is_exact and max(vertex / usual, usual / vertex) <= _NEARLY_RIGHT:
+        return RateChoice(float(f"{math.sqrt(vertex * usual):.3g}"), f"{said}, near enough: the middle", (low, high))
+    return RateChoice(float(f"{vertex:.3g}"), said, (low, high))
 
 
 def _does_good(arm: RateArm, start: HeldOutLosses) -> bool:

@@ -95,7 +95,7 @@ class RateSearch:
     """The search for the learning rate that is still to be made, before the first step.
 
     At most `max_forks` forks of `fork_steps` steps each, at the usual rate and around it. Unless it `is_exact`, a
-    usual rate that is nearly right is kept.
+    usual rate that is nearly right goes half way only.
     """
 
     fork_steps: int
