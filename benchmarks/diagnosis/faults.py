@@ -58,7 +58,7 @@ class Draft:
 
     recipe: Mapping[str, Any]
     train: tuple[Row, ...]
-    held: tuple[Row, ...]
+    held_out: tuple[Row, ...]
     seed: int
     template: str = ""  # rows are written as chats, where there is one
     swapped: bool = False  # such chats learn the prompt and mask the answer
@@ -87,7 +87,7 @@ class Draft:
 
     def write(self, folder: Path) -> dict[str, Any]:
         """The files, and the recipe that reads them."""
-        rows = [self.train, self.held]
+        rows = [self.train, self.held_out]
         if self.template:
             rows = [[_as_chat(row, self.swapped) for row in group] for group in rows]
         data = {

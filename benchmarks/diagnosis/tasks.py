@@ -31,7 +31,7 @@ class Task:
 
     name: str
     train: tuple[Row, ...]
-    held: tuple[Row, ...]
+    held_out: tuple[Row, ...]
     classes: tuple[str, ...] = ()
 
 
