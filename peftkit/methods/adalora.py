@@ -16,6 +16,7 @@ from peftkit.methods.base import (
     Options,
     PeftSpec,
     PositiveInt,
+    RunSize,
     Selection,
     Targets,
     count_head,
@@ -57,7 +58,7 @@ def peft(options: AdaloraOptions, shape: ModelShape, selection: Selection) -> Pe
     return PeftSpec("AdaLoraConfig", arguments)
 
 
-def learning_rate(options: AdaloraOptions, shape: ModelShape, num_steps: int | None) -> tuple[float, str]:
+def learning_rate(options: AdaloraOptions, shape: ModelShape, size: RunSize) -> tuple[float, str]:
     return 1e-3, "within the paper's 5e-4 to 3e-3 (Zhang et al. 2023, appendix)"
 
 

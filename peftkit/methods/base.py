@@ -109,15 +109,27 @@ STEPS_EXPONENT = 0.17  # the best learning rate falls with the steps of a run to
 WIDTH_LAW = "Tinker's law of the width, checked here at widths of 128 to 576: docs/quality.md"
 
 
-def full_rate_by_law(shape: ModelShape, num_steps: int | None) -> float:
-    """Return the learning rate of full fine-tuning by the model's width and the steps of the run.
+@dataclass(frozen=True)
+class RunSize:
+    """The size of a run: its optimizer steps, None where unknown, and the rows of each."""
 
-    rate = 5e-5 * (2000 / hidden)^0.781 * (200 / steps)^0.17
+    num_steps: int | None
+    batch_size: int
+
+
+def full_rate_by_law(shape: ModelShape, size: RunSize) -> float:
+    """Return the learning rate of full fine-tuning by the model's width, the steps of the run, and its batches.
+
+    rate = 5e-5 * (2000 / hidden)^0.781 * (200 / steps)^0.17 * sqrt(rows / 4), the last within 1/2 and 2
 
     The first is tinker-cookbook's (hyperparam_utils, its exponent of Llama), for which adapters want ten times as
-    much (Schulman et al. 2025, "LoRA Without Regret"); the second was measured (docs/quality.md).
+    much (Schulman et al. 2025, "LoRA Without Regret"); the second was measured (docs/quality.md), the third is
+    Malladi et al. 2022. Beside a new head, eight rows stand for four.
     """
-    return 5e-5 * math.pow(2000 / shape.dims.hidden, 0.781) * math.pow(200 / (num_steps or 200), STEPS_EXPONENT)
+    rows = size.batch_size / (8 if shape.task_head.modules else 4)
+    of_batch = min(2.0, max(0.5, math.sqrt(rows)))
+    of_steps = math.pow(200 / (size.num_steps or 200), STEPS_EXPONENT)
+    return 5e-5 * math.pow(2000 / shape.dims.hidden, 0.781) * of_steps * of_batch
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,7 @@ class Method:
     options: type[Options]
     count: Callable[[Any, ModelShape, Selection], dict[str, int]]
     peft: Callable[[Any, ModelShape, Selection], PeftSpec | None]
-    learning_rate: Callable[[Any, ModelShape, int | None], tuple[float, str]]
+    learning_rate: Callable[[Any, ModelShape, RunSize], tuple[float, str]]
     default_roles: Callable[[ModelShape], tuple[tuple[str, ...], str]] | None = None
     conflicts: Callable[[Any, ModelShape, Selection], Iterator[Conflict]] = lambda *_: iter(())
     refuses: Callable[[ModelShape], str] = lambda shape: ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from peftkit.archs import ModelShape
-from peftkit.methods.base import WIDTH_LAW, Method, Options, PeftSpec, Selection, full_rate_by_law, sum_by_role
+from peftkit.methods.base import WIDTH_LAW, Method, Options, PeftSpec, RunSize, Selection, full_rate_by_law, sum_by_role
 
 
 class FullOptions(Options):
@@ -24,8 +24,8 @@ def peft(options: FullOptions, shape: ModelShape, selection: Selection) -> PeftS
     return None
 
 
-def learning_rate(options: FullOptions, shape: ModelShape, num_steps: int | None) -> tuple[float, str]:
-    return full_rate_by_law(shape, num_steps), f"by the width of {shape.dims.hidden} ({WIDTH_LAW})"
+def learning_rate(options: FullOptions, shape: ModelShape, size: RunSize) -> tuple[float, str]:
+    return full_rate_by_law(shape, size), f"by the width of {shape.dims.hidden} ({WIDTH_LAW})"
 
 
 METHOD = Method(

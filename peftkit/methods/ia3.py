@@ -15,6 +15,7 @@ from peftkit.methods.base import (
     Method,
     Options,
     PeftSpec,
+    RunSize,
     Selection,
     Targets,
     count_head,
@@ -75,7 +76,7 @@ def peft(options: Ia3Options, shape: ModelShape, selection: Selection) -> PeftSp
     return PeftSpec("IA3Config", arguments)
 
 
-def learning_rate(options: Ia3Options, shape: ModelShape, num_steps: int | None) -> tuple[float, str]:
+def learning_rate(options: Ia3Options, shape: ModelShape, size: RunSize) -> tuple[float, str]:
     return 3e-3, "the IA3 paper's value (Liu et al. 2022, section 4)"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from peftkit.archs import ModelShape, shortest_names
-from peftkit.methods.base import Method, Options, PeftSpec, Selection, count_head, head_arguments
+from peftkit.methods.base import Method, Options, PeftSpec, RunSize, Selection, count_head, head_arguments
 
 
 class LnOptions(Options):
@@ -33,7 +33,7 @@ def peft(options: LnOptions, shape: ModelShape, selection: Selection) -> PeftSpe
     return PeftSpec("LNTuningConfig", {"target_modules": names, **head_arguments(shape)})
 
 
-def learning_rate(options: LnOptions, shape: ModelShape, num_steps: int | None) -> tuple[float, str]:
+def learning_rate(options: LnOptions, shape: ModelShape, size: RunSize) -> tuple[float, str]:
     return 1e-3, "norms are few and tolerate large steps: a rule of thumb, not measured at scale"
 
 

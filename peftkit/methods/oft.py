@@ -15,6 +15,7 @@ from peftkit.methods.base import (
     Method,
     Options,
     PeftSpec,
+    RunSize,
     Selection,
     Targets,
     count_head,
@@ -58,7 +59,7 @@ def peft(options: OftOptions, shape: ModelShape, selection: Selection) -> PeftSp
     return PeftSpec("OFTConfig", arguments)
 
 
-def learning_rate(options: OftOptions, shape: ModelShape, num_steps: int | None) -> tuple[float, str]:
+def learning_rate(options: OftOptions, shape: ModelShape, size: RunSize) -> tuple[float, str]:
     return (4e-4, "twice LoRA's for 7B to 13B, as rotations move slowly: a rule of thumb, not measured at scale")
 
 

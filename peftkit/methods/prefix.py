@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from peftkit.archs import ModelShape
-from peftkit.methods.base import Method, Options, PeftSpec, PositiveInt, Selection, count_head, head_arguments
+from peftkit.methods.base import Method, Options, PeftSpec, PositiveInt, RunSize, Selection, count_head, head_arguments
 
 
 class PrefixOptions(Options):
@@ -45,7 +45,7 @@ def peft(options: PrefixOptions, shape: ModelShape, selection: Selection) -> Pef
     return PeftSpec("PrefixTuningConfig", arguments)
 
 
-def learning_rate(options: PrefixOptions, shape: ModelShape, num_steps: int | None) -> tuple[float, str]:
+def learning_rate(options: PrefixOptions, shape: ModelShape, size: RunSize) -> tuple[float, str]:
     return 1e-2, "PEFT's own prefix tuning example; prefixes start from noise and want large steps"
 
 

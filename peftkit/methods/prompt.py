@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from peftkit.archs import ModelShape
-from peftkit.methods.base import Method, Options, PeftSpec, PositiveInt, Selection, count_head, head_arguments
+from peftkit.methods.base import Method, Options, PeftSpec, PositiveInt, RunSize, Selection, count_head, head_arguments
 
 
 class PromptOptions(Options):
@@ -47,7 +47,7 @@ def peft(options: PromptOptions, shape: ModelShape, selection: Selection) -> Pef
     return PeftSpec("PromptTuningConfig", arguments)
 
 
-def learning_rate(options: PromptOptions, shape: ModelShape, num_steps: int | None) -> tuple[float, str]:
+def learning_rate(options: PromptOptions, shape: ModelShape, size: RunSize) -> tuple[float, str]:
     return 3e-2, "a tenth of the paper's 0.3 (Lester et al. 2021, section 3), which was for Adafactor"
 
 

@@ -15,6 +15,7 @@ from peftkit.methods.base import (
     PeftSpec,
     PositiveFloat,
     PositiveInt,
+    RunSize,
     Selection,
     Targets,
     count_head,
@@ -59,7 +60,7 @@ def peft(options: VeraOptions, shape: ModelShape, selection: Selection) -> PeftS
     return PeftSpec("VeraConfig", arguments)
 
 
-def learning_rate(options: VeraOptions, shape: ModelShape, num_steps: int | None) -> tuple[float, str]:
+def learning_rate(options: VeraOptions, shape: ModelShape, size: RunSize) -> tuple[float, str]:
     return 4e-3, "the paper's instruction tuning of Llama (Kopiczko et al. 2024, appendix A)"
 
 

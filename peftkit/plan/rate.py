@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from peftkit.methods import Method
+from peftkit.methods.base import RunSize
 from peftkit.plan.advice import WARNING
 from peftkit.plan.decisions import DecisionLog
 from peftkit.plan.facts import Facts
@@ -24,9 +25,9 @@ _MAX_FORKS = 8  # a usual rate that is wrong by 8 takes six
 _ODD_RATE_FACTOR = 20  # from the usual rate; ten times less still is tried on purpose
 
 
-def decide_learning_rate(d: DecisionLog, facts: Facts, method: Method, num_steps: int | None) -> float:
+def decide_learning_rate(d: DecisionLog, facts: Facts, method: Method, size: RunSize) -> float:
     """Return the learning rate to plan with, and warn of one that nobody would choose."""
-    usual, reason = method.learning_rate(d.loaded.recipe.method, facts.model.shape, num_steps)
+    usual, reason = method.learning_rate(d.loaded.recipe.method, facts.model.shape, size)
     usual = float(f"{usual:.3g}")
     rate = float(d.record("train.learning_rate", d.loaded.recipe.train.learning_rate, usual, reason))
     if rate > _ODD_RATE_FACTOR * usual or rate < usual / _ODD_RATE_FACTOR / 10:
@@ -37,16 +38,10 @@ def decide_learning_rate(d: DecisionLog, facts: Facts, method: Method, num_steps
 
 
 def plan_rate_search(
-    d: DecisionLog,
-    facts: Facts,
-    method: Method,
-    *,
-    usual: float,
-    num_steps: int | None,
-    batch_size: int,
-    autocast: str | None,
+    d: DecisionLog, facts: Facts, method: Method, *, usual: float, size: RunSize, autocast: str | None
 ) -> RateSearch | None:
     """Plan the forks that correct the usual rate; None, with the reason, where there are none to be made."""
+    num_steps, batch_size = size.num_steps, size.batch_size
     if d.loaded.recipe.train.learning_rate != "auto" or num_steps is None or facts.data is None:
         return None
     obstacle = next(_obstacles(d, facts, method, autocast), "")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from peftkit.archs import Family, ModelShape
 from peftkit.errors import UserError
 from peftkit.methods import METHODS, Method
+from peftkit.methods.base import RunSize
 from peftkit.methods.lora import EVA_TOKENS_PER_RANK, LoraOptions, new_tokens
 from peftkit.methods.qlora import QloraOptions
 from peftkit.objectives import OBJECTIVES
@@ -190,10 +191,9 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
     if train.micro_batch != "auto":
         micro = d.record("train.micro_batch", train.micro_batch)
     steps = _num_steps(d, rows)
-    learning_rate = decide_learning_rate(d, facts, method, steps)
-    rate_search = plan_rate_search(
-        d, facts, method, usual=learning_rate, num_steps=steps, batch_size=rows.batch_size, autocast=autocast
-    )
+    size = RunSize(steps, rows.batch_size)
+    learning_rate = decide_learning_rate(d, facts, method, size)
+    rate_search = plan_rate_search(d, facts, method, usual=learning_rate, size=size, autocast=autocast)
     num_warmup, schedule_arguments = resolve_schedule(d, steps)
     on_gpu = facts.device.kind == "cuda"
     has_lora_plus = getattr(d.loaded.recipe.method, "lr_ratio", None) is not None  # LoRA+ builds a plain AdamW

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from peftkit.archs import FAMILIES, KNOWN, shape_from_config
 from peftkit.errors import UserError
 from peftkit.methods import METHODS
+from peftkit.methods.base import RunSize
 from peftkit.model.adapter.attach import attach_adapter, count_parameters, trainable_by_role, trainable_tensors
 from tests.rigs.plans import plan_for
 from tests.rigs.tiny import LABELS, tiny_config, tiny_model
@@ -98,7 +99,7 @@ def test_every_method_is_registered_under_its_own_name():
 @settings(max_examples=10, deadline=None)
 def test_default_learning_rates_are_sane_and_sourced(name, config, num_steps):
     options = METHODS[name].options(name=name, **({"rank": 64} if name in {"lora", "qlora"} else {}))
-    rate, source = METHODS[name].learning_rate(options, shape_from_config(KNOWN[config]), num_steps)
+    rate, source = METHODS[name].learning_rate(options, shape_from_config(KNOWN[config]), RunSize(num_steps, 16))
     assert 1e-6 < rate < 0.1
     assert len(source) > 20
 

@@ -1,10 +1,13 @@
 """The learning rate of a plan: the usual one by width, rank and steps, and when it is measured."""
 
+import math
+
 import pytest
 
 from peftkit.archs import shape_from_config
 from peftkit.diagnose.statistics import MIN_DOCUMENTS
 from peftkit.methods import METHODS
+from peftkit.methods.base import RunSize
 from peftkit.methods.lora import LoraOptions
 from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, make_plan
 from peftkit.plan import rate as rates
@@ -35,6 +38,9 @@ def test_the_usual_rate_follows_width_rank_scale_and_steps():
     rank_16 = {"name": "lora", "rank": 16}
     assert usual(rank_16, hidden=128, steps=200) == pytest.approx(4.28e-3, rel=0.01)
     assert usual(rank_16, hidden=192, steps=200) == pytest.approx(3.12e-3, rel=0.01)
+    for batch_size, factor in ((8, math.sqrt(2)), (16, 2), (64, 2), (1, 0.5)):
+        rate = usual(rank_16, hidden=128, steps=200, train={"batch_size": batch_size})
+        assert rate == pytest.approx(factor * 4.28e-3, rel=0.01)
     assert usual("full", hidden=128, steps=200) == pytest.approx(4.28e-4, rel=0.01)
     at_16 = usual(rank_16)
     assert usual({"name": "lora", "rank": 64}) == pytest.approx(at_16 / 2, rel=0.01)
@@ -45,7 +51,9 @@ def test_the_usual_rate_follows_width_rank_scale_and_steps():
     assert usual({"name": "lora", "rank": 16, "lr_ratio": 16}) == pytest.approx(at_16 / 4, rel=0.01)
     config, options = tiny_config("llama").to_dict(), LoraOptions(name="lora", rank=16)
     for task, share in (("auto", 1), ("classification", 0.5)):  # of a decoder, whose new head reads one token
-        rate, _ = METHODS["lora"].learning_rate(options, shape_from_config(config, task=task), 200)
+        rate, _ = METHODS["lora"].learning_rate(
+            options, shape_from_config(config, task=task), RunSize(200, 4 if share == 1 else 8)
+        )
         assert rate == pytest.approx(share * usual(rank_16, hidden=config["hidden_size"], steps=200), rel=0.01)
     assert usual(steps=1200) == pytest.approx(usual(steps=200) * (200 / 1200) ** 0.17, rel=0.01)
 
