@@ -106,7 +106,6 @@ class Selection:
 
 
 STEPS_EXPONENT = 0.17  # the best learning rate falls with the steps of a run to this power
-WIDTH_LAW = "Tinker's law of the width, checked here at widths of 128 to 576: docs/quality.md"
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,9 @@ class RunSize:
 
     num_steps: int | None
     batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.num_steps or 'some'} steps of {self.batch_size} rows"
 
 
 def full_rate_by_law(shape: ModelShape, size: RunSize) -> float:
