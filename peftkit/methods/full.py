@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from peftkit.archs import ModelShape
-from peftkit.methods.base import WIDTH_LAW, Method, Options, PeftSpec, RunSize, Selection, full_rate_by_law, sum_by_role
+from peftkit.methods.base import Method, Options, PeftSpec, RunSize, Selection, full_rate_by_law, sum_by_role
 
 
 class FullOptions(Options):
@@ -25,7 +25,7 @@ def peft(options: FullOptions, shape: ModelShape, selection: Selection) -> PeftS
 
 
 def learning_rate(options: FullOptions, shape: ModelShape, size: RunSize) -> tuple[float, str]:
-    return full_rate_by_law(shape, size), f"by the width of {shape.dims.hidden} ({WIDTH_LAW})"
+    return full_rate_by_law(shape, size), f"by the width of {shape.dims.hidden} and {size} (docs/quality.md)"
 
 
 METHOD = Method(

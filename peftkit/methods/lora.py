@@ -11,7 +11,6 @@ from pydantic import Field
 from peftkit.archs import ModelShape, Module, shortest_names
 from peftkit.methods.base import (
     WHOLE_PARTS,
-    WIDTH_LAW,
     AlsoTrain,
     Auto,
     Conflict,
@@ -225,7 +224,7 @@ def learning_rate(options: LoraOptions, shape: ModelShape, size: RunSize) -> tup
         rate /= math.sqrt(options.lr_ratio)
     if shape.task_head.modules and "causal-lm" in shape.family.heads:
         rate /= 2  # a decoder's new head reads one token: at the law's own rate it collapsed where that was measured
-    return rate, f"by the width of {shape.dims.hidden} and rank {options.r} ({WIDTH_LAW})"
+    return rate, f"by the width of {shape.dims.hidden}, rank {options.r} and {size} (docs/quality.md)"
 
 
 METHOD = Method(
