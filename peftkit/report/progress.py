@@ -195,7 +195,7 @@ def _(event: RateForkEvent) -> str:
 
 @format_event.register
 def _(event: RateFoundEvent) -> str:
-    return f"learning rate: {event.text} ({event.overhead:.1%} of the run)"
+    return f"learning rate {event.learning_rate:.3g}, by {event.overhead:.1%} of the run: {event.text}"
 
 
 @format_event.register
