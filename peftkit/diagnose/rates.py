@@ -91,7 +91,7 @@ def choose_rate(
     evidence = f"forks of {fork_steps} steps from the start ({tried}), for {num_steps} steps"
     said = f"{evidence}: {vertex:.3g} [{low:.2g}, {high:.2g}]; the usual rate is {usual:g}"
     if not is_exact and max(vertex / usual, usual / vertex) <= _NEARLY_RIGHT:
-        return RateChoice(float(f"{math.sqrt(vertex * usual):.3g}"), f"{said}, near enough: the middle of both", (low, high))
+        return RateChoice(float(f"{math.sqrt(vertex * usual):.3g}"), f"{said}, near enough: the middle", (low, high))
     return RateChoice(float(f"{vertex:.3g}"), said, (low, high))
 
 
