@@ -16,6 +16,8 @@ import json
 import random
 import sys
 import sysconfig
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,19 @@ def _source() -> str:
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     random.Random(0).shuffle(files)
     return "\n".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)[:1_000_000]
+
+
+def train_all(
+    train: Callable[..., dict[str, Any]], waiting: Sequence[tuple[Any, ...]], *, workers: int, results: Path
+) -> None:
+    """Train each of `waiting` in one of several processes, and add its line to the results file."""
+    print(f"{len(waiting)} trainings to go", flush=True)
+    with ProcessPoolExecutor(workers) as pool:
+        for future in as_completed([pool.submit(train, *one) for one in waiting]):
+            line = future.result()
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{line['key']}: {line['loss']:.4f} ({line['seconds']:.0f} s)", flush=True)
 
 
 def recipe_of(cell: Cell, folder: Path, data: Path, *, steps: int, batch: int, seed: int) -> dict[str, Any]:

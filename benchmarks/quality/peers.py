@@ -11,7 +11,6 @@ command-line parameters.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -19,12 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from cells import CELLS, Cell, recipe_of
-from sweep import BATCH, read_lines
+from cells import CELLS, Cell, recipe_of, train_all
+from suite import read_results
+from sweep import BATCH
 from tiny_model import base_folder, data_folder
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality_peers.jsonl"
@@ -115,7 +114,7 @@ def main() -> int:
     asked = parser.parse_args()
     data = data_folder(asked.data)
     base_folder(data)
-    made = {line["key"] for line in read_lines(asked.results)}
+    made = {line["key"] for line in read_results(asked.results)}
     waiting = [
         (cell, name, int(seed))
         for seed in asked.seeds.split(",")
@@ -124,14 +123,8 @@ def main() -> int:
         for name in PEERS
         if f"{cell.key}/{name}/{seed}" not in made
     ]
-    print(f"{len(waiting)} trainings to go", flush=True)
-    with ProcessPoolExecutor(asked.workers) as pool:
-        for future in as_completed([pool.submit(train, *one, data) for one in waiting]):
-            line = future.result()
-            with asked.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"{line['key']}: {line['loss']:.4f} ({line['seconds']:.0f} s)", flush=True)
-    print_table(read_lines(asked.results))
+    train_all(train, [(*one, data) for one in waiting], workers=asked.workers, results=asked.results)
+    print_table(read_results(asked.results))
     return 0
 
 

@@ -18,11 +18,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from cells import CELLS, Cell, recipe_of
+from cells import CELLS, Cell, recipe_of, train_all
+from suite import read_results
 from tiny_model import base_folder, data_folder
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality_sweep.jsonl"
@@ -77,11 +77,6 @@ def key_of(cell: Cell, way: str, seed: int, steps: int) -> str:
     return f"{cell.key}/{way}/{seed}/{steps}"
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines that were made so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def print_table(lines: Sequence[dict[str, Any]], steps: int) -> None:
     """Print each cell: the best of the sweep, and how far behind it `auto` ends."""
     regrets = []
@@ -118,7 +113,7 @@ def main() -> int:
     asked = parser.parse_args()
     data = data_folder(asked.data)
     base_folder(data)
-    made = {line["key"] for line in read_lines(asked.results)}
+    made = {line["key"] for line in read_results(asked.results)}
     waiting = [
         (cell, way, asked.seed, asked.steps)
         for rank in (0, *RANKS)  # `auto` of all cells first
@@ -127,14 +122,8 @@ def main() -> int:
         for way in ([f"r{rank} at {rate:g}" for rate in RATES[cell.base]] if rank else ["auto"])
         if way.startswith(asked.only) and key_of(cell, way, asked.seed, asked.steps) not in made
     ]
-    print(f"{len(waiting)} trainings to go", flush=True)
-    with ProcessPoolExecutor(asked.workers) as pool:
-        for future in as_completed([pool.submit(train, *one, data) for one in waiting]):
-            line = future.result()
-            with asked.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"{line['key']}: {line['loss']:.4f} ({line['seconds']:.0f} s)", flush=True)
-    print_table(read_lines(asked.results), asked.steps)
+    train_all(train, [(*one, data) for one in waiting], workers=asked.workers, results=asked.results)
+    print_table(read_results(asked.results), asked.steps)
     return 0
 
 

@@ -45,6 +45,7 @@ from peftkit.model.adapter.grow import GrownCheckpoint, adapted_weights, grow_ad
 from peftkit.model.load import load_model
 from peftkit.plan import Plan
 from peftkit.plan.packing import mean_row_tokens
+from peftkit.plan.rate import EVAL_COST
 from peftkit.prepare.context import RunContext
 from peftkit.rundir.events import ForkEvent, PhaseEvent
 from peftkit.train.checkpoint.restore import load_trained
@@ -62,7 +63,6 @@ _EARLY_SHARE = 0.5  # of the budget: what an early look may take
 _BUDGET_MARGIN = 0.95  # of what is left: rows that are drawn may be longer than the mean
 _MIN_FORK_STEPS = 4  # of a fork: fewer say nothing
 _FORK_ROWS = (24, 200)  # held-out rows that decide, as many as a fifth of a fork's cost pays for
-_EVAL_COST = 1 / 3  # of a token that is trained on: no backward
 
 
 @dataclass
@@ -125,7 +125,7 @@ class Experiment:
 
     def num_evaluated_rows(self) -> int:
         """Return the number of held-out rows on which a fork is judged."""
-        per_row = _EVAL_COST * sum(row.length for row in self.held_out) / len(self.held_out)
+        per_row = EVAL_COST * sum(row.length for row in self.held_out) / len(self.held_out)
         affordable = int(0.2 * self.budget.share * self.budget.run_tokens / _NUM_FORKS / per_row)
         return max(_FORK_ROWS[0], min(_FORK_ROWS[1], affordable))
 
@@ -140,7 +140,7 @@ class Experiment:
         """Measure losses of some held-out rows, charged to the budget."""
         rows = [self.held_out[i] for i in numbers]
         losses = compute_row_losses(model, rows, plan, pad_id=self.pad_id, prepared=not self.is_reloaded)
-        self.budget.spent_tokens += _EVAL_COST * sum(row.length for row in rows)
+        self.budget.spent_tokens += EVAL_COST * sum(row.length for row in rows)
         return HeldOutLosses(losses.sums, losses.counts, tuple(self.documents[i] for i in numbers))
 
     def judge_quality(self) -> Quality:
@@ -160,7 +160,7 @@ class Experiment:
                 limit = self.plan.evaluate.max_examples
                 examples, rows = prepared.eval_examples[:limit], prepared.eval[:limit]
                 metrics = compute_metrics(self.model, self.context.tokenizer, self.plan, examples, rows)
-                self.budget.spent_tokens += _EVAL_COST * sum(row.length for row in rows)
+                self.budget.spent_tokens += EVAL_COST * sum(row.length for row in rows)
                 self.metric_interval = wilson_interval(metrics.scores[options.metric], metrics.num_examples)
             target_metric = self.metric_interval
         return assess_quality(
@@ -208,7 +208,7 @@ class Experiment:
                 if not numbers:
                     evidence = replace(evidence, has_questions=False)
                 else:
-                    cost = _EVAL_COST * sum(row.length for row in swapped_rows)
+                    cost = EVAL_COST * sum(row.length for row in swapped_rows)
                     if cost > self.budget.left:
                         evidence = _mark_unaffordable(evidence, "dependence")
                     else:
@@ -352,7 +352,7 @@ class Experiment:
         """
         if self._num_fork_steps is None:
             num_evaluations = 1 + 1 / _NUM_FORKS  # after each fork, and once for the report
-            evaluation_tokens = num_evaluations * _EVAL_COST * sum(self.held_out[i].length for i in self.deciding)
+            evaluation_tokens = num_evaluations * EVAL_COST * sum(self.held_out[i].length for i in self.deciding)
             tokens_per_step = self.step_tokens * self.fork_batch_size / self.plan.train.batch_size
             self._num_fork_steps = int(
                 (_BUDGET_MARGIN * self.budget.left / _NUM_FORKS - evaluation_tokens) / tokens_per_step
@@ -362,7 +362,7 @@ class Experiment:
     def fork_tokens(self, steps: int) -> float:
         """Return the tokens that a fork of `steps` takes, with its evaluation."""
         training_tokens = steps * self.step_tokens * self.fork_batch_size / self.plan.train.batch_size
-        return training_tokens + _EVAL_COST * sum(self.held_out[i].length for i in self.deciding)
+        return training_tokens + EVAL_COST * sum(self.held_out[i].length for i in self.deciding)
 
     def expected_gain(self, arm: str) -> Interval | None:
         """Return the gain of a fork on the reporting rows, which took no part in the decision."""

@@ -16,6 +16,7 @@ import torch
 from peftkit.diagnose.statistics import HeldOutLosses, Interval, paired_gain
 from peftkit.experiments.forks import ForkStart, draw_fork_batches, train_fork, with_learning_rate
 from peftkit.model.adapter.attach import trainable_tensors
+from peftkit.plan.rate import EVAL_COST
 from peftkit.prepare.context import RunContext
 from peftkit.train.checkpoint.restore import load_trained
 from peftkit.train.trainer import training_loss
@@ -28,7 +29,6 @@ STEPS_SHARE = 0.1  # of the run's steps, each
 _MIN_STEPS = 20
 FULL_RATE_FACTORS = (0.03, 0.1, 0.3)  # of the adapter's: full fine-tuning wants about a tenth (Schulman et al. 2025)
 ADAPTER_RATE_FACTORS = (1.0, 3.0)
-_EVAL_COST = 1 / 3
 
 
 def gap_to_full_finetuning(
@@ -57,7 +57,7 @@ def gap_to_full_finetuning(
             for rate in rates:
                 scaled_plan = with_learning_rate(plan, plan.train.learning_rate * rate)
                 result = train_fork(model, scaled_plan, start, steps, pad_id=pad_id, loss=training_loss(plan))
-                tokens += result.num_tokens + _EVAL_COST * sum(row.length for row in rows)
+                tokens += result.num_tokens + EVAL_COST * sum(row.length for row in rows)
                 if result.is_finite:
                     losses = compute_row_losses(model, rows, plan, pad_id=pad_id)
                     row_losses = HeldOutLosses(losses.sums, losses.counts, held_out.documents)

@@ -125,7 +125,7 @@ def full_rate_by_law(shape: ModelShape, size: RunSize) -> float:
     rate = 5e-5 * (2000 / hidden)^0.781 * (200 / steps)^0.17 * sqrt(rows / 4), the last within 1/2 and 2
 
     The first is tinker-cookbook's (hyperparam_utils, its exponent of Llama), for which adapters want ten times as
-    much (Schulman et al. 2025, "LoRA Without Regret"); the second was measured (docs/quality.md), the third is
+    much (Schulman et al. 2025, "LoRA Without Regret"); the second was fitted elsewhere (docs/quality.md), the third is
     Malladi et al. 2022. Beside a new head, eight rows stand for four.
     """
     rows = size.batch_size / (8 if shape.task_head.modules else 4)

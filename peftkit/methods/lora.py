@@ -216,7 +216,7 @@ def learning_rate(options: LoraOptions, shape: ModelShape, size: RunSize) -> tup
     """Return ten times the rate of full fine-tuning for rank 16 at alpha 32; others by the root.
 
     rate = 10 * full * sqrt(16 / rank) * sqrt(2 / scale), scale = alpha / rank: what B A moves by in a step grows
-    with both. Measured for ranks 4 to 64 and scales 0.5 to 2 (docs/quality.md). LoRA+ has its two rates around it.
+    with both (docs/quality.md). LoRA+ has its two rates around it.
     """
     scale = options.scale_alpha / (math.sqrt(options.r) if options.rslora else options.r)
     rate = 10 * full_rate_by_law(shape, size) * math.sqrt(_USUAL_RANK / options.r * _USUAL_SCALE / scale)

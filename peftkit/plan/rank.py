@@ -35,4 +35,4 @@ def settled_ranks(loaded: LoadedRecipe, shape: ModelShape) -> Iterator[tuple[Loa
     reason = _HEAD_REASON if shape.task_head.modules else _REASON
     for number, rank in enumerate(dict.fromkeys(min(rank, preferred_rank(shape)) for rank in _RANKS)):
         settled = loaded.recipe.model_copy(update={"method": method.model_copy(update={"rank": rank})})
-        yield replace(loaded, recipe=settled), reason if number == 0 else "the largest that fits with a margin"
+        yield replace(loaded, recipe=settled), reason if number == 0 else "a larger one does not fit with a margin"

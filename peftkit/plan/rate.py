@@ -16,12 +16,12 @@ from peftkit.plan.plan import Decision, RateSearch
 
 SEARCH_SHARE = 0.05  # of the run's compute, within diagnose.bounds.compute
 _MIN_DOCUMENTS = 10  # as diagnose.statistics has it, which needs numpy
-JUDGING_ROWS = 16  # as good as 64: the arms are paired
+JUDGING_ROWS = 16  # few: the arms are paired
 EVAL_COST = 1 / 3  # of a token that is trained on: no backward
 # (steps of a fork, forks at least): the longest that the budget pays for. Only the first is exact enough to overrule
 # a usual rate that is nearly right.
 _FORKS = ((12, 4), (6, 4), (4, 3))
-_MAX_FORKS = 8  # a usual rate that is wrong by 8 takes six
+_MAX_FORKS = 8  # a usual rate that is wrong by 8 takes at most seven
 _ODD_RATE_FACTOR = 20  # from the usual rate; ten times less still is tried on purpose
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import BatchSampler
 
 from peftkit.data.read import dataset_from_rows, mapped_dataset
@@ -33,10 +34,15 @@ def row_groups(plan: Plan, rows: Sequence[Tokenized]) -> list[list[int]]:
     return _pack_rows(plan, rows) if plan.train.packing else [[number] for number in range(len(rows))]
 
 
+def _row_sizes(plan: Plan, rows: Sequence[Tokenized]) -> NDArray[np.int32]:
+    """Return the tokens of each row; of an encoder-decoder's longer side."""
+    counts = Counts.of(rows)
+    return np.maximum(counts.tokens, counts.labels) if plan.base.task == "seq2seq" else counts.tokens
+
+
 def longest_groups(plan: Plan, rows: Sequence[Tokenized], num: int) -> list[BatchRows]:
     """Return the `num` longest rows or packs: the micro-batch that takes most memory."""
-    counts = Counts.of(rows)
-    sizes = np.maximum(counts.tokens, counts.labels)
+    sizes = _row_sizes(plan, rows)
     groups = row_groups(plan, rows)
     largest = sorted(groups, key=lambda numbers: int(sizes[numbers].sum()), reverse=True)[:num]
     return [[rows[number] for number in numbers] for numbers in largest]
@@ -130,8 +136,7 @@ class LengthGroupedBatches(BatchSampler):
     """
 
     def __init__(self, plan: Plan, rows: Sequence[Tokenized]) -> None:
-        counts = Counts.of(rows)
-        self.sizes = np.maximum(counts.tokens, counts.labels)
+        self.sizes = _row_sizes(plan, rows)
         self.seed, self.step, self.epoch = plan.seed, plan.train.batch_size, 0
         self.batch_size, self.drop_last = plan.train.micro_batch, False
 

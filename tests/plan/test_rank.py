@@ -30,7 +30,7 @@ def test_it_is_the_largest_that_fits_with_a_margin():
     values = [ranks[gib].value for gib in sorted(ranks)]
     assert values == sorted(values) and values[-1] == 64
     smaller = [one for one in ranks.values() if one.value < 64]
-    assert smaller and all("largest that fits" in one.reason for one in smaller)
+    assert smaller and all("larger one does not fit" in one.reason for one in smaller)
 
 
 def test_it_is_16_beside_a_new_head():

@@ -312,6 +312,13 @@ def test_texts_of_several_classes_are_learnt_merged_and_read_by_transformers(bas
         assert answer == (", ".join(model.config.id2label[i] for i in chosen) or "(none)")
 
 
+def test_rows_are_as_long_as_their_tokens_however_many_classes_there_are(bases, tmp_path):
+    rows = [{"text": f"say {WORDS[i % 4]}", "labels": [f"class {i} {n}" for n in range(4)]} for i in range(24)]
+    data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "eval": "25%"}
+    checked = peftkit.check_data(recipe_for(bases["bert"], data, "lora"))  # 96 classes, 64 tokens a row at most
+    assert checked.totals.num_train == 18 and checked.totals.longest < 64
+
+
 def test_smoothing_is_refused_where_each_class_is_a_question_of_its_own(bases, tmp_path):
     recipe = recipe_for(bases["bert"], with_several_classes(tmp_path), "lora", label_smoothing=0.1)
     with pytest.raises(UserError, match="each class is yes or no"):

@@ -63,7 +63,9 @@ def _split_row(row: Tokenized, max_length: int) -> Iterator[Tokenized]:
 
 def truncate(row: Tokenized, plan: DataPlan, counts: TruncationCounts) -> list[Tokenized]:
     """Apply the truncation policy to a row, and count it in `counts`. Returns the rows that are left."""
-    length, num_loss_tokens = row.length, row.num_learnt
+    # the labels of several classes are a yes or no for each, no tokens
+    length = len(row.input_ids) if plan.format == "multi-label" else row.length
+    num_loss_tokens = row.num_learnt
     counts.num_rows += 1
     counts.num_learnt += num_loss_tokens
     counts.longest = max(counts.longest, length)
