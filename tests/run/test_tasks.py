@@ -316,7 +316,7 @@ def test_rows_are_as_long_as_their_tokens_however_many_classes_there_are(bases, 
     rows = [{"text": f"say {WORDS[i % 4]}", "labels": [f"class {i} {n}" for n in range(4)]} for i in range(24)]
     data = {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "eval": "25%"}
     checked = peftkit.check_data(recipe_for(bases["bert"], data, "lora"))  # 96 classes, 64 tokens a row at most
-    assert checked.totals.num_train == 18 and checked.totals.longest < 64
+    assert checked.totals.num_train == checked.totals.num_learnt == 18 and checked.totals.longest < 64
 
 
 def test_smoothing_is_refused_where_each_class_is_a_question_of_its_own(bases, tmp_path):

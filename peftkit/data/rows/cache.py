@@ -20,7 +20,7 @@ from typing import Any
 from peftkit.errors import Problem, UserError
 from peftkit.hub import cache_folder
 
-FORMAT_VERSION = 15  # of what is kept: another one starts afresh
+FORMAT_VERSION = 16  # of what is kept: another one starts afresh
 _MAX_BYTES = 20 * 2**30
 _MAX_UNFINISHED_SECONDS = 14 * 86_400
 _META_FILE = "meta.json"

@@ -55,6 +55,7 @@ class TokenizedData:
     seen: TokenScan
     truncation: TruncationCounts = field(default_factory=TruncationCounts)  # of all rows, those held out as well
     fingerprint: str = ""
+    labels_per_row: int = 1  # of texts of several classes: a yes or no for each
 
     @property
     def uses_default_template(self) -> bool:
@@ -70,10 +71,10 @@ class TokenizedData:
 
     @property
     def num_learnt(self) -> int:
-        """Return the number of tokens of the training set that are in the loss."""
+        """Return the number of tokens of the training set that are in the loss; a classified text counts once."""
         from peftkit.data.tokens.store import Counts
 
-        return int(Counts.of(self.train).learnt.sum())
+        return int(Counts.of(self.train).learnt.sum()) // self.labels_per_row
 
 
 def tokenize_examples(
@@ -173,4 +174,5 @@ def _build_result(
         seen=scan,
         truncation=truncation[0].joined(truncation[1]),
         fingerprint=fingerprint,
+        labels_per_row=len(job.labels) if job.task == "multi-label" else 1,
     )
