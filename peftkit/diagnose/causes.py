@@ -28,7 +28,7 @@ Cause = Literal[
     "unstable",
     "undecided",
 ]
-Measurement = Literal["signals", "dependence", "continue", "rate up", "rate down", "candidate"]
+Measurement = Literal["signals", "dependence", "continue", "rate up", "rate down", "candidate", "start over"]
 CAPACITY: tuple[Cause, ...] = ("target modules", "rank", "embeddings or head")
 RATE_FACTOR = 3.0
 MIN_STANDARD_ERRORS = 2.5  # paired standard errors that a fork must be better by
@@ -59,7 +59,9 @@ class Evidence:
 
     `mask_findings` are waived findings of the data gate that say that the wrong tokens are in the loss.
     `candidate` is the cause that the fork of that name would confirm, "" if nothing can be grown.
-    `unaffordable` are measurements that the budget has no room for.
+    `unaffordable` are measurements that the budget has no room for. `progress` is the share of the run's steps that
+    were made; `update_pace` is |s B A| / |W|, the mean over adapted layers, over the share of the steps that made it,
+    None where there is none.
     """
 
     quality: Quality
@@ -75,6 +77,8 @@ class Evidence:
     is_small: bool = False  # an adapter of a rank below any usual one
     arms: Mapping[str, Arm] = field(default_factory=dict)
     unaffordable: frozenset[str] = frozenset()
+    progress: float = 1.0
+    update_pace: float | None = None
 
     def _rows(self, name: str) -> HeldOutLosses | None:
         """Return the losses of an arm, or of the state itself for the empty name."""
@@ -142,32 +146,6 @@ def measure_or_conclude(evidence: Evidence) -> Measurement | Diagnosis:
     return _conclude_from_forks(e)
 
 
-def measure_or_conclude_early(evidence: Evidence) -> Measurement | Diagnosis:
-    """Return the next measurement or the diagnosis of a run that may still grow at no cost.
-
-    It answers one question: does the run lack adapters on further layers?
-    """
-    e = evidence
-    if e.mask_findings:
-        return Diagnosis("data: labels or masks broken", "; ".join(e.mask_findings))
-    if e.signals is None and "signals" not in e.unaffordable:
-        return "signals"
-    if e.signals is None:
-        return Diagnosis("none", "the diagnosis budget is too small for gradient signals this early")
-    if e.candidate != "target modules":
-        return Diagnosis("none", "the gradients ask for no adapter on more layers, or the bounds allow none")
-    forks: tuple[Measurement, ...] = ("continue", "rate up", "candidate")
-    for arm in forks:
-        if arm not in e.arms and arm not in e.unaffordable:
-            return arm
-    if e.candidate and _growing_pays(e):
-        reason = f"the grown adapter is better than going on by {e.gain_over('candidate', 'continue')}"
-        return Diagnosis("target modules", reason, "candidate", proven=_is_proven(e))
-    if e.unaffordable:
-        return Diagnosis("undecided", f"the diagnosis budget was too small for: {', '.join(sorted(e.unaffordable))}")
-    return Diagnosis("none", "growing the adapter was not better than continuing, or than another learning rate")
-
-
 def _fork_order(e: Evidence) -> tuple[Measurement, ...]:
     """Return the forks in order of information. A third of the rate only if continuing does harm."""
     if e.candidate == "embeddings or head":
@@ -216,9 +194,9 @@ def _conclude_from_forks(e: Evidence) -> Diagnosis:
     """Return the cause that the forks show; undecided if the budget omitted the forks that would tell."""
     projected = e.quality.projected
     still_improves = projected is not None and projected.low > 0 and projected.mean > MIN_GAIN_SHARE * e.rows.mean
-    if e.candidate and _growing_pays(e):
+    if e.candidate and growing_pays(e):
         reason = f"the grown adapter is better than going on by {e.gain_over('candidate', 'continue')}"
-        return Diagnosis(e.candidate, reason, "candidate", proven=_is_proven(e))
+        return Diagnosis(e.candidate, reason, "candidate", proven=is_proven(e))
     signals = e.signals
     if signals is not None and e.candidate == "rank" and e.is_small and signals.agreement >= MIN_AGREEMENT:
         # a few steps cannot tell: a higher rate helps nearly as much, and new rows have hardly begun
@@ -250,7 +228,7 @@ def _conclude_from_forks(e: Evidence) -> Diagnosis:
     return Diagnosis("undecided", "nothing that was tried beats the current state beyond its noise")
 
 
-def _growing_pays(e: Evidence) -> bool:
+def growing_pays(e: Evidence) -> bool:
     """Return True if the candidate beats continuing and a higher rate, and is no worse than before.
 
     For an adapter smaller than any usual one the fork only has to point in the right direction.
@@ -268,7 +246,8 @@ def _growing_pays(e: Evidence) -> bool:
     return e.beats("candidate", "continue") or (is_lenient and gain_over_continue.mean > gain_over_continue.error)
 
 
-def _is_proven(e: Evidence) -> bool:
+def is_proven(e: Evidence) -> bool:
+    """Return True if the candidate beats continuing and a higher rate, beyond noise."""
     return all(e.beats("candidate", other) for other in ("continue", "rate up"))
 
 

@@ -103,7 +103,7 @@ def next_rung(
     if rank >= limit:
         return None
     per_rank = sum(m.num_parameters_per_rank for m in signals.modules if m.is_adapted)
-    min_rank = min(limit, max(2 * rank, USUAL_RANK))
+    min_rank = min(limit, max(2 * rank, EARLY_RANK if data_size else USUAL_RANK))
     new_rank = rank_for(*data_size, per_rank, min_rank=min_rank, max_rank=limit) if data_size else min_rank
     inexpressible_share = signals.residual / (signals.residual + signals.tangent) if signals.residual > 0 else 0.0
     reason = f"{inexpressible_share:.0%} of the gradients' energy lies beyond what rank {rank} can express"

@@ -6,14 +6,19 @@ import json
 import math
 from dataclasses import dataclass, replace
 
-from peftkit.diagnose.escalation import RANKS, Rung
+from peftkit.diagnose.causes import RATE_FACTOR
+from peftkit.diagnose.escalation import RANKS, Rung, UntrainedTokens, next_rung
+from peftkit.diagnose.signals import Signals
 from peftkit.diagnose.verdict import Cost
 from peftkit.errors import UserError
+from peftkit.methods import METHODS
+from peftkit.methods.base import RunSize
 from peftkit.methods.lora import LoraOptions
-from peftkit.plan import Decision, Plan, make_plan
+from peftkit.plan import Plan, make_plan
 from peftkit.plan.fit import check_fit
 from peftkit.plan.memory import closed_form_memory
 from peftkit.plan.packing import mean_row_tokens
+from peftkit.plan.rate import with_found_rate
 from peftkit.plan.throughput import flops_per_token
 from peftkit.prepare.context import RunContext
 from peftkit.recipe import load
@@ -113,6 +118,47 @@ def scaled_learning_rate(plan: Plan, rank: int) -> float:
     return plan.train.learning_rate * math.sqrt(int(spec.arguments["r"]) / rank)
 
 
+def rate_to_try(context: RunContext, *, lower: bool) -> float:
+    """Return the learning rate to try in mid-run: the law's where it differs by more than two, else three times.
+
+    The law is the method's own: docs/quality.md.
+    """
+    plan, recipe = context.plan, context.loaded.recipe.method
+    options = recipe.model_copy(update={"rank": lora_rank(plan)}) if isinstance(recipe, LoraOptions) else recipe
+    size = RunSize(plan.train.num_steps, plan.train.batch_size)
+    usual, _ = METHODS[plan.method.name].learning_rate(options, context.facts.model.shape, size)
+    rate = plan.train.learning_rate
+    if lower:
+        return usual if usual < rate / 2 else rate / RATE_FACTOR
+    return usual if usual > rate * 2 else rate * RATE_FACTOR
+
+
+def lora_rank(plan: Plan) -> int:
+    """Return the rank of the run's adapter; 0 for a method without one."""
+    spec = plan.method.peft
+    return int(spec.arguments.get("r", 0)) if spec is not None and spec.class_name == "LoraConfig" else 0
+
+
+def choose_rung(
+    context: RunContext, signals: Signals, *, loss: float, early: bool, untrained_tokens: UntrainedTokens
+) -> Rung | None:
+    """Choose the larger adapter that the signals name; None for a method without a rank, or beyond the bound."""
+    plan, shape, rank = context.plan, context.facts.model.shape, lora_rank(context.plan)
+    if not rank:
+        return None
+    roles = {module.role for module in shape.modules}
+    return next_rung(
+        signals,
+        rank=rank,
+        adapted_roles=tuple(role for role in plan.method.trainable_by_role or {} if role in roles),
+        max_rank=plan.diagnose.max_rank,
+        num_loss_tokens=context.prepared.num_learnt,
+        loss=loss,
+        early=early,
+        untrained_tokens=untrained_tokens,
+    )
+
+
 def plan_with_method(context: RunContext, method_plan: Plan, *, rate: float) -> Plan:
     """Return the run's plan with the method of another plan; batches and schedule stay as they are."""
     plan = context.plan
@@ -120,13 +166,10 @@ def plan_with_method(context: RunContext, method_plan: Plan, *, rate: float) -> 
         decision.key: decision for decision in method_plan.decisions if decision.key.startswith("method.")
     }
     decisions = [method_decisions.pop(one.key, one) for one in plan.decisions]
-    reason = "the rate of the old rank, scaled by the root of the ranks"
-    decisions = [
-        Decision("train.learning_rate", rate, "decided", reason) if one.key == "train.learning_rate" else one
-        for one in [*decisions, *method_decisions.values()]
-    ]
-    combined_plan = replace(
-        plan, method=method_plan.method, train=replace(plan.train, learning_rate=rate), decisions=tuple(decisions)
+    combined_plan = with_found_rate(
+        replace(plan, method=method_plan.method, decisions=(*decisions, *method_decisions.values())),
+        rate,
+        "the rate of the old rank, scaled by the root of the ranks",
     )
     assert plan.batch is not None
     return replace(combined_plan, memory=closed_form_memory(context.facts.model.shape, combined_plan, plan.batch))

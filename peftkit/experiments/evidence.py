@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from peftkit.archs import Module
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.diagnose.escalation import UntrainedTokens
 from peftkit.diagnose.quality import EvaluationPoint
 from peftkit.diagnose.statistics import HeldOutLosses, recorded_rows
+from peftkit.plan import Plan
 from peftkit.prepare.context import RunContext
 from peftkit.rundir.events import UNSET, EvalEvent, Event, StepEvent, of_type
+from peftkit.train.checkpoint.snapshot import Tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,6 +96,26 @@ def describe_masked_ends(rows: Sequence[Tokenized]) -> list[str]:
     if median_tail <= _MAX_CLOSING_TOKENS:
         return []
     return [f"half of the rows continue for {median_tail} tokens or more after their last token in the loss"]
+
+
+def update_pace(plan: Plan, model: PreTrainedModel, trained: Tensors, step: int) -> float | None:
+    """Return the mean of |s B A| / |W| over layers with a LoRA, over the share of the run's steps that made it.
+
+    |B A|^2 = trace((B^T B) (A A^T)), which needs matrices of the rank's size only. None where no W is in floats.
+    """
+    shares = []
+    for name, module in model.named_modules():
+        a, b = (trained.get(f"{name}.lora_{side}.default.weight") for side in "AB")
+        if a is None or b is None:
+            continue
+        weight = module.get_base_layer().weight
+        if weight.is_floating_point() and weight.ndim == 2:
+            a, b = a.float(), b.float()
+            size = float(torch.sum((b.T @ b) * (a @ a.T))) ** 0.5
+            shares.append(module.scaling["default"] * size / float(weight.detach().float().norm()))
+    new_since = [growth.step for growth in plan.growths if growth.kept and growth.cause == "learning rate too high"]
+    num_steps = step - max(new_since, default=0)
+    return sum(shares) / len(shares) * (plan.train.num_steps or 1) / num_steps if shares and num_steps else None
 
 
 def linear_modules(context: RunContext, model: PreTrainedModel) -> list[Module]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from transformers import set_seed
 
 from peftkit.diagnose.causes import RATE_FACTOR, Arm, Diagnosis, Evidence, Measurement, measure_or_conclude
-from peftkit.diagnose.escalation import SMALL_RANK, Rung, next_rung
+from peftkit.diagnose.escalation import SMALL_RANK, Rung
 from peftkit.diagnose.quality import EvaluationPoint, Quality, assess_quality
 from peftkit.diagnose.statistics import (
     HeldOutLosses,
@@ -26,7 +26,7 @@ from peftkit.diagnose.statistics import (
 )
 from peftkit.evaluate.dependence import swap_questions
 from peftkit.evaluate.scores import compute_metrics
-from peftkit.experiments.candidate import Candidate, plan_candidate
+from peftkit.experiments.candidate import Candidate, choose_rung, lora_rank, plan_candidate, rate_to_try
 from peftkit.experiments.evidence import (
     MASK_CHECKS,
     TokenBudget,
@@ -35,14 +35,14 @@ from peftkit.experiments.evidence import (
     find_untrained_tokens,
     linear_modules,
     sample_numbers,
+    update_pace,
 )
 from peftkit.experiments.forks import ForkStart, draw_fork_batches, train_fork, with_learning_rate
 from peftkit.experiments.gradients import STREAMS, GradientProbe
 from peftkit.experiments.reference import gap_to_full_finetuning
-from peftkit.methods import METHODS
+from peftkit.experiments.rewrap import needs_reload, unwrap_base
 from peftkit.model.adapter.attach import attach_adapter, trainable_tensors, with_plain_init
 from peftkit.model.adapter.grow import GrownCheckpoint, adapted_weights, grow_adapter
-from peftkit.model.load import load_model
 from peftkit.plan import Plan
 from peftkit.plan.packing import mean_row_tokens
 from peftkit.plan.rate import EVAL_COST
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 _SIGNALS_SHARE = 1 / 6  # of a look's budget: what all signals together may take
 _STREAM_ROWS = (8, 64)  # in each of three streams
 _NUM_FORKS = 3
-_EARLY_SHARE = 0.5  # of the budget: what an early look may take
+_MIDWAY_SHARE = 0.5  # of the budget that is left: what a look in mid-run may take
 _BUDGET_MARGIN = 0.95  # of what is left: rows that are drawn may be longer than the mean
 _MIN_FORK_STEPS = 4  # of a fork: fewer say nothing
 _FORK_ROWS = (24, 200)  # held-out rows that decide, as many as a fifth of a fork's cost pays for
@@ -83,21 +83,25 @@ class Experiment:
     rung: Rung | None = None
     candidate: Candidate | None = None
     grown: GrownCheckpoint | None = None
-    is_rewrapped: bool = False
+    new_start: Tensors = field(default_factory=dict)  # of a new adapter of the run's plan
+    rewrapped_for: Literal["", "candidate", "start over"] = ""  # the fork whose adapter the model has now
     is_reloaded: bool = False  # on a base that no trainer has prepared
+    state_rows: HeldOutLosses | None = None  # losses of the deciding rows, once measured
     _reporting_start: HeldOutLosses | None = None
     reference_gap: Interval | None = None  # the reference, where one was asked for
     reference_overhead: float = 0.0
     metric_interval: Interval | None = None
     _num_fork_steps: int | None = None
     directions: dict[str, Any] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)  # of each fork
     ends: dict[str, Tensors] = field(default_factory=dict)  # what each fork came to
 
     def __post_init__(self) -> None:
         plan, prepared = self.plan, self.context.prepared
         tokens = mean_row_tokens(plan, self.context.facts) * plan.train.batch_size * (plan.train.num_steps or 1)
         share = plan.diagnose.compute_share
-        self.budget = TokenBudget(tokens, share - self.spent_share if self.at_end else _EARLY_SHARE * share)
+        left = share - self.spent_share
+        self.budget = TokenBudget(tokens, left if self.at_end else _MIDWAY_SHARE * left)
         self.numbers = recorded_rows(len(prepared.eval))
         self.held_out = [prepared.eval[i] for i in self.numbers]
         self.documents = document_ids(self.held_out)
@@ -119,6 +123,11 @@ class Experiment:
         return self.step not in self.plan.diagnose.look_steps
 
     @property
+    def is_evaluated(self) -> bool:
+        """Return whether the run was evaluated at this step."""
+        return bool(self.evaluations) and self.evaluations[-1].step == self.step
+
+    @property
     def step_tokens(self) -> float:
         """Return the tokens of one optimizer step."""
         return self.budget.run_tokens / (self.plan.train.num_steps or 1)
@@ -131,7 +140,7 @@ class Experiment:
 
     def state_losses(self, numbers: Sequence[int]) -> HeldOutLosses:
         """Return losses of some held-out rows in the judged state, from its evaluation or measured now."""
-        if self.evaluations and self.evaluations[-1].step == self.step:
+        if self.is_evaluated:
             return self.evaluations[-1].rows.of(numbers)
         load_trained(self.model, self.start.trained)
         return self._losses(self.model, self.plan, numbers)
@@ -184,9 +193,14 @@ class Experiment:
         self.reference_overhead = tokens / self.budget.run_tokens
 
     @property
+    def is_rewrapped(self) -> bool:
+        """Return whether the model has another adapter than the run's."""
+        return bool(self.rewrapped_for)
+
+    @property
     def wrapped_plan(self) -> Plan:
         """Return the plan by which the model is wrapped now."""
-        if self.is_rewrapped and self.candidate is not None and self.candidate.plan is not None:
+        if self.rewrapped_for == "candidate" and self.candidate is not None and self.candidate.plan is not None:
             return self.candidate.plan
         return self.plan
 
@@ -235,14 +249,17 @@ class Experiment:
         findings = self.context.prepared_data.report.findings
         masks = [f"{f.check}: {f.said}" for f in findings if f.status == "waived" and f.check in MASK_CHECKS]
         masks += describe_masked_ends(self.held_out)
+        self.state_rows = self.state_losses(self.deciding)
         return Evidence(
             quality,
-            self.state_losses(self.deciding),
+            self.state_rows,
             mask_findings=tuple(masks),
             num_divergences=self.num_divergences,
             train_loss=self.train_loss,
             start_loss=first.rows.of(self.deciding).mean if first and first.step == 0 else None,
             has_questions=self.has_questions and bool(swap_questions(self.held_out[:50])[0]),
+            progress=self.step / (self.plan.train.num_steps or 1),
+            update_pace=None if self.at_end else update_pace(self.plan, self.model, self.start.trained, self.step),
         )
 
     def _announce(self, measurement: Measurement) -> None:
@@ -275,27 +292,15 @@ class Experiment:
         self.directions = {m.name: probe.sketches[m.name].directions() for m in signals.modules}
         evidence = replace(evidence, signals=signals)
         # with the rung that the signals name, as far as the recipe's bounds allow one
-        assert evidence.signals is not None
-        spec = self.plan.method.peft
-        rank = int(spec.arguments.get("r", 0)) if spec is not None and spec.class_name == "LoraConfig" else 0
-        if rank:
-            roles = {module.role for module in self.context.facts.model.shape.modules}
-            adapted_roles = tuple(role for role in self.plan.method.trainable_by_role or {} if role in roles)
-            self.rung = next_rung(
-                evidence.signals,
-                rank=rank,
-                adapted_roles=adapted_roles,
-                max_rank=self.plan.diagnose.max_rank,
-                num_loss_tokens=self.context.prepared.num_learnt,
-                loss=evidence.rows.mean,
-                early=not self.at_end,
-                untrained_tokens=find_untrained_tokens(self.model, self.context.tokenizer, self.context.prepared.train),
-            )
+        untrained = find_untrained_tokens(self.model, self.context.tokenizer, train)
+        self.rung = choose_rung(
+            self.context, signals, loss=evidence.rows.mean, early=not self.at_end, untrained_tokens=untrained
+        )
         if self.rung is None:
             return evidence
         self.candidate = plan_candidate(self.context, self.rung)
         cause = self.rung.cause if self.candidate.plan is not None else ""
-        return replace(evidence, candidate=cause, is_small=rank <= SMALL_RANK)
+        return replace(evidence, candidate=cause, is_small=lora_rank(self.plan) <= SMALL_RANK)
 
     def _run_fork(self, evidence: Evidence, name: Measurement) -> Evidence:
         """Train a fork, judge it on the deciding rows, and add it to the evidence."""
@@ -308,8 +313,13 @@ class Experiment:
         )
         rate, model, start, plan = self.plan.train.learning_rate, self.model, self.start, self.plan
         if name == "candidate":
-            model, start, plan = self._attach_candidate()
+            model, start, plan = self.attach_candidate()
             rate = plan.train.learning_rate
+        elif name == "start over":
+            model, start = self._attach_new_adapter()
+            rate = rate_to_try(self.context, lower=True)
+        elif name == "rate up" and not self.at_end:
+            rate = rate_to_try(self.context, lower=False)
         elif name != "continue":
             rate = rate * RATE_FACTOR if name == "rate up" else rate / RATE_FACTOR
         # smaller batches are noisier: their rate is smaller by the root (Malladi et al. 2022)
@@ -324,6 +334,7 @@ class Experiment:
         )
         self.budget.spent_tokens += result.num_tokens
         rows = self._losses(model, plan, self.deciding) if result.is_finite else None
+        self.rates[name] = rate
         self.ends[name] = {n: t.detach().cpu().clone() for n, t in trainable_tensors(model).items()}
         arm = Arm(name, rate, steps, result.train_loss, rows)
         fork_gain = paired_gain(evidence.rows, arm.rows) if arm.rows is not None else None
@@ -366,7 +377,7 @@ class Experiment:
 
     def expected_gain(self, arm: str) -> Interval | None:
         """Return the gain of a fork on the reporting rows, which took no part in the decision."""
-        if arm not in self.ends or not self.reporting or (self.is_rewrapped and arm != "candidate"):
+        if arm not in self.ends or not self.reporting or (self.is_rewrapped and arm != self.rewrapped_for):
             return None
         before = self.state_losses(self.reporting) if not self.is_rewrapped else self._reporting_start
         if before is None:
@@ -374,17 +385,11 @@ class Experiment:
         load_trained(self.model, self.ends[arm])
         return paired_gain(before, self._losses(self.model, self.wrapped_plan, self.reporting))
 
-    def _attach_candidate(self) -> tuple[Any, ForkStart, Plan]:
+    def attach_candidate(self) -> tuple[Any, ForkStart, Plan]:
         """Attach the candidate's adapter, initialised to compute the same as the old one."""
         assert self.candidate is not None and self.candidate.plan is not None
-
-        if self.reporting and self.evaluations and self.evaluations[-1].step == self.step:
-            self._reporting_start = self.evaluations[-1].rows.of(self.reporting)
         old_scales = adapted_weights(self.model)
-        self.is_rewrapped, self.is_reloaded = True, needs_reload(self.plan)
-        base = unwrap_base(self.context, self.model)
-        set_seed(self.plan.seed)  # the same new rows where a look that was killed is made again
-        model = self.model = attach_adapter(base, with_plain_init(self.candidate.plan), self.context.tokenizer)
+        model = self._rewrap("candidate", with_plain_init(self.candidate.plan))
         grown_weights = adapted_weights(model)
         adapted_names = {layer.weight for layer in grown_weights.values()}
         self.grown = grow_adapter(
@@ -398,24 +403,21 @@ class Experiment:
         optimizer_state = {} if self.at_end else self.grown.optimizer
         return model, ForkStart(self.grown.trained, optimizer_state), self.candidate.plan
 
+    def _attach_new_adapter(self) -> tuple[Any, ForkStart]:
+        """Attach a new adapter of the run's plan, for a training from the start."""
+        model = self._rewrap("start over", self.plan)
+        self.new_start = {name: tensor.detach().clone() for name, tensor in trainable_tensors(model).items()}
+        return model, ForkStart(self.new_start, {})
 
-def needs_reload(plan: Plan) -> bool:
-    """Return whether unwrapping the model does not restore its base."""
-    spec = plan.method.peft
-    return spec is not None and bool(spec.arguments.get("modules_to_save") or plan.method.target_parameters)
-
-
-def unwrap_base(context: RunContext, model: PreTrainedModel) -> PreTrainedModel:
-    """Return the base of a wrapped model: unwrapped, or reloaded where unwrapping does not restore it.
-
-    PEFT's `unload` leaves trained copies in place of `modules_to_save`, and parameters that it has wrapped in
-    another order, which would nest the next wrappers the other way round.
-    """
-    if METHODS[context.plan.method.name].virtual_tokens:
-        return model.get_base_model()
-    if needs_reload(context.plan):
-        return load_model(context.source, context.plan.base, device=context.plan.device)
-    return model.unload()
+    def _rewrap(self, arm: Literal["candidate", "start over"], plan: Plan) -> Any:
+        """Wrap the base with the adapter of a plan, as `model`."""
+        if self.reporting and self.is_evaluated:
+            self._reporting_start = self.evaluations[-1].rows.of(self.reporting)
+        self.rewrapped_for, self.is_reloaded = arm, needs_reload(self.plan)
+        base = unwrap_base(self.context, self.model)
+        set_seed(self.plan.seed)  # the same new rows where a look that was killed is made again
+        self.model = attach_adapter(base, plan, self.context.tokenizer)
+        return self.model
 
 
 _PHASE_DETAILS: Mapping[str, str] = {
@@ -425,6 +427,7 @@ _PHASE_DETAILS: Mapping[str, str] = {
     "rate up": "a fork at three times the learning rate",
     "rate down": "a fork at a third of the learning rate",
     "candidate": "a fork with a larger adapter",
+    "start over": "a fork of a new adapter at a lower learning rate",
 }
 
 

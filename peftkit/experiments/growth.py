@@ -15,6 +15,7 @@ from typing import Any
 from peftkit.plan import Plan, read_plan
 from peftkit.plan.plan import Growth
 from peftkit.rundir import MANIFEST, RunDir, publish_folder, read_json, write_json, write_sealed
+from peftkit.train.checkpoint.snapshot import Tensors
 
 _MANIFEST_FACTS = ("fingerprints", "num_rollbacks", "epoch", "samples_seen")
 
@@ -25,12 +26,12 @@ def growth_folder(run: RunDir, number: int) -> Path:
 
 
 def write_growth(
-    run: RunDir, before: Plan, after: Plan, *, checkpoint: Path, grown_adapter: Any, optimizer: Mapping[str, Any]
+    run: RunDir, before: Plan, after: Plan, *, checkpoint: Path, trained: Tensors, optimizer: Mapping[str, Any]
 ) -> None:
     """Write the growth of a run from `before`, at a checkpoint, to `after`, whose last growth this is.
 
-    `grown_adapter` holds the tensors of the new checkpoint, from `model/adapter/grow.py`; `optimizer` those of its
-    optimizer, empty where the optimizer starts anew.
+    `trained` are the tensors of the new checkpoint; `optimizer` is the state of its optimizer, empty where that starts
+    anew.
     """
     from safetensors.torch import save_file
 
@@ -45,14 +46,21 @@ def write_growth(
     tensors = {k: v for k, v in optimizer.items() if hasattr(v, "shape")}
     values = {k: v for k, v in optimizer.items() if not hasattr(v, "shape")}
     with publish_folder(folder / "grown" / checkpoint.name, step=trainer["global_step"], **facts) as staging:
-        for stem, group in (("trained", grown_adapter.trained), ("optimizer", tensors)):
+        for stem, group in (("trained", trained), ("optimizer", tensors)):
             copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in group.items()}
             save_file(copies, staging / f"{stem}.safetensors")
         shutil.copyfile(checkpoint / "random.safetensors", staging / "random.safetensors")
         # losses of before say nothing of the grown adapter: the best is searched anew
         progress = {**state["progress"], "best_loss": None, "best_step": None}
         progress |= {"earlier_loss": None, "earlier_step": None, "num_without_gain": 0, "patience_loss": None}
-        as_grown = {**state, "optimizer": dict(values), "progress": progress}
+        # the next step's rate: as the schedule goes on, or the zero from which one that begins anew warms up
+        schedule, restarts = state["schedule"], after.train.restart_step == trainer["global_step"]
+        rates, last_rates = (
+            [after.train.learning_rate * (rate / before.train.learning_rate) for rate in schedule[key]]
+            for key in ("base_lrs", "_last_lr")
+        )
+        schedule |= {"base_lrs": rates, "_last_lr": [0.0 for _ in rates] if restarts else last_rates}
+        as_grown = {**state, "schedule": schedule, "optimizer": dict(values), "progress": progress}
         write_json(staging / "state.json", as_grown)
         write_json(staging / "trainer_state.json", {**trainer, "max_steps": after.train.num_steps})
     write_sealed(run.path / "plan.json", after.to_json())

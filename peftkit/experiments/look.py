@@ -7,15 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.diagnose.causes import (
-    CAPACITY,
-    Diagnosis,
-    Evidence,
-    Measurement,
-    measure_or_conclude,
-    measure_or_conclude_early,
-)
-from peftkit.diagnose.statistics import paired_gain
+from peftkit.diagnose.causes import CAPACITY, Diagnosis, Evidence, Measurement, measure_or_conclude
+from peftkit.diagnose.midway import measure_or_conclude_midway
+from peftkit.diagnose.statistics import mean_interval, paired_gain
 from peftkit.diagnose.verdict import Action, Verdict
 from peftkit.errors import Interrupted
 from peftkit.experiments.candidate import next_method
@@ -30,9 +24,11 @@ from peftkit.objectives import OBJECTIVES
 from peftkit.plan import Plan, read_plan
 from peftkit.plan.packing import MAX_EPOCHS, num_epochs
 from peftkit.plan.plan import Growth
+from peftkit.plan.rate import with_found_rate
 from peftkit.prepare.context import RunContext
 from peftkit.rundir import step_of
 from peftkit.rundir.events import (
+    UNSET,
     GrowthEvent,
     GrowthKeptEvent,
     GrowthTakenBackEvent,
@@ -97,44 +93,55 @@ def run_look(context: RunContext, training: Any, *, step: int, at_end: bool) -> 
     """Judge a run at a step that has a checkpoint, publish the verdict, and in `auto` act on it."""
     checkpoint, _ = context.run.newest_checkpoint()
     experiment = start_experiment(context, training.trainer.model, checkpoint, step)
-    if at_end and (outcome := _take_back_failed_growth(context, experiment)):
+    if outcome := _take_back_failed_growth(context, experiment):
         return outcome
-    verdict, finding = reach_verdict(experiment, measure_or_conclude if at_end else measure_or_conclude_early)
+    verdict, finding = reach_verdict(experiment, measure_or_conclude if at_end else measure_or_conclude_midway)
     plan = context.plan
-    should_grow = context.plan.diagnose.escalate == "auto" and finding.proven and step_of(checkpoint) == step
-    if should_grow and num_kept_growths(plan) < plan.diagnose.max_escalations:
-        # grow the run in place:
-        assert experiment.candidate is not None and experiment.candidate.plan is not None and checkpoint is not None
-        candidate_plan = experiment.candidate.plan
-        if at_end:
-            extra_steps = max(1, round(MORE_STEPS * (context.plan.train.num_steps or 0)))
-            train = replace(candidate_plan.train, num_steps=experiment.step + extra_steps, restart_step=experiment.step)
-            candidate_plan = replace(candidate_plan, train=train)
-        new_plan = add_growth(candidate_plan, Growth(experiment.step, finding.cause, experiment.candidate.overrides))
-        assert experiment.grown is not None
-        optimizer_state = {} if at_end else experiment.grown.optimizer
-        write_growth(
-            context.run,
-            context.plan,
-            new_plan,
-            checkpoint=checkpoint,
-            grown_adapter=experiment.grown,
-            optimizer=optimizer_state,
-        )
-        context.emit(
-            GrowthEvent(
-                step=experiment.step,
-                cause=finding.cause,
-                overrides=list(experiment.candidate.overrides),
-                num_trainable=new_plan.method.num_trainable,
-                learning_rate=new_plan.train.learning_rate,
-                num_steps=new_plan.train.num_steps,
-            )
-        )
-        plan = new_plan
+    may_act = plan.diagnose.escalate == "auto" and num_kept_growths(plan) < plan.diagnose.max_escalations
+    if may_act and finding.proven and checkpoint is not None and step_of(checkpoint) == step:
+        plan = _change_run(experiment, finding, verdict.action.overrides, checkpoint)
         verdict = replace(verdict, kept=True)
     publish_verdict(context, verdict)
     return LookOutcome(verdict, plan, experiment.model, experiment.wrapped_plan, experiment.is_rewrapped)
+
+
+def _change_run(experiment: Experiment, finding: Diagnosis, overrides: tuple[str, ...], checkpoint: Path) -> Plan:
+    """Change the run in place as the finding asks for, and return the plan by which it goes on."""
+    context, step, at_end = experiment.context, experiment.step, experiment.at_end
+    plan = context.plan
+    if finding.cause in CAPACITY:
+        if experiment.grown is None:
+            experiment.attach_candidate()
+        assert (
+            experiment.candidate is not None and experiment.candidate.plan is not None and experiment.grown is not None
+        )
+        new_plan, tensors = experiment.candidate.plan, experiment.grown.trained
+        optimizer = {} if at_end else experiment.grown.optimizer
+        if at_end:
+            extra_steps = max(1, round(MORE_STEPS * (plan.train.num_steps or 0)))
+            train = replace(new_plan.train, num_steps=step + extra_steps, restart_step=step)
+            new_plan = replace(new_plan, train=train)
+    else:
+        new_plan = with_found_rate(plan, experiment.rates[finding.arm], finding.said)
+        new_plan = replace(new_plan, train=replace(new_plan.train, restart_step=step))
+        is_new = finding.arm == "start over"
+        start = ForkStart(experiment.new_start, {}) if is_new else experiment.start
+        tensors, optimizer = start.trained, dict(start.optimizer)
+    new_plan = add_growth(new_plan, Growth(step, finding.cause, overrides))
+    write_growth(context.run, plan, new_plan, checkpoint=checkpoint, trained=tensors, optimizer=optimizer)
+    context.emit(
+        GrowthEvent(
+            step=step,
+            cause=finding.cause,
+            overrides=list(overrides),
+            num_trainable=new_plan.method.num_trainable,
+            learning_rate=new_plan.train.learning_rate,
+            num_steps=new_plan.train.num_steps,
+            rows=list(experiment.deciding),
+            row_losses=list(experiment.state_rows.sums) if experiment.state_rows else UNSET,
+        )
+    )
+    return new_plan
 
 
 def num_kept_growths(plan: Plan) -> int:
@@ -197,6 +204,7 @@ def reach_verdict(
     signals = evidence.signals
     verdict_numbers: dict[str, Any] = {
         "train_loss": evidence.train_loss,
+        "update_pace": evidence.update_pace,
         "target": evidence.quality.target,
         "behind": asdict(experiment.reference_gap) if experiment.reference_gap else None,
         "projected": asdict(evidence.quality.projected) if evidence.quality.projected else None,
@@ -234,7 +242,7 @@ def reach_verdict(
         cause=finding.cause,
         said=finding.said,
         action=action,
-        loss=quality.loss,
+        loss=quality.loss if experiment.is_evaluated else mean_interval(evidence.rows),
         num_rows=len(experiment.deciding),
         overhead=experiment.budget.overhead,
         reference_overhead=experiment.reference_overhead,
@@ -315,18 +323,34 @@ def with_overrides(verdict: Verdict, overrides: tuple[str, ...]) -> Verdict:
 
 
 def _take_back_failed_growth(context: RunContext, experiment: Experiment) -> LookOutcome | None:
-    """Take back the last growth where it gained nothing beyond noise; return None where it is kept."""
-    growth = context.plan.growths[-1] if context.plan.growths else None
-    if growth is None or not growth.kept or context.plan.train.restart_step != growth.step:
+    """Take back the last change of the run where it gained nothing beyond noise; return None where it is kept.
+
+    A change is judged once: at the look after it. One at an early look that leaves the schedule as it is would cost the
+    whole run at its end, and stays.
+    """
+    growth, events = context.plan.growths[-1] if context.plan.growths else None, context.run.events()
+    if growth is None or not growth.kept or growth.step >= experiment.step:
+        return None
+    kept = last_of(events, GrowthKeptEvent)
+    if kept is not None and kept.step > growth.step:
+        return None
+    if experiment.at_end and context.plan.train.restart_step != growth.step:
         return None
     earlier = [evaluation for evaluation in experiment.evaluations if 0 < evaluation.step <= growth.step]
-    later = [evaluation for evaluation in experiment.evaluations if evaluation.step > growth.step]
-    if not earlier or not later:
-        return None
-    best = [
-        min(evaluations, key=lambda one: one.rows.mean).rows.of(experiment.half) for evaluations in (earlier, later)
-    ]
-    growth_gain = paired_gain(best[0], best[1])
+    if experiment.at_end:
+        later = [evaluation for evaluation in experiment.evaluations if evaluation.step > growth.step]
+        if not earlier or not later:
+            return None
+        before, after = (
+            min(evaluations, key=lambda one: one.rows.mean).rows.of(experiment.half) for evaluations in (earlier, later)
+        )
+    else:
+        event = last_of(events, GrowthEvent, step=growth.step)
+        if event is None or event.rows is UNSET:
+            return None
+        after = experiment.state_losses(event.rows)
+        before = replace(after, sums=tuple(event.row_losses))
+    growth_gain = paired_gain(before, after)
     if growth_gain.low > 0:
         context.emit(GrowthKeptEvent(step=experiment.step, gain=growth_gain.json_values))
         return None
@@ -334,9 +358,9 @@ def _take_back_failed_growth(context: RunContext, experiment: Experiment) -> Loo
     context.emit(
         GrowthTakenBackEvent(step=experiment.step, text=f"it gained {growth_gain}", gain=growth_gain.json_values)
     )
-    experiment.evaluations = earlier
+    experiment.evaluations = earlier or experiment.evaluations
     quality = experiment.judge_quality()
-    message = f"the escalation at step {growth.step} gained {growth_gain}: it was undone"
+    message = f"the change at step {growth.step} gained {growth_gain}: it was undone"
     verdict = Verdict(
         experiment.step,
         quality.state,

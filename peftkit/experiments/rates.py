@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from peftkit.diagnose.rates import RateArm, RateChoice, choose_rate, next_rate
@@ -12,8 +11,7 @@ from peftkit.experiments.forks import ForkStart, draw_fork_batches, train_fork, 
 from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.plan import Plan
 from peftkit.plan.packing import mean_row_tokens
-from peftkit.plan.plan import Decision
-from peftkit.plan.rate import EVAL_COST, JUDGING_ROWS
+from peftkit.plan.rate import EVAL_COST, JUDGING_ROWS, with_found_rate
 from peftkit.prepare.context import RunContext
 from peftkit.rundir import write_sealed
 from peftkit.rundir.events import PhaseEvent, RateForkEvent, RateFoundEvent, WarningEvent, of_type
@@ -105,11 +103,6 @@ def search_learning_rate(context: RunContext, model: PreTrainedModel) -> Plan:
             overhead=budget.overhead,
         )
     )
-    decisions = [
-        Decision(one.key, choice.rate, "decided", choice.said) if one.key == "train.learning_rate" else one
-        for one in plan.decisions
-    ]
-    train = replace(plan.train, learning_rate=choice.rate, rate_search=None)
-    plan = replace(plan, train=train, decisions=tuple(decisions))
+    plan = with_found_rate(plan, choice.rate, choice.said)
     write_sealed(context.run.path / "plan.json", plan.to_json())  # from here on the run has this rate
     return plan

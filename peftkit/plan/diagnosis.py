@@ -10,8 +10,10 @@ from peftkit.plan.devices import parse_device
 from peftkit.plan.facts import Facts
 from peftkit.plan.plan import DiagnosePlan, EvaluatePlan, TrainPlan
 
-EARLY_LOOK_SHARE = 0.04  # of the steps: early, so that few are spent in the small configuration
+# of the steps: early, so that few are spent in the small configuration; then while another rate still pays
+LOOK_SHARES = (0.04, 0.15, 0.4)
 MIN_STEPS_FOR_EARLY_LOOK = 100  # below, an early look sees too little of the run
+MIN_STEPS_FOR_LATER_LOOKS = 200  # below, their forks would be too short
 _PLAIN_ADAM = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -78,9 +80,11 @@ def diagnose_plan(
             f"fewer than {MIN_STEPS_FOR_EARLY_LOOK} steps: the run is diagnosed only at its end",
         )
     else:
-        first = max(train.num_warmup_steps + 1, round(EARLY_LOOK_SHARE * steps))
-        d.decide("diagnose.looks", [first, steps], "early, when growing the adapter costs no steps, and at the end")
-        looks = (first,)
+        shares = LOOK_SHARES if steps >= MIN_STEPS_FOR_LATER_LOOKS else LOOK_SHARES[:1]
+        looks = tuple(sorted({max(train.num_warmup_steps + 1, round(share * steps)) for share in shares}))
+        later = ", while another rate or rank still pays," if len(looks) > 1 else ""
+        reason = f"early, when growing the adapter costs no steps{later} and at the end"
+        d.decide("diagnose.looks", [*looks, steps], reason)
     memory = None
     if bounds.max_memory is not None:
         try:

@@ -6,13 +6,14 @@ Forks pay only where the run is long: their cost is a number of steps, not a sha
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from peftkit.methods import Method
 from peftkit.methods.base import RunSize
 from peftkit.plan.advice import WARNING
 from peftkit.plan.decisions import DecisionLog
 from peftkit.plan.facts import Facts
-from peftkit.plan.plan import Decision, RateSearch
+from peftkit.plan.plan import Decision, Plan, RateSearch
 
 SEARCH_SHARE = 0.05  # of the run's compute, within diagnose.bounds.compute
 _MIN_DOCUMENTS = 10  # as diagnose.statistics has it, which needs numpy
@@ -35,6 +36,15 @@ def decide_learning_rate(d: DecisionLog, facts: Facts, method: Method, size: Run
         text = f"{rate / usual:.2g} times the usual {usual:g}: {outcome}"
         d.made.append(Decision(f"{WARNING}learning_rate", rate, "decided", text))
     return rate
+
+
+def with_found_rate(plan: Plan, rate: float, reason: str) -> Plan:
+    """Return the plan with a learning rate that was found, in its decisions too."""
+    decisions = tuple(
+        Decision(one.key, rate, "decided", reason) if one.key == "train.learning_rate" else one
+        for one in plan.decisions
+    )
+    return replace(plan, train=replace(plan.train, learning_rate=rate, rate_search=None), decisions=decisions)
 
 
 def plan_rate_search(

@@ -200,20 +200,22 @@ def _(event: RateFoundEvent) -> str:
 
 @format_event.register
 def _(event: GrowthEvent) -> str:
-    return (
-        f"step {event.step}: the adapter grows to {event.num_trainable:,} trainable parameters, at a "
-        f"learning rate of {event.learning_rate:.2e}; {event.num_steps} steps in total"
+    what = f"the adapter grows to {event.num_trainable:,} trainable parameters"
+    what = {"learning rate too high": "a new adapter starts", "learning rate too low": "the run goes on"}.get(
+        event.cause, what
     )
+    rate, total = f"at a learning rate of {event.learning_rate:.2e}", f"{event.num_steps} steps in total"
+    return f"step {event.step}: {event.cause}: {what}, {rate}; {total}"
 
 
 @format_event.register
 def _(event: GrowthKeptEvent) -> str:
-    return f"step {event.step}: the growth reduced the loss: {event.gain[0]:+.4f} nats"
+    return f"step {event.step}: the change reduced the loss: {event.gain[0]:+.4f} nats"
 
 
 @format_event.register
 def _(event: GrowthTakenBackEvent) -> str:
-    return f"step {event.step}: the growth did not reduce the loss: undone ({event.text})"
+    return f"step {event.step}: the change did not reduce the loss: undone ({event.text})"
 
 
 @format_event.register

@@ -105,7 +105,7 @@ class Summary:
         rows.append(("time", f"{show_seconds(self.total_seconds)} (training {show_seconds(self.train_seconds)})"))
         if self.tokens_per_second:
             rows.append(("tokens per second", f"{self.tokens_per_second:,.0f}"))
-        rows += [("adapter grown", growth) for growth in self.growths]
+        rows += [("changed in the run", growth) for growth in self.growths]
         if self.verdict is not None:
             rows.append(("quality", self.verdict.line))
             action = self.verdict.action

@@ -173,8 +173,8 @@ def run_preflight(segment: Segment, training: Training) -> Preflight:
 
 def segment_after_rate_search(context: RunContext, model: PreTrainedModel) -> Segment:
     """Search for the learning rate, and return the segment that trains at it, from the start."""
-    from peftkit.experiments.experiment import unwrap_base
     from peftkit.experiments.rates import search_learning_rate
+    from peftkit.experiments.rewrap import unwrap_base
 
     plan = search_learning_rate(context, model)
     return Segment(replace(context, plan=plan), base_in_memory=unwrap_base(context, model), is_begun_anew=True)
@@ -213,7 +213,7 @@ def diagnose_if_due(context: RunContext, training: Training, *, step: int, at_en
 
 def segment_after_look(look: LookOutcome, context: RunContext, training: Training) -> Segment:
     """Return the segment after a look: the plan that it left, the base unwrapped, the trainer freed."""
-    from peftkit.experiments.experiment import unwrap_base
+    from peftkit.experiments.rewrap import unwrap_base
 
     base_in_memory = None
     if look.model is not None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from peftkit.diagnose.causes import Arm, Diagnosis, Evidence, measure_or_conclude, measure_or_conclude_early
+from peftkit.diagnose.causes import Arm, Diagnosis, Evidence, measure_or_conclude
 from peftkit.diagnose.quality import Quality
 from peftkit.diagnose.signals import ModuleSignal, Signals
 from peftkit.diagnose.statistics import HeldOutLosses, Interval
@@ -148,18 +148,6 @@ def test_what_the_budget_leaves_out_is_told():
     found = measure_or_conclude(evidence(**some, quality=quality(projected=LEARNS)))
     assert found.cause == "too few steps"
     assert "not measured for lack of budget: rate up" in found.said
-
-
-def test_an_early_look_grows_only_into_layers_without_an_adapter():
-    bare = evidence(quality=quality("lagging"))
-    assert measure_or_conclude_early(replace(bare, signals=None)) == "signals"
-    assert measure_or_conclude_early(replace(bare, candidate="rank")).cause == "none"
-    wide = replace(bare, candidate="target modules")
-    assert measure_or_conclude_early(wide) == "continue"
-    paid = arms(**{"continue": 1.9, "rate_up": 1.85, "candidate": 1.4})
-    assert measure_or_conclude_early(replace(wide, arms=paid)).cause == "target modules"
-    disguised = arms(**{"continue": 1.9, "rate_up": 1.3, "candidate": 1.4})
-    assert measure_or_conclude_early(replace(wide, arms=disguised)).cause == "none"
 
 
 def test_few_documents_decide_nothing():

@@ -337,3 +337,80 @@ def test_bounds_that_forbid_every_rung_are_told(narrow, tmp_path):
     assert verdict.cause not in {"target modules", "rank"}
     assert "candidate" not in verdict.numbers["arms"]
     assert verdict.numbers["refused"].endswith("more than 3,600")
+
+
+def rate_recipe(narrow, rate):
+    narrow["method"] = {"name": "lora", "rank": 8}
+    narrow["train"].update(max_steps=200, learning_rate=rate)
+    narrow["diagnose"] = {"escalate": "auto", "bounds": {"compute": "40%"}}
+    return narrow
+
+
+@pytest.fixture(scope="module")
+def restarted_run(tmp_path_factory):
+    place = tmp_path_factory.mktemp("restarted")
+    recipe = rate_recipe(narrow_recipe(place), 0.3)
+    return recipe, place / "run", peftkit.finetune(recipe, out=place / "run")
+
+
+def test_a_rate_that_is_far_too_high_begins_anew(restarted_run):
+    _, path, summary = restarted_run
+    [growth] = of(path, "growth")
+    plan = read_plan(RunDir(path))
+    assert growth["cause"] == "learning rate too high"
+    assert growth["step"] == plan.diagnose.look_steps[0]
+    assert growth["learning_rate"] == plan.train.learning_rate < 0.3 / 2
+    assert of(path, "growth_kept")[0]["step"] == plan.diagnose.look_steps[1]
+    rates = {event["step"]: event["learning_rate"] for event in of(path, "step")}
+    assert max(rate for step, rate in rates.items() if step > growth["step"]) <= plan.train.learning_rate
+    assert summary.num_steps == 200, "the run is no longer for it"
+    assert summary.eval_loss_after < 0.8 * summary.eval_loss_before
+    assert "learning rate too high" in summary.growths[0]
+    decision = next(one for one in plan.decisions if one.key == "train.learning_rate")
+    assert decision.value == plan.train.learning_rate
+    assert "a new adapter" in decision.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [12, 20, 60])
+def test_a_run_that_began_anew_resumes_to_the_same_bytes(step, restarted_run, tmp_path):
+    recipe, _, whole = restarted_run
+    with pytest.raises(Interrupted):
+        peftkit.finetune(recipe, out=tmp_path / "cut", observer=stopping_at(step))
+    assert weights(peftkit.resume_run(tmp_path / "cut")) == weights(whole)
+
+
+@pytest.mark.slow
+def test_a_rate_that_is_far_too_low_is_raised(narrow, tmp_path):
+    recipe = rate_recipe(narrow, 2e-5)
+    summary = peftkit.finetune(recipe, out=tmp_path / "run")
+    [growth, *_] = of(tmp_path / "run", "growth")
+    assert growth["cause"] == "learning rate too low"
+    assert growth["step"] == read_plan(RunDir(tmp_path / "run")).diagnose.look_steps[1]
+    assert growth["learning_rate"] > 6e-5
+    fixed = peftkit.finetune({**recipe, "diagnose": {"escalate": "off"}}, out=tmp_path / "fixed")
+    assert summary.eval_loss_after < fixed.eval_loss_after - 0.2
+
+
+@pytest.mark.slow
+def test_a_change_that_did_not_pay_is_taken_back_at_the_next_look(narrow, tmp_path, monkeypatch):
+    """The run goes on from where it was made, by the plan of before, and ends as if nothing had been."""
+    from peftkit.experiments import look
+
+    recipe = rate_recipe(narrow, 2e-5)
+    real = look.paired_gain
+
+    def worthless(before, after, **more):
+        found = real(before, after, **more)
+        return type(found)(found.mean, -1.0, 1.0, found.num_documents)
+
+    monkeypatch.setattr(look, "paired_gain", worthless)
+    summary = peftkit.finetune(recipe, out=tmp_path / "run")
+    [taken] = of(tmp_path / "run", "growth_taken_back")
+    plan = read_plan(RunDir(tmp_path / "run"))
+    assert [growth.kept for growth in plan.growths] == [False]
+    assert taken["step"] == plan.diagnose.look_steps[2]
+    assert plan.train.learning_rate == 2e-5
+    monkeypatch.undo()
+    blind = peftkit.finetune({**recipe, "diagnose": {"escalate": "off"}}, out=tmp_path / "blind")
+    assert weights(summary) == weights(blind)

@@ -4,7 +4,6 @@ import pytest
 
 from peftkit.errors import UserError
 from peftkit.plan import Plan
-from peftkit.plan.diagnosis import EARLY_LOOK_SHARE
 from peftkit.plan.plan import Growth, read_plan
 from peftkit.recipe import check_recipe, load
 from peftkit.rundir import RunDir, write_sealed
@@ -21,9 +20,12 @@ def test_recommend_is_the_default_and_pauses_nowhere():
     assert plan.diagnose.compute_share == 0.15
 
 
-def test_auto_looks_early_where_there_are_steps_enough():
+def test_auto_looks_early_and_later_where_there_are_steps_enough():
     plan = cpu_plan(diagnose={"escalate": "auto"}, train={"max_steps": 500})
-    assert plan.diagnose.look_steps == (max(plan.train.num_warmup_steps + 1, round(EARLY_LOOK_SHARE * 500)),)
+    assert plan.train.num_warmup_steps == 25
+    assert plan.diagnose.look_steps == (26, 75, 200)
+    short = cpu_plan(diagnose={"escalate": "auto"}, train={"max_steps": 199})
+    assert short.diagnose.look_steps == (11,)
     assert cpu_plan(diagnose={"escalate": "auto"}, train={"max_steps": 40}).diagnose.look_steps == ()
 
 
