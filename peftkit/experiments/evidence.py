@@ -15,6 +15,7 @@ from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.diagnose.escalation import UntrainedTokens
 from peftkit.diagnose.quality import EvaluationPoint
 from peftkit.diagnose.statistics import HeldOutLosses, recorded_rows
+from peftkit.model.quantize import weight_norm
 from peftkit.plan import Plan
 from peftkit.prepare.context import RunContext
 from peftkit.rundir.events import UNSET, EvalEvent, Event, StepEvent, of_type
@@ -101,18 +102,18 @@ def describe_masked_ends(rows: Sequence[Tokenized]) -> list[str]:
 def update_pace(plan: Plan, model: PreTrainedModel, trained: Tensors, step: int) -> float | None:
     """Return the mean of |s B A| / |W| over layers with a LoRA, over the share of the run's steps that made it.
 
-    |B A|^2 = trace((B^T B) (A A^T)), which needs matrices of the rank's size only. None where no W is in floats.
+    |B A|^2 = trace((B^T B) (A A^T)), which needs matrices of the rank's size only. None without such layers.
     """
     shares = []
     for name, module in model.named_modules():
         a, b = (trained.get(f"{name}.lora_{side}.default.weight") for side in "AB")
         if a is None or b is None:
             continue
-        weight = module.get_base_layer().weight
-        if weight.is_floating_point() and weight.ndim == 2:
+        weight = getattr(module.get_base_layer(), "weight", None)
+        if weight is not None and a.ndim == b.ndim == 2:  # neither fused experts nor a convolution
             a, b = a.float(), b.float()
             size = float(torch.sum((b.T @ b) * (a @ a.T))) ** 0.5
-            shares.append(module.scaling["default"] * size / float(weight.detach().float().norm()))
+            shares.append(module.scaling["default"] * size / weight_norm(weight))
     new_since = [growth.step for growth in plan.growths if growth.kept and growth.cause == "learning rate too high"]
     num_steps = step - max(new_since, default=0)
     return sum(shares) / len(shares) * (plan.train.num_steps or 1) / num_steps if shares and num_steps else None

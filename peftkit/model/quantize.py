@@ -184,3 +184,13 @@ def pack_4bit(weight: torch.Tensor, base: BasePlan, *, transposed: bool) -> dict
     oriented = (weight.T if transposed else weight).contiguous()
     codes, state = quantize_4bit(oriented, compress_statistics=base.double_quant, quant_type=base.quant_type)
     return {"": codes, **{f".{key}": value for key, value in state.as_dict(packed=True).items()}}
+
+
+def weight_norm(weight: torch.Tensor) -> float:
+    """Return the Frobenius norm of a layer's weight, of the values that it computes with where it is held in 4 bits."""
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight.data, state)
+    return float(weight.detach().float().norm())
