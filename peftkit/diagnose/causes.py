@@ -1,16 +1,17 @@
 """The order of suspicion: which measurement comes next, or which cause the evidence names. Pure.
 
-Not lagging; data and masks; unstable; steps; learning rate; target modules; rank; embeddings or head. Signals
-alone cannot tell rank from learning rate, so both are tried: an action is named only if its fork beats the
+Not lagging; data and masks; unstable; positions; steps; learning rate; target modules; rank; embeddings or head.
+Signals alone cannot tell rank from learning rate, so both are tried: an action is named only if its fork beats the
 fork that continues unchanged and the one with another rate, beyond paired noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from peftkit.diagnose.positions import Stretch
 from peftkit.diagnose.quality import Quality
 from peftkit.diagnose.signals import Signals
 from peftkit.diagnose.statistics import MIN_DOCUMENTS, HeldOutLosses, Interval, paired_gain
@@ -25,10 +26,13 @@ Cause = Literal[
     "target modules",
     "rank",
     "embeddings or head",
+    "positions",
     "unstable",
     "undecided",
 ]
-Measurement = Literal["signals", "dependence", "continue", "rate up", "rate down", "candidate", "start over"]
+Measurement = Literal[
+    "signals", "dependence", "continue", "rate up", "rate down", "candidate", "start over", "positions"
+]
 CAPACITY: tuple[Cause, ...] = ("target modules", "rank", "embeddings or head")
 RATE_FACTOR = 3.0
 MIN_STANDARD_ERRORS = 2.5  # paired standard errors that a fork must be better by
@@ -79,6 +83,12 @@ class Evidence:
     unaffordable: frozenset[str] = frozenset()
     progress: float = 1.0
     update_pace: float | None = None
+    has_long_rows: bool = False  # that may reach beyond the positions that the base was trained to
+    stretch: Stretch | None = None
+
+    def without(self, measurement: str) -> Evidence:
+        """Return the same, with a measurement that the budget has no room for."""
+        return replace(self, unaffordable=self.unaffordable | {measurement})
 
     def _rows(self, name: str) -> HeldOutLosses | None:
         """Return the losses of an arm, or of the state itself for the empty name."""
@@ -95,8 +105,7 @@ class Evidence:
         interval = self.gain_over(better, worse)
         if interval is None:  # one that left the road is beaten by any that did not
             return self._rows(better) is not None and worse in self.arms
-        is_certain = interval.has_enough_documents and interval.mean > MIN_STANDARD_ERRORS * interval.error
-        return is_certain and interval.mean > MIN_GAIN_SHARE * self.rows.mean
+        return is_beyond_noise(interval, self.rows.mean)
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,12 @@ class Diagnosis:
     said: str
     arm: str = ""
     proven: bool = False
+
+
+def is_beyond_noise(gain: Interval, loss: float) -> bool:
+    """Return True if a gain is beyond paired noise, and large enough a share of the loss to matter."""
+    is_certain = gain.has_enough_documents and gain.mean > MIN_STANDARD_ERRORS * gain.error
+    return is_certain and gain.mean > MIN_GAIN_SHARE * loss
 
 
 def few_documents(num: int) -> str:
@@ -128,6 +143,10 @@ def measure_or_conclude(evidence: Evidence) -> Measurement | Diagnosis:
         at_once = Diagnosis("undecided", few_documents(e.quality.loss.num_documents))
     elif e.num_divergences:
         at_once = Diagnosis("unstable", f"{e.num_divergences} steps were skipped or rolled back")
+    elif e.has_long_rows and e.stretch is None and "positions" not in e.unaffordable:
+        return "positions"
+    elif e.stretch is not None and e.stretch.gain is not None and is_beyond_noise(e.stretch.gain, e.rows.mean):
+        at_once = Diagnosis("positions", _stretch_text(e.stretch))
     elif e.quality.state == "still improving":
         at_once = Diagnosis("too few steps" if e.quality.projected else "none", e.quality.said)
     else:
@@ -249,6 +268,15 @@ def growing_pays(e: Evidence) -> bool:
 def is_proven(e: Evidence) -> bool:
     """Return True if the candidate beats continuing and a higher rate, beyond noise."""
     return all(e.beats("candidate", other) for other in ("continue", "rate up"))
+
+
+def _stretch_text(stretch: Stretch) -> str:
+    before = min(loss for start, _, loss, _ in stretch.losses if start < (stretch.reach or 0))
+    last = stretch.losses[-1]
+    reason = (
+        f"the loss rises from {before:.3f} to {last[2]:.3f} from position {stretch.reach} on: the base was trained to "
+    )
+    return f"{reason}no more; stretched {stretch.factor} times, it is {last[3]:.3f} there"
 
 
 def _projection_text(projected: Interval | None) -> str:

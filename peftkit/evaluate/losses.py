@@ -151,6 +151,37 @@ def row_losses(
     return RowLosses(tuple(sums), tuple(counts))
 
 
+def span_losses(
+    model: PreTrainedModel,
+    rows: Sequence[Tokenized],
+    spans: Sequence[tuple[int, int]],
+    *,
+    pad_id: int,
+    batch_size: int,
+    autocast: str | None = None,
+    forward_tokens: ForwardFunction | None = None,
+) -> list[RowLosses]:
+    """Compute the loss of each row by spans of positions, [start, end), for a causal LM: one RowLosses a span.
+
+    `forward_tokens` returns the (rows, positions - 1) losses of a batch for models that can compute them without all
+    logits.
+    """
+    sums = [[0.0] * len(rows) for _ in spans]
+    counts = [[0] * len(rows) for _ in spans]
+    for indices, batch, output in evaluation_batches(
+        model, rows, pad_id=pad_id, batch_size=batch_size, task="causal-lm", autocast=autocast, forward=forward_tokens
+    ):
+        losses = step.token_losses(output.logits, batch["labels"]) if forward_tokens is None else output
+        in_loss = batch["labels"][:, 1:] != IGNORE_INDEX
+        for number, (start, end) in enumerate(spans):
+            # column i is of the token at position i + 1
+            columns = slice(max(0, start - 1), end - 1)
+            totals, nums = losses[:, columns].sum(-1).tolist(), in_loss[:, columns].sum(-1).tolist()
+            for row, total, num in zip(indices, totals, nums, strict=True):
+                sums[number][row], counts[number][row] = total, num
+    return [RowLosses(tuple(s), tuple(c)) for s, c in zip(sums, counts, strict=True)]
+
+
 def predict_classes(
     model: PreTrainedModel,
     rows: Sequence[Tokenized],

@@ -103,6 +103,19 @@ def fused_loss(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], task: 
     return model(**batch, use_cache=False, fused_lm_head=True).loss
 
 
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Compute the cross entropy of a causal LM's tokens in nats, shape (rows, positions - 1); 0 outside the loss."""
+    from torch.nn.functional import cross_entropy
+
+    logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
+    return cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
+
+
+def fused_token_losses(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Compute the same in the head: no logits are held."""
+    return -model(**batch, use_cache=False, fused_lm_head=True).log_probs
+
+
 def fused_row_sums(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Compute each row's summed loss, shape (rows,), in the head: no logits are held."""
-    return -model(**batch, use_cache=False, fused_lm_head=True).log_probs.sum(-1)
+    """Compute each row's summed loss, shape (rows,), in the head."""
+    return fused_token_losses(model, batch).sum(-1)

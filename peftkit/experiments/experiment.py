@@ -27,6 +27,7 @@ from peftkit.diagnose.statistics import (
 from peftkit.evaluate.dependence import swap_questions
 from peftkit.evaluate.scores import compute_metrics
 from peftkit.experiments.candidate import Candidate, choose_rung, lora_rank, plan_candidate, rate_to_try
+from peftkit.experiments.dependence import measure_dependence
 from peftkit.experiments.evidence import (
     MASK_CHECKS,
     TokenBudget,
@@ -39,6 +40,7 @@ from peftkit.experiments.evidence import (
 )
 from peftkit.experiments.forks import ForkStart, draw_fork_batches, train_fork, with_learning_rate
 from peftkit.experiments.gradients import STREAMS, GradientProbe
+from peftkit.experiments.positions import has_long_rows, measure_positions
 from peftkit.experiments.reference import gap_to_full_finetuning
 from peftkit.experiments.rewrap import needs_reload, unwrap_base
 from peftkit.model.adapter.attach import attach_adapter, trainable_tensors, with_plain_init
@@ -143,9 +145,9 @@ class Experiment:
         if self.is_evaluated:
             return self.evaluations[-1].rows.of(numbers)
         load_trained(self.model, self.start.trained)
-        return self._losses(self.model, self.plan, numbers)
+        return self.measure_losses(self.model, self.plan, numbers)
 
-    def _losses(self, model: PreTrainedModel, plan: Plan, numbers: Sequence[int]) -> HeldOutLosses:
+    def measure_losses(self, model: PreTrainedModel, plan: Plan, numbers: Sequence[int]) -> HeldOutLosses:
         """Measure losses of some held-out rows, charged to the budget."""
         rows = [self.held_out[i] for i in numbers]
         losses = compute_row_losses(model, rows, plan, pad_id=self.pad_id, prepared=not self.is_reloaded)
@@ -155,7 +157,7 @@ class Experiment:
     def judge_quality(self) -> Quality:
         """Judge the quality by the run's evaluations, or by one made now where there are none."""
         if not self.evaluations:
-            all_losses = self._losses(self.model, self.plan, range(len(self.held_out)))
+            all_losses = self.measure_losses(self.model, self.plan, range(len(self.held_out)))
             self.evaluations = [EvaluationPoint(self.step, 0.0, all_losses)]
         evaluations = [replace(evaluation, rows=evaluation.rows.of(self.half)) for evaluation in self.evaluations]
         num_looks = len(self.plan.diagnose.look_steps) + 1
@@ -215,29 +217,10 @@ class Experiment:
         while isinstance(decision := policy(evidence), str):
             if decision == "signals":
                 evidence = self._measure_signals(evidence)
+            elif decision == "positions":
+                evidence = measure_positions(self, evidence)
             elif decision == "dependence":
-                # measure how much answers depend on their own questions, by swapping questions
-                rows = [self.held_out[i] for i in self.deciding]
-                numbers, swapped_rows = swap_questions(rows)
-                if not numbers:
-                    evidence = replace(evidence, has_questions=False)
-                else:
-                    cost = EVAL_COST * sum(row.length for row in swapped_rows)
-                    if cost > self.budget.left:
-                        evidence = _mark_unaffordable(evidence, "dependence")
-                    else:
-                        self._announce("dependence")
-                        load_trained(self.model, self.start.trained)
-                        losses = compute_row_losses(self.model, swapped_rows, self.plan, pad_id=self.pad_id)
-                        self.budget.spent_tokens += cost
-                        own_losses = evidence.rows.of(numbers)
-                        # the first token of an answer is predicted by the question's last one in both
-                        evidence = replace(
-                            evidence,
-                            dependence=paired_gain(
-                                HeldOutLosses(losses.sums, losses.counts, own_losses.documents), own_losses
-                            ),
-                        )
+                evidence = measure_dependence(self, evidence)
             else:
                 evidence = self._run_fork(evidence, decision)
         return evidence, decision
@@ -258,11 +241,12 @@ class Experiment:
             train_loss=self.train_loss,
             start_loss=first.rows.of(self.deciding).mean if first and first.step == 0 else None,
             has_questions=self.has_questions and bool(swap_questions(self.held_out[:50])[0]),
+            has_long_rows=has_long_rows(self),
             progress=self.step / (self.plan.train.num_steps or 1),
             update_pace=None if self.at_end else update_pace(self.plan, self.model, self.start.trained, self.step),
         )
 
-    def _announce(self, measurement: Measurement) -> None:
+    def announce(self, measurement: Measurement) -> None:
         """Emit the phase of a measurement."""
         self.context.emit(PhaseEvent(name="diagnosis", detail=_PHASE_DETAILS[measurement]))
 
@@ -273,8 +257,8 @@ class Experiment:
         affordable_rows = int(_SIGNALS_SHARE * self.budget.share * self.budget.run_tokens / 3 / mean_length)
         num_rows = max(_STREAM_ROWS[0], min(_STREAM_ROWS[1], affordable_rows, len(train) // 2))
         if 3 * num_rows * mean_length > self.budget.left:
-            return _mark_unaffordable(evidence, "signals")
-        self._announce("signals")
+            return evidence.without("signals")
+        self.announce("signals")
         load_trained(self.model, self.start.trained)
 
         order = np.random.default_rng([self.plan.seed, self.step]).permutation(len(train))[: 2 * num_rows]
@@ -306,8 +290,8 @@ class Experiment:
         """Train a fork, judge it on the deciding rows, and add it to the evidence."""
         steps = self.num_fork_steps() if self.plan.method.peft is not None else 0  # whole models are not copied
         if steps < _MIN_FORK_STEPS or self.budget.left < self.fork_tokens(steps):
-            return _mark_unaffordable(evidence, name)
-        self._announce(name)
+            return evidence.without(name)
+        self.announce(name)
         batches = draw_fork_batches(
             self.plan, self.context.prepared.train, steps, batch_size=self.fork_batch_size, seed=self.step
         )
@@ -333,7 +317,7 @@ class Experiment:
             loss=training_loss(plan, fused=not self.is_reloaded),
         )
         self.budget.spent_tokens += result.num_tokens
-        rows = self._losses(model, plan, self.deciding) if result.is_finite else None
+        rows = self.measure_losses(model, plan, self.deciding) if result.is_finite else None
         self.rates[name] = rate
         self.ends[name] = {n: t.detach().cpu().clone() for n, t in trainable_tensors(model).items()}
         arm = Arm(name, rate, steps, result.train_loss, rows)
@@ -383,7 +367,7 @@ class Experiment:
         if before is None:
             return None
         load_trained(self.model, self.ends[arm])
-        return paired_gain(before, self._losses(self.model, self.wrapped_plan, self.reporting))
+        return paired_gain(before, self.measure_losses(self.model, self.wrapped_plan, self.reporting))
 
     def attach_candidate(self) -> tuple[Any, ForkStart, Plan]:
         """Attach the candidate's adapter, initialised to compute the same as the old one."""
@@ -422,6 +406,7 @@ class Experiment:
 
 _PHASE_DETAILS: Mapping[str, str] = {
     "signals": "gradient signals of all layers",
+    "positions": "the loss by position",
     "dependence": "whether answers depend on their questions",
     "continue": "a fork with unchanged settings",
     "rate up": "a fork at three times the learning rate",
@@ -429,8 +414,3 @@ _PHASE_DETAILS: Mapping[str, str] = {
     "candidate": "a fork with a larger adapter",
     "start over": "a fork of a new adapter at a lower learning rate",
 }
-
-
-def _mark_unaffordable(evidence: Evidence, name: str) -> Evidence:
-    """Return the evidence with a measurement marked as unaffordable."""
-    return replace(evidence, unaffordable=evidence.unaffordable | {name})

@@ -12,7 +12,7 @@ from peftkit.diagnose.midway import measure_or_conclude_midway
 from peftkit.diagnose.statistics import mean_interval, paired_gain
 from peftkit.diagnose.verdict import Action, Verdict
 from peftkit.errors import Interrupted
-from peftkit.experiments.candidate import next_method
+from peftkit.experiments.action import MORE_STEPS, choose_action
 from peftkit.experiments.evidence import clipped_share, read_evaluations
 from peftkit.experiments.experiment import Experiment
 from peftkit.experiments.forks import ForkStart
@@ -22,7 +22,6 @@ from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.model.hardware import is_out_of_memory
 from peftkit.objectives import OBJECTIVES
 from peftkit.plan import Plan, read_plan
-from peftkit.plan.packing import MAX_EPOCHS, num_epochs
 from peftkit.plan.plan import Growth
 from peftkit.plan.rate import with_found_rate
 from peftkit.prepare.context import RunContext
@@ -46,8 +45,6 @@ from peftkit.train.training import compute_row_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-MORE_STEPS = 0.5  # of the run: what "more steps" recommends, and what a growth at the end goes on for
 
 
 @dataclass(frozen=True)
@@ -191,7 +188,7 @@ def reach_verdict(
     """
     try:
         evidence, finding = experiment.look(policy)
-        action = _choose_action(experiment, evidence, finding)
+        action = choose_action(experiment, evidence, finding)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -222,6 +219,7 @@ def reach_verdict(
         "unaffordable": sorted(evidence.unaffordable),
         "refused": experiment.candidate.refusal if experiment.candidate else "",
         "clipped_share": experiment.clipped_share,
+        "positions": asdict(evidence.stretch) if evidence.stretch else None,
     }
     if signals is not None:
         verdict_numbers["signals"] = {
@@ -249,54 +247,6 @@ def reach_verdict(
         numbers=verdict_numbers,
     )
     return verdict, finding
-
-
-def _choose_action(experiment: Experiment, evidence: Evidence, finding: Diagnosis) -> Action:
-    """Choose the action for a cause, with its overrides, expected gain and cost."""
-    plan, arms = experiment.plan, evidence.arms
-    expected_gain = experiment.expected_gain(finding.arm) if finding.arm else None
-    cause = finding.cause
-    if cause in CAPACITY and experiment.candidate is not None:
-        return Action(
-            "grow the adapter",
-            experiment.candidate.overrides,
-            expected_gain,
-            experiment.candidate.cost(experiment.context),
-        )
-    if cause in {"learning rate too low", "learning rate too high", "unstable"}:
-        arm = arms.get(finding.arm)
-        rate = arm.learning_rate if arm else plan.train.learning_rate / 3
-        return Action(f"train at a rate of {rate:g}", (f"train.learning_rate={rate:.6g}",), expected_gain)
-    if cause == "too few steps":
-        steps = round((plan.train.num_steps or 0) * (1 + MORE_STEPS))
-        epochs = num_epochs(plan, experiment.context.facts) * (1 + MORE_STEPS)
-        if epochs > MAX_EPOCHS:
-            message = f"more data; {steps} steps would show each row {epochs:.0f} times, and it would be memorised"
-            return Action(message, (), expected_gain)
-        return Action(f"train for {steps} steps", (f"train.max_steps={steps}",), expected_gain)
-    if cause == "data: overfitting":
-        best = min(experiment.evaluations, key=lambda one: one.rows.mean)
-        message = "more or cleaner data; with this data, stop where the held-out loss was best"
-        return Action(message, (f"train.max_steps={best.step}",) if 0 < best.step < experiment.step else ())
-    if cause == "data: labels or masks broken":
-        return Action("check the trained tokens: peftkit check RECIPE; more training or rank fixes nothing")
-    if cause == "undecided" and not evidence.quality.loss.has_enough_documents:
-        return Action("hold out more rows: data.eval, as a larger share or a file")
-    if cause == "undecided" and (alternative := next_method(experiment.context)):
-        return Action(
-            f"{experiment.plan.method.name} has no rank to raise: try lora", alternative[0], None, alternative[1]
-        )
-    if cause == "undecided":
-        refusal = experiment.candidate.refusal if experiment.candidate is not None else ""
-        if refusal:
-            left_open = f"the next larger adapter is not allowed: {refusal}"
-        elif experiment.plan.method.peft is None:
-            left_open = "full fine-tuning is not tried in forks: try a smaller and a larger learning rate"
-        else:
-            left_open = "raise diagnose.bounds.compute, or set a target or a reference to judge by"
-        return Action(left_open)
-    target_reached = evidence.quality.state == "not lagging" and experiment.plan.diagnose.target is not None
-    return Action("nothing: the target is reached" if target_reached else "nothing")
 
 
 def publish_verdict(context: RunContext, verdict: Verdict) -> None:

@@ -24,6 +24,7 @@ from peftkit.model.base.progress_bar import without_progress_bar
 from peftkit.model.base.remote_code import check_remote_code, find_model_file
 from peftkit.model.base.unknown_family import AUTO_CLASSES
 from peftkit.model.quantize import build_quantization_config, finish_4bit_loading, patched_loading
+from peftkit.model.rope import rope_parameters
 from peftkit.plan.plan import BasePlan
 from peftkit.units import join_names
 
@@ -279,33 +280,6 @@ def apply_overrides(config: Any, plan: BasePlan) -> PreTrainedConfig:
         values["problem_type"] = "multi_label_classification"
     config.update(values)
     return config
-
-
-def rope_parameters(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """Return transformers' `rope_parameters` for a kind of RoPE scaling, keeping the base frequency.
-
-    Families with two kinds of layers (Gemma 3) hold one set per kind; only the full-attention ones are
-    scaled.
-    """
-    scaling_parameters = {"rope_type": scaling["kind"], "factor": float(scaling["factor"])}
-    if scaling["kind"] == "yarn":
-        scaling_parameters["original_max_position_embeddings"] = scaling["trained"]
-    old_parameters = config.get("rope_parameters") or {}
-    is_nested = all(isinstance(value, Mapping) for value in old_parameters.values()) and old_parameters
-    if is_nested:
-        new_parameters: Any = {
-            kind: {**parameters, **scaling_parameters} if "full" in kind else dict(parameters)
-            for kind, parameters in old_parameters.items()
-        }
-    else:
-        base_parameters = {
-            key: old_parameters[key] for key in ("rope_theta", "partial_rotary_factor") if key in old_parameters
-        }
-        new_parameters = {**base_parameters, **scaling_parameters}
-    max_positions = (
-        {} if scaling["kind"] == "dynamic" else {"max_position_embeddings": int(scaling["trained"] * scaling["factor"])}
-    )
-    return {"rope_parameters": new_parameters, **max_positions}
 
 
 def model_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

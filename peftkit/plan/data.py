@@ -113,7 +113,7 @@ _MAX_ROPE_FACTOR = 32  # YaRN was tried up to this (Peng et al. 2023)
 def context_length(d: DecisionLog, shape: ModelShape) -> int:
     """Return the positions of the model, times the RoPE factor; 0 means no limit."""
     scaling = d.loaded.recipe.base.rope_scaling
-    return int(shape.dims.positions * scaling.factor) if scaling else shape.dims.positions
+    return int((scaling.trained or shape.dims.positions) * scaling.factor) if scaling else shape.dims.positions
 
 
 def rope_overrides(d: DecisionLog, shape: ModelShape) -> dict[str, Any]:
@@ -143,7 +143,11 @@ def rope_overrides(d: DecisionLog, shape: ModelShape) -> dict[str, Any]:
         return {}
     d.record("base.rope_scaling.kind", scaling.kind)
     d.record("base.rope_scaling.factor", scaling.factor)
-    return {"rope_scaling": {"kind": scaling.kind, "factor": scaling.factor, "trained": shape.dims.positions}}
+    trained = d.record("base.rope_scaling.trained", scaling.trained or shape.dims.positions)
+    if trained > shape.dims.positions:
+        got, most = f"{trained} positions", f"at most {shape.dims.positions}, as config.json has it"
+        d.refuse("base.rope_scaling.trained", got, most, "leave it out")
+    return {"rope_scaling": {"kind": scaling.kind, "factor": scaling.factor, "trained": trained}}
 
 
 def choose_max_length(d: DecisionLog, shape: ModelShape, virtual_tokens: int) -> int:
@@ -167,10 +171,12 @@ def choose_max_length(d: DecisionLog, shape: ModelShape, virtual_tokens: int) ->
     max_length = int(d.record("train.max_length", length_option, default_length, why))
     if not limit or max_length <= room:
         return max_length
-    factor = -(-(max_length + virtual_tokens) // shape.dims.positions)
+    scaling = d.loaded.recipe.base.rope_scaling
+    trained = (scaling.trained if scaling else None) or shape.dims.positions
+    factor = -(-(max_length + virtual_tokens) // trained)
     if shape.positions != "rope" or shape.rope_type != "default" or factor > _MAX_ROPE_FACTOR:
         fix = "the model was trained on no more positions"
-    elif d.loaded.recipe.base.rope_scaling:
+    elif scaling:
         fix = f"raise base.rope_scaling.factor to {factor}"
     else:
         fix = f"shorten, or set base.rope_scaling: {{kind: yarn, factor: {factor}}}"

@@ -64,6 +64,7 @@ class RopeScaling(Options):
         "yarn", description="linear: positions divided; dynamic: NTK, grows with the length; yarn: by wavelength"
     )
     factor: float = Field(gt=1, description="how many times the trained context length")
+    trained: PositiveInt | None = Field(None, description="that length, where config.json claims more; its own else")
 
 
 class Base(Options):

@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from peftkit.data.tokens.mask import Tokenized
 from peftkit.data.tokens.prepare import TokenizedData
-from peftkit.evaluate.losses import RowLosses, row_losses
-from peftkit.evaluate.step import fused_row_sums
+from peftkit.evaluate.losses import RowLosses, row_losses, span_losses
+from peftkit.evaluate.step import fused_row_sums, fused_token_losses
 from peftkit.methods import METHODS
 from peftkit.model.adapter.attach import build_loraplus_optimizer
 from peftkit.plan import Plan
@@ -46,6 +46,27 @@ def compute_row_losses(
         task=plan.base.task,
         autocast=plan.train.autocast,
         forward_sums=fused_row_sums if prepared and trainer_spec(plan).loss == "fused" else None,
+    )
+
+
+def compute_span_losses(
+    model: PreTrainedModel,
+    rows: Sequence[Tokenized],
+    plan: Plan,
+    spans: Sequence[tuple[int, int]],
+    *,
+    pad_id: int,
+    prepared: bool,
+) -> list[RowLosses]:
+    """Compute the losses of rows by spans of positions, as `compute_row_losses` does as a whole."""
+    return span_losses(
+        model,
+        rows,
+        spans,
+        pad_id=pad_id,
+        batch_size=evaluation_rows(plan),
+        autocast=plan.train.autocast,
+        forward_tokens=fused_token_losses if prepared and trainer_spec(plan).loss == "fused" else None,
     )
 
 

@@ -183,7 +183,7 @@ def test_a_litgpt_checkpoint_is_refused_by_name(tmp_path):
 
 
 def test_rope_is_stretched_without_losing_its_base_frequency():
-    from peftkit.model.load import rope_parameters
+    from peftkit.model.rope import rope_parameters
 
     old = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
     made = rope_parameters(old, {"kind": "yarn", "factor": 4, "trained": 128})

@@ -1,0 +1,75 @@
+"""Loss by position on held-out rows, and what stretched rotary positions would gain at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from peftkit.diagnose.causes import Evidence
+from peftkit.diagnose.positions import SpanLosses, Stretch, equal_spans, find_reaches, stretch_factor
+from peftkit.diagnose.statistics import HeldOutLosses, paired_gain
+from peftkit.model.rope import stretched_rope
+from peftkit.plan.rate import EVAL_COST
+from peftkit.train.checkpoint.restore import load_trained
+from peftkit.train.training import compute_span_losses
+
+if TYPE_CHECKING:
+    from peftkit.experiments.experiment import Experiment
+
+_LONG_SHARE = 0.25  # of the positions of config.json: shorter rows do not get near to where they end
+
+
+def has_long_rows(experiment: Experiment) -> bool:
+    """Return whether held-out rows reach into positions that the base may not have been trained to."""
+    shape, plan = experiment.context.facts.model.shape, experiment.plan
+    is_plain = shape.positions == "rope" and shape.rope_type == "default" and "rope_scaling" not in plan.base.overrides
+    longest = max(experiment.held_out[i].length for i in experiment.deciding)
+    return plan.base.task == "causal-lm" and is_plain and longest >= _LONG_SHARE * shape.dims.positions
+
+
+def measure_positions(experiment: Experiment, evidence: Evidence) -> Evidence:
+    """Measure the loss by position and, where it rises, with stretched positions; add it to the evidence."""
+    rows = [experiment.held_out[i] for i in experiment.deciding]
+    documents = tuple(experiment.documents[i] for i in experiment.deciding)
+    longest = max(row.length for row in rows)
+    spans = equal_spans(longest)
+    cost = EVAL_COST * sum(row.length for row in rows)
+    if cost > experiment.budget.left:
+        return evidence.without("positions")
+    experiment.announce("positions")
+    model, plan, pad_id = experiment.model, experiment.plan, experiment.pad_id
+    load_trained(model, experiment.start.trained)
+
+    def measure() -> list[SpanLosses]:
+        losses = compute_span_losses(model, rows, plan, spans, pad_id=pad_id, prepared=not experiment.is_reloaded)
+        experiment.budget.spent_tokens += cost
+        return [
+            SpanLosses(*span, HeldOutLosses(one.sums, one.counts, documents))
+            for span, one in zip(spans, losses, strict=True)
+        ]
+
+    before = measure()
+    reaches = find_reaches(before)
+    if not reaches or len(reaches) * cost > experiment.budget.left:
+        return replace(evidence, stretch=Stretch(longest=longest))
+    long_rows = [i for i, row in enumerate(rows) if row.length > reaches[0]]
+
+    def of_long_rows(spans: list[SpanLosses]) -> HeldOutLosses:
+        sums = tuple(sum(span.rows.sums[i] for span in spans) for i in long_rows)
+        counts = tuple(sum(span.rows.counts[i] for span in spans) for i in long_rows)
+        return HeldOutLosses(sums, counts, tuple(documents[i] for i in long_rows))
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tries = []
+    for reach in reaches:
+        factor = stretch_factor(longest, reach)
+        with stretched_rope(base, {"kind": "yarn", "factor": factor, "trained": reach}) as can_stretch:
+            after = measure() if can_stretch else before
+        losses = tuple(
+            (one.start, one.end, one.rows.mean, other.rows.mean)
+            for one, other in zip(before, after, strict=True)
+            if any(one.rows.counts)
+        )
+        gain = paired_gain(of_long_rows(before), of_long_rows(after))
+        tries.append(Stretch(reach, longest, factor, gain, losses))
+    return replace(evidence, stretch=max(tries, key=lambda one: one.gain.mean if one.gain else 0.0))
