@@ -17,6 +17,7 @@ from peftkit.plan.throughput import describe_missing_kernels, missing_kernels
 from peftkit.units import html_table, join_names, show_bytes, show_count, show_percent
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022: compute-optimal pretraining
+_LARGE_CACHE_SHARE = 0.25  # of the weights, both in bf16
 _CACHE_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
 NF4_BITS = 4.127  # with double quantization (Dettmers et al. 2023, section 3)
 
@@ -159,6 +160,21 @@ def unread_keys_note(shape: ModelShape) -> list[str]:
     return [f"{text}peftkit plan --trace compares them with the model that transformers builds"]
 
 
+def large_cache_note(shape: ModelShape) -> list[str]:
+    """Return a note on keys and values that take much memory beside the weights at the full context, and ways out."""
+    dims = shape.dims
+    cache_bytes, weight_bytes = 2 * shape.cache_at(dims.positions), 2 * shape.num_parameters
+    if cache_bytes < _LARGE_CACHE_SHARE * weight_bytes:
+        return []
+    share = show_percent(cache_bytes / weight_bytes)
+    text = f"at {dims.positions:,} tokens its keys and values take {show_bytes(cache_bytes)} in bf16, {share} of its "
+    text += f"weights, for one sequence: {show_bytes(cache_bytes // 2)} in 8 bits, {show_bytes(cache_bytes // 4)} in 4"
+    if shape.attention == "MHA" and dims.heads > 1:
+        text += "; each head keeps its own: a base with grouped keys (GQA), a quarter as many, would keep "
+        text += f"{show_bytes(cache_bytes // 4)}"
+    return [text]
+
+
 def make_inspection(
     model_id: str, shape: ModelShape, *, data_tokens: int | None = None, held: HeldFormat | None = None
 ) -> Inspection:
@@ -175,7 +191,7 @@ def make_inspection(
     if shape.num_windowed:
         window = f"{shape.num_windowed} of {shape.num_cached_layers} layers keep {shape.window:,} tokens"
     notes = [f"it is not trained as it is held: {way_out(model_id, held)}"] if held is not None else []
-    notes += unread_keys_note(shape)
+    notes += [*unread_keys_note(shape), *large_cache_note(shape)]
     # a multiplication and an addition per parameter and token, twice that backward (Kaplan et al. 2020)
     growth = "linear in the length"
     if shape.family.has_attention:

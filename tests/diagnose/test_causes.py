@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from peftkit.diagnose.causes import Arm, Diagnosis, Evidence, measure_or_conclude
+from peftkit.diagnose.positions import Stretch
 from peftkit.diagnose.quality import Quality
 from peftkit.diagnose.signals import ModuleSignal, Signals
 from peftkit.diagnose.statistics import HeldOutLosses, Interval
@@ -155,3 +156,17 @@ def test_few_documents_decide_nothing():
     diagnosis = measure_or_conclude(replace(evidence(), quality=few))
     assert diagnosis.cause == "undecided"
     assert "3 held-out documents" in diagnosis.said
+
+
+def test_positions_that_the_base_was_not_trained_to_are_stretched_where_that_gains():
+    long = evidence(has_long_rows=True)
+    assert measure_or_conclude(long) == "positions"
+    losses = ((0, 64, 3.0, 3.1), (64, 128, 4.0, 3.1))
+    better = Stretch(64, 128, 2, Interval(0.4, 0.3, 0.5, 50), losses)
+    found = measure_or_conclude(replace(long, stretch=better))
+    assert (found.cause, found.proven) == ("positions", False)
+    assert "from 3.000 to 4.000 from position 64 on" in found.said
+    noise = replace(better, gain=Interval(0.01, -0.3, 0.5, 50))
+    assert measure_or_conclude(replace(long, stretch=noise)) == measure_or_conclude(evidence())
+    assert measure_or_conclude(replace(long, stretch=Stretch())) == measure_or_conclude(evidence())
+    assert measure_or_conclude(long.without("positions")) == measure_or_conclude(evidence())

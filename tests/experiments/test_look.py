@@ -5,6 +5,9 @@ import os
 import shutil
 import signal
 import statistics
+import sysconfig
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -414,3 +417,55 @@ def test_a_change_that_did_not_pay_is_taken_back_at_the_next_look(narrow, tmp_pa
     monkeypatch.undo()
     blind = peftkit.finetune({**recipe, "diagnose": {"escalate": "off"}}, out=tmp_path / "blind")
     assert weights(summary) == weights(blind)
+
+
+def test_bad_steps_are_answered_by_rate_warm_up_clip_and_rows(narrow, tmp_path, monkeypatch):
+    """Three steps are called spikes; what is then advised stands in the next recipe, which is accepted."""
+    from peftkit.train.guard import LossHistory
+
+    real, bad_steps = LossHistory.explain_spike, iter([True] * 3)
+
+    def spiking(self, loss):
+        return "planted" if len(self.losses) > 20 and next(bad_steps, False) else real(self, loss)
+
+    monkeypatch.setattr(LossHistory, "explain_spike", spiking)
+    narrow["train"].update(max_steps=40, max_grad_norm=5.0, schedule={"warmup": 0.0})
+    summary = peftkit.finetune(narrow, out=tmp_path / "run")
+    assert summary.verdict.cause == "unstable"
+    assert set(summary.verdict.action.overrides) == {
+        "train.learning_rate=0.0005",
+        "train.schedule.warmup=10%",
+        "train.max_grad_norm=1",
+    }
+    after = load(tmp_path / "run" / "next-recipe.yaml").recipe.train
+    assert (after.schedule.warmup, after.max_grad_norm, after.learning_rate) == (0.1, 1.0, 0.0005)
+    rows = Counter(row for spike in of(tmp_path / "run", "spike") for row in spike["rows"])
+    for row, num in rows.items():
+        assert (f"{row} ({num} times)" in summary.verdict.action.said) == (num > 1)
+
+
+def test_rows_beyond_what_the_base_was_trained_to_are_stretched(tmp_path):
+    """The tiny base claims 512 positions and was trained to fewer: what is advised mends the held-out loss."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]
+    text = "\n".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)
+    rows = [{"text": text[start : start + 1400]} for start in range(0, 150 * 1400, 1400)]
+    recipe = {
+        "base": str(TINY_LLAMA),
+        "method": {"name": "lora", "rank": 2, "targets": ["v"]},
+        "data": {
+            "train": str(write_jsonl(tmp_path / "rows.jsonl", rows)),
+            "eval": "40%",
+            "waive": ["near-leakage", "leakage", "near-duplicates"],
+        },
+        "train": {"max_steps": 30, "batch_size": 2, "micro_batch": 2, "max_length": 512, "learning_rate": 1e-4},
+        "diagnose": {"bounds": {"compute": "99%"}},
+    }
+    before = peftkit.finetune(recipe, out=tmp_path / "before")
+    assert before.verdict.cause == "positions"
+    stretch = before.verdict.numbers["positions"]
+    assert 64 <= stretch["reach"] <= 256
+    assert stretch["losses"][-1][3] < stretch["losses"][-1][2] - 0.3, "the last positions gain most"
+    next_recipe = tmp_path / "before" / "next-recipe.yaml"
+    assert load(next_recipe).recipe.base.rope_scaling.trained == stretch["reach"]
+    after = peftkit.finetune(next_recipe, out=tmp_path / "after")
+    assert after.eval_loss_after < before.eval_loss_after - 0.2

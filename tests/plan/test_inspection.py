@@ -35,6 +35,21 @@ def test_numbers_of_llama_8b():
     assert lora.num_trainable == 4 * 41_943_040, "rank 64"
 
 
+def test_a_large_cache_is_told_with_ways_out():
+    [note] = [text for text in inspect("meta-llama/Llama-3.1-8B").mind if "keys and values" in text]
+    assert "at 131,072 tokens its keys and values take 16.00 GiB in bf16, 107.0 % of its weights" in note
+    assert "8.00 GiB in 8 bits, 4.00 GiB in 4" in note
+    assert "GQA" not in note, "its keys are grouped already"
+    shared = KNOWN["meta-llama/Llama-3.1-8B"]
+    every_head = make_inspection("o/m", shape_from_config({**shared, "num_key_value_heads": 32}))
+    [note] = [text for text in every_head.mind if "keys and values" in text]
+    assert "take 64.00 GiB in bf16" in note
+    assert "GQA), a quarter as many, would keep 16.00 GiB" in note
+    short = make_inspection("o/m", shape_from_config({**shared, "max_position_embeddings": 8192}))
+    assert not any("keys and values" in text for text in short.mind), "1 GiB beside 15"
+    assert not any("keys and values" in text for text in inspect("state-spaces/mamba-130m-hf").mind)
+
+
 def test_active_parameters_of_a_mixture():
     assert inspect("mistralai/Mixtral-8x7B-v0.1").num_active == 12_879_925_248
     assert 3.2e9 < inspect("Qwen/Qwen3-30B-A3B").num_active < 3.5e9

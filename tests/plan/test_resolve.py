@@ -192,6 +192,19 @@ def test_longer_rows_than_the_trained_positions_need_rope_scaling():
         make_plan(loaded, Facts(GPU, gpt2, None))
 
 
+def test_a_base_that_claims_more_positions_than_it_was_trained_to():
+    def made(**scaling):
+        base = {"id": "o/m", "rope_scaling": {"kind": "yarn", **scaling}}
+        recipe = {"base": base, "method": "lora", "data": {"train": "x.jsonl"}, "train": {"max_length": 16_384}}
+        return make_plan(load(recipe), Facts(GPU, LLAMA, None))
+
+    assert made(factor=4.0, trained=4096).base.overrides["rope_scaling"]["trained"] == 4096
+    with pytest.raises(UserError, match=r"raise base\.rope_scaling\.factor to 4"):
+        made(factor=2.0, trained=4096)
+    with pytest.raises(UserError, match="at most 131072"):
+        made(factor=4.0, trained=200_000)
+
+
 def test_a_base_that_stretches_its_positions_already_is_not_stretched_again():
     config = {**KNOWN["meta-llama/Llama-3.1-8B"], "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
     model = ModelFacts("m", "hub", shape_from_config(config))
