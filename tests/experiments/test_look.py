@@ -444,6 +444,7 @@ def test_bad_steps_are_answered_by_rate_warm_up_clip_and_rows(narrow, tmp_path, 
         assert (f"{row} ({num} times)" in summary.verdict.action.said) == (num > 1)
 
 
+@pytest.mark.slow
 def test_rows_beyond_what_the_base_was_trained_to_are_stretched(tmp_path):
     """The tiny base claims 512 positions and was trained to fewer: what is advised mends the held-out loss."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]
