@@ -307,7 +307,7 @@ class Bounds(Options):
     max_rank: PositiveInt = Field(256, description="of LoRA")
     max_trainable: PositiveInt | None = Field(None, description="trainable parameters")
     max_memory: str | None = Field(None, description="of the device, such as 20GiB; null: what it has")
-    max_escalations: PositiveInt = Field(2, description="growths in one run")
+    max_escalations: PositiveInt = Field(2, description="changes in one run")
     compute: Share = Field(0.15, description="share of the run's compute that the diagnosis may take")
 
 
