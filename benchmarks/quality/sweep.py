@@ -4,7 +4,8 @@
 
 Every training is one line of the results file and is not made again. The split: the laws of the learning rate and of
 the forks were fitted elsewhere (docs/quality.md), on other rows and, but for the first, other bases; no number here
-set a threshold. Printed at the end: the loss of each way against the best of the sweep.
+set a threshold. Printed at the end: the loss of each way against the best of the sweep, and with `--arms` what other
+kinds of LoRA give out of the box.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ from tiny_model import base_folder, data_folder
 RESULTS = Path(__file__).parent.parent / "results" / "quality_sweep.jsonl"
 BATCH = 8
 RANKS = (64, 16, 4)
+ARMS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "auto, EVA": {"init": "eva"},
+    "auto, rsLoRA": {"rslora": True},
+    "auto, LoRA+": {"lr_ratio": 16.0},
+    "auto, DoRA": {"dora": True},
+}
 RATES = {
     "python": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "plays": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
@@ -45,7 +53,9 @@ def train(cell: Cell, way: str, seed: int, steps: int, data: Path) -> dict[str, 
     folder, started = Path(tempfile.mkdtemp(prefix="peftkit-quality-")), time.perf_counter()
     try:
         recipe = recipe_of(cell, folder, data, steps=steps, batch=BATCH, seed=seed)
-        if way != "auto":
+        if way in ARMS:
+            recipe["method"] |= ARMS[way]
+        else:
             rank, rate = way.removeprefix("r").split(" at ")
             recipe["method"] |= {"rank": int(rank), "targets": "all-linear"}
             recipe["train"]["learning_rate"] = float(rate)
@@ -83,7 +93,7 @@ def print_table(lines: Sequence[dict[str, Any]], steps: int) -> None:
     print(f"\n{steps} steps of {BATCH} rows; the sweep costs {len(RANKS) * 5} runs")
     for cell in CELLS:
         here = [line for line in lines if line["cell"] == cell.key and line["steps"] == steps]
-        swept = [line for line in here if line["way"] != "auto"]
+        swept = [line for line in here if line["way"] not in ARMS]
         for auto in (line for line in here if line["way"] == "auto"):
             if len(swept) < len(RANKS) * 5:
                 continue
@@ -94,6 +104,9 @@ def print_table(lines: Sequence[dict[str, Any]], steps: int) -> None:
                 f"(r{auto['rank']} at {auto['learning_rate']:.3g}, usual {auto['usual']:.3g}) {regrets[-1]:+6.1f} %  "
                 f"{1 + auto['overhead']:.3f} runs"
             )
+        arms = {line["way"]: line["loss"] for line in here if line["way"] in ARMS}
+        if len(arms) > 1:
+            print(f"{cell.key:16} {'; '.join(f'{way} {loss:.4f}' for way, loss in arms.items())}")
     if regrets:
         print(f"median {statistics.median(regrets):+.1f} %, worst {max(regrets):+.1f} %")
 
@@ -108,6 +121,7 @@ def main() -> int:
     parser.add_argument("--cells", default="")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="ways that begin so")
+    parser.add_argument("--arms", action="store_const", const=len(ARMS), default=1, help="other kinds of LoRA, too")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
@@ -119,7 +133,7 @@ def main() -> int:
         for rank in (0, *RANKS)  # `auto` of all cells first
         for cell in CELLS
         if cell.key in asked.cells.split(",") or not asked.cells
-        for way in ([f"r{rank} at {rate:g}" for rate in RATES[cell.base]] if rank else ["auto"])
+        for way in ([f"r{rank} at {rate:g}" for rate in RATES[cell.base]] if rank else list(ARMS)[: asked.arms])
         if way.startswith(asked.only) and key_of(cell, way, asked.seed, asked.steps) not in made
     ]
     train_all(train, [(*one, data) for one in waiting], workers=asked.workers, results=asked.results)
