@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -45,11 +46,14 @@ from peftkit.experiments.reference import gap_to_full_finetuning
 from peftkit.experiments.rewrap import needs_reload, unwrap_base
 from peftkit.model.adapter.attach import attach_adapter, trainable_tensors, with_plain_init
 from peftkit.model.adapter.grow import GrownCheckpoint, adapted_weights, grow_adapter
+from peftkit.model.adapter.load import load_adapter_tensors
 from peftkit.plan import Plan
 from peftkit.plan.packing import mean_row_tokens
 from peftkit.plan.rate import EVAL_COST
 from peftkit.prepare.context import RunContext
+from peftkit.recipe.start import adapter_folder
 from peftkit.rundir.events import ForkEvent, PhaseEvent
+from peftkit.train.batches import eva_batches
 from peftkit.train.checkpoint.restore import load_trained
 from peftkit.train.checkpoint.snapshot import Tensors
 from peftkit.train.trainer import training_loss
@@ -388,19 +392,23 @@ class Experiment:
         return model, ForkStart(self.grown.trained, optimizer_state), self.candidate.plan
 
     def _attach_new_adapter(self) -> tuple[Any, ForkStart]:
-        """Attach a new adapter of the run's plan, for a training from the start."""
-        model = self._rewrap("start over", self.plan)
+        """Attach the adapter of the run's plan as it was, or like it, before the first step."""
+        plan = self.plan
+        batches = eva_batches(plan, self.context.prepared.train, pad_id=self.pad_id)
+        model = self._rewrap("start over", plan, eva_batches=batches)
+        if plan.method.start_from is not None:  # the adapter that is trained on
+            load_adapter_tensors(model, adapter_folder(Path(plan.method.start_from), "start_from"))
         self.new_start = {name: tensor.detach().clone() for name, tensor in trainable_tensors(model).items()}
         return model, ForkStart(self.new_start, {})
 
-    def _rewrap(self, arm: Literal["candidate", "start over"], plan: Plan) -> Any:
+    def _rewrap(self, arm: Literal["candidate", "start over"], plan: Plan, **options: Any) -> Any:
         """Wrap the base with the adapter of a plan, as `model`."""
         if self.reporting and self.is_evaluated:
             self._reporting_start = self.evaluations[-1].rows.of(self.reporting)
         self.rewrapped_for, self.is_reloaded = arm, needs_reload(self.plan)
         base = unwrap_base(self.context, self.model)
         set_seed(self.plan.seed)  # the same new rows where a look that was killed is made again
-        self.model = attach_adapter(base, plan, self.context.tokenizer)
+        self.model = attach_adapter(base, plan, self.context.tokenizer, **options)
         return self.model
 
 

@@ -73,6 +73,8 @@ def diagnose_plan(
     looks: tuple[int, ...] = ()
     if escalate != "auto":
         pass  # at the end only
+    elif not bounds.compute:
+        d.decide("diagnose.looks", [steps], "diagnose.bounds.compute is 0: nothing is measured in mid-run")
     elif steps < MIN_STEPS_FOR_EARLY_LOOK:
         d.decide(
             "diagnose.looks",

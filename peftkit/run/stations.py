@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from peftkit import interrupt
 from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.evaluate.scores import compute_metrics
-from peftkit.methods.lora import EVA_TOKENS_PER_RANK
 from peftkit.model.adapter import attach
 from peftkit.model.adapter.attach import non_finite_tensors
 from peftkit.model.adapter.load import load_adapter_tensors
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
     from peftkit.experiments.look import LookOutcome
     from peftkit.train import Training
     from peftkit.train.preflight import Preflight
-
-_EVA_TOKENS = 512  # of a batch: few large ones converge sooner than many small ones
 
 
 @dataclass(frozen=True)
@@ -108,16 +105,11 @@ def attach_adapter(segment: Segment, model: PreTrainedModel) -> PreTrainedModel:
 
     A checkpoint's weights come later, with the optimizer's state: `assemble_training`.
     """
-
-    from peftkit.train.batches import batches_of_tokens
+    from peftkit.train.batches import eva_batches
 
     context, plan, run = segment.context, segment.context.plan, segment.context.run
-    spec = plan.method.peft
-    eva_batches = []
-    if spec is not None and spec.arguments.get("init_lora_weights") == "eva":
-        min_tokens = max(_EVA_TOKENS, EVA_TOKENS_PER_RANK * int(spec.arguments["r"]))
-        eva_batches = batches_of_tokens(context.prepared.train, min_tokens, pad_id=context.tokenizer.pad_token_id)
-    model = attach.attach_adapter(model, plan, context.tokenizer, eva_batches=eva_batches)
+    batches = eva_batches(plan, context.prepared.train, pad_id=context.tokenizer.pad_token_id)
+    model = attach.attach_adapter(model, plan, context.tokenizer, eva_batches=batches)
     is_new = segment.checkpoint is None and not run.adapter.exists()
     attach.save_initial_adapter(model, plan, run.path / "adapter_start", overwrite=is_new)
     num_trainable, num_total = attach.count_parameters(model)

@@ -17,10 +17,12 @@ from peftkit.data.tokens.mask import Tokenized
 from peftkit.data.tokens.pack import pack_rows
 from peftkit.data.tokens.store import Counts, StoredTokens, is_weighted
 from peftkit.evaluate.losses import collate, collate_packed
+from peftkit.methods.lora import EVA_TOKENS_PER_RANK
 from peftkit.plan import Plan
 from peftkit.plan.packing import BY_LENGTH, WINDOW_STEPS
 
 _EVA_BATCHES = 32  # from which EVA starts: its components have long converged
+_EVA_TOKENS = 512  # of a batch: few large ones converge sooner than many small ones
 BatchRows = list[Tokenized]  # one row by itself, or the documents of a pack
 Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
@@ -53,6 +55,15 @@ def collate_groups(plan: Plan, groups: Sequence[BatchRows], pad_id: int) -> dict
     if plan.train.packing:
         return collate_packed(groups, pad_id)
     return collate([row for group in groups for row in group], pad_id, task=plan.base.task)
+
+
+def eva_batches(plan: Plan, rows: Sequence[Tokenized], *, pad_id: int) -> list[dict[str, torch.Tensor]]:
+    """Return the batches whose activations EVA starts from; none for other starts."""
+    spec = plan.method.peft
+    if spec is None or spec.arguments.get("init_lora_weights") != "eva":
+        return []
+    min_tokens = max(_EVA_TOKENS, EVA_TOKENS_PER_RANK * int(spec.arguments["r"]))
+    return batches_of_tokens(rows, min_tokens, pad_id=pad_id)
 
 
 def batches_of_tokens(rows: Sequence[Tokenized], min_tokens: int, *, pad_id: int) -> list[dict[str, torch.Tensor]]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import peftkit
@@ -470,3 +471,25 @@ def test_rows_beyond_what_the_base_was_trained_to_are_stretched(tmp_path):
     assert load(next_recipe).recipe.base.rope_scaling.trained == stretch["reach"]
     after = peftkit.finetune(next_recipe, out=tmp_path / "after")
     assert after.eval_loss_after < before.eval_loss_after - 0.2
+
+
+@pytest.mark.slow
+def test_an_adapter_that_is_trained_on_begins_anew_as_it_was(narrow, tmp_path):
+    first = rate_recipe(narrow, 3e-3)
+    first["train"]["max_steps"] = 40
+    first["diagnose"] = {"escalate": "off"}
+    peftkit.finetune(first, out=tmp_path / "first")
+    seen = {}
+
+    def observe(event):
+        if event["event"] == "growth":
+            file = tmp_path / "second" / "checkpoints" / f"step-{event['step']:06d}" / "trained.safetensors"
+            seen.update(load_file(file))
+
+    second = {**rate_recipe(narrow, 0.3), "start_from": str(tmp_path / "first")}
+    peftkit.finetune(second, out=tmp_path / "second", observer=observe)
+    given = load_file(tmp_path / "first" / "adapter" / "adapter_model.safetensors")
+    assert seen
+    assert {name.replace(".default", ""): tensor.tolist() for name, tensor in seen.items()} == {
+        name: tensor.tolist() for name, tensor in given.items()
+    }

@@ -26,6 +26,9 @@ def test_auto_looks_early_and_later_where_there_are_steps_enough():
     assert plan.diagnose.look_steps == (26, 75, 200)
     short = cpu_plan(diagnose={"escalate": "auto"}, train={"max_steps": 199})
     assert short.diagnose.look_steps == (11,)
+    unpaid = cpu_plan(diagnose={"escalate": "auto", "bounds": {"compute": 0}}, train={"max_steps": 500})
+    assert unpaid.diagnose.look_steps == ()
+    assert "compute is 0" in decided(unpaid, "diagnose.looks").reason
     assert cpu_plan(diagnose={"escalate": "auto"}, train={"max_steps": 40}).diagnose.look_steps == ()
 
 
