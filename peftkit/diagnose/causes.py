@@ -146,7 +146,7 @@ def measure_or_conclude(evidence: Evidence) -> Measurement | Diagnosis:
     elif e.has_long_rows and e.stretch is None and "positions" not in e.unaffordable:
         return "positions"
     elif e.stretch is not None and e.stretch.gain is not None and is_beyond_noise(e.stretch.gain, e.rows.mean):
-        at_once = Diagnosis("positions", _stretch_text(e.stretch))
+        at_once = Diagnosis("positions", e.stretch.said)
     elif e.quality.state == "still improving":
         at_once = Diagnosis("too few steps" if e.quality.projected else "none", e.quality.said)
     else:
@@ -268,15 +268,6 @@ def growing_pays(e: Evidence) -> bool:
 def is_proven(e: Evidence) -> bool:
     """Return True if the candidate beats continuing and a higher rate, beyond noise."""
     return all(e.beats("candidate", other) for other in ("continue", "rate up"))
-
-
-def _stretch_text(stretch: Stretch) -> str:
-    before = min(loss for start, _, loss, _ in stretch.losses if start < (stretch.reach or 0))
-    last = stretch.losses[-1]
-    reason = (
-        f"the loss rises from {before:.3f} to {last[2]:.3f} from position {stretch.reach} on: the base was trained to "
-    )
-    return f"{reason}no more; stretched {stretch.factor} times, it is {last[3]:.3f} there"
 
 
 def _projection_text(projected: Interval | None) -> str:

@@ -38,9 +38,10 @@ def measure_or_conclude_midway(evidence: Evidence) -> Measurement | Diagnosis:
     pace = e.update_pace
     has_learned = e.start_loss is None or e.rows.mean < UNLEARNED_LOSS_SHARE * e.start_loss
     if pace is not None and pace > MAX_UPDATE_PACE and not has_learned:
-        if not _is_settled(e, "start over"):
-            return "start over"
-        if e.beats("start over"):
+        for arm in ("continue", "start over"):
+            if not _is_settled(e, arm):
+                return arm
+        if e.beats("start over") and e.beats("start over", "continue"):
             reason = f"a new adapter at a lower rate is better after {e.arms['start over'].num_steps} small steps"
             reason += f", by {e.gain_over('start over')}"
             return Diagnosis("learning rate too high", reason, "start over", proven=True)
@@ -79,7 +80,8 @@ def _conclude(e: Evidence, *, may_lack_rate: bool) -> Diagnosis:
     own_gain = e.gain_over("rate up")
     if may_lack_rate and e.beats("rate up", "continue") and own_gain is not None and own_gain.mean > 0:
         factor = e.arms["rate up"].learning_rate / e.arms["continue"].learning_rate
-        reason = f"{factor:.2g} times the learning rate is better than going on by {e.gain_over('rate up', 'continue')}"
+        gain = e.gain_over("rate up", "continue")
+        reason = f"{factor:.2g} times the learning rate is better than going on by {gain or own_gain}"
         return Diagnosis("learning rate too low", reason, "rate up", proven=True)
     if e.unaffordable:
         return Diagnosis("undecided", f"the diagnosis budget was too small for: {', '.join(sorted(e.unaffordable))}")

@@ -27,7 +27,8 @@ class SpanLosses:
 class Stretch:
     """A base that loses beyond position `reach`, and what stretching its rotary positions by `factor` gains at once.
 
-    `reach` is None where the loss never rises; `gain` is per token of the rows that are longer than that.
+    `longest` is the longest row of all, with virtual tokens. `reach` is None where the loss never rises, or where no
+    stretch is large enough; `gain` is per token of the rows that are longer than the reach.
     """
 
     reach: int | None = None
@@ -35,6 +36,14 @@ class Stretch:
     factor: int = 1
     gain: Interval | None = None
     losses: tuple[tuple[int, int, float, float], ...] = ()  # start, end, loss as it is, loss stretched
+
+    @property
+    def said(self) -> str:
+        """What was measured, in words."""
+        before = min(loss for start, _, loss, _ in self.losses if start < (self.reach or 0))
+        last = self.losses[-1]
+        rise = f"the loss rises from {before:.3f} to {last[2]:.3f} from position {self.reach} on"
+        return f"{rise}: the base was trained to no more; stretched {self.factor} times, it is {last[3]:.3f} there"
 
 
 def equal_spans(longest: int) -> list[tuple[int, int]]:
@@ -66,6 +75,7 @@ def find_reaches(spans: Sequence[SpanLosses]) -> list[int]:
     return []
 
 
-def stretch_factor(longest: int, reach: int) -> int:
-    """Return the factor by which positions up to `longest` come to lie within the reach."""
-    return min(MAX_STRETCH, max(2, math.ceil(longest / reach)))
+def stretch_factor(longest: int, reach: int) -> int | None:
+    """Return the factor by which positions up to `longest` come to lie within the reach; None beyond MAX_STRETCH."""
+    factor = max(2, math.ceil(longest / reach))
+    return factor if factor <= MAX_STRETCH else None

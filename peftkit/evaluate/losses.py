@@ -173,6 +173,7 @@ def span_losses(
     ):
         losses = step.token_losses(output.logits, batch["labels"]) if forward_tokens is None else output
         in_loss = batch["labels"][:, 1:] != IGNORE_INDEX
+        losses = losses[:, -in_loss.shape[1] :]  # virtual tokens may precede them
         for number, (start, end) in enumerate(spans):
             # column i is of the token at position i + 1
             columns = slice(max(0, start - 1), end - 1)

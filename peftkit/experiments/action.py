@@ -8,6 +8,7 @@ from peftkit.diagnose.causes import CAPACITY, RATE_FACTOR, Diagnosis, Evidence
 from peftkit.diagnose.verdict import Action
 from peftkit.experiments.candidate import next_method
 from peftkit.experiments.experiment import Experiment
+from peftkit.plan.activations import virtual_tokens
 from peftkit.plan.packing import MAX_EPOCHS, num_epochs
 from peftkit.rundir.events import SpikeEvent, of_type
 
@@ -33,7 +34,10 @@ def choose_action(experiment: Experiment, evidence: Evidence, finding: Diagnosis
     elif cause == "positions" and (stretch := evidence.stretch) is not None:
         scaling = f"{{kind: yarn, factor: {stretch.factor}, trained: {stretch.reach}}}"
         said = f"stretch the rotary positions, which lowers the loss of longer rows by {stretch.gain} at once"
-        action = Action(said, (f"base.rope_scaling={scaling}",))
+        overrides = [f"base.rope_scaling={scaling}"]
+        if plan.data.max_length > stretch.factor * (stretch.reach or 1) - virtual_tokens(plan):  # no row is that long
+            overrides.append(f"train.max_length={stretch.longest - virtual_tokens(plan)}")
+        action = Action(said, tuple(overrides))
     elif cause == "too few steps":
         steps = round((plan.train.num_steps or 0) * (1 + MORE_STEPS))
         epochs = num_epochs(plan, experiment.context.facts) * (1 + MORE_STEPS)
@@ -57,7 +61,9 @@ def choose_action(experiment: Experiment, evidence: Evidence, finding: Diagnosis
 def _stabilise(experiment: Experiment) -> Action:
     """Return a lower rate, a longer warm-up and a lower clip, and name the rows that most bad steps had in common."""
     train, schedule = experiment.plan.train, experiment.context.loaded.recipe.train.schedule
-    rate, num_steps = train.learning_rate / RATE_FACTOR, train.num_steps or 0
+    num_steps = train.num_steps or 0
+    # each rollback has halved it
+    rate = min(train.learning_rate, train.learning_rate * 2 ** len(train.rollbacks) / RATE_FACTOR)
     overrides, said = [f"train.learning_rate={rate:.6g}"], [f"train at a rate of {rate:g}"]
     if train.num_warmup_steps < _STABLE_WARMUP / 2 * num_steps:
         steps = round(_STABLE_WARMUP * num_steps)

@@ -124,7 +124,7 @@ def rate_to_try(context: RunContext, *, lower: bool) -> float:
     The law is the method's own: docs/quality.md.
     """
     plan, recipe = context.plan, context.loaded.recipe.method
-    options = recipe.model_copy(update={"rank": lora_rank(plan)}) if isinstance(recipe, LoraOptions) else recipe
+    options = recipe.model_copy(update={"rank": adapter_rank(plan)}) if isinstance(recipe, LoraOptions) else recipe
     size = RunSize(plan.train.num_steps, plan.train.batch_size)
     usual, _ = METHODS[plan.method.name].learning_rate(options, context.facts.model.shape, size)
     rate = plan.train.learning_rate
@@ -133,7 +133,7 @@ def rate_to_try(context: RunContext, *, lower: bool) -> float:
     return usual if usual > rate * 2 else rate * RATE_FACTOR
 
 
-def lora_rank(plan: Plan) -> int:
+def adapter_rank(plan: Plan) -> int:
     """Return the rank of the run's adapter; 0 for a method without one."""
     spec = plan.method.peft
     return int(spec.arguments.get("r", 0)) if spec is not None and spec.class_name == "LoraConfig" else 0
@@ -143,7 +143,7 @@ def choose_rung(
     context: RunContext, signals: Signals, *, loss: float, early: bool, untrained_tokens: UntrainedTokens
 ) -> Rung | None:
     """Choose the larger adapter that the signals name; None for a method without a rank, or beyond the bound."""
-    plan, shape, rank = context.plan, context.facts.model.shape, lora_rank(context.plan)
+    plan, shape, rank = context.plan, context.facts.model.shape, adapter_rank(context.plan)
     if not rank:
         return None
     roles = {module.role for module in shape.modules}

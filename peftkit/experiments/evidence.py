@@ -18,7 +18,7 @@ from peftkit.diagnose.statistics import HeldOutLosses, recorded_rows
 from peftkit.model.quantize import weight_norm
 from peftkit.plan import Plan
 from peftkit.prepare.context import RunContext
-from peftkit.rundir.events import UNSET, EvalEvent, Event, StepEvent, of_type
+from peftkit.rundir.events import UNSET, EvalEvent, Event, GrowthEvent, GrowthTakenBackEvent, StepEvent, of_type
 from peftkit.train.checkpoint.snapshot import Tensors
 
 if TYPE_CHECKING:
@@ -102,8 +102,11 @@ def describe_masked_ends(rows: Sequence[Tokenized]) -> list[str]:
 def update_pace(plan: Plan, model: PreTrainedModel, trained: Tensors, step: int) -> float | None:
     """Return the mean of |s B A| / |W| over layers with a LoRA, over the share of the run's steps that made it.
 
-    |B A|^2 = trace((B^T B) (A A^T)), which needs matrices of the rank's size only. None without such layers.
+    |B A|^2 = trace((B^T B) (A A^T)), which needs matrices of the rank's size only. None without such layers, or
+    where another run made a part of it.
     """
+    if plan.method.start_from is not None:
+        return None
     shares = []
     for name, module in model.named_modules():
         a, b = (trained.get(f"{name}.lora_{side}.default.weight") for side in "AB")
@@ -114,8 +117,7 @@ def update_pace(plan: Plan, model: PreTrainedModel, trained: Tensors, step: int)
             a, b = a.float(), b.float()
             size = float(torch.sum((b.T @ b) * (a @ a.T))) ** 0.5
             shares.append(module.scaling["default"] * size / weight_norm(weight))
-    new_since = [growth.step for growth in plan.growths if growth.kept and growth.cause == "learning rate too high"]
-    num_steps = step - max(new_since, default=0)
+    num_steps = step - max((growth.step for growth in plan.growths if growth.is_new_start), default=0)
     return sum(shares) / len(shares) * (plan.train.num_steps or 1) / num_steps if shares and num_steps else None
 
 
@@ -156,6 +158,23 @@ def read_evaluations(
     late_steps = sorted(step_events)[-max(1, int(_LATE_SHARE * len(step_events))) :] if step_events else []
     losses = [step_events[step].loss for step in late_steps]
     return evaluations, sum(losses) / len(losses) if losses else None
+
+
+def standing_events(events: Sequence[Event], plan: Plan) -> list[Event]:
+    """Return the events of the states that the run stands on.
+
+    What came between a change and its being taken back is left out, and the steps before a new adapter.
+    """
+    standing: list[Event] = []
+    changes: list[int] = []
+    for event in events:
+        if isinstance(event, GrowthTakenBackEvent):
+            del standing[changes.pop() if changes else len(standing) :]
+        elif isinstance(event, GrowthEvent):
+            changes.append(len(standing))
+        standing.append(event)
+    start = max((growth.step for growth in plan.growths if growth.is_new_start), default=0)
+    return [event for event in standing if event.get("step", start) >= start]
 
 
 def clipped_share(events: Sequence[Event], max_grad_norm: float) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -27,7 +26,7 @@ from peftkit.diagnose.statistics import (
 )
 from peftkit.evaluate.dependence import swap_questions
 from peftkit.evaluate.scores import compute_metrics
-from peftkit.experiments.candidate import Candidate, choose_rung, lora_rank, plan_candidate, rate_to_try
+from peftkit.experiments.candidate import Candidate, choose_rung, adapter_rank, plan_candidate, rate_to_try
 from peftkit.experiments.dependence import measure_dependence
 from peftkit.experiments.evidence import (
     MASK_CHECKS,
@@ -46,12 +45,10 @@ from peftkit.experiments.reference import gap_to_full_finetuning
 from peftkit.experiments.rewrap import needs_reload, unwrap_base
 from peftkit.model.adapter.attach import attach_adapter, trainable_tensors, with_plain_init
 from peftkit.model.adapter.grow import GrownCheckpoint, adapted_weights, grow_adapter
-from peftkit.model.adapter.load import load_adapter_tensors
 from peftkit.plan import Plan
 from peftkit.plan.packing import mean_row_tokens
 from peftkit.plan.rate import EVAL_COST
 from peftkit.prepare.context import RunContext
-from peftkit.recipe.start import adapter_folder
 from peftkit.rundir.events import ForkEvent, PhaseEvent
 from peftkit.train.batches import eva_batches
 from peftkit.train.checkpoint.restore import load_trained
@@ -80,6 +77,7 @@ class Experiment:
     start: ForkStart
     step: int
     evaluations: Sequence[EvaluationPoint]
+    at_end: bool  # the run is over: a growth then restarts the schedule and the optimizer
     num_divergences: int
     train_loss: float | None
     has_questions: bool = True
@@ -122,11 +120,6 @@ class Experiment:
     @property
     def pad_id(self) -> int:
         return int(self.context.tokenizer.pad_token_id)
-
-    @property
-    def at_end(self) -> bool:
-        """Return whether the run is over: a growth then restarts the schedule and the optimizer."""
-        return self.step not in self.plan.diagnose.look_steps
 
     @property
     def is_evaluated(self) -> bool:
@@ -288,7 +281,7 @@ class Experiment:
             return evidence
         self.candidate = plan_candidate(self.context, self.rung)
         cause = self.rung.cause if self.candidate.plan is not None else ""
-        return replace(evidence, candidate=cause, is_small=lora_rank(self.plan) <= SMALL_RANK)
+        return replace(evidence, candidate=cause, is_small=adapter_rank(self.plan) <= SMALL_RANK)
 
     def _run_fork(self, evidence: Evidence, name: Measurement) -> Evidence:
         """Train a fork, judge it on the deciding rows, and add it to the evidence."""
@@ -392,12 +385,9 @@ class Experiment:
         return model, ForkStart(self.grown.trained, optimizer_state), self.candidate.plan
 
     def _attach_new_adapter(self) -> tuple[Any, ForkStart]:
-        """Attach the adapter of the run's plan as it was, or like it, before the first step."""
-        plan = self.plan
-        batches = eva_batches(plan, self.context.prepared.train, pad_id=self.pad_id)
-        model = self._rewrap("start over", plan, eva_batches=batches)
-        if plan.method.start_from is not None:  # the adapter that is trained on
-            load_adapter_tensors(model, adapter_folder(Path(plan.method.start_from), "start_from"))
+        """Attach a new adapter of the run's plan, as before the first step."""
+        batches = eva_batches(self.plan, self.context.prepared.train, pad_id=self.pad_id)
+        model = self._rewrap("start over", self.plan, eva_batches=batches)
         self.new_start = {name: tensor.detach().clone() for name, tensor in trainable_tensors(model).items()}
         return model, ForkStart(self.new_start, {})
 
@@ -406,8 +396,10 @@ class Experiment:
         if self.reporting and self.is_evaluated:
             self._reporting_start = self.evaluations[-1].rows.of(self.reporting)
         self.rewrapped_for, self.is_reloaded = arm, needs_reload(self.plan)
+        # the same new rows, and the same head where it is loaded anew, if a look that was killed is made again
+        set_seed(self.plan.seed)
         base = unwrap_base(self.context, self.model)
-        set_seed(self.plan.seed)  # the same new rows where a look that was killed is made again
+        set_seed(self.plan.seed)
         self.model = attach_adapter(base, plan, self.context.tokenizer, **options)
         return self.model
 

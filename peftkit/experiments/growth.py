@@ -10,12 +10,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.plan import Plan, read_plan
 from peftkit.plan.plan import Growth
 from peftkit.rundir import MANIFEST, RunDir, publish_folder, read_json, write_json, write_sealed
-from peftkit.train.checkpoint.snapshot import Tensors
+
+if TYPE_CHECKING:
+    from peftkit.train.checkpoint.snapshot import Tensors
 
 _MANIFEST_FACTS = ("fingerprints", "num_rollbacks", "epoch", "samples_seen")
 
@@ -60,7 +62,9 @@ def write_growth(
             for key in ("base_lrs", "_last_lr")
         )
         schedule |= {"base_lrs": rates, "_last_lr": [0.0 for _ in rates] if restarts else last_rates}
-        as_grown = {**state, "schedule": schedule, "optimizer": dict(values), "progress": progress}
+        # the losses of another adapter: a new one begins at the base's, which would be a spike
+        vitals = {} if after.growths[-1].is_new_start else state["vitals"]
+        as_grown = {**state, "vitals": vitals, "schedule": schedule, "optimizer": dict(values), "progress": progress}
         write_json(staging / "state.json", as_grown)
         write_json(staging / "trainer_state.json", {**trainer, "max_steps": after.train.num_steps})
     write_sealed(run.path / "plan.json", after.to_json())
@@ -82,12 +86,12 @@ def apply_growths(run: RunDir, plan: Plan) -> None:
             earlier_checkpoints.rename(run.checkpoints)
 
 
-def take_back_growth(run: RunDir, plan: Plan) -> Plan:
-    """Revert the last kept growth: restore its earlier plan and checkpoints, and return that plan."""
+def take_back_growth(run: RunDir, plan: Plan, *, step: int = 0) -> Plan:
+    """Revert the last kept growth at the look of a step: restore its earlier plan and checkpoints; return that plan."""
     number = max(i for i, growth in enumerate(plan.growths, start=1) if growth.kept)
     before = read_plan(RunDir(growth_folder(run, number)))
     growths = [
-        replace(growth_entry, kept=False) if i == number else growth_entry
+        replace(growth_entry, kept=False, undone_step=step) if i == number else growth_entry
         for i, growth_entry in enumerate(plan.growths, start=1)
     ]
     restored = replace(before, growths=tuple(growths))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from peftkit.diagnose.statistics import mean_interval, paired_gain
 from peftkit.diagnose.verdict import Action, Verdict
 from peftkit.errors import Interrupted
 from peftkit.experiments.action import MORE_STEPS, choose_action
-from peftkit.experiments.evidence import clipped_share, read_evaluations
+from peftkit.experiments.evidence import clipped_share, read_evaluations, standing_events
 from peftkit.experiments.experiment import Experiment
 from peftkit.experiments.forks import ForkStart
 from peftkit.experiments.growth import add_growth, take_back_growth, write_growth
@@ -27,7 +27,7 @@ from peftkit.plan.rate import with_found_rate
 from peftkit.prepare.context import RunContext
 from peftkit.rundir import step_of
 from peftkit.rundir.events import (
-    UNSET,
+    Event,
     GrowthEvent,
     GrowthKeptEvent,
     GrowthTakenBackEvent,
@@ -63,9 +63,10 @@ def is_look_due(context: RunContext, step: int, *, at_end: bool) -> bool:
     diagnosis = context.plan.diagnose
     if diagnosis.escalate == "off" or not (at_end or step in diagnosis.look_steps):
         return False
-    if not at_end and any(growth.step == step for growth in context.plan.growths):
-        return False  # killed between the growth and its verdict
-    return last_of(context.run.events(), VerdictEvent, step=step) is None
+    if not at_end and any(step in {growth.step, growth.undone_step} for growth in context.plan.growths):
+        return False  # killed between the growth, or its being undone, and the verdict
+    verdict = last_of(context.run.events(), VerdictEvent, step=step)
+    return verdict is None or (at_end and verdict.kept is False)  # that only undid a change: the run went on anew
 
 
 def try_look(context: RunContext, training: Any, *, step: int, at_end: bool) -> LookOutcome:
@@ -78,7 +79,7 @@ def try_look(context: RunContext, training: Any, *, step: int, at_end: bool) -> 
         message = f"the diagnosis failed ({type(error).__name__}: {error}): please report it"
         context.emit(WarningEvent(text=f"{message}; the run continues; peftkit diagnose tries again"))
     context = replace(context, plan=read_plan(context.run))  # it may have grown before that
-    quality = start_experiment(context, training.trainer.model, None, step).judge_quality()
+    quality = start_experiment(context, training.trainer.model, None, step, at_end=at_end).judge_quality()
     action = Action("nothing")
     verdict = Verdict(step, quality.state, "undecided", message, action, quality.loss, quality.loss.num_documents)
     publish_verdict(context, verdict)
@@ -89,20 +90,20 @@ def try_look(context: RunContext, training: Any, *, step: int, at_end: bool) -> 
 def run_look(context: RunContext, training: Any, *, step: int, at_end: bool) -> LookOutcome:
     """Judge a run at a step that has a checkpoint, publish the verdict, and in `auto` act on it."""
     checkpoint, _ = context.run.newest_checkpoint()
-    experiment = start_experiment(context, training.trainer.model, checkpoint, step)
+    experiment = start_experiment(context, training.trainer.model, checkpoint, step, at_end=at_end)
     if outcome := _take_back_failed_growth(context, experiment):
         return outcome
     verdict, finding = reach_verdict(experiment, measure_or_conclude if at_end else measure_or_conclude_midway)
     plan = context.plan
-    may_act = plan.diagnose.escalate == "auto" and num_kept_growths(plan) < plan.diagnose.max_escalations
+    may_act = plan.diagnose.escalate == "auto" and len(plan.growths) < plan.diagnose.max_escalations
     if may_act and finding.proven and checkpoint is not None and step_of(checkpoint) == step:
-        plan = _change_run(experiment, finding, verdict.action.overrides, checkpoint)
+        plan = _change_run(experiment, finding, verdict, checkpoint)
         verdict = replace(verdict, kept=True)
     publish_verdict(context, verdict)
     return LookOutcome(verdict, plan, experiment.model, experiment.wrapped_plan, experiment.is_rewrapped)
 
 
-def _change_run(experiment: Experiment, finding: Diagnosis, overrides: tuple[str, ...], checkpoint: Path) -> Plan:
+def _change_run(experiment: Experiment, finding: Diagnosis, verdict: Verdict, checkpoint: Path) -> Plan:
     """Change the run in place as the finding asks for, and return the plan by which it goes on."""
     context, step, at_end = experiment.context, experiment.step, experiment.at_end
     plan = context.plan
@@ -124,29 +125,33 @@ def _change_run(experiment: Experiment, finding: Diagnosis, overrides: tuple[str
         is_new = finding.arm == "start over"
         start = ForkStart(experiment.new_start, {}) if is_new else experiment.start
         tensors, optimizer = start.trained, dict(start.optimizer)
-    new_plan = add_growth(new_plan, Growth(step, finding.cause, overrides))
+    assert experiment.state_rows is not None
+    growth = Growth(
+        step,
+        finding.cause,
+        verdict.action.overrides,
+        rows=tuple(experiment.deciding),
+        row_losses=experiment.state_rows.sums,
+        overhead=verdict.overhead,
+    )
+    new_plan = add_growth(new_plan, growth)
     write_growth(context.run, plan, new_plan, checkpoint=checkpoint, trained=tensors, optimizer=optimizer)
     context.emit(
         GrowthEvent(
             step=step,
             cause=finding.cause,
-            overrides=list(overrides),
+            overrides=list(growth.overrides),
             num_trainable=new_plan.method.num_trainable,
             learning_rate=new_plan.train.learning_rate,
             num_steps=new_plan.train.num_steps,
-            rows=list(experiment.deciding),
-            row_losses=list(experiment.state_rows.sums) if experiment.state_rows else UNSET,
         )
     )
     return new_plan
 
 
-def num_kept_growths(plan: Plan) -> int:
-    """Return the number of growths that were kept."""
-    return sum(growth.kept for growth in plan.growths)
-
-
-def start_experiment(context: RunContext, model: PreTrainedModel, checkpoint: Path | None, step: int) -> Experiment:
+def start_experiment(
+    context: RunContext, model: PreTrainedModel, checkpoint: Path | None, step: int, *, at_end: bool = True
+) -> Experiment:
     """Start an experiment on a run's newest checkpoint, or on the model as it is where there is none."""
     if context.plan.method.peft is None:
         start = ForkStart(trainable_tensors(model), {})  # a copy would be a second model
@@ -154,8 +159,9 @@ def start_experiment(context: RunContext, model: PreTrainedModel, checkpoint: Pa
         start = ForkStart.of(checkpoint)
     else:
         start = ForkStart({n: t.detach().clone() for n, t in trainable_tensors(model).items()}, {})
-    events, held_out = context.run.events(), context.prepared.eval
-    evaluations, train_loss = read_evaluations(events, held_out, step, task=context.plan.base.task)
+    all_events, held_out = context.run.events(), context.prepared.eval
+    events = standing_events(all_events, context.plan)
+    evaluations, train_loss = read_evaluations(all_events, held_out, step, task=context.plan.base.task)
     if (
         context.plan.train.label_smoothing
     ):  # steps report the smoothed loss, whose floor would hide what is known by heart
@@ -170,13 +176,22 @@ def start_experiment(context: RunContext, model: PreTrainedModel, checkpoint: Pa
         start,
         step,
         evaluations,
+        at_end,
         num_divergences,
         train_loss,
         has_questions="dependence on the question" in OBJECTIVES[context.plan.base.task].health_signs,
         clipped_share=share_clipped,
-        spent_share=sum(e.overhead for e in of_type(events, VerdictEvent) if e.step < step)
-        + (found.overhead if (found := last_of(events, RateFoundEvent)) else 0.0),
+        spent_share=_spent_share(context.plan, all_events, step),
     )
+
+
+def _spent_share(plan: Plan, events: Sequence[Event], step: int) -> float:
+    """Return the share of the run's tokens that the search for the rate and earlier looks took."""
+    verdicts = of_type(events, VerdictEvent)
+    judged = {verdict.step for verdict in verdicts}
+    found = last_of(events, RateFoundEvent)
+    killed = sum(growth.overhead for growth in plan.growths if growth.step not in judged)  # before their verdict
+    return sum(e.overhead for e in verdicts if e.step < step) + killed + (found.overhead if found else 0.0)
 
 
 def reach_verdict(
@@ -278,10 +293,10 @@ def _take_back_failed_growth(context: RunContext, experiment: Experiment) -> Loo
     A change is judged once: at the look after it. One at an early look that leaves the schedule as it is would cost the
     whole run at its end, and stays.
     """
-    growth, events = context.plan.growths[-1] if context.plan.growths else None, context.run.events()
+    growth = context.plan.growths[-1] if context.plan.growths else None
     if growth is None or not growth.kept or growth.step >= experiment.step:
         return None
-    kept = last_of(events, GrowthKeptEvent)
+    kept = last_of(context.run.events(), GrowthKeptEvent)
     if kept is not None and kept.step > growth.step:
         return None
     if experiment.at_end and context.plan.train.restart_step != growth.step:
@@ -295,16 +310,15 @@ def _take_back_failed_growth(context: RunContext, experiment: Experiment) -> Loo
             min(evaluations, key=lambda one: one.rows.mean).rows.of(experiment.half) for evaluations in (earlier, later)
         )
     else:
-        event = last_of(events, GrowthEvent, step=growth.step)
-        if event is None or event.rows is UNSET:
-            return None
-        after = experiment.state_losses(event.rows)
-        before = replace(after, sums=tuple(event.row_losses))
+        if not growth.rows:
+            return None  # of a run that an earlier version began
+        after = experiment.state_losses(growth.rows)
+        before = replace(after, sums=growth.row_losses)
     growth_gain = paired_gain(before, after)
     if growth_gain.low > 0:
         context.emit(GrowthKeptEvent(step=experiment.step, gain=growth_gain.json_values))
         return None
-    plan = take_back_growth(context.run, context.plan)
+    plan = take_back_growth(context.run, context.plan, step=experiment.step)
     context.emit(
         GrowthTakenBackEvent(step=experiment.step, text=f"it gained {growth_gain}", gain=growth_gain.json_values)
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from peftkit.data.tokens.store import Counts
 from peftkit.diagnose.causes import Evidence
 from peftkit.diagnose.positions import SpanLosses, Stretch, equal_spans, find_reaches, stretch_factor
 from peftkit.diagnose.statistics import HeldOutLosses, paired_gain
 from peftkit.model.rope import stretched_rope
+from peftkit.plan.activations import virtual_tokens
 from peftkit.plan.rate import EVAL_COST
 from peftkit.train.checkpoint.restore import load_trained
 from peftkit.train.training import compute_span_losses
@@ -31,8 +33,7 @@ def measure_positions(experiment: Experiment, evidence: Evidence) -> Evidence:
     """Measure the loss by position and, where it rises, with stretched positions; add it to the evidence."""
     rows = [experiment.held_out[i] for i in experiment.deciding]
     documents = tuple(experiment.documents[i] for i in experiment.deciding)
-    longest = max(row.length for row in rows)
-    spans = equal_spans(longest)
+    spans = equal_spans(max(row.length for row in rows))
     cost = EVAL_COST * sum(row.length for row in rows)
     if cost > experiment.budget.left:
         return evidence.without("positions")
@@ -51,7 +52,7 @@ def measure_positions(experiment: Experiment, evidence: Evidence) -> Evidence:
     before = measure()
     reaches = find_reaches(before)
     if not reaches or len(reaches) * cost > experiment.budget.left:
-        return replace(evidence, stretch=Stretch(longest=longest))
+        return replace(evidence, stretch=Stretch())
     long_rows = [i for i, row in enumerate(rows) if row.length > reaches[0]]
 
     def of_long_rows(spans: list[SpanLosses]) -> HeldOutLosses:
@@ -61,8 +62,13 @@ def measure_positions(experiment: Experiment, evidence: Evidence) -> Evidence:
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     tries = []
+    # of all rows, since what is advised has to take them
+    prepared = experiment.context.prepared
+    longest = max(int(Counts.of(side).tokens.max()) for side in (prepared.train, prepared.eval)) + virtual_tokens(plan)
     for reach in reaches:
         factor = stretch_factor(longest, reach)
+        if factor is None:
+            continue
         with stretched_rope(base, {"kind": "yarn", "factor": factor, "trained": reach}) as can_stretch:
             after = measure() if can_stretch else before
         losses = tuple(
@@ -72,4 +78,4 @@ def measure_positions(experiment: Experiment, evidence: Evidence) -> Evidence:
         )
         gain = paired_gain(of_long_rows(before), of_long_rows(after))
         tries.append(Stretch(reach, longest, factor, gain, losses))
-    return replace(evidence, stretch=max(tries, key=lambda one: one.gain.mean if one.gain else 0.0))
+    return replace(evidence, stretch=max(tries, key=lambda one: one.gain.mean if one.gain else 0.0, default=Stretch()))

@@ -144,6 +144,9 @@ def rope_overrides(d: DecisionLog, shape: ModelShape) -> dict[str, Any]:
     d.record("base.rope_scaling.kind", scaling.kind)
     d.record("base.rope_scaling.factor", scaling.factor)
     trained = d.record("base.rope_scaling.trained", scaling.trained or shape.dims.positions)
+    if scaling.trained and scaling.kind == "dynamic":
+        got, fix = "trained with kind dynamic", "leave it out: transformers begins to scale at config.json's positions"
+        d.refuse("base.rope_scaling.trained", got, "kind yarn or linear", fix)
     if trained > shape.dims.positions:
         got, most = f"{trained} positions", f"at most {shape.dims.positions}, as config.json has it"
         d.refuse("base.rope_scaling.trained", got, most, "leave it out")

@@ -173,13 +173,23 @@ class DiagnosePlan:
 class Growth:
     """An escalation: its step, its cause, and its changes of the recipe.
 
-    One that did not pay off is rolled back: `kept` is False.
+    One that did not pay off is rolled back: `kept` is False, at the look of the step `undone_step`. What it gains is
+    measured on `rows`, held-out rows by number, whose losses were `row_losses`; `overhead` is what its look took.
     """
 
     step: int
     cause: str
     overrides: tuple[str, ...]
     kept: bool = True
+    undone_step: int = 0
+    rows: tuple[int, ...] = ()
+    row_losses: tuple[float, ...] = ()
+    overhead: float = 0.0
+
+    @property
+    def is_new_start(self) -> bool:
+        """Whether the adapter began anew: nothing of before is left in it."""
+        return self.kept and self.cause == "learning rate too high"
 
 
 @dataclass(frozen=True)

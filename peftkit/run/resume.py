@@ -184,6 +184,10 @@ def require_unchanged(context: RunContext, allowed_changes: Sequence[str], check
                 )
                 for some_plan in (context.plan, plan)
             ]
+            if any(growth.kept for growth in context.plan.growths):
+                got = "another recipe for a run that has changed itself since"
+                fix = "restore it, or train again with peftkit finetune"
+                raise UserError(Problem(str(context.run.path / "resolved.yaml"), got, "what it was trained with", fix))
             if checkpoint is not None and signatures[0] != signatures[1]:
                 got = f"a method, base or optimizer other than that of {checkpoint.name}"
                 fix = "restore it, or train again with peftkit finetune"

@@ -369,10 +369,7 @@ class VerdictEvent(Event, kind="verdict"):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GrowthEvent(Event, kind="growth"):
-    """An escalation: the adapter grows, or the learning rate changes, and training continues.
-
-    `rows` are some held-out rows and `row_losses` their summed losses then: what it gained is measured on them.
-    """
+    """An escalation: the adapter grows, or the learning rate changes, and training continues."""
 
     step: int
     cause: str
@@ -380,8 +377,6 @@ class GrowthEvent(Event, kind="growth"):
     num_trainable: int | None
     learning_rate: float
     num_steps: int | None
-    rows: Sequence[int] = UNSET
-    row_losses: Sequence[float] = UNSET
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -50,6 +50,10 @@ def test_spans_cover_every_position_once(longest):
     assert all(a[1] == b[0] for a, b in pairwise(made))
 
 
-@pytest.mark.parametrize(("longest", "reach", "factor"), [(512, 128, 4), (513, 128, 5), (200, 190, 2), (99999, 10, 32)])
+@pytest.mark.parametrize(("longest", "reach", "factor"), [(512, 128, 4), (513, 128, 5), (200, 190, 2), (320, 10, 32)])
 def test_the_stretch_brings_the_longest_row_within_reach(longest, reach, factor):
     assert stretch_factor(longest, reach) == factor <= MAX_STRETCH
+
+
+def test_what_no_stretch_reaches_is_not_stretched():
+    assert stretch_factor(10 * MAX_STRETCH + 1, 10) is None

@@ -7,6 +7,7 @@ import torch
 
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.evaluate.losses import row_losses, span_losses
+from peftkit.evaluate.step import token_losses
 from tests.conformance.cells import rows_for
 from tests.rigs.tiny import tiny_model
 
@@ -53,3 +54,16 @@ def test_a_token_counts_at_its_own_position():
     parts = span_losses(model, [alone], [(0, 4), (4, 5), (5, 50)], pad_id=0, batch_size=1)
     assert [part.counts[0] for part in parts] == [0, 1, 0]
     assert parts[1].sums[0] == pytest.approx(losses(model, [alone]).sums[0], rel=1e-5)
+
+
+def test_virtual_tokens_take_no_position():
+    model, rows = tiny_model("llama"), rows_for("causal-lm")
+    spans = [(0, 4), (4, 100)]
+
+    def with_virtual_tokens(model, batch):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        losses = token_losses(logits, batch["labels"])
+        return torch.cat([torch.full((len(losses), 3), 7.0), losses], 1)
+
+    plain = span_losses(model, rows, spans, pad_id=0, batch_size=3)
+    assert span_losses(model, rows, spans, pad_id=0, batch_size=3, forward_tokens=with_virtual_tokens) == plain

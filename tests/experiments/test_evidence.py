@@ -5,14 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peftkit.experiments.evidence import update_pace
+from peftkit.archs import KNOWN
+from peftkit.experiments.evidence import standing_events, update_pace
 from peftkit.model.adapter.attach import attach_adapter, trainable_tensors
 from peftkit.model.load import load_model
 from peftkit.plan.plan import Growth
+from peftkit.rundir.events import GrowthEvent, GrowthTakenBackEvent, SpikeEvent, of_type
 from tests.conftest import save_tiny
 from tests.rigs.plans import plan_for
 
-NUM_STEPS = 200
+NUM_STEPS, LLAMA = 200, KNOWN["meta-llama/Llama-3.1-8B"]
 
 
 def moved(tmp_path, kind, method):
@@ -52,8 +54,25 @@ def test_the_pace_is_that_of_dense_updates(kind, method, tmp_path):
     anew = replace(plan, growths=(Growth(150, "learning rate too high", ()), Growth(160, "rank", ())))
     assert update_pace(anew, model, trained, NUM_STEPS) == pytest.approx(4 * expected, rel=1e-4), "since it began anew"
     assert update_pace(anew, model, trained, 150) is None
+    going_on = replace(plan, method=replace(plan.method, start_from="runs/first"))
+    assert update_pace(going_on, model, trained, NUM_STEPS) is None
 
 
 def test_fused_experts_are_passed_over(tmp_path):
     plan, model = moved(tmp_path, "mixtral", {"name": "lora", "targets": ["experts"]})
     assert update_pace(plan, model, dict(trainable_tensors(model)), NUM_STEPS) is None
+
+
+def test_what_was_taken_back_and_what_was_begun_anew_are_no_evidence():
+    def spike(step):
+        return SpikeEvent(step=step, text="", skipped=True, num_in_a_row=1, num_skipped=1, rows=[], advice="")
+
+    def grown(step):
+        return GrowthEvent(step=step, cause="rank", overrides=[], num_trainable=1, learning_rate=1.0, num_steps=9)
+
+    undone = GrowthTakenBackEvent(step=40, text="", gain=None)
+    events = [spike(1), grown(10), spike(20), grown(30), spike(35), undone, spike(32)]
+    plan = plan_for(LLAMA, "lora")
+    assert [e.step for e in of_type(standing_events(events, plan), SpikeEvent)] == [1, 20, 32]
+    anew = replace(plan, growths=(Growth(10, "learning rate too high", ()),))
+    assert [e.step for e in of_type(standing_events(events, anew), SpikeEvent)] == [20, 32]

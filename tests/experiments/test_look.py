@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import peftkit
@@ -434,12 +433,12 @@ def test_bad_steps_are_answered_by_rate_warm_up_clip_and_rows(narrow, tmp_path, 
     summary = peftkit.finetune(narrow, out=tmp_path / "run")
     assert summary.verdict.cause == "unstable"
     assert set(summary.verdict.action.overrides) == {
-        "train.learning_rate=0.0005",
+        "train.learning_rate=0.001",
         "train.schedule.warmup=10%",
         "train.max_grad_norm=1",
     }
     after = load(tmp_path / "run" / "next-recipe.yaml").recipe.train
-    assert (after.schedule.warmup, after.max_grad_norm, after.learning_rate) == (0.1, 1.0, 0.0005)
+    assert (after.schedule.warmup, after.max_grad_norm, after.learning_rate) == (0.1, 1.0, 0.001)
     rows = Counter(row for spike in of(tmp_path / "run", "spike") for row in spike["rows"])
     for row, num in rows.items():
         assert (f"{row} ({num} times)" in summary.verdict.action.said) == (num > 1)
@@ -474,22 +473,49 @@ def test_rows_beyond_what_the_base_was_trained_to_are_stretched(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_adapter_that_is_trained_on_begins_anew_as_it_was(narrow, tmp_path):
+@pytest.mark.parametrize("moment", ["growing", "taking back"])
+def test_a_kill_around_a_change_leads_to_the_same_bytes(moment, narrow, tmp_path, monkeypatch):
+    """Between plan.json, which counts, and the verdict: what was changed is still judged, and no look is made twice."""
+    from peftkit.experiments import look
+
+    recipe = rate_recipe(narrow, 2e-5)
+    if moment == "taking back":
+        real_gain = look.paired_gain
+
+        def worthless(before, after, **more):
+            found = real_gain(before, after, **more)
+            return type(found)(found.mean, -1.0, 1.0, found.num_documents)
+
+        monkeypatch.setattr(look, "paired_gain", worthless)
+    whole = peftkit.finetune(recipe, out=tmp_path / "whole")
+    name = {"growing": "write_growth", "taking back": "take_back_growth"}[moment]
+    real = getattr(look, name)
+
+    def killed(*arguments, **named):
+        real(*arguments, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(look, name, killed)
+        peftkit.finetune(recipe, out=tmp_path / "cut")
+    resumed = peftkit.resume_run(tmp_path / "cut")
+    assert weights(resumed) == weights(whole)
+    plans = [read_plan(RunDir(tmp_path / name)) for name in ("whole", "cut")]
+    assert plans[0].growths == plans[1].growths
+    assert [e["step"] for e in of(tmp_path / "cut", "growth_kept")] == [
+        e["step"] for e in of(tmp_path / "whole", "growth_kept")
+    ]
+
+
+def test_a_run_that_goes_on_from_an_adapter_has_no_pace(tmp_path, narrow):
+    """Another run made a part of its update: nothing says how large one of so many steps should be."""
     first = rate_recipe(narrow, 3e-3)
-    first["train"]["max_steps"] = 40
+    first["train"]["max_steps"] = 20
     first["diagnose"] = {"escalate": "off"}
     peftkit.finetune(first, out=tmp_path / "first")
-    seen = {}
-
-    def observe(event):
-        if event["event"] == "growth":
-            file = tmp_path / "second" / "checkpoints" / f"step-{event['step']:06d}" / "trained.safetensors"
-            seen.update(load_file(file))
-
-    second = {**rate_recipe(narrow, 0.3), "start_from": str(tmp_path / "first")}
-    peftkit.finetune(second, out=tmp_path / "second", observer=observe)
-    given = load_file(tmp_path / "first" / "adapter" / "adapter_model.safetensors")
-    assert seen
-    assert {name.replace(".default", ""): tensor.tolist() for name, tensor in seen.items()} == {
-        name: tensor.tolist() for name, tensor in given.items()
-    }
+    second = {**rate_recipe(narrow, 3e-3), "start_from": str(tmp_path / "first")}
+    second["train"]["max_steps"] = 110
+    peftkit.finetune(second, out=tmp_path / "second")
+    early = of(tmp_path / "second", "verdict")[0]
+    assert early["numbers"]["update_pace"] is None
+    assert not of(tmp_path / "second", "growth")

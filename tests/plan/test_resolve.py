@@ -201,6 +201,8 @@ def test_a_base_that_claims_more_positions_than_it_was_trained_to():
     assert made(factor=4.0, trained=4096).base.overrides["rope_scaling"]["trained"] == 4096
     with pytest.raises(UserError, match=r"raise base\.rope_scaling\.factor to 4"):
         made(factor=2.0, trained=4096)
+    with pytest.raises(UserError, match="kind yarn or linear"):
+        made(kind="dynamic", factor=4.0, trained=4096)
     with pytest.raises(UserError, match="at most 131072"):
         made(factor=4.0, trained=200_000)
 
