@@ -26,7 +26,7 @@ from peftkit.diagnose.statistics import (
 )
 from peftkit.evaluate.dependence import swap_questions
 from peftkit.evaluate.scores import compute_metrics
-from peftkit.experiments.candidate import Candidate, choose_rung, adapter_rank, plan_candidate, rate_to_try
+from peftkit.experiments.candidate import Candidate, adapter_rank, choose_rung, plan_candidate, rate_to_try
 from peftkit.experiments.dependence import measure_dependence
 from peftkit.experiments.evidence import (
     MASK_CHECKS,
