@@ -36,6 +36,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "auto, LoRA+": {"lr_ratio": 16.0},
     "auto, DoRA": {"dora": True},
 }
+FULL_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
 RATES = {
     "python": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "plays": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
@@ -55,6 +56,9 @@ def train(cell: Cell, way: str, seed: int, steps: int, data: Path) -> dict[str, 
         recipe = recipe_of(cell, folder, data, steps=steps, batch=BATCH, seed=seed)
         if way in ARMS:
             recipe["method"] |= ARMS[way]
+        elif way.startswith("full"):
+            recipe["method"] = {"name": "full"}
+            recipe["train"]["learning_rate"] = way.removeprefix("full at ") if way != "full" else "auto"
         else:
             rank, rate = way.removeprefix("r").split(" at ")
             recipe["method"] |= {"rank": int(rank), "targets": "all-linear"}
@@ -93,7 +97,10 @@ def print_table(lines: Sequence[dict[str, Any]], steps: int) -> None:
     print(f"\n{steps} steps of {BATCH} rows; the sweep costs {len(RANKS) * 5} runs")
     for cell in CELLS:
         here = [line for line in lines if line["cell"] == cell.key and line["steps"] == steps]
-        swept = [line for line in here if line["way"] not in ARMS]
+        full = {line["way"]: line["loss"] for line in here if line["way"].startswith("full")}
+        if full:
+            print(f"{cell.key:16} {'; '.join(f'{way} {loss:.4f}' for way, loss in full.items())}")
+        swept = [line for line in here if line["way"] not in ARMS and line["way"] not in full]
         for auto in (line for line in here if line["way"] == "auto"):
             if len(swept) < len(RANKS) * 5:
                 continue
@@ -122,6 +129,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="ways that begin so")
     parser.add_argument("--arms", action="store_const", const=len(ARMS), default=1, help="other kinds of LoRA, too")
+    parser.add_argument("--full", action="store_true", help="full fine-tuning, too: by its law, and swept")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
@@ -133,7 +141,11 @@ def main() -> int:
         for rank in (0, *RANKS)  # `auto` of all cells first
         for cell in CELLS
         if cell.key in asked.cells.split(",") or not asked.cells
-        for way in ([f"r{rank} at {rate:g}" for rate in RATES[cell.base]] if rank else list(ARMS)[: asked.arms])
+        for way in (
+            [f"r{rank} at {rate:g}" for rate in RATES[cell.base]]
+            if rank
+            else [*list(ARMS)[: asked.arms], *(["full", *(f"full at {r:g}" for r in FULL_RATES)] if asked.full else [])]
+        )
         if way.startswith(asked.only) and key_of(cell, way, asked.seed, asked.steps) not in made
     ]
     train_all(train, [(*one, data) for one in waiting], workers=asked.workers, results=asked.results)
