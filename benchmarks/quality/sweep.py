@@ -58,7 +58,7 @@ def train(cell: Cell, way: str, seed: int, steps: int, data: Path) -> dict[str, 
             recipe["method"] |= ARMS[way]
         elif way.startswith("full"):
             recipe["method"] = {"name": "full"}
-            recipe["train"]["learning_rate"] = way.removeprefix("full at ") if way != "full" else "auto"
+            recipe["train"]["learning_rate"] = "auto" if way == "full" else float(way.removeprefix("full at "))
         else:
             rank, rate = way.removeprefix("r").split(" at ")
             recipe["method"] |= {"rank": int(rank), "targets": "all-linear"}
