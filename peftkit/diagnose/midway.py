@@ -18,9 +18,8 @@ from peftkit.diagnose.causes import (
 )
 
 # |s B A| / |W| over the share of the steps made (docs/diagnosis.md)
-MAX_UPDATE_PACE = 5.0
+MAX_UPDATE_PACE = 10.0
 MIN_UPDATE_PACE = 0.65
-UNLEARNED_LOSS_SHARE = 0.9  # of the loss before the first step: above it next to nothing was learned
 MIN_RATE_PROGRESS = 0.1  # of the steps: earlier, three times the rate wins in forks of healthy runs, too
 MIN_GAP_SHARE = 0.35  # of the held-out loss, that the training loss is below it
 
@@ -36,8 +35,7 @@ def measure_or_conclude_midway(evidence: Evidence) -> Measurement | Diagnosis:
     if target is not None and e.rows.mean <= target:
         return Diagnosis("none", f"the loss, {e.rows.mean:.4f}, is below the target already")
     pace = e.update_pace
-    has_learned = e.start_loss is None or e.rows.mean < UNLEARNED_LOSS_SHARE * e.start_loss
-    if pace is not None and pace > MAX_UPDATE_PACE and not has_learned:
+    if pace is not None and pace > MAX_UPDATE_PACE:
         for arm in ("continue", "start over"):
             if not _is_settled(e, arm):
                 return arm
