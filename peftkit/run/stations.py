@@ -51,7 +51,7 @@ class Segment:
     context: RunContext
     checkpoint: Path | None = None
     base_in_memory: PreTrainedModel | None = None  # the bare base, where the segment before left one
-    is_begun_anew: bool = False  # of the same adapter: what it is was told
+    is_same_adapter: bool = False  # as the segment before had: what it is was told
 
     def from_newest_checkpoint(self) -> Segment:
         """Return the same, from the newest checkpoint that verifies."""
@@ -113,7 +113,7 @@ def attach_adapter(segment: Segment, model: PreTrainedModel) -> PreTrainedModel:
     is_new = segment.checkpoint is None and not run.adapter.exists()
     attach.save_initial_adapter(model, plan, run.path / "adapter_start", overwrite=is_new)
     num_trainable, num_total = attach.count_parameters(model)
-    if not segment.is_begun_anew:
+    if not segment.is_same_adapter:
         context.emit(
             ParametersEvent(
                 num_trainable=num_trainable,
@@ -157,7 +157,7 @@ def assemble_training(segment: Segment, model: PreTrainedModel) -> Training:
 def run_preflight(segment: Segment, training: Training) -> Preflight:
     """Run one forward and backward on the longest rows; see `train/preflight.py`."""
     preflight = training.preflight()
-    if not segment.is_begun_anew:
+    if not segment.is_same_adapter:
         segment.context.emit(PreflightEvent(**asdict(preflight), memory=read_memory_use()))
     interrupt.stop_if_requested()
     return preflight
@@ -169,7 +169,7 @@ def segment_after_rate_search(context: RunContext, model: PreTrainedModel) -> Se
     from peftkit.experiments.rewrap import unwrap_base
 
     plan = search_learning_rate(context, model)
-    return Segment(replace(context, plan=plan), base_in_memory=unwrap_base(context, model), is_begun_anew=True)
+    return Segment(replace(context, plan=plan), base_in_memory=unwrap_base(context, model), is_same_adapter=True)
 
 
 def train_to_next_look(
@@ -212,7 +212,8 @@ def segment_after_look(look: LookOutcome, context: RunContext, training: Trainin
         base_in_memory = unwrap_base(replace(context, plan=look.wrapped_plan), look.model)
     training.trainer = None  # its optimizer holds what was trained until here
     release_memory()
-    return Segment(replace(context, plan=look.plan), base_in_memory=base_in_memory)
+    is_same_adapter = look.plan.method == context.plan.method
+    return Segment(replace(context, plan=look.plan), base_in_memory=base_in_memory, is_same_adapter=is_same_adapter)
 
 
 def refuse_non_finite(context: RunContext, model: PreTrainedModel) -> None:
