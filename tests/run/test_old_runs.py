@@ -51,6 +51,9 @@ def test_old_runs_of_each_kind(old_runs, tmp_path):
         younger = plan["base"].pop("end_token"), plan["train"].pop("schedule_arguments")
         younger += plan["base"].pop("new_tokens"), plan["method"].pop("start_from"), plan["train"].pop("neftune")
         younger += plan["train"].pop("label_smoothing"), plan["train"].pop("rate_search")
+        for growth in plan["growths"]:
+            of_growth = growth.pop("undone_step"), growth.pop("rows"), growth.pop("row_losses"), growth.pop("overhead")
+            assert of_growth == (0, [], [], 0.0)
         assert younger == (None, {}, {}, None, None, 0.0, None)
         assert plan == {key: value for key, value in sealed.items() if key != "sha256"}
         if name != "stopped":
