@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from peftkit.archs import Module
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
+from peftkit.diagnose.causes import Measurement
 from peftkit.diagnose.escalation import UntrainedTokens
 from peftkit.diagnose.quality import EvaluationPoint
 from peftkit.diagnose.statistics import HeldOutLosses, recorded_rows
@@ -48,6 +49,27 @@ class TokenBudget:
     def overhead(self) -> float:
         """Return the spent tokens as a share of the run's tokens."""
         return self.spent_tokens / self.run_tokens
+
+
+@dataclass(frozen=True)
+class JudgedState:
+    """A state of a training, and the held-out rows that decide, with the document of each, for what is measured of it.
+
+    `is_prepared` says whether a trainer has prepared the model. `announce` tells the user of a measurement.
+    """
+
+    context: RunContext
+    model: Any
+    trained: Tensors
+    rows: Sequence[Tokenized]
+    documents: tuple[int, ...]
+    budget: TokenBudget
+    is_prepared: bool
+    announce: Callable[[Measurement], None]
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.context.tokenizer.pad_token_id)
 
 
 def document_ids(rows: Sequence[Tokenized]) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from peftkit.experiments.candidate import Candidate, adapter_rank, choose_rung, 
 from peftkit.experiments.dependence import measure_dependence
 from peftkit.experiments.evidence import (
     MASK_CHECKS,
+    JudgedState,
     TokenBudget,
     describe_masked_ends,
     document_ids,
@@ -122,6 +123,16 @@ class Experiment:
         return int(self.context.tokenizer.pad_token_id)
 
     @property
+    def judged_state(self) -> JudgedState:
+        """The state, and the rows that decide."""
+        rows = [self.held_out[i] for i in self.deciding]
+        documents = tuple(self.documents[i] for i in self.deciding)
+        is_prepared, trained = not self.is_reloaded, dict(self.start.trained)
+        return JudgedState(
+            self.context, self.model, trained, rows, documents, self.budget, is_prepared, announce=self._announce
+        )
+
+    @property
     def is_evaluated(self) -> bool:
         """Return whether the run was evaluated at this step."""
         return bool(self.evaluations) and self.evaluations[-1].step == self.step
@@ -142,9 +153,9 @@ class Experiment:
         if self.is_evaluated:
             return self.evaluations[-1].rows.of(numbers)
         load_trained(self.model, self.start.trained)
-        return self.measure_losses(self.model, self.plan, numbers)
+        return self._losses(self.model, self.plan, numbers)
 
-    def measure_losses(self, model: PreTrainedModel, plan: Plan, numbers: Sequence[int]) -> HeldOutLosses:
+    def _losses(self, model: PreTrainedModel, plan: Plan, numbers: Sequence[int]) -> HeldOutLosses:
         """Measure losses of some held-out rows, charged to the budget."""
         rows = [self.held_out[i] for i in numbers]
         losses = compute_row_losses(model, rows, plan, pad_id=self.pad_id, prepared=not self.is_reloaded)
@@ -154,7 +165,7 @@ class Experiment:
     def judge_quality(self) -> Quality:
         """Judge the quality by the run's evaluations, or by one made now where there are none."""
         if not self.evaluations:
-            all_losses = self.measure_losses(self.model, self.plan, range(len(self.held_out)))
+            all_losses = self._losses(self.model, self.plan, range(len(self.held_out)))
             self.evaluations = [EvaluationPoint(self.step, 0.0, all_losses)]
         evaluations = [replace(evaluation, rows=evaluation.rows.of(self.half)) for evaluation in self.evaluations]
         num_looks = len(self.plan.diagnose.look_steps) + 1
@@ -215,9 +226,9 @@ class Experiment:
             if decision == "signals":
                 evidence = self._measure_signals(evidence)
             elif decision == "positions":
-                evidence = measure_positions(self, evidence)
+                evidence = measure_positions(self.judged_state, evidence)
             elif decision == "dependence":
-                evidence = measure_dependence(self, evidence)
+                evidence = measure_dependence(self.judged_state, evidence)
             else:
                 evidence = self._run_fork(evidence, decision)
         return evidence, decision
@@ -238,12 +249,12 @@ class Experiment:
             train_loss=self.train_loss,
             start_loss=first.rows.of(self.deciding).mean if first and first.step == 0 else None,
             has_questions=self.has_questions and bool(swap_questions(self.held_out[:50])[0]),
-            has_long_rows=has_long_rows(self),
+            has_long_rows=has_long_rows(self.judged_state),
             progress=self.step / (self.plan.train.num_steps or 1),
             update_pace=None if self.at_end else update_pace(self.plan, self.model, self.start.trained, self.step),
         )
 
-    def announce(self, measurement: Measurement) -> None:
+    def _announce(self, measurement: Measurement) -> None:
         """Emit the phase of a measurement."""
         self.context.emit(PhaseEvent(name="diagnosis", detail=_PHASE_DETAILS[measurement]))
 
@@ -255,7 +266,7 @@ class Experiment:
         num_rows = max(_STREAM_ROWS[0], min(_STREAM_ROWS[1], affordable_rows, len(train) // 2))
         if 3 * num_rows * mean_length > self.budget.left:
             return evidence.without("signals")
-        self.announce("signals")
+        self._announce("signals")
         load_trained(self.model, self.start.trained)
 
         order = np.random.default_rng([self.plan.seed, self.step]).permutation(len(train))[: 2 * num_rows]
@@ -288,7 +299,7 @@ class Experiment:
         steps = self.num_fork_steps() if self.plan.method.peft is not None else 0  # whole models are not copied
         if steps < _MIN_FORK_STEPS or self.budget.left < self.fork_tokens(steps):
             return evidence.without(name)
-        self.announce(name)
+        self._announce(name)
         batches = draw_fork_batches(
             self.plan, self.context.prepared.train, steps, batch_size=self.fork_batch_size, seed=self.step
         )
@@ -314,7 +325,7 @@ class Experiment:
             loss=training_loss(plan, fused=not self.is_reloaded),
         )
         self.budget.spent_tokens += result.num_tokens
-        rows = self.measure_losses(model, plan, self.deciding) if result.is_finite else None
+        rows = self._losses(model, plan, self.deciding) if result.is_finite else None
         self.rates[name] = rate
         self.ends[name] = {n: t.detach().cpu().clone() for n, t in trainable_tensors(model).items()}
         arm = Arm(name, rate, steps, result.train_loss, rows)
@@ -364,7 +375,7 @@ class Experiment:
         if before is None:
             return None
         load_trained(self.model, self.ends[arm])
-        return paired_gain(before, self.measure_losses(self.model, self.wrapped_plan, self.reporting))
+        return paired_gain(before, self._losses(self.model, self.wrapped_plan, self.reporting))
 
     def attach_candidate(self) -> tuple[Any, ForkStart, Plan]:
         """Attach the candidate's adapter, initialised to compute the same as the old one."""

@@ -3,47 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from peftkit.data.tokens.store import Counts
 from peftkit.diagnose.causes import Evidence
 from peftkit.diagnose.positions import SpanLosses, Stretch, equal_spans, find_reaches, stretch_factor
 from peftkit.diagnose.statistics import HeldOutLosses, paired_gain
+from peftkit.experiments.evidence import JudgedState
 from peftkit.model.rope import stretched_rope
 from peftkit.plan.activations import virtual_tokens
 from peftkit.plan.rate import EVAL_COST
 from peftkit.train.checkpoint.restore import load_trained
 from peftkit.train.training import compute_span_losses
 
-if TYPE_CHECKING:
-    from peftkit.experiments.experiment import Experiment
-
 _LONG_SHARE = 0.25  # of the positions of config.json: shorter rows do not get near to where they end
 
 
-def has_long_rows(experiment: Experiment) -> bool:
+def has_long_rows(state: JudgedState) -> bool:
     """Return whether held-out rows reach into positions that the base may not have been trained to."""
-    shape, plan = experiment.context.facts.model.shape, experiment.plan
+    shape, plan = state.context.facts.model.shape, state.context.plan
     is_plain = shape.positions == "rope" and shape.rope_type == "default" and "rope_scaling" not in plan.base.overrides
-    longest = max(experiment.held_out[i].length for i in experiment.deciding)
-    return plan.base.task == "causal-lm" and is_plain and longest >= _LONG_SHARE * shape.dims.positions
+    longest = max(row.length for row in state.rows)
+    is_long = shape.dims.positions > 0 and longest >= _LONG_SHARE * shape.dims.positions
+    return plan.base.task == "causal-lm" and is_plain and is_long
 
 
-def measure_positions(experiment: Experiment, evidence: Evidence) -> Evidence:
+def measure_positions(state: JudgedState, evidence: Evidence) -> Evidence:
     """Measure the loss by position and, where it rises, with stretched positions; add it to the evidence."""
-    rows = [experiment.held_out[i] for i in experiment.deciding]
-    documents = tuple(experiment.documents[i] for i in experiment.deciding)
+    model, rows, documents, plan = state.model, state.rows, state.documents, state.context.plan
     spans = equal_spans(max(row.length for row in rows))
     cost = EVAL_COST * sum(row.length for row in rows)
-    if cost > experiment.budget.left:
+    if cost > state.budget.left:
         return evidence.without("positions")
-    experiment.announce("positions")
-    model, plan, pad_id = experiment.model, experiment.plan, experiment.pad_id
-    load_trained(model, experiment.start.trained)
+    state.announce("positions")
+    load_trained(model, state.trained)
 
     def measure() -> list[SpanLosses]:
-        losses = compute_span_losses(model, rows, plan, spans, pad_id=pad_id, prepared=not experiment.is_reloaded)
-        experiment.budget.spent_tokens += cost
+        losses = compute_span_losses(model, rows, plan, spans, pad_id=state.pad_id, prepared=state.is_prepared)
+        state.budget.spent_tokens += cost
         return [
             SpanLosses(*span, HeldOutLosses(one.sums, one.counts, documents))
             for span, one in zip(spans, losses, strict=True)
@@ -51,7 +47,7 @@ def measure_positions(experiment: Experiment, evidence: Evidence) -> Evidence:
 
     before = measure()
     reaches = find_reaches(before)
-    if not reaches or len(reaches) * cost > experiment.budget.left:
+    if not reaches or len(reaches) * cost > state.budget.left:
         return replace(evidence, stretch=Stretch())
     long_rows = [i for i, row in enumerate(rows) if row.length > reaches[0]]
 
@@ -63,7 +59,7 @@ def measure_positions(experiment: Experiment, evidence: Evidence) -> Evidence:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     tries = []
     # of all rows, since what is advised has to take them
-    prepared = experiment.context.prepared
+    prepared = state.context.prepared
     longest = max(int(Counts.of(side).tokens.max()) for side in (prepared.train, prepared.eval)) + virtual_tokens(plan)
     for reach in reaches:
         factor = stretch_factor(longest, reach)
