@@ -35,6 +35,7 @@ Measurement = Literal[
 ]
 CAPACITY: tuple[Cause, ...] = ("target modules", "rank", "embeddings or head")
 RATE_FACTOR = 3.0
+MAX_RATE_LOSS_SHARE = 0.03  # of the loss: what a higher rate may cost in a fork where the rate is too low
 MIN_STANDARD_ERRORS = 2.5  # paired standard errors that a fork must be better by
 MIN_GAIN_SHARE = 0.004  # of the loss: less is not worth a change, however certain
 MIN_GENERALISATION = 0.3  # below it what is left to learn does not help held-out rows
@@ -230,7 +231,12 @@ def _conclude_from_forks(e: Evidence) -> Diagnosis:
         fork_note = "the fork was too short to show it" if was_tried else "the diagnosis budget allowed no fork for it"
         return Diagnosis("target modules", f"{reason}; {fork_note}")
     higher_rate_gain = e.gain_over("rate up", "continue")
-    tolerates_higher_rate = still_improves and not e.beats("continue", "rate up")
+    tolerates_higher_rate = (
+        still_improves
+        and higher_rate_gain is not None
+        and higher_rate_gain.mean > -MAX_RATE_LOSS_SHARE * e.rows.mean  # noise alone would tolerate anything
+        and not e.beats("continue", "rate up")
+    )
     if higher_rate_gain is not None and (e.beats("rate up", "continue") or tolerates_higher_rate):
         reason = f"{RATE_FACTOR:g} times the learning rate does as well as this one, or better: {higher_rate_gain}"
         return Diagnosis("learning rate too low", f"{reason}; {_projection_text(projected)}", "rate up")

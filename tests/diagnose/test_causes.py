@@ -170,3 +170,23 @@ def test_positions_that_the_base_was_not_trained_to_are_stretched_where_that_gai
     assert measure_or_conclude(replace(long, stretch=noise)) == measure_or_conclude(evidence())
     assert measure_or_conclude(replace(long, stretch=Stretch())) == measure_or_conclude(evidence())
     assert measure_or_conclude(long.without("positions")) == measure_or_conclude(evidence())
+
+
+def test_noise_does_not_make_a_higher_rate_welcome():
+    """Worse by a tenth of the loss, though not beyond noise: the run wants steps, not a rate."""
+    rng = np.random.default_rng(1)
+    going_on = rows(2.0)
+    worse = HeldOutLosses(
+        tuple(np.asarray(rows(2.2).sums) + rng.normal(0, 3, 100)), going_on.counts, going_on.documents
+    )
+    shift = 0.2 - (worse.mean - going_on.mean)
+    worse = replace(worse, sums=tuple(np.asarray(worse.sums) + shift))
+    forks = {"continue": arm("continue", 2.0), "rate up": replace(arm("rate up", 2.0), rows=worse)}
+    learning = evidence(quality=quality(projected=LEARNS), arms=forks)
+    assert not learning.beats("continue", "rate up")
+    assert measure_or_conclude(learning).cause == "too few steps"
+    as_good = {
+        **forks,
+        "rate up": replace(arm("rate up", 2.0), rows=replace(worse, sums=tuple(np.asarray(worse.sums) - 0.19))),
+    }
+    assert measure_or_conclude(replace(learning, arms=as_good)).cause == "learning rate too low"
