@@ -66,6 +66,11 @@ def train(cell: Cell, fault: str, escalate: str, data: Path) -> dict[str, Any]:
                 f"{growth.step}: {growth.cause}" + ("" if growth.kept else ", taken back")
                 for growth in read_plan(run).growths
             ],
+            "update_paces": [
+                verdict.numbers["update_pace"]
+                for verdict in of_type(run.events(), VerdictEvent)
+                if verdict.numbers.get("update_pace") is not None
+            ],
             "overhead": round(sum(verdict.overhead for verdict in of_type(run.events(), VerdictEvent)), 4),
             "seconds": round(time.perf_counter() - started, 1),
         }

@@ -104,6 +104,14 @@ def _source() -> str:
     return "\n".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)[:1_000_000]
 
 
+def source_rows(*, window: int) -> list[Row]:
+    """Return rows of `window` characters of Python source, shuffled once and for all."""
+    text = _source()
+    rows = [{"text": text[start : start + window]} for start in range(0, len(text) - window, window)]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
 def train_all(
     train: Callable[..., dict[str, Any]], waiting: Sequence[tuple[Any, ...]], *, workers: int, results: Path
 ) -> None:

@@ -420,8 +420,8 @@ _PHASE_DETAILS: Mapping[str, str] = {
     "positions": "the loss by position",
     "dependence": "whether answers depend on their questions",
     "continue": "a fork with unchanged settings",
-    "rate up": "a fork at three times the learning rate",
-    "rate down": "a fork at a third of the learning rate",
+    "rate up": "a fork at a higher learning rate",
+    "rate down": "a fork at a lower learning rate",
     "candidate": "a fork with a larger adapter",
     "start over": "a fork of a new adapter at a lower learning rate",
 }

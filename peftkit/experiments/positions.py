@@ -47,8 +47,10 @@ def measure_positions(state: JudgedState, evidence: Evidence) -> Evidence:
 
     before = measure()
     reaches = find_reaches(before)
-    if not reaches or len(reaches) * cost > state.budget.left:
+    if not reaches:
         return replace(evidence, stretch=Stretch())
+    if len(reaches) * cost > state.budget.left:
+        return evidence.without("positions")
     long_rows = [i for i, row in enumerate(rows) if row.length > reaches[0]]
 
     def of_long_rows(spans: list[SpanLosses]) -> HeldOutLosses:
