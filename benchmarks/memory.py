@@ -150,7 +150,9 @@ def cells() -> list[Cell]:
         for m in ("lora", "full", "qlora")
         for p, c in (("autocast", "none"), ("autocast", "full"))
     ]
-    optimizers = [Cell(method=m, optimizer=o) for m in ("lora", "full") for o in ("adafactor", "sgd")]
+    optimizers = [
+        Cell(method=m, optimizer=o) for m in ("lora", "full") for o in ("adafactor", "sgd", "schedule_free_adamw")
+    ]
     padding = [
         Cell(method=m, padded=True, checkpointing=c, attention=a)
         for m, c, a in (
@@ -197,7 +199,7 @@ def rows_for(cell: Cell) -> list[Tokenized]:
         length = LENGTH - 56 if cell.padded and number % 2 else LENGTH
         ids = torch.randint(4, VOCAB, (length,), generator=generator).tolist()
         labels = {"classification": [number % 2], "seq2seq": ids[: LENGTH // 4]}.get(cell.task, list(ids))
-        if cell.collate_packs:  # two documents to a pack, the shorter one first
+        if cell.packed:  # two documents to a pack, the shorter one first
             found.append(Tokenized(ids[: LENGTH // 4], labels[: LENGTH // 4], f"{number} a"))
             ids, labels = ids[LENGTH // 4 :], labels[LENGTH // 4 :]
         found.append(Tokenized(ids, labels, str(number)))
@@ -217,7 +219,7 @@ def plan_of(cell: Cell, config: dict[str, Any], folder: str) -> Plan:
                 "micro_batch": ROWS,
                 "batch_size": ROWS * cell.accumulation,
                 "optimizer": cell.optimizer,
-                "packing": cell.collate_packs,
+                "packing": cell.packed,
                 "precision": "bf16" if cell.precision == "autocast" else cell.precision,
                 "gradient_checkpointing": {"none": False, "full": True}.get(cell.checkpointing, cell.checkpointing),
             },
@@ -276,9 +278,9 @@ def run(cell: Cell) -> dict[str, Any]:
         made.save_pretrained(folder)
         saved = json.loads((folder / "config.json").read_text())
         plan = plan_of(cell, {**saved, "num_labels": 2}, str(folder))
-        learnt = ROWS * (LENGTH - 1 - cell.collate_packs) - (56 if cell.padded else 0)
+        learnt = ROWS * (LENGTH - 1 - cell.packed) - (56 if cell.padded else 0)
         batch = Batch(ROWS, LENGTH, LENGTH // 4 if cell.task == "seq2seq" else 0, learnt, cell.padded)
-        batch = replace(batch, is_packed=cell.collate_packs)
+        batch = replace(batch, is_packed=cell.packed)
         started = time.perf_counter()
         found = trace_plan(plan, saved, batch)
         seconds = time.perf_counter() - started

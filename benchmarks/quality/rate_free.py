@@ -58,7 +58,9 @@ WAYS: dict[str, Callable[[Any], Any] | None] = {
     "Prodigy": prodigy(1e-6),
     "Prodigy, d0 1e-4": prodigy(1e-4),
     "D-Adaptation Adam": dadapt,
+    "schedule-free 1.25e-3": schedule_free(1.25e-3),
     "schedule-free 2.5e-3": schedule_free(2.5e-3),
+    "schedule-free 5e-3": schedule_free(5e-3),
     "schedule-free 1e-2": schedule_free(1e-2),
 }
 
@@ -149,6 +151,7 @@ def main() -> int:
     parser.add_argument("--data", help="folder of the data sets")
     parser.add_argument("--cells", default="python intents,plays intents,plays sums")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--ways", default="", help="ways that begin so, separated by commas; all if empty")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
@@ -161,7 +164,7 @@ def main() -> int:
         for cell in CELLS
         if cell.key in asked.cells.split(",")
         for way in WAYS
-        if f"{cell.key}/{way}/{seed}" not in made
+        if way.startswith(tuple(asked.ways.split(","))) and f"{cell.key}/{way}/{seed}" not in made
     ]
     train_all(train, waiting, workers=asked.workers, results=asked.results)
     for line in sorted(read_results(asked.results), key=lambda line: (line["cell"], line["loss"])):
