@@ -35,7 +35,7 @@ from peftkit.data.tokens.pack import pack_rows, packing_efficiency  # noqa: E402
 from peftkit.model.adapter import attach as adapter  # noqa: E402
 from peftkit.model.hardware import detect_device_without_torch  # noqa: E402
 from peftkit.plan import DataFacts, Facts, ModelFacts, Plan, make_plan  # noqa: E402
-from peftkit.plan.packing import BY_LENGTH, RANDOM, padding_share  # noqa: E402
+from peftkit.plan.packing import GROUPED, SHUFFLED, padding_share  # noqa: E402
 from peftkit.recipe import load  # noqa: E402
 from peftkit.train.batches import build_train_dataset  # noqa: E402
 from peftkit.train.trainer import build_trainer  # noqa: E402
@@ -75,10 +75,10 @@ def plan_of(way: str, found: list[Tokenized], config: dict[str, Any]) -> Plan:
     assert shape is not None
     data = DataFacts(len(found), 0, "chat", lengths=count_lengths(found, "causal-lm", ROOM))
     plan = make_plan(recipe, Facts(detect_device_without_torch(), ModelFacts("o/m", "folder", shape), data))
-    expected = {"at random": BY_LENGTH, "by length": BY_LENGTH, "packed": RANDOM}[way]
+    expected = {"at random": GROUPED, "by length": GROUPED, "packed": SHUFFLED}[way]
     assert plan.train.sampling == expected
     if way == "at random":
-        return replace(plan, train=replace(plan.train, sampling=RANDOM))
+        return replace(plan, train=replace(plan.train, sampling=SHUFFLED))
     return plan
 
 
@@ -114,7 +114,7 @@ def main() -> None:
     assert told is not None
     share = {
         one: padding_share(told, ROOM, micro=MICRO, step=STEP, sampling=name)
-        for one, name in (("at random", RANDOM), ("by length", BY_LENGTH))
+        for one, name in (("at random", SHUFFLED), ("by length", GROUPED))
     }
     share["packed"] = 1 - packing_efficiency(lengths, packs, ROOM)
     middle = {way: median(values) for way, values in seconds.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.plan import Plan
+from peftkit.ranks import launched
 from peftkit.recipe import LoadedRecipe, Recipe, load, override_texts
 from peftkit.report import Summary, read_summary
 from peftkit.rundir import RunDir
@@ -96,8 +97,8 @@ def _shown(observer: Observer | None, *, of_bytes: bool = False) -> Iterator[Obs
     from peftkit.report.progress import open_bytes_display, open_display, quiet_libraries
 
     with quiet_libraries():
-        if observer is not None:
-            yield observer
+        if observer is not None or not launched().is_lead:
+            yield observer or ignore_event
         else:
             with open_bytes_display() if of_bytes else open_display() as show:
                 yield show
@@ -163,8 +164,16 @@ def finetune(
     from peftkit import run
 
     loaded = load_recipe(source, overrides)
+    folder = Path(out) if out else None
+    if num_ranks := run.num_to_launch(loaded):
+        from peftkit.launch.local import launch_recipe
+
+        run.dry_run(loaded)  # a mistake costs a second, and no process
+        folder = folder or run.default_out(loaded)
+        texts = override_texts(overrides)
+        return launch_recipe(source, texts, loaded, num=num_ranks, out=folder, observer=observer)
     with _shown(observer) as observe:
-        return run.finetune(loaded, out=Path(out) if out else None, observer=observe)
+        return run.finetune(loaded, out=folder, observer=observe)
 
 
 def resume_run(
@@ -174,9 +183,10 @@ def resume_run(
     overrides: Overrides = (),
     allow_changed: Sequence[str] = (),
     take_over: bool = False,
+    gpus: int | None = None,
     observer: Observer | None = None,
 ) -> Summary:
-    """Resume an interrupted run from its newest checkpoint that verifies.
+    """Resume an interrupted run from its newest checkpoint that verifies, on `gpus` processes, or as many as before.
 
     `allow_changed` names what may differ from when the run began: data, recipe, base, tokenizer, versions.
     `take_over` takes the lock of a run that another machine, now gone, did not release. `recipe` is the file
@@ -184,11 +194,18 @@ def resume_run(
     """
     from peftkit import run
 
+    texts = override_texts(overrides)
+    if num_ranks := run.num_to_launch_again(RunDir.open(Path(path)), gpus):
+        from peftkit.launch.local import launch_resume
+
+        given = [*(("--recipe", str(recipe)) if recipe else ()), *(("--take-over",) if take_over else ())]
+        given += [text for name in allow_changed for text in ("--allow-changed", name)]
+        return launch_resume(Path(path), [*given, *texts], num=num_ranks, observer=observer)
     with _shown(observer) as observe:
         return run.resume(
             Path(path),
             recipe=Path(recipe) if recipe else None,
-            overrides=override_texts(overrides),
+            overrides=texts,
             allow_changed=allow_changed,
             take_over=take_over,
             observer=observe,

@@ -14,6 +14,7 @@ from typing import NoReturn
 from peftkit import __version__
 from peftkit.cli.commands import MODULES
 from peftkit.errors import PeftkitError, Problem, UserError, nearest
+from peftkit.ranks import launched
 from peftkit.secrets import redact
 from peftkit.units import printable
 
@@ -102,10 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         os.environ.setdefault(name, value)
     module = next(module for module in MODULES if module.COMMAND.name == arguments.command)
+    is_lead = launched().is_lead
+    if not is_lead:  # of the processes that train together one talks
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  until the process ends
     try:
         return int(module.run(arguments))
     except UserError as error:
-        print_problems(error)
+        if is_lead:
+            print_problems(error)
         return error.exit_code
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "peftkit":
@@ -117,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return UserError.exit_code
     except PeftkitError as error:
-        print(f"peftkit: {redact(str(error))}", file=sys.stderr)
+        if str(error):  # what ranks said is not said again
+            print(f"peftkit: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("peftkit: interrupted; nothing was lost", file=sys.stderr)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftkit import interrupt
+from peftkit import interrupt, ranks
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.evaluate import step
 
@@ -78,20 +78,24 @@ def evaluation_batches(
     batch_size: int,
     task: str,
     autocast: str | None,
+    shared: bool = False,
     forward: ForwardFunction | None = None,
 ) -> Iterator[tuple[list[int], dict[str, Any], Any]]:
     """Yield (row indices, batch, output) of the model in evaluation mode, rows of similar length together.
 
     `forward` computes the output from model and batch, by default the model itself. The model's training mode
-    is restored, no random number is drawn, and an interrupt is handled between batches.
+    is restored, no random number is drawn, and an interrupt is handled between batches. Where the batches are
+    `shared`, those of this rank.
     """
     import torch
 
+    interrupt.stop_if_requested("interrupted while evaluating")
+    place = ranks.current() if shared else ranks.Ranks()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
+        for start in range(0, len(order), batch_size)[place.rank :: place.num]:
             interrupt.stop_if_requested("interrupted while evaluating")
             indices = order[start : start + batch_size]
             collated = collate([rows[i] for i in indices], pad_id, task=task)
@@ -124,11 +128,13 @@ def row_losses(
     batch_size: int,
     task: str = "causal-lm",
     autocast: str | None = None,
+    shared: bool = False,
     forward_sums: ForwardFunction | None = None,
 ) -> RowLosses:
     """Compute the loss of each row, summed over its labels in the loss (tokens, classes, tags).
 
     `forward_sums` returns the (rows,) sums of a batch for models that can compute them without all logits.
+    `shared`: each rank computes some of the batches, the same for any number of ranks, and all get all sums.
     The loss is computed from logits: some methods add a penalty to the model's own loss (AdaLoRA).
     Raises ValueError where no label is in the loss.
     """
@@ -136,7 +142,14 @@ def row_losses(
 
     sums, counts = [0.0] * len(rows), [0] * len(rows)
     for indices, batch, output in evaluation_batches(
-        model, rows, pad_id=pad_id, batch_size=batch_size, task=task, autocast=autocast, forward=forward_sums
+        model,
+        rows,
+        pad_id=pad_id,
+        batch_size=batch_size,
+        task=task,
+        autocast=autocast,
+        shared=shared,
+        forward=forward_sums,
     ):
         labels = batch["labels"][:, 1:] if task == "causal-lm" else batch["labels"]
         loss_tokens = (labels != IGNORE_INDEX).reshape(len(indices), -1).sum(-1).tolist()
@@ -146,6 +159,8 @@ def row_losses(
             row_sums = torch.stack([step.summed_loss(logits, labels, task) for logits, labels in pairs])
         for row, total, count in zip(indices, row_sums.tolist(), loss_tokens, strict=True):
             sums[row], counts[row] = total, count
+    if shared:
+        sums, counts = ranks.total(sums), [int(count) for count in ranks.total(counts)]
     if not any(counts):
         raise ValueError("no token in the loss in the held-out rows")
     return RowLosses(tuple(sums), tuple(counts))

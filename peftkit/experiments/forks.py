@@ -22,6 +22,7 @@ from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.evaluate.step import LossFunction, backward
 from peftkit.model.adapter.attach import build_loraplus_optimizer, trainable_tensors
 from peftkit.plan import Plan
+from peftkit.plan.schedule import SCHEDULE_FREE
 from peftkit.rundir import read_json
 from peftkit.train.batches import BatchRows, collate_groups, row_groups
 from peftkit.train.checkpoint.restore import load_trained
@@ -172,12 +173,16 @@ def count_loss_tokens(labels: torch.Tensor, task: str) -> int:
 
 
 def _fork_optimizer(model: PreTrainedModel, plan: Plan, start: ForkStart) -> torch.optim.Optimizer:
-    """Build the plan's optimizer with the start's state, where that was kept for these tensors."""
+    """Build the plan's optimizer with the start's state, where that was kept for these tensors.
+
+    Plain AdamW, without a state, for a schedule-free one: its mean says nothing within so few steps.
+    """
+    is_schedule_free = plan.train.optimizer == SCHEDULE_FREE
     if plan.method.lr_ratio is not None:
         optimizer = build_loraplus_optimizer(model, plan)
     else:
         training_arguments = TrainingArguments(
-            optim=plan.train.optimizer,
+            optim="adamw_torch" if is_schedule_free else plan.train.optimizer,
             learning_rate=plan.train.learning_rate,
             use_cpu=plan.device == "cpu",
             report_to="none",
@@ -192,7 +197,7 @@ def _fork_optimizer(model: PreTrainedModel, plan: Plan, start: ForkStart) -> tor
         optimizer = optimizer_class([group for group in groups if group["params"]], **options)
     parameters = trainable_tensors(model)
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    for key, value in start.optimizer.items():
+    for key, value in ({} if is_schedule_free else start.optimizer).items():
         name, field = key.rsplit("|", 1)
         if name in parameters:
             parameter = parameters[name]

@@ -19,7 +19,7 @@ from peftkit.rundir import MANIFEST, RunDir, publish_folder, read_json, write_js
 if TYPE_CHECKING:
     from peftkit.train.checkpoint.snapshot import Tensors
 
-_MANIFEST_FACTS = ("fingerprints", "num_rollbacks", "epoch", "samples_seen")
+_MANIFEST_FACTS = ("fingerprints", "num_rollbacks", "samples_seen")
 
 
 def growth_folder(run: RunDir, number: int) -> Path:

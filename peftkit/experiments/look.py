@@ -49,9 +49,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LookOutcome:
-    """The outcome of a look: a verdict, the plan to continue with, and the model as it is wrapped now."""
+    """The outcome of a look: a verdict, the plan to continue with, and the model as it is wrapped now.
 
-    verdict: Verdict
+    There is no verdict where another rank looked.
+    """
+
+    verdict: Verdict | None
     plan: Plan
     model: Any
     wrapped_plan: Plan  # by which its adapter was attached

@@ -81,13 +81,28 @@ def detect_device_without_torch() -> DeviceFacts:
     return gpu or _detect_cpu()
 
 
+def count_gpus() -> int | None:
+    """Return the number of NVIDIA GPUs that this process may use, without torch; None where the driver does not say."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in {"", "-1"}])
+    nvidia_smi = shutil.which("nvidia-smi")
+    if nvidia_smi is None:
+        return 0
+    try:
+        result = subprocess.run([nvidia_smi, "-L"], capture_output=True, text=True, timeout=10, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return None
+    return len(result.stdout.splitlines())
+
+
 def detect_device() -> DeviceFacts:
-    """Detect the device that torch will use."""
+    """Detect the device that torch will use: of several, this process's own."""
     import torch
 
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        free, total = torch.cuda.mem_get_info(0)
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        free, total = torch.cuda.mem_get_info()
         return DeviceFacts(
             kind="cuda",
             name=properties.name,

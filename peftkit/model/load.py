@@ -179,7 +179,7 @@ def load_model(
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # told and looked at below
                 dtype=getattr(torch, plan.dtype),
-                device_map={"": 0 if device == "cuda" else device},
+                device_map={"": torch.cuda.current_device() if device == "cuda" else device},
                 quantization_config=build_quantization_config(plan),
                 **attention_argument(plan),
             )

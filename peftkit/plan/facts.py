@@ -106,3 +106,5 @@ class Facts:
     model: ModelFacts
     data: DataFacts | None
     text: TextFacts | None = None
+    num_ranks: int = 1  # processes that a launcher started together
+    num_devices: int | None = None  # GPUs of this machine; None where any number may be thought of

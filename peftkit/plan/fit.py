@@ -127,7 +127,7 @@ class AutoValues:
 
 
 def _variants(plan: Plan, free: AutoValues, *, can_recompute: bool) -> Iterator[Plan]:
-    sizes = micro_batches(plan.train.batch_size) if free.micro_batch else [plan.train.micro_batch]
+    sizes = micro_batches(plan.train.batch_size // plan.ranks.num) if free.micro_batch else [plan.train.micro_batch]
     current_mode = plan.train.gradient_checkpointing
     modes = [*_RECOMPUTE_FACTOR] if free.checkpointing and can_recompute else [current_mode]
     optimizers = [plan.train.optimizer, *(_SMALLER_OPTIMIZERS if free.optimizer else ())]

@@ -14,6 +14,7 @@ from peftkit.archs import ModelShape
 from peftkit.objectives import OBJECTIVES
 from peftkit.plan.activations import activation_bytes, is_fitted, lora_rank, virtual_tokens
 from peftkit.plan.plan import Batch, Memory, Peak, Plan
+from peftkit.plan.schedule import SCHEDULE_FREE
 from peftkit.plan.targets import matches_target
 from peftkit.plan.task import trainer_spec
 
@@ -45,7 +46,7 @@ class OptimizerMemory:
 def _optimizer_states(optimizer: str, shape: TensorShape, item_bytes: int) -> tuple[list[int], int]:
     """Return (optimizer state tensors on the device, bytes in host memory) of one trained tensor."""
     num = math.prod(shape)
-    if optimizer in {"adamw_torch", "adamw_torch_fused"}:
+    if optimizer in {"adamw_torch", "adamw_torch_fused", SCHEDULE_FREE}:
         return [num * item_bytes, num * item_bytes], 0
     if optimizer in {"adamw_bnb_8bit", "paged_adamw_8bit"}:
         if num < _SMALL_8BIT:
@@ -64,7 +65,7 @@ def _optimizer_states(optimizer: str, shape: TensorShape, item_bytes: int) -> tu
 def _optimizer_step_bytes(plan: Plan, sizes: Sequence[int]) -> int:
     """Return the temporaries of the optimizer's step.
 
-    Source: the code of torch.optim and transformers' Adafactor.
+    Source: the code of torch.optim, transformers' Adafactor, and schedulefree.
     """
     if not sizes:
         return 0
@@ -72,6 +73,8 @@ def _optimizer_step_bytes(plan: Plan, sizes: Sequence[int]) -> int:
     if optimizer == "adamw_torch":
         # one tensor at a time: the root and its quotient. On a GPU all at once: every root
         return sum(sizes) if on_gpu and plan.method.lr_ratio is None else 2 * max(sizes)
+    if optimizer == SCHEDULE_FREE:
+        return sum(sizes)  # all at once: every root
     if optimizer == "adafactor":
         return 2 * max(sizes)
     if optimizer == "sgd" and plan.train.weight_decay:
@@ -231,9 +234,10 @@ def closed_form_memory(shape: ModelShape, plan: Plan, batch: Batch, *, fixed_par
         "adapter": 0 if is_full else trainable,
         "optimizer": sum(optimizer.optimizer_blocks),
         "workspaces": optimizer.workspace_bytes,
+        "buckets": trainable if plan.ranks.num > 1 else 0,  # in which DDP adds up gradients
     }
     forward, backward = _head_bytes(shape, plan, batch)
-    accumulated = trainable if plan.train.accumulation > 1 else 0
+    accumulated = trainable if plan.train.accumulation > plan.ranks.num else 0
     activations, temporaries = activation_parts["activations"], activation_parts["temporaries"]
     recomputed = activation_parts["recomputed layer"]
     at_head = {"gradients": accumulated, "activations": activations, "logits and loss": backward}

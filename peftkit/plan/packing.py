@@ -13,7 +13,8 @@ from peftkit.plan.plan import Plan
 from peftkit.units import divisors
 
 MAX_EPOCHS = 10  # beyond, rows are memorised rather than learned from
-RANDOM, BY_LENGTH = "random", "by length"
+SHUFFLED, GROUPED = "shuffled", "grouped by length"
+FORMER_SAMPLINGS = {"random": SHUFFLED, "by length": GROUPED}  # of runs begun before there was one order of a training
 _PACK_FILL = 0.98  # of a pack's room, where the rows are not laid together yet: best-fit decreasing leaves less
 _SORT_ABOVE = 0.05  # of a micro-batch: from here on rows of like length are taken together
 _PACK_ABOVE = 0.10  # what padding must be left then, for a GPU to pack
@@ -44,9 +45,16 @@ def estimate_packs(lengths: Lengths | None, room: int) -> PackLengths | None:
 
 
 def num_epochs(plan: Plan, facts: Facts) -> float:
-    """Return how often the run sees each row; 0 if that is unknown. The last batch of an epoch may be smaller."""
-    steps_per_epoch = -(-(num_trainer_rows(plan, facts) or 0) // plan.train.batch_size)
-    return (plan.train.num_steps or 0) / steps_per_epoch if steps_per_epoch else 0.0
+    """Return how often the run sees each row; 0 if that is unknown."""
+    num_rows = num_trainer_rows(plan, facts)
+    return num_drawn_rows(plan) / num_rows if num_rows else 0.0
+
+
+def num_drawn_rows(plan: Plan) -> int:
+    """Return how many of the trainer's rows the whole training draws: a full batch in each step, but for the last."""
+    num_rows = (plan.train.num_steps or 0) * plan.train.batch_size
+    num_asked = plan.train.num_rows or num_rows
+    return num_asked if num_rows - plan.train.batch_size < num_asked <= num_rows else num_rows
 
 
 def num_trainer_rows(plan: Plan, facts: Facts) -> int | None:
@@ -87,7 +95,9 @@ def _packing_obstacle(d: DecisionLog, facts: Facts, method: Method) -> tuple[str
     return "", ""
 
 
-def choose_rows(d: DecisionLog, facts: Facts, method: Method, max_length: int, batch_size: int) -> TrainerRows:
+def choose_rows(
+    d: DecisionLog, facts: Facts, method: Method, max_length: int, batch_size: int, *, num_ranks: int = 1
+) -> TrainerRows:
     """Choose whether examples are packed, and then how many packs hold about `batch_size` of them.
 
     A given micro-batch is checked once tokens are counted.
@@ -114,14 +124,14 @@ def choose_rows(d: DecisionLog, facts: Facts, method: Method, max_length: int, b
         d.decide("train.packs_per_step", batch_size, "one example in each until the lengths are known")
         return TrainerRows(True, num, batch_size)
     packs_per_step = batch_size * packs.num / lengths.num_rows
-    size, is_counted = max(1, round(packs_per_step)), lengths.source == "counted"
+    size, is_counted = num_ranks * max(1, round(packs_per_step / num_ranks)), lengths.source == "counted"
     description = f"{'about' if is_counted else 'at most'} {packs_per_step:.1f} packs of {max_length:,} tokens"
     d.decide("train.packs_per_step", size, f"{batch_size} examples are {description}")
     micro = d.loaded.recipe.train.micro_batch
-    if is_counted and isinstance(micro, int) and size % micro:
-        nearest = next(divisor for divisor in divisors(size) if divisor <= micro)
+    if is_counted and isinstance(micro, int) and size % (micro * num_ranks):
+        nearest = next(divisor for divisor in divisors(size // num_ranks) if divisor <= micro)
         fix = f"try micro_batch: {nearest}, or another batch_size: {batch_size} examples are {description}"
-        d.refuse("train.micro_batch", f"{micro} with {size} packs a step", f"a divisor of {size}", fix)
+        d.refuse("train.micro_batch", f"{micro} with {size} packs a step", f"a divisor of {size // num_ranks}", fix)
     return TrainerRows(True, packs.num, size)
 
 
@@ -137,7 +147,7 @@ def _choose_packing(d: DecisionLog, facts: Facts, max_length: int, batch_size: i
         return False, f"not measured on {facts.device.kind}"
     if lengths is None or d.loaded.recipe.train.micro_batch != "auto":
         return False, "the rows' lengths are not known" if lengths is None else "train.micro_batch is given"
-    remaining_padding = padding_share(lengths, max_length, micro=batch_size, step=batch_size, sampling=BY_LENGTH)
+    remaining_padding = padding_share(lengths, max_length, micro=batch_size, step=batch_size, sampling=GROUPED)
     message = f"{100 * remaining_padding:.0f} % of a batch would be padding even with rows grouped by length"
     return remaining_padding > _PACK_ABOVE, f"{message} (a rule of thumb: not measured on a GPU)"
 
@@ -146,21 +156,21 @@ def _choose_packing(d: DecisionLog, facts: Facts, max_length: int, batch_size: i
 def padding_share(lengths: Lengths, max_length: int, *, micro: int, step: int, sampling: str) -> float:
     """Estimate the share of padding in micro-batches of `micro` rows, `step` rows per optimizer step.
 
-    No row exceeds `max_length`. At random, each micro-batch is as long as its longest row; by length, rows
+    No row exceeds `max_length`. Only shuffled, each micro-batch is as long as its longest row; grouped, rows
     are sorted in windows of WINDOW_STEPS steps.
 
     padding = 1 - mean length / E[max of micro lengths],  P(max <= x) = P(length <= x) ** micro
 
-    Example: lengths uniform on 0..400 (mean 200), micro 4: E[max] = 400 * 4 / 5 = 320, padding 37.5 % at
-    random; sorted by length within 50 steps of 16 rows, 0.4 %.
+    Example: lengths uniform on 0..400 (mean 200), micro 4: E[max] = 400 * 4 / 5 = 320, padding 37.5 %
+    shuffled; sorted by length within 50 steps of 16 rows, 0.4 %.
     """
     step = min(step, lengths.num_rows)
     window = step * max(1, min(WINDOW_STEPS, lengths.num_rows // step))
-    num = window if sampling == BY_LENGTH else _MAX_PLACES
+    num = window if sampling == GROUPED else _MAX_PLACES
     if num > _MAX_PLACES:  # the same picture in fewer places
         micro, num = max(1, round(micro * _MAX_PLACES / num)), _MAX_PLACES
     rows = sorted((min(max_length, lengths.at((place + 0.5) / num)) for place in range(num)), reverse=True)
-    if sampling == BY_LENGTH:
+    if sampling == GROUPED:
         pieces = [rows[start : start + micro] for start in range(0, num, micro)]
         padded_tokens = sum(piece[0] * len(piece) for piece in pieces)
     else:
@@ -173,23 +183,21 @@ def best_sampling(plan: Plan, facts: Facts) -> tuple[str, Mapping[str, float]]:
     """Return (how the trainer draws rows, the share of padding for each way)."""
     lengths, train = facts.data.lengths if facts.data else None, plan.train
     if lengths is None or train.packing or train.micro_batch == 1:
-        return RANDOM, {}
+        return SHUFFLED, {}
     max_length = plan.data.max_length
     shares = {
         sampling: padding_share(lengths, max_length, micro=train.micro_batch, step=train.batch_size, sampling=sampling)
-        for sampling in (RANDOM, BY_LENGTH)
+        for sampling in (SHUFFLED, GROUPED)
     }
-    return BY_LENGTH if shares[RANDOM] > _SORT_ABOVE else RANDOM, shares
+    return GROUPED if shares[SHUFFLED] > _SORT_ABOVE else SHUFFLED, shares
 
 
 def choose_sampling(d: DecisionLog, plan: Plan, facts: Facts) -> Plan:
     """Return the plan with the sampling of rows, once the micro-batch is decided."""
     sampling, shares = best_sampling(plan, facts)
     if shares:
-        percentages = {name: f"{100 * share:.0f} %" for name, share in shares.items()}
-        reason = (
-            f"about {percentages[RANDOM]} of a micro-batch is padding at random, {percentages[BY_LENGTH]} by length"
-        )
+        shuffled, grouped = (f"{100 * shares[name]:.0f} %" for name in (SHUFFLED, GROUPED))
+        reason = f"about {shuffled} of a micro-batch is padding if only shuffled, {grouped} if grouped"
     elif plan.train.packing:
         reason = "packs are all about the same length"
     else:

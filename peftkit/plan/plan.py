@@ -133,10 +133,11 @@ class TrainPlan:
     schedule_arguments: Mapping[str, float] = field(default_factory=dict)  # transformers' own, beside the warm-up
     restart_step: int = 0  # where the schedule begins anew: an escalation that goes on past the end
     packing: bool = False
-    sampling: str = "random"  # or "by length": rows of like length together
+    sampling: str = "shuffled"  # or "grouped by length": rows of like length together
     neftune: float | None = None  # noise on the embeddings, in transformers' terms
     label_smoothing: float = 0.0
     rate_search: RateSearch | None = None  # None once the rate is found
+    num_rows: int | None = None  # drawn in all, where whole passes end within the last step
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,14 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class RanksPlan:
+    """The processes that train together: how many, and what each holds."""
+
+    num: int = 1
+    strategy: str = "none"  # or "ddp": the whole model in each
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything decided for one run."""
 
@@ -276,6 +285,7 @@ class Plan:
     growths: tuple[Growth, ...] = ()
     batch: Batch | None = None  # the largest micro-batch that will come
     memory: Memory | None = None
+    ranks: RanksPlan = RanksPlan()
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # and of its parts, when it is read
 
     def to_json(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from peftkit.plan.advice import WARNING
 from peftkit.plan.decisions import DecisionLog
 from peftkit.plan.facts import Facts
 from peftkit.plan.plan import Decision, Plan, RateSearch
+from peftkit.plan.schedule import SCHEDULE_FREE
 
 SEARCH_SHARE = 0.05  # of the run's compute, within diagnose.bounds.compute
 _MIN_DOCUMENTS = 10  # as diagnose.statistics has it, which needs numpy
@@ -74,6 +75,8 @@ def _obstacles(d: DecisionLog, facts: Facts, method: Method, autocast: str | Non
     """Yield why forks cannot be made, or would say nothing."""
     if method.trains_base:
         yield "whole models are not copied for forks"
+    if d.loaded.recipe.train.optimizer == SCHEDULE_FREE:
+        yield f"forks judge a rate that falls, and that of {SCHEDULE_FREE} does not"
     if method.schedule is not None:
         yield f"the ranks of {method.name} follow a schedule that a fork is too short for"
     if autocast == "fp16":

@@ -21,7 +21,8 @@ from peftkit.plan.fit import AutoValues, check_fit, choose_auto_values, longest_
 from peftkit.plan.memory import closed_form_memory
 from peftkit.plan.method import LOW_4BIT_SHARE, largest_role_outside_4bit, method_plan, share_in_4bit
 from peftkit.plan.packing import TrainerRows, choose_rows, choose_sampling
-from peftkit.plan.plan import BasePlan, EvaluatePlan, Plan, TrainPlan
+from peftkit.plan.parallel import batch_of_ranks, decide_ranks
+from peftkit.plan.plan import BasePlan, EvaluatePlan, Plan, RanksPlan, TrainPlan
 from peftkit.plan.rank import settled_ranks
 from peftkit.plan.rate import decide_learning_rate, plan_rate_search
 from peftkit.plan.schedule import resolve_schedule
@@ -164,37 +165,41 @@ def generation_settings(family: Family, *, virtual_tokens: bool) -> tuple[int, b
     return 20 if family.batches_generation else 1, family.cached_prompts or not virtual_tokens
 
 
-def _num_steps(d: DecisionLog, rows: TrainerRows) -> int | None:
+def _num_steps(d: DecisionLog, rows: TrainerRows) -> tuple[int | None, int | None]:
+    """Return (steps, rows drawn in them where that is not a whole number of batches); None if unknown."""
     train = d.loaded.recipe.train
     if train.max_steps is not None:
-        return int(d.record("train.max_steps", train.max_steps))
+        return int(d.record("train.max_steps", train.max_steps)), None
     d.record("train.epochs", train.epochs)
     if rows.num is None:
-        return None
-    steps = max(1, math.ceil(math.ceil(rows.num / rows.batch_size) * train.epochs))
+        return None, None
+    num_rows = max(1, math.ceil(rows.num * train.epochs))
+    steps, num_last = math.ceil(num_rows / rows.batch_size), num_rows % rows.batch_size
     unit = "packs" if rows.packing else "rows"
     reason = f"{train.epochs:g} epochs of {rows.num} {unit} in batches of {rows.batch_size}"
-    d.decide("train.max_steps", steps, reason)
-    return steps
+    d.decide("train.max_steps", steps, f"{reason}, the last of {num_last}" if num_last else reason)
+    return steps, num_rows if num_last else None
 
 
-def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | None, max_length: int) -> TrainPlan:
+def _train_plan(
+    d: DecisionLog, facts: Facts, method: Method, autocast: str | None, max_length: int, *, ranks: RanksPlan
+) -> TrainPlan:
     train = d.loaded.recipe.train
     # the trainer's rows, examples or packs, and how many of them make a forward pass
     num_train = facts.data.num_train if facts.data else None
     fixed_micro_batch = train.micro_batch if isinstance(train.micro_batch, int) and train.packing is not True else 1
     default = 16 if num_train is None else max(1, min(16, num_train))
-    default = max(fixed_micro_batch, default - default % fixed_micro_batch)
+    default = batch_of_ranks(d, default if train.batch_size == "auto" else train.batch_size, fixed_micro_batch, ranks)
     batch = d.record("train.batch_size", train.batch_size, default, "16 examples per step, or all if there are fewer")
-    rows = choose_rows(d, facts, method, max_length, batch)
+    rows = choose_rows(d, facts, method, max_length, batch, num_ranks=ranks.num)
     micro = 1  # where auto, it is chosen by memory, once everything else is decided
     if train.micro_batch != "auto":
         micro = d.record("train.micro_batch", train.micro_batch)
-    steps = _num_steps(d, rows)
+    steps, num_rows = _num_steps(d, rows)
     size = RunSize(steps, rows.batch_size)
     learning_rate = decide_learning_rate(d, facts, method, size)
     rate_search = plan_rate_search(d, facts, method, usual=learning_rate, size=size, autocast=autocast)
-    num_warmup, schedule_arguments = resolve_schedule(d, steps)
+    schedule, num_warmup, schedule_arguments = resolve_schedule(d, steps)
     on_gpu = facts.device.kind == "cuda"
     has_lora_plus = getattr(d.loaded.recipe.method, "lr_ratio", None) is not None  # LoRA+ builds a plain AdamW
     optimizer = d.record(
@@ -238,9 +243,10 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
     d.record("train.early_stopping", early_stopping.model_dump() if early_stopping else None)
     return TrainPlan(
         num_steps=steps,
+        num_rows=num_rows,
         num_warmup_steps=num_warmup,
         learning_rate=learning_rate,
-        schedule=train.schedule.kind,
+        schedule=schedule,
         schedule_arguments=schedule_arguments,
         max_grad_norm=train.max_grad_norm,
         weight_decay=train.weight_decay,
@@ -256,7 +262,7 @@ def _train_plan(d: DecisionLog, facts: Facts, method: Method, autocast: str | No
         checkpoint_steps=checkpoint_steps,
         patience=early_stopping.patience if early_stopping else None,
         min_delta=early_stopping.min_delta if early_stopping else 0.0,
-        on_oom=train.on_oom,
+        on_oom="stop" if ranks.num > 1 else train.on_oom,
         on_spike=train.on_spike,
         packing=rows.packing,
         rate_search=rate_search,
@@ -290,7 +296,8 @@ def _plan_settled(loaded: LoadedRecipe, facts: Facts, rank_reason: str, *, to_tr
     data = data_plan(d, facts)
     if facts.data and facts.data.unused:
         d.decide("data.unused", list(facts.data.unused), "columns and keys of the data that are not read")
-    train = _train_plan(d, facts, method, autocast, data.max_length)
+    ranks = decide_ranks(d, facts)
+    train = _train_plan(d, facts, method, autocast, data.max_length, ranks=ranks)
     options, shape = d.loaded.recipe.evaluate, facts.model.shape
     family = shape.family
     metric = d.record("evaluate.metric", options.metric, *OBJECTIVES[shape.task].default_metric)
@@ -322,8 +329,12 @@ def _plan_settled(loaded: LoadedRecipe, facts: Facts, rank_reason: str, *, to_tr
             d.refuse("method.init", got, f"at least {min_tokens:,} tokens", "lower the rank, or use another init")
     d.record("seed", recipe.seed)
     d.record("train.on_spike", recipe.train.on_spike)
-    d.record("train.on_oom", recipe.train.on_oom)
+    if ranks.num > 1 and recipe.train.on_oom == "adapt":
+        d.decide("train.on_oom", "stop", "the other processes cannot be told by one that is out of memory")
+    else:
+        d.record("train.on_oom", recipe.train.on_oom)
     d.record("devices.price_per_hour", recipe.devices.price_per_hour)
+    d.record("devices.restarts", recipe.devices.restarts)
     diagnose = diagnose_plan(d, facts, method, train, evaluate, precision=base.dtype)
     if d.problems:
         raise UserError(d.problems)
@@ -337,6 +348,7 @@ def _plan_settled(loaded: LoadedRecipe, facts: Facts, rank_reason: str, *, to_tr
         evaluate=evaluate,
         diagnose=diagnose,
         decisions=(),
+        ranks=ranks,
     )
     plan = choose_sampling(d, _settle_auto_values(d, plan, facts, method), facts)
     longest = longest_batch(plan, facts)

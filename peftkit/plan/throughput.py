@@ -66,11 +66,12 @@ def flops_per_token(shape: ModelShape, plan: Plan, length: float) -> float:
 
 
 def speed_key(plan: Plan) -> str:
-    """Return the key of measured speeds: types, 4-bit or not, recomputation, and the size within x4."""
+    """Return the key of measured speeds: types, 4-bit or not, recomputation, the size within x4, and processes."""
     kind = plan.train.autocast or plan.base.dtype
     quantized = " 4-bit" if plan.base.quant_type else ""
     size = 4 ** round(math.log(max(1, plan.method.num_parameters), 4)) / 1e6
-    return f"{kind}{quantized} {plan.train.gradient_checkpointing}, about {size:.3g}M parameters"
+    ranks = f", {plan.ranks.num} processes" if plan.ranks.num > 1 else ""
+    return f"{kind}{quantized} {plan.train.gradient_checkpointing}, about {size:.3g}M parameters{ranks}"
 
 
 def estimate_cost(
@@ -91,7 +92,7 @@ def estimate_cost(
         tokens_per_step=tokens,
         tokens_per_second=speed / flops * tokens if speed else None,
         seconds=seconds,
-        price=seconds / 3600 * price_per_hour if seconds and price_per_hour else None,
+        price=plan.ranks.num * seconds / 3600 * price_per_hour if seconds and price_per_hour else None,
         checkpoint_bytes=(trainable * item + state_bytes(shape, plan)) * _NUM_CHECKPOINTS,
         result_bytes=trainable * item,
         download_bytes=2 * shape.num_parameters if plan.base.kind == "hub" else 0,

@@ -21,7 +21,7 @@ from peftkit.plan.advice import WARNING
 from peftkit.plan.resolve import unquantized_base
 from peftkit.prepare.data_check import PreparedData, prepare_data
 from peftkit.prepare.environment import environment, fingerprints, resolved_text
-from peftkit.prepare.facts import memory_problems, model_facts, with_converted_config
+from peftkit.prepare.facts import memory_problems, model_facts, with_converted_config, with_ranks
 from peftkit.prepare.start import require_start
 from peftkit.prepare.traced_memory import plan_with_traced_memory
 from peftkit.recipe import LoadedRecipe
@@ -114,7 +114,7 @@ def prepare_run(
         require_start(loaded, source, base_plan, examples.labels, observer)
     plan_device = facts.device.kind
     full_base = with_converted_config(base, source)
-    facts = Facts(detect_device(), model_facts(loaded, full_base, examples), None)
+    facts = with_ranks(loaded, Facts(detect_device(), model_facts(loaded, full_base, examples), None))
     names = ", ".join(Path(redact_url(source.path)).name for source in loaded.recipe.data.sources)
     observer(PhaseEvent(name="data", detail=names))
     if facts.device.kind != plan_device:

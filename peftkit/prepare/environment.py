@@ -6,7 +6,7 @@ import hashlib
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.data.tokens.mask import Tokenized
 from peftkit.data.tokens.prepare import TokenizedData
 from peftkit.data.tokens.tokenize import tokenizer_sha256
-from peftkit.model.base.identity import base_identity
+from peftkit.model.base.identity import base_identity, changed_parts
 from peftkit.plan import DeviceFacts
 from peftkit.plan.plan import BasePlan
 from peftkit.prepare.start import start_sha256
@@ -118,3 +118,24 @@ def environment(device: DeviceFacts, run_fingerprints: dict[str, Any], loaded: L
         "device": asdict(device),
         "fingerprints": run_fingerprints,
     }
+
+
+def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Return what differs between two fingerprints, by the name under which it can be allowed."""
+    changes = {}
+    for key in ("recipe", "data", "tokenizer"):
+        if before[key] != now[key]:
+            changes[key] = f"sha256 {before[key][:8]} then, {now[key][:8]} now"
+    start, start_now = before.get("start_from"), now.get("start_from")
+    if start and start_now and start != start_now:  # where it is gone, the checkpoint has what was made of it
+        changes["start_from"] = f"sha256 {start[:8]} then, {start_now[:8]} now"
+    if changed_fields := changed_parts(before["base"], now["base"]):
+        changes["base"] = f"other {' and '.join(changed_fields)}"
+    changed_versions = [
+        f"{name} {before['versions'].get(name)} then, {version} now"
+        for name, version in now["versions"].items()
+        if before["versions"].get(name) != version
+    ]
+    if changed_versions:
+        changes["versions"] = "; ".join(changed_versions)
+    return changes

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkit import ranks
 from peftkit.archs.held import held_format, way_out
 from peftkit.data.formats import Example
 from peftkit.data.rows.examples import Examples, row_statistic
@@ -19,11 +21,13 @@ from peftkit.model.base.dequantize import plain_config
 from peftkit.model.base.gguf import read_header_config
 from peftkit.model.base.locate import LocatedBase, locate_base
 from peftkit.model.base.shape import infer_base_shape
-from peftkit.model.hardware import detect_device_without_torch
+from peftkit.model.hardware import count_gpus, detect_device_without_torch
 from peftkit.model.load import explain_pad_token
 from peftkit.plan import DataFacts, Facts, Lengths, Memory, ModelFacts, Plan, TextFacts
 from peftkit.plan.changes import nearest_changes
 from peftkit.plan.fit import check_fit
+from peftkit.plan.parallel import shared_device
+from peftkit.plan.schedule import SCHEDULE_FREE
 from peftkit.recipe import LoadedRecipe
 from peftkit.recipe.paths import is_data_path
 from peftkit.units import show_bytes
@@ -63,7 +67,16 @@ def light_facts(loaded: LoadedRecipe) -> tuple[Facts, Examples | None]:
         from peftkit.model.load import resolve_source
 
         model = model_facts(loaded, with_converted_config(base, resolve_source(base, where)), examples)
-    return Facts(detect_device_without_torch(), model, data_facts(examples, model.shape.task)), examples
+    facts = Facts(detect_device_without_torch(), model, data_facts(examples, model.shape.task))
+    return with_ranks(loaded, facts), examples
+
+
+def with_ranks(loaded: LoadedRecipe, facts: Facts) -> Facts:
+    """Return the facts with what is known of the processes that train together."""
+    launched, count = ranks.launched().num, loaded.recipe.devices.count
+    num = launched if count == "auto" else count
+    num_devices = count_gpus() if num > 1 else None
+    return replace(facts, device=shared_device(facts.device, num), num_ranks=launched, num_devices=num_devices)
 
 
 def _locate_for_shapes(loaded: LoadedRecipe) -> LocatedBase:
@@ -194,6 +207,9 @@ def require_runnable(loaded: LoadedRecipe, plan: Plan, facts: Facts) -> LocatedB
                     "on a CPU it would take days even with the weights downloaded",
                 )
             )
+    if plan.train.optimizer == SCHEDULE_FREE and importlib.util.find_spec("schedulefree") is None:
+        got, fix = f"{SCHEDULE_FREE} without schedulefree", "pip install 'peftkit[schedule-free]'"
+        problems.append(Problem(loaded.where(("train", "optimizer")), got, "it installed", fix))
     if problems or base is None:
         raise UserError(problems)
     return base

@@ -33,6 +33,7 @@ RECIPE_KEYS: Mapping[str, str] = {
     "base weights": "base.id and method.name",
     "adapter": "method.rank and method.targets",
     "gradients": "method.name",
+    "buckets": "devices.count",
     "optimizer": "train.optimizer",
     "activations": "train.micro_batch, train.max_length, train.gradient_checkpointing",
     "recomputed layer": "train.micro_batch and train.max_length",
@@ -46,6 +47,7 @@ BASIS: Mapping[str, tuple[str, str]] = {
     "adapter": ("derived", "measured"),
     "gradients": ("derived", "measured"),
     "optimizer": ("derived", "derived"),
+    "buckets": ("derived", "derived"),
     "activations": ("derived", "measured"),
     "recomputed layer": ("derived", "measured"),
     "logits and loss": ("derived", "measured"),
@@ -83,6 +85,13 @@ class Account:
         return self.num_parameters + num_added
 
     @property
+    def place(self) -> str:
+        """Return the device by name, as one of several where each process has its own."""
+        num, is_shared = self.plan.ranks.num, self.device.kind != "cuda"
+        whose = f"each of {num} processes on " if is_shared else f"each of {num} "
+        return f"{whose if num > 1 else ''}{self.device.name}"
+
+    @property
     def headline(self) -> str:
         """Return the plan in one line: whether it fits, how much of how much, steps and time."""
         is_bound = self.memory.depth != "traced" and self.lengths_are_bounds
@@ -92,7 +101,7 @@ class Account:
         unproven = (
             "; memory on a GPU is predicted and was never compared with one" if self.device.kind == "cuda" else ""
         )
-        needed = f"{'at most ' if is_bound else ''}{memory} on {self.device.name}"
+        needed = f"{'at most ' if is_bound else ''}{memory} on {self.place}"
         return f"{self.fit.verdict}: needs {needed}; {steps}{time}{unproven}"
 
     @property
@@ -138,7 +147,7 @@ class Account:
         """Return one sentence: whether the plan fits on the device, and the margin in bytes."""
         margin = show_bytes(abs(self.fit.margin_bytes))
         label = "missing" if self.fit.margin_bytes < 0 else "left"
-        location = f"{self.device.name} with {show_bytes(self.fit.free_bytes)} free"
+        location = f"{self.place} with {show_bytes(self.fit.free_bytes)} free"
         return f"{self.fit.verdict} on {location}: {margin} {label}"
 
     def _repr_html_(self) -> str:
@@ -185,7 +194,7 @@ def plan_report(loaded: LoadedRecipe, *, gpu: str = "this", trace: bool = False,
     trace = trace or measure
     facts, examples = light_facts(loaded)
     device, device_note = parse_device(gpu, facts.device)
-    facts = replace(facts, device=device)
+    facts = replace(facts, device=device, num_devices=facts.num_devices if gpu == "this" else None)
     plan = make_plan(loaded, facts)
     require_tokens_of_folder(loaded, plan)
     config = light_config(loaded)

@@ -245,7 +245,14 @@ class Train(Options):
         0.0, ge=0, lt=1, description="share of each target that is spread over all tokens or classes, in training alone"
     )
     optimizer: Literal[
-        "auto", "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"
+        "auto",
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_bnb_8bit",
+        "paged_adamw_8bit",
+        "adafactor",
+        "sgd",
+        "schedule_free_adamw",
     ] = "auto"
     batch_size: Auto | PositiveInt = Field("auto", description="examples per optimizer step")
     micro_batch: Auto | PositiveInt = Field(
@@ -289,7 +296,12 @@ class EvaluateOptions(Options):
 
 
 class Devices(Options):
-    """The device to train on."""
+    """The devices to train on."""
+
+    count: Auto | PositiveInt = Field(
+        "auto", description="GPUs, or processes on a CPU, that share out each step; auto: as launched, else one"
+    )
+    restarts: int = Field(0, ge=0, description="times that the run is resumed in new processes after one has died")
 
     price_per_hour: PositiveFloat | None = Field(None, description="of the device, in any currency")
 

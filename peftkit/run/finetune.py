@@ -7,14 +7,18 @@ stations.py     the stations themselves
 
 from __future__ import annotations
 
+import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
-from peftkit import interrupt
+from peftkit import interrupt, ranks
 from peftkit.errors import Interrupted, Problem, UserError
-from peftkit.plan import Plan, make_plan
-from peftkit.prepare.context import prepare_run, write_plan_files, write_recipe
+from peftkit.plan import Plan, make_plan, read_plan
+from peftkit.prepare.context import RunContext, prepare_run, write_plan_files, write_recipe
+from peftkit.prepare.environment import find_changes
 from peftkit.prepare.facts import light_facts, require_runnable
 from peftkit.prepare.vocabulary import require_tokens_of_folder
 from peftkit.recipe import LoadedRecipe
@@ -36,12 +40,15 @@ def finetune(loaded: LoadedRecipe, *, out: Path | None = None, observer: Observe
     first_plan = make_plan(loaded, facts)  # without torch: a mistake costs a second
     require_tokens_of_folder(loaded, first_plan)
     base = require_runnable(loaded, first_plan, facts)
-    with new_run(out or default_out(loaded)) as run:
-        write_recipe(loaded, run)
-        observer(PhaseEvent(name="base", detail=first_plan.base.id))
-        context = prepare_run(loaded, facts, examples, base, run, observer)  # data, then the final plan
-        write_plan_files(context)
-        return train_and_publish(Segment(context))
+    with ranks.joined() as place:  # of one process: alone
+        if not place.is_lead:
+            return follow(loaded)
+        with new_run(out or default_out(loaded)) as run:
+            write_recipe(loaded, run)
+            observer(PhaseEvent(name="base", detail=first_plan.base.id))
+            context = prepare_run(loaded, facts, examples, base, run, observer)  # data, then the final plan
+            write_plan_files(context)
+            return train_and_publish(lead(Segment(context)))
 
 
 def train_and_publish(segment: Segment) -> Summary:
@@ -72,7 +79,8 @@ def train_and_publish(segment: Segment) -> Summary:
         if isinstance(outcome, Failure):
             # outside the handler, whose traceback held the tensors that were in the way; so did the segment
             segment = Segment(context)
-            outcome = Segment(recover_run(context, outcome))
+            plan = stations.plan_of_lead(lambda *failed: recover_run(*failed).plan, context, outcome)
+            outcome = Segment(replace(context, plan=plan))
         segment = outcome.from_newest_checkpoint()
 
 
@@ -93,6 +101,7 @@ def train_segment(segment: Segment) -> Segment | Finished:
         interrupt.stop_if_requested()
 
     step = stations.train_to_next_look(context, training, model, checkpoint, preflight)
+    ranks.from_lead(lambda: None)  # its last checkpoint is on disk
     at_end = training.has_ended(step)
     if step < (context.plan.train.num_steps or 0):
         interrupt.stop_if_requested()
@@ -104,8 +113,64 @@ def train_segment(segment: Segment) -> Segment | Finished:
     published_step = training.load_best(step)
     stations.refuse_non_finite(context, model)
     stations.report_metric(context, model, "after")
-    stations.publish(context, model, step=step, published_step=published_step)
+    ranks.from_lead(lambda: stations.publish(context, model, step=step, published_step=published_step))
     return Finished(read_summary(context.run))
+
+
+def num_to_launch(loaded: LoadedRecipe) -> int:
+    """Return the number of processes that have to be started for a recipe; 0 if this one will do, or is of a launch."""
+    count = loaded.recipe.devices.count
+    return count if isinstance(count, int) and count > 1 and ranks.launched().num == 1 else 0
+
+
+def lead(segment: Segment) -> Segment:
+    """Tell the other ranks of the run, and return the segment once all of them are ready for it."""
+    context, checkpoint = segment.context, segment.checkpoint
+    ranks.from_lead(lambda: [str(context.run.path.resolve()), str(checkpoint or ""), False])
+    require_alike(context)
+    return segment
+
+
+def follow(loaded: LoadedRecipe) -> Summary:
+    """Train along in a run that the lead made: what it decided is read, and nothing written. Returns its summary."""
+    with interrupt.catch_signals():
+        path, checkpoint, is_complete = ranks.from_lead(lambda: None)
+        run = RunDir(Path(path), is_read_only=True)
+        if is_complete:
+            return read_summary(run)
+        if not checkpoint and not (run.path / "plan.json").exists():
+            got = f"nothing on rank {ranks.current().rank} ({socket.gethostname()})"
+            fix = "give --out a folder that all machines share"
+            raise UserError(Problem(str(run.path), got, "the run of rank 0", fix))
+        facts, examples = light_facts(loaded)
+        base = require_runnable(loaded, read_plan(run), facts)
+        context = prepare_run(loaded, facts, examples, base, run, ignore_event)
+        require_alike(context)
+        return train_and_publish(Segment(context, Path(checkpoint) if checkpoint else None))
+
+
+def require_alike(context: RunContext) -> None:
+    """Raise UserError on all ranks where recipe, data, base, versions or device of one differ from the lead's."""
+    if ranks.current().num == 1:
+        return
+    own = {"fingerprints": context.fingerprints(), "device": context.facts.device.name}
+    everyone = ranks.gathered(json.loads(json.dumps(own)))
+
+    def compare() -> None:
+        problems = []
+        for rank, other in enumerate(everyone[1:], start=1):
+            changes = find_changes(everyone[0]["fingerprints"], other["fingerprints"])
+            if other["device"] != everyone[0]["device"]:
+                changes["device"] = f"{everyone[0]['device']} on rank 0, {other['device']} there"
+            fix = "give all ranks the same files and packages"
+            problems += [
+                Problem(f"rank {rank}", f"{key} other than rank 0's ({detail})", "the same on all ranks", fix)
+                for key, detail in changes.items()
+            ]
+        if problems:
+            raise UserError(problems)
+
+    ranks.from_lead(compare)
 
 
 def dry_run(loaded: LoadedRecipe) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from peftkit import ranks
 from peftkit.errors import UserError
 from peftkit.experiments.growth import take_back_growth
 from peftkit.model.hardware import is_out_of_memory, read_memory_use, release_memory
@@ -39,7 +40,12 @@ def classify_failure(context: RunContext, error: Exception) -> Failure | None:
     usage = read_memory_use()
     last_step = last_of(context.run.events(), StepEvent)
     occupied_bytes = usage.get("peak_allocated_bytes", usage.get("resident_bytes", 0))
-    return out_of_memory.find_shortage(error, step=last_step.step if last_step else None, occupied_bytes=occupied_bytes)
+    step = last_step.step if last_step else None
+    shortage = out_of_memory.find_shortage(error, step=step, occupied_bytes=occupied_bytes)
+    if ranks.current().num > 1:  # the others are in the middle of a step: they hear of it, and stop
+        where = f"{context.run.path}, rank {ranks.current().rank}"
+        raise UserError(out_of_memory.shortage_problem(context.loaded, context.facts, context.plan, shortage, where))
+    return shortage
 
 
 def recover_run(context: RunContext, failure: Failure) -> RunContext:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftkit.errors import Problem, UserError
+from peftkit.prepare.environment import find_changes
 from peftkit.report import Summary, read_summary
 from peftkit.run.finetune import finetune
-from peftkit.run.resume import find_changes, load_run_recipe
+from peftkit.run.resume import load_run_recipe
 from peftkit.rundir import MANIFEST, RunDir, read_json, read_sealed, verify_folder
 from peftkit.rundir.disk import next_free_path
 from peftkit.rundir.events import Observer, StepEvent, ignore_event, of_type

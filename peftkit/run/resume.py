@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from peftkit import interrupt
+from peftkit import interrupt, ranks
 from peftkit.errors import Problem, UserError, did_you_mean
 from peftkit.experiments.growth import apply_growths
-from peftkit.model.base import identity
 from peftkit.plan import make_plan, read_plan
+from peftkit.plan.parallel import plan_for_ranks
 from peftkit.prepare.context import RunContext, prepare_run, write_environment, write_plan_files, write_recipe
-from peftkit.prepare.environment import resolved_text
+from peftkit.prepare.environment import find_changes, resolved_text
 from peftkit.prepare.facts import light_facts, require_runnable
 from peftkit.prepare.traced_memory import plan_with_traced_memory
 from peftkit.recipe import LoadedRecipe, load
 from peftkit.report import Summary, read_summary
-from peftkit.run.finetune import explain_stop, train_and_publish
+from peftkit.run.finetune import explain_stop, follow, lead, num_to_launch, train_and_publish
 from peftkit.run.stations import Segment
 from peftkit.rundir import MANIFEST, RunDir, lock_run, read_json, read_sealed, verify_folder, write_sealed
 from peftkit.rundir.events import (
@@ -63,6 +62,31 @@ def resume(
                 for name in unknown_names
             ]
         )
+    with ranks.joined() as place:
+        if not place.is_lead:
+            return follow(load_run_recipe(run, recipe, overrides))
+        return _resume_as_lead(run, recipe, overrides, allow_changed, take_over=take_over, observer=observer)
+
+
+def num_to_launch_again(run: RunDir, asked: int | None) -> int:
+    """Return the number of processes to start for a run that goes on; 0 if this one will do, or is of a launch."""
+    if ranks.launched().num > 1:
+        return 0
+    is_planned = (run.path / "plan.json").exists()
+    num = asked or (read_plan(run).ranks.num if is_planned else num_to_launch(load(run.path / "resolved.yaml")))
+    return num if num > 1 else 0
+
+
+def _resume_as_lead(
+    run: RunDir,
+    recipe: Path | None,
+    overrides: Sequence[str],
+    allow_changed: Sequence[str],
+    *,
+    take_over: bool,
+    observer: Observer,
+) -> Summary:
+    path = run.path
     with interrupt.catch_signals(), lock_run(path, take_over=take_over), explain_stop(run):
         run.remove_leftovers()
         is_planned = (path / "plan.json").exists()
@@ -70,6 +94,7 @@ def resume(
             text = f"{run.events_file.name}: {len(broken_lines)} broken lines were set aside"
             observer(WarningEvent(text=text))
         if is_planned and (summary := _complete_published(run, observer)) is not None:
+            ranks.from_lead(lambda: [str(run.path.resolve()), "", True])
             return summary
         # where to go on:
         if not is_planned and run.checkpoint_steps():
@@ -90,7 +115,19 @@ def resume(
             context = require_unchanged(context, allow_changed, checkpoint)
         else:
             write_plan_files(context)
-        return train_and_publish(Segment(context, checkpoint))
+        if context.plan.ranks.num != ranks.current().num:
+            context = on_other_ranks(context)
+        return train_and_publish(lead(Segment(context, checkpoint)))
+
+
+def on_other_ranks(context: RunContext) -> RunContext:
+    """Return the context of a run that goes on with another number of processes. Raises UserError if none divide."""
+    num, num_before = ranks.current().num, context.plan.ranks.num
+    plan = plan_for_ranks(context.plan, num)
+    write_sealed(context.run.path / "plan.json", plan.to_json())
+    text = f"the run began with {num_before} processes and goes on with {num}: the same rows in each step, and losses"
+    context.emit(WarningEvent(text=f"{text} to rounding; dropout draws other masks"))
+    return replace(context, plan=plan)
 
 
 def _complete_published(run: RunDir, observer: Observer) -> Summary | None:
@@ -198,24 +235,3 @@ def require_unchanged(context: RunContext, allowed_changes: Sequence[str], check
         write_environment(context)
         context.emit(ChangedEvent(text="; ".join(f"{key} changed ({detail})" for key, detail in changed_parts.items())))
     return context
-
-
-def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Return what differs between two fingerprints, by the name under which it can be allowed."""
-    changes = {}
-    for key in ("recipe", "data", "tokenizer"):
-        if before[key] != now[key]:
-            changes[key] = f"sha256 {before[key][:8]} then, {now[key][:8]} now"
-    start, start_now = before.get("start_from"), now.get("start_from")
-    if start and start_now and start != start_now:  # where it is gone, the checkpoint has what was made of it
-        changes["start_from"] = f"sha256 {start[:8]} then, {start_now[:8]} now"
-    if changed_fields := identity.changed_parts(before["base"], now["base"]):
-        changes["base"] = f"other {' and '.join(changed_fields)}"
-    changed_versions = [
-        f"{name} {before['versions'].get(name)} then, {version} now"
-        for name, version in now["versions"].items()
-        if before["versions"].get(name) != version
-    ]
-    if changed_versions:
-        changes["versions"] = "; ".join(changed_versions)
-    return changes

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftkit import interrupt
+from peftkit import interrupt, ranks
 from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.evaluate.scores import compute_metrics
 from peftkit.model.adapter import attach
@@ -18,6 +19,7 @@ from peftkit.model.adapter.load import load_adapter_tensors
 from peftkit.model.base.identity import IDENTITY_FILE
 from peftkit.model.hardware import read_memory_use, release_memory, reset_peak_memory
 from peftkit.model.load import load_model
+from peftkit.plan import Plan
 from peftkit.plan.packing import mean_row_tokens
 from peftkit.prepare.calibration import calibrate, compare_memory
 from peftkit.prepare.context import RunContext, record_weights
@@ -55,8 +57,8 @@ class Segment:
 
     def from_newest_checkpoint(self) -> Segment:
         """Return the same, from the newest checkpoint that verifies."""
-        checkpoint, _ = self.context.run.newest_checkpoint()
-        return replace(self, checkpoint=checkpoint)
+        newest = ranks.from_lead(lambda: str(self.context.run.newest_checkpoint()[0] or ""))
+        return replace(self, checkpoint=Path(newest) if newest else None)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def load_base(segment: Segment) -> PreTrainedModel:
         context.source, plan.base, device=plan.device, on_warning=lambda text: context.emit(WarningEvent(text=text))
     )
     interrupt.stop_if_requested()
-    record_weights(context)
+    if ranks.current().is_lead:
+        record_weights(context)
     return model
 
 
@@ -111,7 +114,8 @@ def attach_adapter(segment: Segment, model: PreTrainedModel) -> PreTrainedModel:
     batches = eva_batches(plan, context.prepared.train, pad_id=context.tokenizer.pad_token_id)
     model = attach.attach_adapter(model, plan, context.tokenizer, eva_batches=batches)
     is_new = segment.checkpoint is None and not run.adapter.exists()
-    attach.save_initial_adapter(model, plan, run.path / "adapter_start", overwrite=is_new)
+    if ranks.current().is_lead:
+        attach.save_initial_adapter(model, plan, run.path / "adapter_start", overwrite=is_new)
     num_trainable, num_total = attach.count_parameters(model)
     if not segment.is_same_adapter:
         context.emit(
@@ -163,12 +167,22 @@ def run_preflight(segment: Segment, training: Training) -> Preflight:
     return preflight
 
 
+def plan_of_lead(decide: Callable[..., Plan], *arguments: object) -> Plan:
+    """Return the plan that the lead decides on from `arguments`, on every rank."""
+    if ranks.current().num == 1:
+        return decide(*arguments)
+    return Plan.from_json(ranks.from_lead(lambda: decide(*arguments).to_json()))
+
+
 def segment_after_rate_search(context: RunContext, model: PreTrainedModel) -> Segment:
-    """Search for the learning rate, and return the segment that trains at it, from the start."""
+    """Search for the learning rate, and return the segment that trains at it, from the start.
+
+    The lead searches, on the model that all ranks hold alike.
+    """
     from peftkit.experiments.rates import search_learning_rate
     from peftkit.experiments.rewrap import unwrap_base
 
-    plan = search_learning_rate(context, model)
+    plan = plan_of_lead(search_learning_rate, context, model)
     return Segment(replace(context, plan=plan), base_in_memory=unwrap_base(context, model), is_same_adapter=True)
 
 
@@ -195,12 +209,20 @@ def train_to_next_look(
 
 
 def diagnose_if_due(context: RunContext, training: Training, *, step: int, at_end: bool) -> LookOutcome | None:
-    """Look at the run where a look is due at this step: is quality lagging, and why. None where none is due."""
-    from peftkit.experiments.look import is_look_due, try_look
+    """Look at the run where a look is due at this step: is quality lagging, and why. None where none is due.
+
+    The lead looks. To the others it is as if they had: the plan that is left, and their own model.
+    """
+    from peftkit.experiments.look import LookOutcome, is_look_due, try_look
 
     if not is_look_due(context, step, at_end=at_end):
         return None
-    return try_look(context, training, step=step, at_end=at_end)
+    outcome = try_look(context, training, step=step, at_end=at_end) if ranks.current().is_lead else None
+    left = ranks.from_lead(lambda: outcome and [outcome.plan.to_json(), outcome.is_rewrapped])
+    if outcome is None:
+        plan = Plan.from_json(left[0])
+        outcome = LookOutcome(None, plan, training.trainer.model, context.plan, is_rewrapped=left[1])
+    return outcome
 
 
 def segment_after_look(look: LookOutcome, context: RunContext, training: Training) -> Segment:
@@ -228,10 +250,16 @@ def refuse_non_finite(context: RunContext, model: PreTrainedModel) -> None:
 
 
 def report_metric(context: RunContext, model: PreTrainedModel, when: str) -> None:
-    """Compute the recipe's metric on held-out examples, before or after training, and emit it."""
+    """Compute the recipe's metric on held-out examples, before or after training, and emit it. The lead does it."""
     options = context.plan.evaluate
     if options.metric is None or not context.prepared.eval_examples:
         return
+    ranks.from_lead(lambda: _emit_metric(context, model, when))
+
+
+def _emit_metric(context: RunContext, model: PreTrainedModel, when: str) -> None:
+    options = context.plan.evaluate
+    assert options.metric is not None
     context.emit(PhaseEvent(name="metric", detail=f"{options.metric} {when} training"))
     metrics = compute_metrics(
         model,

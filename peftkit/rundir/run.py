@@ -31,9 +31,13 @@ def step_of(checkpoint: Path | None) -> int:
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths and files of one run: where things are, not what they mean."""
+    """Paths and files of one run: where things are, not what they mean.
+
+    `is_read_only` for a process that trains along and leaves the writing to another.
+    """
 
     path: Path
+    is_read_only: bool = False
 
     @property
     def adapter(self) -> Path:
@@ -111,6 +115,8 @@ class RunDir:
     def emit(self, event: Event) -> Event:
         """Append one event, whole or not at all. Returns the event as written, without secrets."""
         record = dict(redact_value(event.to_json()))
+        if self.is_read_only:
+            return read_event(record)
         line = (json.dumps(record, ensure_ascii=False, allow_nan=True) + "\n").encode(
             "utf-8",
             "backslashreplace",  # a lone surrogate becomes JSON's own escape

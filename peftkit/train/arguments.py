@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from peftkit import ranks
 from peftkit.model.adapter.attach import checkpointing_arguments
 from peftkit.plan import Plan
+from peftkit.plan.schedule import SCHEDULE_FREE
 
 _SCHEDULES = {
     **{"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"},
@@ -26,7 +28,9 @@ def trainer_arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
     else:
         options = checkpointing_arguments(plan)
         checkpointing = {**options["activation_checkpointing_kwargs"], "every_n_layers": options["every_n_layers"]}
-    has_min_rate = "min_lr_rate" in train.schedule_arguments
+    schedule = "cosine_with_min_lr" if "min_lr_rate" in train.schedule_arguments else _SCHEDULES[train.schedule]
+    if train.optimizer == SCHEDULE_FREE:
+        schedule = "constant"  # its warm-up is the optimizer's own
     return {
         "output_dir": str(output_dir),
         "save_strategy": "no",
@@ -37,7 +41,7 @@ def trainer_arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
         "fp16": train.autocast == "fp16",
         "max_steps": train.num_steps,
         "warmup_steps": train.num_warmup_steps,
-        "lr_scheduler_type": "cosine_with_min_lr" if has_min_rate else _SCHEDULES[train.schedule],
+        "lr_scheduler_type": schedule,
         "lr_scheduler_kwargs": dict(train.schedule_arguments),
         "learning_rate": train.learning_rate,
         "weight_decay": train.weight_decay,
@@ -45,8 +49,8 @@ def trainer_arguments(plan: Plan, *, output_dir: Path) -> dict[str, Any]:
         "optim": train.optimizer,
         "max_grad_norm": train.max_grad_norm,
         "per_device_train_batch_size": train.micro_batch,
-        "gradient_accumulation_steps": train.accumulation,
-        "train_sampling_strategy": "random",
+        "gradient_accumulation_steps": train.accumulation // ranks.current().num,  # divisible: the plan saw to it
+        "ddp_find_unused_parameters": False,  # the preflight proves that there are none
         "remove_unused_columns": False,
         "gradient_checkpointing": train.gradient_checkpointing != "none",
         "gradient_checkpointing_kwargs": checkpointing,

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import BatchSampler
+from torch.utils.data import Dataset, Sampler
 
 from peftkit.data.read import dataset_from_rows, mapped_dataset
-from peftkit.data.tokens.mask import Tokenized
+from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
 from peftkit.data.tokens.pack import pack_rows
 from peftkit.data.tokens.store import Counts, StoredTokens, is_weighted
 from peftkit.evaluate.losses import collate, collate_packed
 from peftkit.methods.lora import EVA_TOKENS_PER_RANK
 from peftkit.plan import Plan
-from peftkit.plan.packing import BY_LENGTH, WINDOW_STEPS
+from peftkit.plan.packing import FORMER_SAMPLINGS, GROUPED, WINDOW_STEPS, num_drawn_rows
 
 _EVA_BATCHES = 32  # from which EVA starts: its components have long converged
 _EVA_TOKENS = 512  # of a batch: few large ones converge sooner than many small ones
+FILLER = -1  # in the place of a row: several processes need as many micro-batches each
 BatchRows = list[Tokenized]  # one row by itself, or the documents of a pack
 Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
@@ -93,17 +93,21 @@ def batches_of_tokens(rows: Sequence[Tokenized], min_tokens: int, *, pad_id: int
     return batches
 
 
+def without_loss(row: Tokenized) -> Tokenized:
+    """Return a row with no label in the loss."""
+    return replace(row, labels=[IGNORE_INDEX] * len(row.labels))
+
+
 @dataclass(frozen=True)
 class TrainDataset:
-    """The trainer's dataset and its collator.
+    """The trainer's dataset, its collator, and the order in which rows or packs are drawn.
 
     A batch has, besides its tensors, `rows`: the numbers of its rows. A batch of packs also has `num_tokens`.
-    Without `batches` the trainer draws rows at random.
     """
 
     dataset: Any
     collator: Collator
-    batches: LengthGroupedBatches | None = None
+    order: TrainOrder
 
 
 def build_train_dataset(plan: Plan, rows: Sequence[Tokenized], pad_id: int) -> TrainDataset:
@@ -112,15 +116,22 @@ def build_train_dataset(plan: Plan, rows: Sequence[Tokenized], pad_id: int) -> T
 
         def packed(packs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             numbers = [number for item in packs for number in item["rows"]]
-            documents = [[rows[i] for i in item["rows"]] for item in packs]
+            documents = [
+                [without_loss(rows[i]) if item.get("is_filler") else rows[i] for i in item["rows"]] for item in packs
+            ]
             num_tokens = sum(len(row.input_ids) for item in documents for row in item)
             batch = collate_packed(documents, pad_id)
             return {**batch, "num_tokens": torch.tensor(num_tokens), "rows": torch.tensor(numbers)}
 
-        return TrainDataset(dataset_from_rows([{"rows": numbers} for numbers in _pack_rows(plan, rows)]), packed)
+        packs = _pack_rows(plan, rows)
+        dataset = dataset_from_rows([{"rows": numbers} for numbers in packs])
+        return TrainDataset(dataset, packed, TrainOrder(plan, np.array([len(pack) for pack in packs])))
 
     def collated(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tokenized = [Tokenized(list(row["input_ids"]), list(row["labels"]), "", row.get("weights")) for row in items]
+        tokenized = [
+            without_loss(row) if item.get("is_filler") else row for row, item in zip(tokenized, items, strict=True)
+        ]
         batch = collate(tokenized, pad_id, task=plan.base.task)
         return {**batch, "rows": torch.tensor([row["row"] for row in items])}
 
@@ -130,47 +141,63 @@ def build_train_dataset(plan: Plan, rows: Sequence[Tokenized], pad_id: int) -> T
     else:
         dataset = dataset_from_rows([{name: getattr(row, name) for name in columns} for row in rows])
     dataset = dataset.add_column("row", np.arange(len(rows)))
-    batches = LengthGroupedBatches(plan, rows) if plan.train.sampling == BY_LENGTH else None
-    return TrainDataset(dataset, collated, batches)
+    return TrainDataset(dataset, collated, TrainOrder(plan, _row_sizes(plan, rows)))
 
 
-class LengthGroupedBatches(BatchSampler):
-    """A batch sampler of micro-batches with rows of like length: each epoch every row once.
+class TrainOrder(Sampler[int]):
+    """A sampler of the rows of the whole training, one step after the other.
 
-    Each epoch is shuffled, windows of it are sorted by length and cut into micro-batches, and these are
-    shuffled within the window, so that an optimizer step sees rows of all lengths. An epoch's last micro-batch
-    may be smaller. The order follows from the seed and the epoch alone.
+    Each pass over the rows is shuffled by itself, and the passes follow one another without a gap; the last
+    step may have fewer rows. Grouped by length, windows of 50 steps are sorted by length and cut into
+    micro-batches, and these are shuffled within the window, so that an optimizer step sees rows of all
+    lengths. The order follows from the plan alone: any number of processes that share out a step's
+    micro-batches train the same rows in it. What the last step lacks for each of several to have a whole one
+    is `FILLER`.
 
     Example: lengths [9, 2, 8, 3], micro-batch 2, batch 4: the shuffled window (0, 1, 2, 3) sorts to 1, 3, 2,
     0; its micro-batches (1, 3) and (2, 0) are drawn in either order, and long rows are padded to long rows
     only.
     """
 
-    def __init__(self, plan: Plan, rows: Sequence[Tokenized]) -> None:
-        self.sizes = _row_sizes(plan, rows)
-        self.seed, self.step, self.epoch = plan.seed, plan.train.batch_size, 0
-        self.batch_size, self.drop_last = plan.train.micro_batch, False
-
-    def set_epoch(self, epoch: int) -> None:
-        """Select the order of an epoch, from 0."""
-        self.epoch = epoch
+    def __init__(self, plan: Plan, sizes: NDArray[np.int32]) -> None:
+        """Take the plan and the tokens of each row, or pack."""
+        train, num_ranks = plan.train, plan.ranks.num
+        self.sizes, self.seed = sizes, plan.seed
+        self.num_rows, self.micro = num_drawn_rows(plan), train.micro_batch
+        self.num_fillers = -self.num_rows % (self.micro * num_ranks) if num_ranks > 1 else 0
+        self.is_grouped = FORMER_SAMPLINGS.get(train.sampling, train.sampling) == GROUPED
+        self.window = train.batch_size * max(1, min(WINDOW_STEPS, len(sizes) // train.batch_size))
 
     def __len__(self) -> int:
-        return math.ceil(len(self.sizes) / self.batch_size)
+        return self.num_rows + self.num_fillers
 
-    def __iter__(self) -> Iterator[list[int]]:
-        num_rows, micro = len(self.sizes), self.batch_size
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(num_rows)
-        window = self.step * max(1, min(WINDOW_STEPS, num_rows // self.step))  # no more than an epoch
-        for start in range(0, num_rows, window):
-            rows = order[start : start + window]
-            rows = rows[np.argsort(self.sizes[rows], kind="stable")]
-            # the smaller micro-batch is of any length, and the epoch's last
-            split = micro * int(rng.integers(len(rows) // micro + 1))
-            rest = rows[split : split + len(rows) % micro]
-            full = np.concatenate([rows[:split], rows[split + len(rest) :]]).reshape(-1, micro)
-            for number in rng.permutation(len(full)):
-                yield full[number].tolist()
-            if len(rest):
-                yield rest.tolist()
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng(self.seed)
+        pending = np.empty(0, np.int64)  # shuffled, not yet drawn
+        for start in range(0, self.num_rows, self.window):
+            num = min(self.window, self.num_rows - start)
+            while len(pending) < num:
+                pending = np.concatenate([pending, rng.permutation(len(self.sizes))])
+            rows, pending = pending[:num], pending[num:]
+            if self.is_grouped:
+                rows = rows[np.argsort(self.sizes[rows], kind="stable")]
+                # the smaller micro-batch is of any length, and the last
+                split = self.micro * int(rng.integers(num // self.micro + 1))
+                rest = rows[split : split + num % self.micro]
+                whole = np.concatenate([rows[:split], rows[split + len(rest) :]]).reshape(-1, self.micro)
+                rows = np.concatenate([rng.permutation(whole).reshape(-1), rest])
+            yield from rows.tolist()
+        yield from [FILLER] * self.num_fillers
+
+
+class FilledDataset(Dataset[Any]):
+    """A dataset with an item for `FILLER`: its first, with nothing in the loss."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> Any:
+        return {**self.items[max(0, number)], "is_filler": number == FILLER}

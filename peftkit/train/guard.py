@@ -7,6 +7,7 @@ them. The recipe's train.on_spike decides what several such steps or spikes in a
 from __future__ import annotations
 
 import math
+import signal
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from peftkit import interrupt, ranks
 from peftkit.errors import PeftkitError, Problem, UserError
 from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.plan import Plan
@@ -32,6 +34,7 @@ MAX_BAD_STEPS = 3  # bad steps that lead to more than a line
 MAX_SKIPPED_STEPS = 25  # in a row, where the recipe only skips
 _MOVEMENT_STEPS = 3  # with a learning rate, before everything has moved
 _MAX_SHOWN_ROWS = 6
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
@@ -99,6 +102,8 @@ class StepGuard(TrainerCallback):
     ) -> None:
         self.plan, self.emit, self.history, self.names = plan, emit, history, row_names
         self.seen: list[MicroBatchLoss] = []
+        self.loss = 0.0  # of the step: the Trainer's own number stays NaN once it was
+        self.num_tokens = 0.0  # of the step, where the trainer counts them
         self.skipped = False
         self.initial_sums: dict[str, float] = {}
         self.num_moving_steps = 0
@@ -108,14 +113,10 @@ class StepGuard(TrainerCallback):
         """Return True if the last step was a good one, whose state may be saved."""
         return self.history.num_bad == 0
 
-    @property
-    def loss(self) -> float:
-        """Return the loss of the step: the Trainer's own number stays NaN once it was."""
-        return float(sum(micro_batch.loss for micro_batch in self.seen))
-
-    def add_loss(self, rows: object, loss: torch.Tensor) -> None:
-        """Add the loss of a micro-batch of the current step."""
+    def add_loss(self, rows: object, loss: torch.Tensor, num_tokens: int = 0) -> None:
+        """Add the loss of a micro-batch of the current step, and its tokens."""
         self.seen.append(MicroBatchLoss(rows, loss.detach()))
+        self.num_tokens += num_tokens
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: object = None, **_: object
@@ -123,16 +124,28 @@ class StepGuard(TrainerCallback):
         self.initial_sums = {name: _sum(tensor) for name, tensor in trainable_tensors(model).items()}
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self.seen, self.skipped = [], False
+        self.seen, self.skipped, self.num_tokens = [], False, 0.0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: object
     ) -> None:
-        """Drop the step's gradients unless all are finite; clipping spreads one that is not, or leaves it."""
+        """Drop the step's gradients unless all are finite; clipping spreads one that is not, or leaves it.
+
+        What one rank saw, and whether one was asked to stop, all know from here on. The Trainer multiplies the loss of
+        a rank by their number, as DDP takes the mean of the gradients.
+        """
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         values = torch.stack([norm, *(micro_batch.loss.to(norm) for micro_batch in self.seen)])
-        self.skipped = not bool(values.isfinite().all())
+        is_bad = not bool(values.isfinite().all())
+        loss = float(sum(micro_batch.loss for micro_batch in self.seen))
+        num_bad, loss_sum, self.num_tokens, *signals = ranks.total(
+            [is_bad, loss, self.num_tokens, *(interrupt.noted_signal() == number for number in _SIGNALS)]
+        )
+        self.skipped, self.loss = num_bad > 0, loss_sum / ranks.current().num
+        for number, num_ranks in zip(_SIGNALS, signals, strict=True):
+            if num_ranks:
+                interrupt.request_stop(number)
         if self.skipped:
             for parameter in model.parameters():
                 parameter.grad = None
@@ -172,13 +185,12 @@ class StepGuard(TrainerCallback):
         self.history.num_bad += 1
         self.history.num_skipped += self.skipped
         # the rows of the worst micro-batches; of all, where the loss does not tell
-        losses = [float(micro_batch.loss) for micro_batch in self.seen]
-        bad_batches = [
-            micro_batch for micro_batch, loss in zip(self.seen, losses, strict=True) if not math.isfinite(loss)
-        ]
-        if not bad_batches and all(map(math.isfinite, losses)) and losses and not self.skipped:
-            bad_batches = [self.seen[losses.index(max(losses))]]
-        numbers = [int(row) for micro_batch in bad_batches or self.seen for row in micro_batch.rows.tolist()]
+        own_batches = [(float(micro_batch.loss), micro_batch.rows.tolist()) for micro_batch in self.seen]
+        batches = [batch for of_rank in ranks.gathered(own_batches) for batch in of_rank]
+        bad_rows = [rows for loss, rows in batches if not math.isfinite(loss)]
+        if not bad_rows and batches and not self.skipped:
+            bad_rows = [max(batches)[1]]
+        numbers = [int(row) for rows in bad_rows or [rows for _, rows in batches] for row in rows]
         remainder = [f"and {len(numbers) - _MAX_SHOWN_ROWS} more"] if len(numbers) > _MAX_SHOWN_ROWS else []
         rows = self.names(numbers[:_MAX_SHOWN_ROWS]) + remainder
         if is_finite and self.plan.train.on_spike == "skip":  # told, and then taken as it is
@@ -209,10 +221,10 @@ class StepGuard(TrainerCallback):
         return asdict(self.history)
 
 
-def loss_listener(callbacks: Sequence[object]) -> Callable[[Any, torch.Tensor], None]:
+def loss_listener(callbacks: Sequence[object]) -> Callable[[Any, torch.Tensor, int], None]:
     """Return the guard's `add_loss` from the callbacks, or a function that does nothing."""
     return next(
-        (callback.add_loss for callback in callbacks if isinstance(callback, StepGuard)), lambda rows, loss: None
+        (callback.add_loss for callback in callbacks if isinstance(callback, StepGuard)), lambda rows, loss, num: None
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from peftkit import interrupt
+from peftkit import interrupt, ranks
 from peftkit.diagnose.statistics import recorded_rows
 from peftkit.errors import Interrupted
 from peftkit.evaluate.losses import RowLosses
@@ -136,6 +136,12 @@ class Recorder(TrainerCallback):
         self.step_start_time = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Measure the step, and put averaged weights in the model, where that is what the optimizer trains.
+
+        At each step's end, so that evaluations, checkpoints and resumed runs all see the same. The Trainer takes
+        training up from them.
+        """
+        self.parts["optimizer"].eval()
         self.step_seconds = time.monotonic() - self.step_start_time
 
     def on_log(
@@ -146,9 +152,10 @@ class Recorder(TrainerCallback):
             return control
         state.log_history.clear()  # events.jsonl has it: it would grow without end, in each checkpoint too
         self.writer.poll()
-        tokens = float(state.num_input_tokens_seen or logs.get("num_tokens") or 0)
-        rate = (tokens - self.num_tokens) / self.step_seconds if self.step_seconds and tokens else None
-        self.num_tokens = tokens
+        counted = float(state.num_input_tokens_seen or logs.get("num_tokens") or 0)  # by transformers, or TRL
+        tokens = self.guard.num_tokens or counted - self.num_tokens
+        self.num_tokens = counted
+        rate = tokens / self.step_seconds if self.step_seconds and tokens else None
         self.emit(
             StepEvent(
                 step=state.global_step,
@@ -211,7 +218,8 @@ class Recorder(TrainerCallback):
             },
             facts={**self.facts, "samples_seen": step * self.plan.train.batch_size},
         )
-        self.writer.submit(snapshot, best_step=self.progress.best_step)
+        if ranks.current().is_lead:
+            self.writer.submit(snapshot, best_step=self.progress.best_step)
 
     def _report_commit(self, commit: CommitResult) -> None:
         """Emit the result of writing a checkpoint; after a failure the run continues and retries soon."""
@@ -225,6 +233,8 @@ class Recorder(TrainerCallback):
                 text = f"an older checkpoint could not be removed ({commit.rotation_fault})"
                 self.emit(WarningEvent(text=text))
             return
+        if ranks.current().num > 1:
+            raise commit.error  # the others do not know of it: the run stops, and its last checkpoint is whole
         step = int(self.parts["state"].global_step)
         text = f"no checkpoint of step {commit.step} ({commit.error.strerror}): free disk space"
         if self.has_ended:

@@ -14,7 +14,7 @@ from peftkit.model.adapter.attach import cast_trainable_to_fp32
 from peftkit.plan import Plan
 from peftkit.plan.task import trainer_spec
 from peftkit.train.arguments import trainer_arguments
-from peftkit.train.batches import TrainDataset
+from peftkit.train.batches import FilledDataset, TrainDataset
 from peftkit.train.guard import loss_listener
 from peftkit.train.schedule import build_restart_scheduler
 
@@ -65,23 +65,21 @@ def build_trainer(
 
         def compute_loss(self, model: PreTrainedModel, inputs: Any, *rest: Any, **named: Any) -> Any:
             rows = inputs.pop("rows")
-            if is_fused:  # TRL miscounts packs, which have no attention mask
-                self.state.num_input_tokens_seen += int(inputs.pop("num_tokens", 0))
-            else:
+            num_tokens = int(inputs.pop("num_tokens", 0))  # of packs, which have no attention mask: TRL miscounts them
+            if not is_fused:
                 self.compute_loss_func = partial(mean_loss, weights=inputs.pop("weights", None))
             loss = super().compute_loss(model, inputs, *rest, **named)
-            listener(rows, loss)
+            listener(rows, loss, num_tokens)
             return loss
 
         def get_train_dataloader(self) -> Any:
-            """Return the Trainer's data loader, or one that draws rows of like length together."""
-            if train.batches is None:
-                return super().get_train_dataloader()
+            """Return a data loader of the whole training, in the plan's order: to the Trainer it is one epoch."""
             from torch.utils.data import DataLoader
 
             loader = DataLoader(
-                train.dataset,
-                batch_sampler=train.batches,
+                FilledDataset(train.dataset) if train.order.num_fillers else train.dataset,
+                batch_size=plan.train.micro_batch,
+                sampler=train.order,
                 collate_fn=self.data_collator,
                 pin_memory=self.args.dataloader_pin_memory,
             )

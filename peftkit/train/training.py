@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 from transformers.utils import logging
 
+from peftkit import ranks
 from peftkit.data.tokens.mask import Tokenized
 from peftkit.data.tokens.prepare import TokenizedData
 from peftkit.evaluate.losses import RowLosses, row_losses, span_losses
@@ -19,12 +21,19 @@ from peftkit.methods import METHODS
 from peftkit.model.adapter.attach import build_loraplus_optimizer
 from peftkit.plan import Plan
 from peftkit.plan.memory import evaluation_rows
+from peftkit.plan.packing import FORMER_SAMPLINGS
 from peftkit.plan.task import trainer_spec
 from peftkit.rundir import RunDir, read_json, verify_folder
 from peftkit.rundir.events import Observer, WarningEvent
 from peftkit.train.adalora import AdaLoraCallback
 from peftkit.train.batches import build_train_dataset, longest_groups
-from peftkit.train.checkpoint.restore import CheckpointRestorer, TrainBeginCallback, load_trained, write_resume_folder
+from peftkit.train.checkpoint.restore import (
+    CheckpointRestorer,
+    TrainBeginCallback,
+    load_trained,
+    rank_seed,
+    write_resume_folder,
+)
 from peftkit.train.guard import LossHistory, StepGuard
 from peftkit.train.preflight import Preflight, run_preflight
 from peftkit.train.recorder import EvalProgress, Recorder
@@ -35,9 +44,18 @@ if TYPE_CHECKING:
 
 
 def compute_row_losses(
-    model: PreTrainedModel, rows: Sequence[Tokenized], plan: Plan, *, pad_id: int, prepared: bool = True
+    model: PreTrainedModel,
+    rows: Sequence[Tokenized],
+    plan: Plan,
+    *,
+    pad_id: int,
+    prepared: bool = True,
+    shared: bool = False,
 ) -> RowLosses:
-    """Compute the losses of rows; pass `prepared=False` for a model that no trainer has prepared."""
+    """Compute the losses of rows; pass `prepared=False` for a model that no trainer has prepared.
+
+    `shared` among all ranks, which have to come here together.
+    """
     return row_losses(
         model,
         rows,
@@ -45,6 +63,7 @@ def compute_row_losses(
         batch_size=evaluation_rows(plan),
         task=plan.base.task,
         autocast=plan.train.autocast,
+        shared=shared,
         forward_sums=fused_row_sums if prepared and trainer_spec(plan).loss == "fused" else None,
     )
 
@@ -101,6 +120,10 @@ class Training:
         """Train, and return the step at which training ended, once its checkpoints are on disk."""
         try:
             if self.checkpoint is None:
+                if rank := ranks.current().rank:
+                    self.trainer.add_callback(
+                        TrainBeginCallback(lambda: set_seed(rank_seed(self.plan.seed, rank)))  # dropout of its own
+                    )
                 self.trainer.train()
                 return int(self.trainer.state.global_step)
             # run the evaluation due at the checkpoint's step, if it was not run yet
@@ -113,7 +136,7 @@ class Training:
             if self.recorder.stops_early or step >= (self.plan.train.num_steps or 0):
                 load_trained(self.trainer.model, self.checkpoint)
                 return step
-            resume_folder = write_resume_folder(self.checkpoint, self.run_dir.path / ".tmp-handover")
+            resume_folder = write_resume_folder(self.checkpoint, Path(tempfile.mkdtemp(prefix="peftkit-handover-")))
             verbosity = logging.get_verbosity()
             logging.set_verbosity_error()  # the Trainer warns of weights that the handover lacks on purpose
             self.trainer.add_callback(TrainBeginCallback(lambda: logging.set_verbosity(verbosity)))
@@ -167,9 +190,12 @@ def assemble(
         if progress.best_step is not None and verify_folder(run.checkpoint(progress.best_step)):
             emit(WarningEvent(text=f"the best checkpoint, of step {progress.best_step}, is lost: the search restarts"))
             progress.best_step = progress.best_loss = None
+        if plan.train.sampling in FORMER_SAMPLINGS:
+            text = "the run was begun by an earlier peftkit: from here on its rows come in another order than then"
+            emit(WarningEvent(text=text))
 
     def evaluate(wrapped_model: object) -> RowLosses:
-        return compute_row_losses(wrapped_model, held_out, plan, pad_id=tokenizer.pad_token_id)
+        return compute_row_losses(wrapped_model, held_out, plan, pad_id=tokenizer.pad_token_id, shared=True)
 
     dataset = build_train_dataset(plan, train, tokenizer.pad_token_id)
     guard = StepGuard(plan, emit, history, lambda numbers: [train[number].where for number in numbers])

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from random import Random
 
+import numpy as np
 import pytest
 
 from peftkit.archs import KNOWN, shape_from_config
@@ -11,7 +12,7 @@ from peftkit.data.tokens.lengths import count_lengths
 from peftkit.data.tokens.mask import Tokenized
 from peftkit.errors import UserError
 from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, RowLengths, make_plan
-from peftkit.plan.packing import BY_LENGTH, RANDOM, padding_share
+from peftkit.plan.packing import GROUPED, SHUFFLED, padding_share
 from peftkit.recipe import load
 from tests.rigs.plans import plan_for
 from tests.rigs.tiny import tiny_config
@@ -37,14 +38,15 @@ def planned(device=GPU, method="lora", data=None, shape=LLAMA, **train):
 
 def real_padding(found, micro, step, *, by_length):
     """What the trainer's order, or a random one, really pads over an epoch."""
-    from peftkit.train.batches import LengthGroupedBatches
+    from peftkit.train.batches import TrainOrder
 
     lengths = [len(row.input_ids) for row in found]
     order = list(range(len(lengths)))
     Random(1).shuffle(order)
     if by_length:
         plan, _ = planned(micro_batch=micro, batch_size=step, max_steps=num_steps(len(found), step))
-        pieces = [[lengths[i] for i in batch] for batch in LengthGroupedBatches(plan, found)]
+        drawn = [lengths[i] for i in TrainOrder(plan, np.array(lengths))]
+        pieces = [drawn[start : start + micro] for start in range(0, len(drawn), micro)]
     else:
         pieces = [[lengths[i] for i in order[s : s + micro]] for s in range(0, len(order), micro)]
     held = sum(max(piece) * len(piece) for piece in pieces)
@@ -59,18 +61,18 @@ def num_steps(num_rows, step):
 def test_the_padding_that_is_told_is_what_comes(num, micro, step):
     found = rows(num)
     lengths = count_lengths(found, "causal-lm")
-    for sampling in (RANDOM, BY_LENGTH):
+    for sampling in (SHUFFLED, GROUPED):
         told = padding_share(lengths, 2048, micro=micro, step=step, sampling=sampling)
-        assert told == pytest.approx(real_padding(found, micro, step, by_length=sampling == BY_LENGTH), abs=0.04)
+        assert told == pytest.approx(real_padding(found, micro, step, by_length=sampling == GROUPED), abs=0.04)
 
 
 def test_rows_of_like_length_are_taken_together_where_padding_would_be_much():
     plan, decided = planned(micro_batch=8, packing=False)
-    assert plan.train.sampling == BY_LENGTH == decided["train.sampling"].value
-    assert decided["train.sampling"].reason == ("about 40 % of a micro-batch is padding at random, 1 % by length")
-    assert planned(micro_batch=1, packing=False)[0].train.sampling == RANDOM
-    assert planned(micro_batch=8, data=rows(shortest=195), packing=False)[0].train.sampling == RANDOM
-    assert planned(micro_batch=8, data=())[0].train.sampling == RANDOM
+    assert plan.train.sampling == GROUPED == decided["train.sampling"].value
+    assert decided["train.sampling"].reason == "about 40 % of a micro-batch is padding if only shuffled, 1 % if grouped"
+    assert planned(micro_batch=1, packing=False)[0].train.sampling == SHUFFLED
+    assert planned(micro_batch=8, data=rows(shortest=195), packing=False)[0].train.sampling == SHUFFLED
+    assert planned(micro_batch=8, data=())[0].train.sampling == SHUFFLED
 
 
 def test_a_batch_stays_about_so_many_examples():
@@ -80,7 +82,7 @@ def test_a_batch_stays_about_so_many_examples():
     assert plan.train.num_steps == decided["train.max_steps"].value
     assert plan.train.micro_batch * plan.train.accumulation == plan.train.batch_size
     assert plan.batch.is_packed and plan.batch.num_tokens <= 2048
-    assert plan.train.sampling == RANDOM
+    assert plan.train.sampling == SHUFFLED
 
 
 def test_without_lengths_each_pack_has_one_example():

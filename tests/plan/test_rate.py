@@ -11,6 +11,7 @@ from peftkit.methods.base import RunSize
 from peftkit.methods.lora import LoraOptions
 from peftkit.plan import DataFacts, DeviceFacts, Facts, ModelFacts, make_plan
 from peftkit.plan import rate as rates
+from peftkit.plan.schedule import SCHEDULE_FREE
 from peftkit.recipe import load
 from tests.rigs.tiny import tiny_config
 
@@ -85,6 +86,7 @@ def test_a_given_rate_is_used_as_given():
     [
         ({"method": "full"}, "whole models are not copied"),
         ({"method": "adalora"}, "follow a schedule"),
+        ({"train": {"optimizer": SCHEDULE_FREE}}, "of schedule_free_adamw does not"),
         ({"held_out": MIN_DOCUMENTS - 1}, "fewer than 10 held-out rows"),
         ({"diagnose": {"bounds": {"compute": 0}}}, "diagnose.bounds.compute is 0"),
         ({"device": DeviceFacts("cuda", "T4", 16 * 2**30, False, True), "train": {"precision": "fp16"}}, "loss scale"),

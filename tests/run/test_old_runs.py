@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import peftkit
 from peftkit.plan import read_plan
 from peftkit.rundir import RunDir
-from peftkit.rundir.events import StepEvent, UnknownEvent, of_type
+from peftkit.rundir.events import StepEvent, UnknownEvent, WarningEvent, of_type
 from tests.conftest import TINY_LLAMA
 
 PLACE = Path("/tmp/peftkit-old-runs")
@@ -51,6 +51,7 @@ def test_old_runs_of_each_kind(old_runs, tmp_path):
         younger = plan["base"].pop("end_token"), plan["train"].pop("schedule_arguments")
         younger += plan["base"].pop("new_tokens"), plan["method"].pop("start_from"), plan["train"].pop("neftune")
         younger += plan["train"].pop("label_smoothing"), plan["train"].pop("rate_search")
+        assert (plan["train"].pop("num_rows"), plan.pop("ranks")) == (None, {"num": 1, "strategy": "none"})
         for growth in plan["growths"]:
             of_growth = growth.pop("undone_step"), growth.pop("rows"), growth.pop("row_losses"), growth.pop("overhead")
             assert of_growth == (0, [], [], 0.0)
@@ -71,7 +72,9 @@ def test_old_runs_of_each_kind(old_runs, tmp_path):
     tensors = load_file(resumed.result / "adapter_model.safetensors")
     whole = load_file(old_runs / "lora" / "adapter" / "adapter_model.safetensors")
     assert resumed.num_steps == 6
-    assert all(torch.allclose(tensors[name], whole[name], atol=1e-5) for name in whole), "as if never stopped"
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {name: whole[name].shape for name in whole}
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert [event for event in of_type(stopped.events(), WarningEvent) if "rows come in another order" in event.text]
 
     for name in ("lora", "qlora", "grown"):
         report = peftkit.merge_adapter(

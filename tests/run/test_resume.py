@@ -9,11 +9,15 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import peftkit
 from peftkit.errors import Interrupted, UserError
-from peftkit.rundir import RunDir
+from peftkit.results.evaluate import evaluate
+from peftkit.rundir import RunDir, read_json
+from peftkit.train.checkpoint.snapshot import load_tensors
 
 METHODS = {
     "lora": {"name": "lora", "rank": 4, "dropout": 0.2},
@@ -69,6 +73,25 @@ def test_noise_on_embeddings_is_drawn_again_as_it_was(long_recipe, tmp_path):
     assert weights(peftkit.resume_run(tmp_path / "cut")) == weights(whole)
 
 
+def test_averaged_weights_are_what_is_kept_and_gone_on_from(long_recipe, tmp_path):
+    """Schedule-free AdamW: the model holds the mean between steps, and trains at y = x + 0.1 (z - x)."""
+    long_recipe["train"]["optimizer"] = "schedule_free_adamw"
+    whole = peftkit.finetune(long_recipe, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        peftkit.finetune(long_recipe, out=tmp_path / "cut", observer=stopping_at(7))
+    assert weights(peftkit.resume_run(tmp_path / "cut")) == weights(whole)
+    newest, _ = RunDir(tmp_path / "whole").newest_checkpoint()
+    mean, states = load_tensors(newest, "trained"), load_tensors(newest, "optimizer")
+    for name, tensor in load_file(whole.result / "adapter_model.safetensors").items():
+        held = mean[name.replace(".weight", ".default.weight")]
+        assert torch.equal(tensor, held)
+        assert not torch.equal(held, states[f"{name.replace('.weight', '.default.weight')}|z"])
+    [group, *_] = read_json(newest / "state.json")["groups"]
+    assert group["k"] == 12 and group["lr_max"] > 0 and group["weight_sum"] > 0
+    assert whole.eval_loss_after < whole.eval_loss_before
+    assert evaluate(whole.result.parent).loss == pytest.approx(whole.eval_loss_after, abs=1e-6)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_and_resumed_equals_uninterrupted(case, long_recipe, tmp_path):
     source = {**long_recipe, "method": METHODS[case]}
@@ -85,9 +108,9 @@ def test_stopped_and_resumed_equals_uninterrupted(case, long_recipe, tmp_path):
     assert resumed.num_steps == 12
 
 
-@pytest.mark.parametrize("step", [1, 4, 9, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5, 8, 10))])
+@pytest.mark.parametrize("step", [1, 4, 9])
 def test_any_step_is_a_good_place_to_stop(step, long_recipe, tmp_path):
-    """18 rows in batches of 4: steps 5 and 10 end an epoch, 4 and 8 are evaluated, dropout draws at each."""
+    """18 rows in batches of 4: step 5 begins a further pass, 4 and 8 are evaluated, dropout draws at each."""
     source = {**long_recipe, "method": METHODS["lora"]}
     whole = peftkit.finetune(source, out=tmp_path / "whole")
     with pytest.raises(Interrupted):

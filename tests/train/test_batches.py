@@ -2,13 +2,21 @@
 
 from dataclasses import replace
 
+import numpy as np
+import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
 
 from peftkit.data.tokens.mask import IGNORE_INDEX, Tokenized
+from peftkit.plan.packing import GROUPED, SHUFFLED
+from peftkit.plan.plan import RanksPlan
 from peftkit.train.batches import (
-    LengthGroupedBatches,
+    FILLER,
+    FilledDataset,
+    TrainOrder,
     batches_of_tokens,
     build_train_dataset,
     collate_groups,
@@ -46,8 +54,6 @@ def test_rows_by_themselves_are_columns():
     same = collate_groups(planned(), [[ROWS[3]], [ROWS[1]]], 0)
     assert same.keys() == batch.keys()
     assert all(torch.equal(batch[name], same[name]) for name in batch)
-    assert build_train_dataset(planned(), ROWS, 0).batches is None
-    assert build_train_dataset(planned(sampling="by length"), ROWS, 0).batches is not None
 
 
 def test_the_longest_come_first_in_packs_too():
@@ -56,31 +62,68 @@ def test_the_longest_come_first_in_packs_too():
     assert [sum(row.length for row in pack) for pack in packs] == [60, 60]
 
 
-def test_rows_by_length_are_alike_in_a_micro_batch_and_not_in_a_step():
-    rows = [Tokenized([5] * size, [5] * size, "") for size in (*range(2, 66), *range(2, 66))]
-    plan = planned(sampling="by length", micro_batch=4, batch_size=16)
-    batches = LengthGroupedBatches(plan, rows)
-    epoch = list(batches)
-    assert sorted(number for batch in epoch for number in batch) == list(range(128))
-    lengths = [[rows[number].length for number in batch] for batch in epoch]
-    assert max(max(batch) - min(batch) for batch in lengths) <= 8
-    steps = [[n for batch in lengths[start : start + 4] for n in batch] for start in range(0, 32, 4)]
-    assert sum(max(step) - min(step) > 20 for step in steps) >= 6
-    assert epoch == list(batches), "the order follows from seed and epoch alone"
-    batches.set_epoch(1)
-    assert epoch != list(batches)
-    assert epoch != list(LengthGroupedBatches(replace(plan, seed=plan.seed + 1), rows))
+def cut(order, size):
+    numbers = list(order)
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
-@given(st.integers(1, 70), st.integers(1, 6), st.integers(1, 6), st.integers(0, 3))
-def test_an_epoch_by_length_draws_every_row_once(num_rows, micro, accumulation, epoch):
-    rows = [Tokenized([5] * (2 + i * 7 % 40), [5] * (2 + i * 7 % 40), "") for i in range(num_rows)]
-    batches = LengthGroupedBatches(planned(micro_batch=micro, batch_size=micro * accumulation), rows)
-    batches.set_epoch(epoch)
-    drawn = list(batches)
-    assert sorted(number for batch in drawn for number in batch) == list(range(num_rows))
-    assert len(drawn) == len(batches)
-    assert {len(batch) for batch in drawn[:-1]} <= {micro}, "the last alone may be smaller"
+def test_rows_grouped_by_length_are_alike_in_a_micro_batch_and_not_in_a_step():
+    sizes = np.array([*range(2, 66), *range(2, 66)], np.int32)
+    plan = planned(sampling=GROUPED, micro_batch=4, batch_size=16, num_steps=16)
+    order = TrainOrder(plan, sizes)
+    first_pass = cut(order, 4)[:32]
+    assert sorted(number for batch in first_pass for number in batch) == list(range(128))
+    lengths = [sizes[batch] for batch in first_pass]
+    assert max(batch.max() - batch.min() for batch in lengths) <= 8
+    assert sum(np.ptp(sizes[step]) > 20 for step in cut(order, 16)) >= 12
+    assert list(order) == list(order), "the order follows from the plan alone"
+    assert list(order)[128:] != list(order)[:128], "each pass is shuffled by itself"
+    assert list(order) != list(TrainOrder(replace(plan, seed=plan.seed + 1), sizes))
+    former = replace(plan, train=replace(plan.train, sampling="by length"))
+    assert list(order) == list(TrainOrder(former, sizes))
+
+
+@given(*[st.integers(1, most) for most in (70, 6, 6, 20, 36)], st.sampled_from([SHUFFLED, GROUPED]))
+def test_the_passes_over_all_rows_follow_one_another(num_rows, micro, accumulation, num_steps, missing, sampling):
+    sizes = np.array([2 + i * 7 % 40 for i in range(num_rows)], np.int32)
+    batch_size = micro * accumulation
+    num = num_steps * batch_size - missing % batch_size
+    plan = planned(micro_batch=micro, batch_size=batch_size, num_steps=num_steps, sampling=sampling, num_rows=num)
+    order = TrainOrder(plan, sizes)
+    drawn = list(order)
+    assert len(drawn) == len(order) == num
+    counts = np.bincount(drawn, minlength=num_rows)
+    assert counts.max() - counts.min() <= 1, "no row is drawn twice before all were drawn once"
+    longer = TrainOrder(replace(plan, train=replace(plan.train, num_steps=num_steps + 1)), sizes)
+    if sampling == SHUFFLED:
+        assert list(longer)[: len(drawn)] == drawn, "a longer run begins alike"
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("sampling", [SHUFFLED, GROUPED])
+def test_ranks_train_the_rows_of_one(num_ranks, sampling):
+    """accelerate deals micro-batches out in turn: with the accumulation divided, a step has the same rows."""
+    sizes = np.array([2 + i * 7 % 40 for i in range(50)], np.int32)  # no multiple of the batch
+    alone_plan = planned(micro_batch=2, batch_size=8, num_steps=13, sampling=sampling, num_rows=99)
+    alone = cut(TrainOrder(alone_plan, sizes), 8)
+    order = TrainOrder(replace(alone_plan, ranks=RanksPlan(num_ranks, "ddp")), sizes)
+    assert len(alone[-1]) == 3 and order.num_fillers == {2: 1, 4: 5}[num_ranks]
+    sampler = BatchSampler(order, 2, drop_last=False)
+    dealt = [list(BatchSamplerShard(sampler, num_ranks, rank, even_batches=True)) for rank in range(num_ranks)]
+    accumulation = 4 // num_ranks
+    for step, rows in enumerate(alone):
+        taken = [b for batches in dealt for b in batches[step * accumulation : (step + 1) * accumulation]]
+        assert sorted(n for batch in taken for n in batch if n != FILLER) == sorted(rows)
+    assert len({len(batches) for batches in dealt}) == 1, "each has as many"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_filler_is_a_row_with_nothing_in_the_loss(packing):
+    drawn = build_train_dataset(planned(packing=packing), ROWS, 0)
+    dataset = FilledDataset(drawn.dataset)
+    batch, without = drawn.collator([dataset[1], dataset[FILLER]]), drawn.collator([dataset[1]])
+    assert int(batch["labels"].ne(IGNORE_INDEX).sum()) == int(without["labels"].ne(IGNORE_INDEX).sum()) > 0
+    assert len(dataset) == len(drawn.dataset)
 
 
 def test_rows_on_disk_are_mapped_with_their_weights(tmp_path):

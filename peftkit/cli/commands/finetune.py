@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from peftkit.cli.command import OVERRIDES, RECIPE, Command, arg
+from peftkit.cli.command import OVERRIDES, RECIPE, Command, arg, positive_int
 from peftkit.errors import Problem, UserError
 from peftkit.secrets import redact
 
@@ -21,6 +21,7 @@ COMMAND = Command(
         RECIPE,
         OVERRIDES,
         arg("--out", metavar="DIR", help="run directory (default: runs/NAME)"),
+        arg("--gpus", type=positive_int, metavar="N", help="GPUs (on a CPU: processes) to share out each step over"),
         arg("--dry-run", action="store_true", help="print the decisions and where they came from; train nothing"),
         arg("--all", action="store_true", help="with --dry-run: also what is at its plain default"),
     ),
@@ -33,14 +34,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.all and not arguments.dry_run:
         raise UserError(Problem("command line", "--all without --dry-run", "both, or neither"))
-    recipe = api.load_recipe(arguments.recipe, arguments.overrides)
+    overrides = [*arguments.overrides, *([f"devices.count={arguments.gpus}"] if arguments.gpus else [])]
     if arguments.dry_run:
+        recipe = api.load_recipe(arguments.recipe, overrides)
         plan = api.make_plan(recipe)
         if plan.base.inferred and plan.base.trust_remote_code:
             print(redact(f"code that comes with {plan.base.id} ran, to inspect its layers"), file=sys.stderr)
         print_plan(plan, every=arguments.all)
         return 0
-    summary = api.finetune(recipe, out=arguments.out)
+    summary = api.finetune(arguments.recipe, overrides, out=arguments.out)
     print_summary(summary)
     return 0
 

@@ -24,6 +24,7 @@ COMMAND = Command(
         arg("--method", metavar="NAME", help="of a model alone (default: lora)"),
         arg("--length", metavar="N", type=positive_int, help="tokens per row of a model alone"),
         arg("--gpu", metavar="NAME|SIZE|this", default="this", help="rtx4090, h100-80gb, 24GiB, ..."),
+        arg("--gpus", type=positive_int, metavar="N", help="so many of them, that share out each step"),
         arg("--trace", action="store_true", help="trace the model on shapes: exact, takes seconds"),
         arg("--measure", action="store_true", help="measure three steps here, on random weights"),
         arg("--json", action="store_true"),
@@ -35,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what a recipe needs on a device. Returns 2 where it does not fit."""
     from peftkit import api
 
+    if arguments.gpus:
+        arguments.overrides = [*arguments.overrides, f"devices.count={arguments.gpus}"]
     recipe = _load_recipe(arguments)
     report = api.plan_recipe(recipe, gpu=arguments.gpu, trace=arguments.trace, measure=arguments.measure)
     if arguments.json:

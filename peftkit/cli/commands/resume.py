@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from peftkit.cli.command import OVERRIDES, Command, arg, recipe_path
+from peftkit.cli.command import OVERRIDES, Command, arg, positive_int, recipe_path
 
 COMMAND = Command(
     "resume",
@@ -20,6 +20,7 @@ COMMAND = Command(
         ),
         arg("--recipe", metavar="FILE", help="recipe of the run, needed if it held secrets"),
         OVERRIDES,
+        arg("--gpus", type=positive_int, metavar="N", help="GPUs (on a CPU: processes), where not as many as before"),
         arg("--take-over", action="store_true", help="take over a run locked by a machine that is gone"),
     ),
 )
@@ -36,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         overrides=arguments.overrides,
         allow_changed=arguments.allow_changed,
         take_over=arguments.take_over,
+        gpus=arguments.gpus,
     )
     print_summary(summary)
     return 0

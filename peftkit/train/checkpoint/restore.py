@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
+from peftkit import ranks
 from peftkit.errors import PeftkitError
 from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.rundir import read_json, write_json
@@ -52,9 +54,8 @@ class TrainBeginCallback(TrainerCallback):
 class CheckpointRestorer(TrainerCallback):
     """A callback that restores a checkpoint: tensors and schedule first, random states at the first step.
 
-    The random states come last because the Trainer draws random numbers while it skips to the step: at the
-    first step, or before the epoch's data loader is built where the checkpoint ended an epoch. `accelerator`
-    is the trainer's, once there is one: it holds the loss scale of fp16.
+    The random states come last because the Trainer draws random numbers while it skips to the step.
+    `accelerator` is the trainer's, once there is one: it holds the loss scale of fp16.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,8 +63,6 @@ class CheckpointRestorer(TrainerCallback):
         self.state: dict[str, Any] = read_json(folder / "state.json")
         self.random_pending = True
         self.accelerator: Any = None
-        epoch = read_json(folder / "trainer_state.json")["epoch"]
-        self.at_epoch_end = abs(epoch - round(epoch)) < 1e-9
 
     def on_train_begin(
         self,
@@ -92,6 +91,8 @@ class CheckpointRestorer(TrainerCallback):
         for key, value in self.state["optimizer"].items():
             name, field = key.rsplit("|", 1)
             optimizer.state[parameters[name]][field] = value
+        for group, counters in zip(optimizer.param_groups, self.state.get("groups", []), strict=False):
+            group.update(counters)
         budget = self.folder / "budget.safetensors"
         restore_allocator_state(model, load_tensors(self.folder, "budget") if budget.exists() else {})
         # the schedule goes on at the plan's own learning rates, which a recovery may have lowered
@@ -106,19 +107,23 @@ class CheckpointRestorer(TrainerCallback):
         if scaler is not None and self.state.get("loss_scale"):
             scaler.load_state_dict(self.state["loss_scale"])
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        if self.at_epoch_end:  # the next epoch's data loader draws from the random state
-            self._restore_random_states()
-
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self._restore_random_states()
-
-    def _restore_random_states(self) -> None:
         if self.random_pending:
             self.random_pending = False
-            restore_random_states(load_tensors(self.folder, "random"), self.state["random"])
+            place, values = ranks.current(), [self.state["random"], *self.state.get("random_of_ranks", [])]
+            tensors = load_tensors(self.folder, "random")
+            if place.rank and len(values) == place.num:
+                suffix = f"@{place.rank}"
+                tensors = {name.removesuffix(suffix): t for name, t in tensors.items() if name.endswith(suffix)}
+            if not place.rank or len(values) == place.num:
+                restore_random_states(tensors, values[place.rank])
+            else:  # another number of ranks: the lead goes on with its own, the rest begin anew
+                set_seed(rank_seed(args.seed, place.rank, step=state.global_step))
+
+
+def rank_seed(seed: int, rank: int, *, step: int = 0) -> int:
+    """Return the seed of a rank's own random numbers, such as its dropout; the plan's own for the lead at the start."""
+    return int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0]) if rank or step else seed
 
 
 def write_resume_folder(checkpoint: Path, folder: Path) -> Path:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
+from peftkit import ranks
 from peftkit.model.adapter.attach import trainable_tensors
 from peftkit.model.hardware import device_random_state, restore_device_random_state
 from peftkit.rundir import RunDir, publish_folder, verify_folder, write_json
@@ -51,6 +52,15 @@ def optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) ->
             else:
                 values[name] = value
     return tensors, values
+
+
+_GROUP_COUNTERS = ("k", "weight_sum", "lr_max")  # of schedule-free optimizers: steps and weights of the mean
+
+
+def group_counters(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """Return what an optimizer counts for each group of parameters; nothing for most."""
+    groups = unwrap_optimizer(optimizer).param_groups
+    return [{name: group[name] for name in _GROUP_COUNTERS if name in group} for group in groups]
 
 
 def random_states() -> RandomStates:
@@ -157,6 +167,13 @@ def take_snapshot(
     """
     tensors, values = optimizer_state(model, optimizer)
     random_tensors, random_values = random_states()
+    # of the other ranks, too: each goes on with its own
+    states = ranks.gathered([{name: tensor.tolist() for name, tensor in random_tensors.items()}, random_values])
+    for rank, (of_rank, _) in enumerate(states[1:], start=1):
+        random_tensors |= {
+            f"{name}@{rank}": torch.tensor(numbers, dtype=random_tensors[name].dtype)
+            for name, numbers in of_rank.items()
+        }
     parts = {"trained": trainable_tensors(model), "optimizer": tensors, "random": random_tensors}
     budget = allocator_state(model)
     if budget:
@@ -165,9 +182,16 @@ def take_snapshot(
     return TrainingSnapshot(
         step=int(state.global_step),
         tensors={stem: {name: tensor.detach() for name, tensor in part.items()} for stem, part in parts.items()},
-        state={"optimizer": values, "random": random_values, "schedule": schedule_values, **extra_state},
+        state={
+            "optimizer": values,
+            "groups": group_counters(optimizer),
+            "random": random_values,
+            "random_of_ranks": [of_rank for _, of_rank in states[1:]],
+            "schedule": schedule_values,
+            **extra_state,
+        },
         trainer_state=asdict(state),
-        facts={"epoch": state.epoch, **facts},
+        facts=facts,
     )
 
 

@@ -142,10 +142,12 @@ def trace_step(plan: Plan, config: object, batch: Batch, *, loss: TracedLoss | N
         ledger.allocate(num_bytes, "optimizer")
     for _ in range(static.num_counters):
         ledger.allocate(4, "workspaces")
+    if plan.ranks.num > 1:  # in which DDP adds up gradients
+        ledger.allocate(sum(p.numel() * p.element_size() for p in trainable), "buckets")
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        if plan.train.accumulation > 1:
+        if plan.train.accumulation > plan.ranks.num:
             parameter.grad = torch.empty_like(parameter)
             ledger.see(parameter.grad, "gradients")
         parameter.register_post_accumulate_grad_hook(arrived)

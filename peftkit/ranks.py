@@ -1,0 +1,215 @@
+"""The processes that train one run together: which leads, what it tells the others, what is added up over them.
+
+One process alone is the common case: every function then returns its argument, and no group is made. torch.distributed
+is imported nowhere else. Words go through the group's store as JSON and are polled, so that no collective waits while
+the lead reads data or looks for a cause; the numbers of a step go through one all-reduce.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from itertools import count
+from typing import Any
+
+from peftkit import interrupt
+from peftkit.errors import Interrupted, PeftkitError, Problem, UserError, first_line
+
+_STEP_TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that hangs longer ends the run
+_ANSWER_SECONDS = 120.0  # for a rank to answer the lead, where all have come to the same point
+_STOP_SECONDS = 20.0  # after a signal, for the lead to say what follows from it
+_POLL_SECONDS = 0.02
+_LEAVE_SECONDS = 10.0
+_FAILURE = "failure"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this process among those that train together."""
+
+    rank: int = 0
+    num: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_lead(self) -> bool:
+        """Return True for the one that plans, writes the run directory, and talks to the user."""
+        return self.rank == 0
+
+
+def launched() -> Ranks:
+    """Return the place that a launcher gave this process in torchrun's variables; alone without one."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return Ranks()
+    rank, num = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return Ranks(rank, num, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+class _Group:
+    """A joined group: its place, its store, and the number of words said so far."""
+
+    def __init__(self, place: Ranks, store: Any) -> None:
+        self.place, self.store, self.num_words, self.num_answers = place, store, 0, 0
+
+
+_group: _Group | None = None
+_join_numbers = count()  # a group of this process after another has names of its own
+
+
+def current() -> Ranks:
+    """Return the place of this process in the group that it joined; alone outside one."""
+    return _group.place if _group is not None else Ranks()
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the group of this process's launcher while the block runs; alone, do nothing.
+
+    An error of the lead, or of any other rank, is told to all. The group is ours, with a store per attempt: after a
+    restart torchrun's still has the addresses of the dead (pytorch#167288).
+    """
+    global _group  # noqa: PLW0603
+    place = launched()
+    if place.num == 1 or _group is not None:
+        yield current()
+        return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank)
+    hub = _open_hub(place)
+    store = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_join_numbers)}", hub)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.num, timeout=_STEP_TIMEOUT)
+    _group = _Group(place, PrefixStore("words", store))
+    try:
+        with interrupt.deferred():
+            yield place
+    except Exception as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # another rank is gone: what was told says more
+            _raise_failure(_group)
+            raise PeftkitError(f"rank {place.rank} lost the others ({first_line(error)})") from error
+        if not _group.store.check([_FAILURE]):
+            failure: dict[str, Any] = {"rank": place.rank, "kind": type(error).__name__, "text": str(error)}
+            if isinstance(error, UserError):
+                failure["problems"] = [[p.where, p.got, p.expected, p.fix] for p in error.problems]
+            if isinstance(error, Interrupted):
+                failure["exit_code"] = error.exit_code
+            _group.store.set(_FAILURE, json.dumps(failure))
+        raise
+    finally:
+        with suppress(dist.DistError):
+            _leave(_group)
+        dist.destroy_process_group()
+        _group = None
+
+
+@cache
+def _open_hub(place: Ranks) -> Any:
+    """Return the store of this process's launch: torchrun's, or one that rank 0 keeps as long as it lives."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    is_host = _hosts_store(place)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, place.num, is_master=is_host, timeout=_STEP_TIMEOUT, wait_for_workers=False)
+
+
+def _hosts_store(place: Ranks) -> bool:
+    return place.is_lead and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _leave(group: _Group) -> None:
+    """Say that this rank leaves. Whose store it is waits for those that still read from it."""
+    group.store.set(f"left-{group.place.rank}", "")
+    everyone, waited = [f"left-{rank}" for rank in range(group.place.num)], 0.0
+    while _hosts_store(group.place) and waited < _LEAVE_SECONDS and not group.store.check(everyone):
+        time.sleep(_POLL_SECONDS)
+        waited += _POLL_SECONDS
+
+
+def _raise_failure(group: _Group) -> None:
+    """Raise the error that another rank told of, if one did."""
+    if not group.store.check([_FAILURE]):
+        return
+    failure = json.loads(group.store.get(_FAILURE))
+    if "problems" in failure:
+        raise UserError([Problem(*fields) for fields in failure["problems"]])
+    if "exit_code" in failure:
+        raise Interrupted(failure["text"], exit_code=failure["exit_code"])
+    raise PeftkitError(f"rank {failure['rank']} failed ({failure['kind']}: {failure['text']})")
+
+
+def from_lead(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns on the lead, in JSON's values, on every rank; only the lead does it.
+
+    The others wait as long as it takes. Every rank has to come here in the same order. What fails on the lead is
+    raised by all.
+    """
+    if _group is None:
+        return work()
+    group = _group
+    key = f"word-{group.num_words}"
+    group.num_words += 1
+    if group.place.is_lead:
+        _raise_failure(group)
+        value = work()
+        group.store.set(key, json.dumps({"value": value, "stop": interrupt.noted_signal()}))
+    else:
+        signal_seconds = 0.0
+        while not group.store.check([key]):
+            _raise_failure(group)
+            if interrupt.noted_signal():
+                signal_seconds += _POLL_SECONDS
+                if signal_seconds > _STOP_SECONDS:  # of this rank's waiting: the lead is gone
+                    raise Interrupted("stopped while waiting for rank 0", exit_code=128 + interrupt.noted_signal())
+            time.sleep(_POLL_SECONDS)
+    word = json.loads(group.store.get(key))
+    if word["stop"]:
+        interrupt.request_stop(word["stop"])
+    return word["value"]
+
+
+def gathered(value: Any) -> list[Any]:
+    """Return the values of all ranks, in JSON's, on the lead; an empty list elsewhere. All have to come here.
+
+    Raises PeftkitError where a rank does not answer.
+    """
+    if _group is None:
+        return [value]
+    group = _group
+    group.num_answers += 1
+    keys = [f"answer-{group.num_answers}-{rank}" for rank in range(group.place.num)]
+    group.store.set(keys[group.place.rank], json.dumps(value))
+    if not group.place.is_lead:
+        return []
+    waited = 0.0
+    while missing := [rank for rank, key in enumerate(keys) if not group.store.check([key])]:
+        _raise_failure(group)
+        if waited > _ANSWER_SECONDS:
+            raise PeftkitError(f"rank {missing[0]} does not answer")
+        time.sleep(_POLL_SECONDS)
+        waited += _POLL_SECONDS
+    values = [json.loads(group.store.get(key)) for key in keys]
+    for key in keys:
+        group.store.delete_key(key)
+    return values
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """Return the sums of all ranks' values, in double precision; a collective. Alone, the values themselves."""
+    if _group is None:
+        return list(values)
+    import torch
+    import torch.distributed as dist
+
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
