@@ -8,19 +8,12 @@ what looking cost, as a share of the run's tokens. The thresholds were set on "p
 
 from __future__ import annotations
 
-import argparse
-import os
-import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import CELLS, Cell, recipe_of, train_all
-from suite import read_results
-from tiny_model import base_folder, data_folder
+from cells import CELLS, Cell, options, recipe_of, train_all
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality_acting.jsonl"
 STEPS, BATCH = 400, 8
@@ -35,47 +28,38 @@ FAULTS: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-def train(cell: Cell, fault: str, escalate: str, data: Path) -> dict[str, Any]:
+def train(folder: Path, cell: Cell, fault: str, escalate: str, data: Path) -> dict[str, Any]:
     """Train one cell with one fault. Returns its line of the results file."""
-    import torch
-
     from peftkit.api import finetune
     from peftkit.plan import read_plan
     from peftkit.rundir import RunDir
     from peftkit.rundir.events import VerdictEvent, of_type
 
-    torch.set_num_threads(1)
-    folder, started = Path(tempfile.mkdtemp(prefix="peftkit-acting-")), time.perf_counter()
-    try:
-        recipe = recipe_of(cell, folder, data, steps=STEPS, batch=BATCH, seed=0)
-        method, factor = FAULTS[fault]
-        recipe["method"] |= method
-        # beside a new head the law halves the rate
-        usual = RATES[method["rank"]] / (2 if cell.task == "classes" else 1)
-        recipe["train"] |= {"learning_rate": usual * factor, "eval_steps": STEPS // 4}
-        recipe["diagnose"] = {"escalate": escalate}
-        summary = finetune(recipe, out=folder / "run", observer=lambda event: None)
-        run = RunDir(folder / "run")
-        return {
-            "key": f"{cell.key}/{fault}/{escalate}",
-            "cell": cell.key,
-            "fault": fault,
-            "escalate": escalate,
-            "loss": summary.eval_loss_after,
-            "changes": [
-                f"{growth.step}: {growth.cause}" + ("" if growth.kept else ", taken back")
-                for growth in read_plan(run).growths
-            ],
-            "update_paces": [
-                verdict.numbers["update_pace"]
-                for verdict in of_type(run.events(), VerdictEvent)
-                if verdict.numbers.get("update_pace") is not None
-            ],
-            "overhead": round(sum(verdict.overhead for verdict in of_type(run.events(), VerdictEvent)), 4),
-            "seconds": round(time.perf_counter() - started, 1),
-        }
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    recipe = recipe_of(cell, folder, data, steps=STEPS, batch=BATCH, seed=0)
+    method, factor = FAULTS[fault]
+    recipe["method"] |= method
+    # beside a new head the law halves the rate
+    usual = RATES[method["rank"]] / (2 if cell.task == "classes" else 1)
+    recipe["train"] |= {"learning_rate": usual * factor, "eval_steps": STEPS // 4}
+    recipe["diagnose"] = {"escalate": escalate}
+    summary = finetune(recipe, out=folder / "run", observer=lambda event: None)
+    run = RunDir(folder / "run")
+    return {
+        "cell": cell.key,
+        "fault": fault,
+        "escalate": escalate,
+        "loss": summary.eval_loss_after,
+        "changes": [
+            f"{growth.step}: {growth.cause}" + ("" if growth.kept else ", taken back")
+            for growth in read_plan(run).growths
+        ],
+        "update_paces": [
+            verdict.numbers["update_pace"]
+            for verdict in of_type(run.events(), VerdictEvent)
+            if verdict.numbers.get("update_pace") is not None
+        ],
+        "overhead": round(sum(verdict.overhead for verdict in of_type(run.events(), VerdictEvent)), 4),
+    }
 
 
 def print_table(lines: Sequence[dict[str, Any]]) -> None:
@@ -95,27 +79,15 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
 
 def main() -> int:
     """Train what is missing and print the table."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="folder of the data sets")
-    parser.add_argument("--cells", default="plays intents,python classes,plays sums")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    asked = parser.parse_args()
-    data = data_folder(asked.data)
-    base_folder(data)
-    made = {line["key"] for line in read_results(asked.results)}
+    asked = options(__doc__, results=RESULTS, cells="plays intents,python classes,plays sums").parse_args()
     waiting = [
-        (cell, fault, escalate, data)
+        (f"{cell.key}/{fault}/{escalate}", (cell, fault, escalate))
         for cell in CELLS
         if cell.key in asked.cells.split(",")
         for fault in FAULTS
         for escalate in ("off", "auto")
-        if f"{cell.key}/{fault}/{escalate}" not in made
     ]
-    train_all(train, waiting, workers=asked.workers, results=asked.results)
-    print_table(read_results(asked.results))
+    print_table(train_all(train, waiting, asked))
     return 0
 
 

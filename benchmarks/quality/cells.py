@@ -11,12 +11,16 @@ Shakespeare and GSM8K's questions. What a base was pretrained on is no task of i
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
+import os
 import random
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +29,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks" / "diagnosis"))
 
-from tiny_model import base_folder  # noqa: E402
+from suite import read_results  # noqa: E402
+from tiny_model import base_folder, data_folder  # noqa: E402
 
 NUM_TRAIN, NUM_EVAL = 4000, 240
 EMBEDDED = {"minilm": "embedded:all-minilm-l6-v2", "smollm2": "embedded:smollm2-135m-instruct"}
@@ -112,17 +117,49 @@ def source_rows(*, window: int) -> list[Row]:
     return rows
 
 
+def options(description: str, *, results: Path, cells: str = "") -> argparse.ArgumentParser:
+    """Return the options that these benchmarks share."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--data", help="folder of the data sets")
+    parser.add_argument("--cells", default=cells, help="separated by commas")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=results)
+    return parser
+
+
 def train_all(
-    train: Callable[..., dict[str, Any]], waiting: Sequence[tuple[Any, ...]], *, workers: int, results: Path
-) -> None:
-    """Train each of `waiting` in one of several processes, and add its line to the results file."""
-    print(f"{len(waiting)} trainings to go", flush=True)
-    with ProcessPoolExecutor(workers) as pool:
-        for future in as_completed([pool.submit(train, *one) for one in waiting]):
+    train: Callable[..., dict[str, Any]], waiting: Iterable[tuple[str, tuple[Any, ...]]], asked: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Train what the results file lacks of `waiting`, (key, arguments of `train`), and return its lines.
+
+    `train` gets a folder, which is gone afterwards, its arguments and the folder of the data; it runs in one of several
+    processes.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    data = data_folder(asked.data)
+    base_folder(data)
+    made = {line["key"] for line in read_results(asked.results)}
+    missing = [(key, arguments) for key, arguments in waiting if key not in made]
+    print(f"{len(missing)} trainings to go", flush=True)
+    with ProcessPoolExecutor(asked.workers) as pool:
+        for future in as_completed([pool.submit(train_one, train, key, arguments, data) for key, arguments in missing]):
             line = future.result()
-            with results.open("a", encoding="utf-8") as file:
+            with asked.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"{line['key']}: {line['loss']:.4f} ({line['seconds']:.0f} s)", flush=True)
+    return read_results(asked.results)
+
+
+def train_one(train: Callable[..., dict[str, Any]], key: str, arguments: tuple[Any, ...], data: Path) -> dict[str, Any]:
+    """Train once, in one thread and in a folder of its own. Returns the line of the results file."""
+    import torch
+
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="peftkit-quality-", ignore_cleanup_errors=True) as folder:
+        line = train(Path(folder), *arguments, data)
+    return {"key": key, **line, "seconds": round(time.perf_counter() - started, 1)}
 
 
 def recipe_of(cell: Cell, folder: Path, data: Path, *, steps: int, batch: int, seed: int) -> dict[str, Any]:

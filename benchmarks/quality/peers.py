@@ -10,21 +10,14 @@ command-line parameters.
 
 from __future__ import annotations
 
-import argparse
-import os
-import shutil
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import CELLS, Cell, recipe_of, train_all
-from suite import read_results
+from cells import CELLS, Cell, options, recipe_of, train_all
 from sweep import BATCH
-from tiny_model import base_folder, data_folder
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality_peers.jsonl"
 SMOLLM2 = Cell("smollm2", "intents")
@@ -54,35 +47,26 @@ PEERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def train(cell: Cell, name: str, seed: int, data: Path) -> dict[str, Any]:
+def train(folder: Path, cell: Cell, name: str, seed: int, data: Path) -> dict[str, Any]:
     """Train one cell by one tool's defaults. Returns its line of the results file."""
-    import torch
-
     from peftkit.api import finetune
 
-    torch.set_num_threads(1)
-    folder, started = Path(tempfile.mkdtemp(prefix="peftkit-peers-")), time.perf_counter()
-    try:
-        steps = STEPS.get(cell.base, 600)
-        recipe = recipe_of(cell, folder, data, steps=steps, batch=BATCH, seed=seed)
-        method, settings = PEERS[name]
-        recipe["method"] |= method
-        recipe["train"] |= settings
-        if cell.task == "intents":
-            recipe["evaluate"] = {"metric": "exact_match", "max_new_tokens": 16, "max_examples": 240}
-        summary = finetune(recipe, out=folder / "run", observer=lambda event: None)
-        return {
-            "key": f"{cell.key}/{name}/{seed}",
-            "cell": cell.key,
-            "name": name,
-            "seed": seed,
-            "steps": steps,
-            "loss": summary.eval_loss_after,
-            "metric": summary.metric_after,
-            "seconds": round(time.perf_counter() - started, 1),
-        }
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    steps = STEPS.get(cell.base, 600)
+    recipe = recipe_of(cell, folder, data, steps=steps, batch=BATCH, seed=seed)
+    method, settings = PEERS[name]
+    recipe["method"] |= method
+    recipe["train"] |= settings
+    if cell.task == "intents":
+        recipe["evaluate"] = {"metric": "exact_match", "max_new_tokens": 16, "max_examples": 240}
+    summary = finetune(recipe, out=folder / "run", observer=lambda event: None)
+    return {
+        "cell": cell.key,
+        "name": name,
+        "seed": seed,
+        "steps": steps,
+        "loss": summary.eval_loss_after,
+        "metric": summary.metric_after,
+    }
 
 
 def print_table(lines: Sequence[dict[str, Any]]) -> None:
@@ -103,28 +87,18 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
 
 def main() -> int:
     """Train what is missing and print the table."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="folder of the data sets")
+    cells = "smollm2 intents,python intents,python sums,python plays"
+    parser = options(__doc__, results=RESULTS, cells=cells)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--cells", default="smollm2 intents,python intents,python sums,python plays")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    data = data_folder(asked.data)
-    base_folder(data)
-    made = {line["key"] for line in read_results(asked.results)}
     waiting = [
-        (cell, name, int(seed))
+        (f"{cell.key}/{name}/{seed}", (cell, name, int(seed)))
         for seed in asked.seeds.split(",")
         for cell in (SMOLLM2, *CELLS)
         if cell.key in asked.cells.split(",")
         for name in PEERS
-        if f"{cell.key}/{name}/{seed}" not in made
     ]
-    train_all(train, [(*one, data) for one in waiting], workers=asked.workers, results=asked.results)
-    print_table(read_results(asked.results))
+    print_table(train_all(train, waiting, asked))
     return 0
 
 

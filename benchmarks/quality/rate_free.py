@@ -10,20 +10,13 @@ schedule, 5 % warm-up. Held-out loss, 240 rows.
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
-import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cells import CELLS, Cell, recipe_of, train_all
-from suite import read_results
-from tiny_model import base_folder, data_folder
+from cells import CELLS, Cell, options, recipe_of, train_all
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality_rate_free.jsonl"
 STEPS, BATCH = 600, 8
@@ -65,7 +58,7 @@ WAYS: dict[str, Callable[[Any], Any] | None] = {
 }
 
 
-def train(cell: Cell, way: str, seed: int, data: Path) -> dict[str, Any]:
+def train(folder: Path, cell: Cell, way: str, seed: int, data: Path) -> dict[str, Any]:
     """Train one cell one way. Returns its line of the results file."""
     import numpy as np
     import torch
@@ -82,92 +75,73 @@ def train(cell: Cell, way: str, seed: int, data: Path) -> dict[str, Any]:
     from peftkit.train.trainer import training_loss
     from peftkit.train.training import compute_row_losses
 
-    torch.set_num_threads(1)
-    folder, started = Path(tempfile.mkdtemp(prefix="peftkit-rate-free-")), time.perf_counter()
-    try:
-        recipe = recipe_of(cell, folder, data, steps=STEPS, batch=BATCH, seed=seed)
-        recipe["method"] |= {"rank": 64, "targets": "all-linear"}
-        loaded = load(recipe)
-        facts, examples = light_facts(loaded)
-        base = require_runnable(loaded, make_plan(loaded, facts), facts)
-        with new_run(folder / "run") as run:
-            write_recipe(loaded, run)
-            context = prepare_run(loaded, facts, examples, base, run, lambda event: None)
-            write_plan_files(context)
-            plan, pad_id = context.plan, int(context.tokenizer.pad_token_id)
-            segment = stations.Segment(context)
-            model = stations.attach_adapter(segment, stations.load_base(segment))
-            parameters = list(trainable_tensors(model).values())
-            build = WAYS[way]
-            optimizer = build(parameters) if build else torch.optim.AdamW(parameters, lr=plan.train.learning_rate)
-            peak, warmup = optimizer.param_groups[0]["lr"], STEPS // 20
-            follows_schedule = not hasattr(optimizer, "train")
-            groups = row_groups(plan, context.prepared.train)
-            rng = np.random.default_rng(seed)
-            order = np.concatenate([rng.permutation(len(groups)) for _ in range(STEPS * BATCH // len(groups) + 1)])
-            model.train()
-            if not follows_schedule:
-                optimizer.train()
-            for step in range(STEPS):
-                if follows_schedule:
-                    rise = (step + 1) / warmup if build is None else 1.0
-                    fall = 0.5 * (1 + math.cos(math.pi * step / STEPS))
-                    for group in optimizer.param_groups:
-                        group["lr"] = peak * min(rise, fall)
-                batch = [
-                    [context.prepared.train[i] for i in groups[g]] for g in order[step * BATCH : (step + 1) * BATCH]
-                ]
-                backward(
-                    model,
-                    collate_groups(plan, batch, pad_id),
-                    training_loss(plan, fused=False),
-                    task=plan.base.task,
-                    precision=plan.train.autocast,
-                )
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-            if not follows_schedule:
-                optimizer.eval()
-            losses = compute_row_losses(model, context.prepared.eval, plan, pad_id=pad_id, prepared=False)
-        return {
-            "key": f"{cell.key}/{way}/{seed}",
-            "cell": cell.key,
-            "way": way,
-            "seed": seed,
-            "loss": losses.mean,
-            "d": float(optimizer.param_groups[0].get("d", 0.0)),
-            "seconds": round(time.perf_counter() - started, 1),
-        }
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    recipe = recipe_of(cell, folder, data, steps=STEPS, batch=BATCH, seed=seed)
+    recipe["method"] |= {"rank": 64, "targets": "all-linear"}
+    loaded = load(recipe)
+    facts, examples = light_facts(loaded)
+    base = require_runnable(loaded, make_plan(loaded, facts), facts)
+    with new_run(folder / "run") as run:
+        write_recipe(loaded, run)
+        context = prepare_run(loaded, facts, examples, base, run, lambda event: None)
+        write_plan_files(context)
+        plan, pad_id = context.plan, int(context.tokenizer.pad_token_id)
+        segment = stations.Segment(context)
+        model = stations.attach_adapter(segment, stations.load_base(segment))
+        parameters = list(trainable_tensors(model).values())
+        build = WAYS[way]
+        optimizer = build(parameters) if build else torch.optim.AdamW(parameters, lr=plan.train.learning_rate)
+        peak, warmup = optimizer.param_groups[0]["lr"], STEPS // 20
+        follows_schedule = not hasattr(optimizer, "train")
+        groups = row_groups(plan, context.prepared.train)
+        rng = np.random.default_rng(seed)
+        order = np.concatenate([rng.permutation(len(groups)) for _ in range(STEPS * BATCH // len(groups) + 1)])
+        model.train()
+        if not follows_schedule:
+            optimizer.train()
+        for step in range(STEPS):
+            if follows_schedule:
+                rise = (step + 1) / warmup if build is None else 1.0
+                fall = 0.5 * (1 + math.cos(math.pi * step / STEPS))
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * min(rise, fall)
+            batch = [[context.prepared.train[i] for i in groups[g]] for g in order[step * BATCH : (step + 1) * BATCH]]
+            backward(
+                model,
+                collate_groups(plan, batch, pad_id),
+                training_loss(plan, fused=False),
+                task=plan.base.task,
+                precision=plan.train.autocast,
+            )
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not follows_schedule:
+            optimizer.eval()
+        losses = compute_row_losses(model, context.prepared.eval, plan, pad_id=pad_id, prepared=False)
+    return {
+        "cell": cell.key,
+        "way": way,
+        "seed": seed,
+        "loss": losses.mean,
+        "d": float(optimizer.param_groups[0].get("d", 0.0)),
+    }
 
 
 def main() -> int:
     """Train what is missing and print the table."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="folder of the data sets")
-    parser.add_argument("--cells", default="python intents,plays intents,plays sums")
+    parser = options(__doc__, results=RESULTS, cells="python intents,plays intents,plays sums")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--ways", default="", help="ways that begin so, separated by commas; all if empty")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    data = data_folder(asked.data)
-    base_folder(data)
-    made = {line["key"] for line in read_results(asked.results)}
     waiting = [
-        (cell, way, int(seed), data)
+        (f"{cell.key}/{way}/{seed}", (cell, way, int(seed)))
         for seed in asked.seeds.split(",")
         for cell in CELLS
         if cell.key in asked.cells.split(",")
         for way in WAYS
-        if way.startswith(tuple(asked.ways.split(","))) and f"{cell.key}/{way}/{seed}" not in made
+        if way.startswith(tuple(asked.ways.split(",")))
     ]
-    train_all(train, waiting, workers=asked.workers, results=asked.results)
-    for line in sorted(read_results(asked.results), key=lambda line: (line["cell"], line["loss"])):
+    for line in sorted(train_all(train, waiting, asked), key=lambda line: (line["cell"], line["loss"])):
         print(f"{line['cell']:16} {line['way']:24} seed {line['seed']}  loss {line['loss']:.4f}")
     return 0
 

@@ -10,21 +10,14 @@ kinds of LoRA give out of the box.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import shutil
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import CELLS, Cell, recipe_of, train_all
-from suite import read_results
-from tiny_model import base_folder, data_folder
+from cells import CELLS, Cell, options, recipe_of, train_all
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality_sweep.jsonl"
 BATCH = 8
@@ -44,46 +37,37 @@ RATES = {
 }
 
 
-def train(cell: Cell, way: str, seed: int, steps: int, data: Path) -> dict[str, Any]:
-    """Train one way in a folder that is gone afterwards. Returns its line of the results file."""
-    import torch
-
+def train(folder: Path, cell: Cell, way: str, seed: int, steps: int, data: Path) -> dict[str, Any]:
+    """Train one way. Returns its line of the results file."""
     from peftkit.api import finetune
 
-    torch.set_num_threads(1)
-    folder, started = Path(tempfile.mkdtemp(prefix="peftkit-quality-")), time.perf_counter()
-    try:
-        recipe = recipe_of(cell, folder, data, steps=steps, batch=BATCH, seed=seed)
-        if way in ARMS:
-            recipe["method"] |= ARMS[way]
-        elif way.startswith("full"):
-            recipe["method"] = {"name": "full"}
-            recipe["train"]["learning_rate"] = "auto" if way == "full" else float(way.removeprefix("full at "))
-        else:
-            rank, rate = way.removeprefix("r").split(" at ")
-            recipe["method"] |= {"rank": int(rank), "targets": "all-linear"}
-            recipe["train"]["learning_rate"] = float(rate)
-        summary = finetune(recipe, out=folder / "run", observer=lambda event: None)
-        events = [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()]
-        plan = json.loads((folder / "run" / "plan.json").read_text())
-        found = [event for event in events if event["event"] == "rate_found"]
-        return {
-            "key": key_of(cell, way, seed, steps),
-            "cell": cell.key,
-            "way": way,
-            "seed": seed,
-            "steps": steps,
-            "loss": summary.eval_loss_after,
-            "loss_before": summary.eval_loss_before,
-            "learning_rate": plan["train"]["learning_rate"],
-            "rank": (plan["method"]["peft"] or {}).get("arguments", {}).get("r"),
-            "usual": found[0]["usual"] if found else plan["train"]["learning_rate"],
-            "overhead": sum(event["overhead"] for event in events if event["event"] in {"rate_found", "verdict"}),
-            "said": found[0]["text"] if found else "",
-            "seconds": round(time.perf_counter() - started, 1),
-        }
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    recipe = recipe_of(cell, folder, data, steps=steps, batch=BATCH, seed=seed)
+    if way in ARMS:
+        recipe["method"] |= ARMS[way]
+    elif way.startswith("full"):
+        recipe["method"] = {"name": "full"}
+        recipe["train"]["learning_rate"] = "auto" if way == "full" else float(way.removeprefix("full at "))
+    else:
+        rank, rate = way.removeprefix("r").split(" at ")
+        recipe["method"] |= {"rank": int(rank), "targets": "all-linear"}
+        recipe["train"]["learning_rate"] = float(rate)
+    summary = finetune(recipe, out=folder / "run", observer=lambda event: None)
+    events = [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()]
+    plan = json.loads((folder / "run" / "plan.json").read_text())
+    found = [event for event in events if event["event"] == "rate_found"]
+    return {
+        "cell": cell.key,
+        "way": way,
+        "seed": seed,
+        "steps": steps,
+        "loss": summary.eval_loss_after,
+        "loss_before": summary.eval_loss_before,
+        "learning_rate": plan["train"]["learning_rate"],
+        "rank": (plan["method"]["peft"] or {}).get("arguments", {}).get("r"),
+        "usual": found[0]["usual"] if found else plan["train"]["learning_rate"],
+        "overhead": sum(event["overhead"] for event in events if event["event"] in {"rate_found", "verdict"}),
+        "said": found[0]["text"] if found else "",
+    }
 
 
 def key_of(cell: Cell, way: str, seed: int, steps: int) -> str:
@@ -120,24 +104,15 @@ def print_table(lines: Sequence[dict[str, Any]], steps: int) -> None:
 
 def main() -> int:
     """Train what is missing and print the table."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="folder of the data sets")
+    parser = options(__doc__, results=RESULTS)
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--cells", default="")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="ways that begin so")
     parser.add_argument("--arms", action="store_const", const=len(ARMS), default=1, help="other kinds of LoRA, too")
     parser.add_argument("--full", action="store_true", help="full fine-tuning, too: by its law, and swept")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    data = data_folder(asked.data)
-    base_folder(data)
-    made = {line["key"] for line in read_results(asked.results)}
     waiting = [
-        (cell, way, asked.seed, asked.steps)
+        (key_of(cell, way, asked.seed, asked.steps), (cell, way, asked.seed, asked.steps))
         for rank in (0, *RANKS)  # `auto` of all cells first
         for cell in CELLS
         if cell.key in asked.cells.split(",") or not asked.cells
@@ -146,10 +121,9 @@ def main() -> int:
             if rank
             else [*list(ARMS)[: asked.arms], *(["full", *(f"full at {r:g}" for r in FULL_RATES)] if asked.full else [])]
         )
-        if way.startswith(asked.only) and key_of(cell, way, asked.seed, asked.steps) not in made
+        if way.startswith(asked.only)
     ]
-    train_all(train, [(*one, data) for one in waiting], workers=asked.workers, results=asked.results)
-    print_table(read_results(asked.results), asked.steps)
+    print_table(train_all(train, waiting, asked), asked.steps)
     return 0
 
 
