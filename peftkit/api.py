@@ -170,8 +170,10 @@ def finetune(
 
         run.dry_run(loaded)  # a mistake costs a second, and no process
         folder = folder or run.default_out(loaded)
-        texts = override_texts(overrides)
-        return launch_recipe(source, texts, loaded, num=num_ranks, out=folder, observer=observer)
+        texts = override_texts(overrides)  # but for these a recipe goes by a file: a command line is seen by all
+        is_plain = isinstance(source, str | Path) and all(text.startswith("devices.") for text in texts)
+        given = [str(source), *texts] if is_plain else []
+        return launch_recipe(loaded, given, num=num_ranks, out=folder, observer=observer)
     with _shown(observer) as observe:
         return run.finetune(loaded, out=folder, observer=observe)
 
@@ -229,9 +231,12 @@ def reproduce_run(
     folder = Path(out) if out else None
     texts = override_texts(overrides)
     with _shown(observer) as observe:
+        from peftkit.launch.local import launch_recipe
         from peftkit.run.reproduce import reproduce
 
-        return reproduce(Path(path), out=folder, recipe=recipe_path, overrides=texts, observer=observe)
+        return reproduce(
+            Path(path), out=folder, recipe=recipe_path, overrides=texts, observer=observe, train_on_ranks=launch_recipe
+        )
 
 
 def diagnose_run(

@@ -27,6 +27,7 @@ class PeftkitError(Exception):
     """Base class of all errors that peftkit raises on purpose; `exit_code` is the CLI's exit status."""
 
     exit_code = 1
+    is_heard = False  # of another process that trains along, which tells the user itself
 
 
 class UserError(PeftkitError):

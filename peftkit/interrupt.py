@@ -53,6 +53,8 @@ def deferred() -> Iterator[None]:
     try:
         yield
     finally:
+        if _signals.noted is not None:  # after the last time that all could have agreed on it
+            request_stop(_signals.noted)
         _signals.is_deferred, _signals.noted = False, None
 
 
@@ -69,12 +71,12 @@ def request_stop(signum: int) -> None:
 
 def _on_signal(signum: int, frame: FrameType | None) -> None:
     now = time.monotonic()
-    if _signals.requested is None and _signals.noted is None:
+    if not _signals.at_seconds:  # the first that this process got, though another may have been asked to stop before
         _signals.at_seconds = now
         if _signals.is_deferred:
             _signals.noted = signum
         else:
-            _signals.requested = signum
+            request_stop(signum)
     elif now - _signals.at_seconds > _REPEAT_SECONDS:  # a launcher may pass on what the terminal sent already
         os._exit(128 + signum)
 
@@ -95,4 +97,4 @@ def catch_signals() -> Iterator[None]:
     finally:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-        _signals.requested = None
+        _signals.requested, _signals.at_seconds = None, 0.0

@@ -21,9 +21,8 @@ from typing import Any
 from peftkit import interrupt
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError, first_line
 
-_STEP_TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that hangs longer ends the run
-_ANSWER_SECONDS = 120.0  # for a rank to answer the lead, where all have come to the same point
-_STOP_SECONDS = 20.0  # after a signal, for the lead to say what follows from it
+_TIMEOUT = timedelta(minutes=30)  # of a collective: a rank that hangs longer ends the run; so may a checkpoint's disk
+_STOP_SECONDS = 20.0  # after a signal, for another rank to say what follows from it
 _POLL_SECONDS = 0.02
 _LEAVE_SECONDS = 10.0
 _FAILURE = "failure"
@@ -52,7 +51,7 @@ def launched() -> Ranks:
 
 
 class _Group:
-    """A joined group: its place, its store, and the number of words said so far."""
+    """A joined group: its place, its store, and the number of words and answers so far."""
 
     def __init__(self, place: Ranks, store: Any) -> None:
         self.place, self.store, self.num_words, self.num_answers = place, store, 0, 0
@@ -88,14 +87,15 @@ def joined() -> Iterator[Ranks]:
     hub = _open_hub(place)
     store = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_join_numbers)}", hub)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.num, timeout=_STEP_TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.num, timeout=_TIMEOUT)
     _group = _Group(place, PrefixStore("words", store))
     try:
-        with interrupt.deferred():
-            yield place
+        yield place
     except Exception as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # another rank is gone: what was told says more
-            _raise_failure(_group)
+        is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if is_lost and not isinstance(error, PeftkitError):  # another rank is gone: what was told says more
+            with suppress(dist.DistError):
+                _raise_failure(_group)
             raise PeftkitError(f"rank {place.rank} lost the others ({first_line(error)})") from error
         if not _group.store.check([_FAILURE]):
             failure: dict[str, Any] = {"rank": place.rank, "kind": type(error).__name__, "text": str(error)}
@@ -119,7 +119,7 @@ def _open_hub(place: Ranks) -> Any:
 
     is_host = _hosts_store(place)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, place.num, is_master=is_host, timeout=_STEP_TIMEOUT, wait_for_workers=False)
+    return TCPStore(address, port, place.num, is_master=is_host, timeout=_TIMEOUT, wait_for_workers=False)
 
 
 def _hosts_store(place: Ranks) -> bool:
@@ -140,11 +140,15 @@ def _raise_failure(group: _Group) -> None:
     if not group.store.check([_FAILURE]):
         return
     failure = json.loads(group.store.get(_FAILURE))
+    error: PeftkitError
     if "problems" in failure:
-        raise UserError([Problem(*fields) for fields in failure["problems"]])
-    if "exit_code" in failure:
-        raise Interrupted(failure["text"], exit_code=failure["exit_code"])
-    raise PeftkitError(f"rank {failure['rank']} failed ({failure['kind']}: {failure['text']})")
+        error = UserError([Problem(*fields) for fields in failure["problems"]])
+    elif "exit_code" in failure:
+        error = Interrupted(failure["text"], exit_code=failure["exit_code"])
+    else:
+        error = PeftkitError(f"rank {failure['rank']} failed ({failure['kind']}: {failure['text']})")
+    error.is_heard = True
+    raise error
 
 
 def from_lead(work: Callable[[], Any]) -> Any:
@@ -155,52 +159,41 @@ def from_lead(work: Callable[[], Any]) -> Any:
     """
     if _group is None:
         return work()
-    group = _group
-    key = f"word-{group.num_words}"
-    group.num_words += 1
-    if group.place.is_lead:
-        _raise_failure(group)
-        value = work()
-        group.store.set(key, json.dumps({"value": value, "stop": interrupt.noted_signal()}))
-    else:
-        signal_seconds = 0.0
-        while not group.store.check([key]):
-            _raise_failure(group)
-            if interrupt.noted_signal():
-                signal_seconds += _POLL_SECONDS
-                if signal_seconds > _STOP_SECONDS:  # of this rank's waiting: the lead is gone
-                    raise Interrupted("stopped while waiting for rank 0", exit_code=128 + interrupt.noted_signal())
-            time.sleep(_POLL_SECONDS)
-    word = json.loads(group.store.get(key))
-    if word["stop"]:
-        interrupt.request_stop(word["stop"])
-    return word["value"]
+    key = f"word-{_group.num_words}"
+    _group.num_words += 1
+    if _group.place.is_lead:
+        _raise_failure(_group)
+        _group.store.set(key, json.dumps(work()))
+    _wait_for(_group, [key])
+    return json.loads(_group.store.get(key))
 
 
 def gathered(value: Any) -> list[Any]:
-    """Return the values of all ranks, in JSON's, on the lead; an empty list elsewhere. All have to come here.
-
-    Raises PeftkitError where a rank does not answer.
-    """
+    """Return the values of all ranks, in JSON's, on the lead; an empty list elsewhere. All have to come here."""
     if _group is None:
         return [value]
-    group = _group
-    group.num_answers += 1
-    keys = [f"answer-{group.num_answers}-{rank}" for rank in range(group.place.num)]
-    group.store.set(keys[group.place.rank], json.dumps(value))
-    if not group.place.is_lead:
+    _group.num_answers += 1
+    keys = [f"answer-{_group.num_answers}-{rank}" for rank in range(_group.place.num)]
+    _group.store.set(keys[_group.place.rank], json.dumps(value))
+    if not _group.place.is_lead:
         return []
-    waited = 0.0
-    while missing := [rank for rank, key in enumerate(keys) if not group.store.check([key])]:
-        _raise_failure(group)
-        if waited > _ANSWER_SECONDS:
-            raise PeftkitError(f"rank {missing[0]} does not answer")
-        time.sleep(_POLL_SECONDS)
-        waited += _POLL_SECONDS
-    values = [json.loads(group.store.get(key)) for key in keys]
+    _wait_for(_group, keys)
+    values = [json.loads(_group.store.get(key)) for key in keys]
     for key in keys:
-        group.store.delete_key(key)
+        _group.store.delete_key(key)
     return values
+
+
+def _wait_for(group: _Group, keys: Sequence[str]) -> None:
+    """Wait until other ranks have set all keys. Raises what one of them told of, and Interrupted on a signal."""
+    stop_seconds = 0.0
+    while not group.store.check(list(keys)):
+        _raise_failure(group)
+        if interrupt.stop_requested():
+            stop_seconds += _POLL_SECONDS
+        if stop_seconds > _STOP_SECONDS:
+            interrupt.stop_if_requested("stopped while waiting for another rank")
+        time.sleep(_POLL_SECONDS)
 
 
 def total(values: Sequence[float]) -> list[float]:

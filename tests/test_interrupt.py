@@ -35,6 +35,22 @@ def test_second_signal_exits_at_once():
     assert "alive" not in done.stdout
 
 
+def test_a_stop_that_others_asked_for_does_not_make_the_first_signal_the_second():
+    with interrupt.catch_signals():
+        interrupt.request_stop(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.stop_requested()
+
+
+def test_signals_are_only_noted_where_all_have_to_agree():
+    with interrupt.catch_signals():
+        with interrupt.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupt.noted_signal() == signal.SIGINT and not interrupt.stop_requested()
+        assert interrupt.stop_requested(), "nobody could agree any more"
+        assert not interrupt.noted_signal()
+
+
 def test_other_threads_keep_their_handlers():
     failures = []
 

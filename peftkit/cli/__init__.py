@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(module.run(arguments))
     except UserError as error:
-        if is_lead:
+        if is_lead or not error.is_heard:
             print_problems(error)
         return error.exit_code
     except ModuleNotFoundError as error:
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return UserError.exit_code
     except PeftkitError as error:
-        if str(error):  # what ranks said is not said again
+        if str(error) and (is_lead or not error.is_heard):  # what ranks said is not said again
             print(f"peftkit: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -94,7 +94,7 @@ def take_back_growth(run: RunDir, plan: Plan, *, step: int = 0) -> Plan:
         replace(growth_entry, kept=False, undone_step=step) if i == number else growth_entry
         for i, growth_entry in enumerate(plan.growths, start=1)
     ]
-    restored = replace(before, growths=tuple(growths))
+    restored = replace(before, growths=tuple(growths), ranks=plan.ranks)
     write_sealed(run.path / "plan.json", restored.to_json())
     apply_growths(run, restored)
     return restored

@@ -8,23 +8,26 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from peftkit.errors import Interrupted, PeftkitError, UserError
-from peftkit.recipe import LoadedRecipe
+from peftkit.recipe import LoadedRecipe, load
 from peftkit.recipe.document import dump_text
 from peftkit.report import Summary, read_summary
 from peftkit.rundir import RunDir, write_text
 from peftkit.rundir.events import Observer
+from peftkit.secrets import redact
 
 _SHUTDOWN_SECONDS = 300  # for a step and its checkpoint, after a signal
 _EVENTS_SECONDS = 0.2  # between looks at the events
 _TOLD_CODES = {UserError.exit_code, 130, 143}  # of problems and stops, which rank 0 tells of
+_LAUNCHER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _LOG_LINES = 15  # of a rank that failed, to show
 
 
@@ -36,28 +39,36 @@ class RanksFailed(PeftkitError):
         super().__init__(message)
 
 
+def _blame(exit_code: int) -> int:
+    """Return how likely a rank with this exit code is not the first that failed: the lowest is named."""
+    if exit_code < 0 and exit_code != -signal.SIGTERM:
+        return 0
+    return {UserError.exit_code: 1, 1: 2}.get(exit_code, 3)
+
+
 def launch_recipe(
-    source: object, overrides: Sequence[str], loaded: LoadedRecipe, *, num: int, out: Path, observer: Observer | None
+    loaded: LoadedRecipe, given: Sequence[str] = (), *, num: int, out: Path, observer: Observer | None
 ) -> Summary:
-    """Train a recipe in `num` processes into a fresh run directory. Returns the run's summary."""
+    """Train a recipe in `num` processes into a fresh run directory. Returns the run's summary.
+
+    `given` are its file and overrides as they were typed, where it has one.
+    """
     with tempfile.TemporaryDirectory(prefix="peftkit-recipe-") as folder:
-        given = [str(source), *overrides]
-        if not isinstance(source, str | Path):
-            file = Path(folder) / loaded.name
-            file = file.with_suffix(".yaml")
+        if not given:
+            file = Path(folder) / "recipe.yaml"
             write_text(file, dump_text(loaded.recipe.model_dump(mode="json", exclude_unset=True)))
             given = [str(file)]
         with reported(out, observer):
-            launch_ranks(
-                ["finetune", *given, "--out", str(out)], num=num, run=out, restarts=loaded.recipe.devices.restarts
-            )
+            restarts = loaded.recipe.devices.restarts
+            launch_ranks(["finetune", *given, "--out", str(out)], num=num, run=out, restarts=restarts)
     return read_summary(RunDir.open(out))
 
 
 def launch_resume(path: Path, given: Sequence[str], *, num: int, observer: Observer | None) -> Summary:
     """Resume a run in `num` processes. Returns its summary."""
+    restarts = load(path / "resolved.yaml").recipe.devices.restarts
     with reported(path, observer):
-        launch_ranks(["resume", str(path), *given], num=num, run=path)
+        launch_ranks(["resume", str(path), *given], num=num, run=path, restarts=restarts)
     return read_summary(RunDir.open(path))
 
 
@@ -101,7 +112,7 @@ def launch_ranks(arguments: Sequence[str], *, num: int, run: Path, restarts: int
         if restarts == 0 or failure.exit_code in _TOLD_CODES or not (run / "plan.json").exists():
             raise failure
         restarts -= 1
-        print(f"peftkit: {failure}: resuming, {restarts} restarts left", file=sys.stderr)
+        print(redact(f"peftkit: {failure}: resuming, {restarts} restarts left"), file=sys.stderr)
         arguments = ("resume", str(run))
 
 
@@ -125,6 +136,7 @@ def _launch_once(arguments: Sequence[str], *, num: int, run: Path) -> RanksFaile
         logs_specs=DefaultLogsSpecs(log_dir=logs, redirects={0: Std.OUT, **dict.fromkeys(range(1, num), Std.ALL)}),
         shutdown_timeout=_SHUTDOWN_SECONDS,
     )
+    handlers = {number: signal.getsignal(number) for number in _LAUNCHER_SIGNALS}  # torchrun leaves its own
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num)))
     resume_hint = f"continue with: peftkit resume {run}"
@@ -133,16 +145,19 @@ def _launch_once(arguments: Sequence[str], *, num: int, run: Path) -> RanksFaile
     except SignalException as error:
         raise Interrupted("", exit_code=128 + error.sigval) from None  # rank 0 said how to go on
     except ChildFailedError as error:
-        rank, first = error.get_first_failure()
-        codes = {failure.exitcode for failure in error.failures.values()}
-        if told := codes & _TOLD_CODES:
-            return RanksFailed("", max(told))
+        # torchrun ends the others by SIGTERM, which they answer as a stop: a rank that another signal ended was first
+        rank, first = min(error.failures.items(), key=lambda item: (_blame(item[1].exitcode), item[1].timestamp))
+        written = [file.read_text("utf-8", "replace") for file in Path(logs).glob(f"**/{rank}/stderr.log")]
+        lines = [f"  rank {rank}: {line}" for text in written for line in text.splitlines()[-_LOG_LINES:]]
+        if first.exitcode in _TOLD_CODES:  # by rank 0, unless another was alone with it
+            return RanksFailed("\n".join(lines), first.exitcode)
         how = f"was ended by {first.signal_name()}" if first.exitcode < 0 else f"ended with exit code {first.exitcode}"
         message = f"rank {rank} of {num} (process {first.pid}) {how}; {resume_hint}"
-        written = [file.read_text("utf-8", "replace") for file in Path(logs).glob(f"**/{rank}/stderr.log")]
-        lines = [line for text in written for line in text.splitlines()[-_LOG_LINES:]]
-        return RanksFailed("\n".join([message, *(f"  rank {rank}: {line}" for line in lines)]), exit_code=1)
+        return RanksFailed("\n".join([message, *lines]), exit_code=1)
     finally:
+        for number, handler in handlers.items():
+            with suppress(ValueError):  # not the main thread, where torchrun set none
+                signal.signal(number, handler)
         if threads is None:
             os.environ.pop("OMP_NUM_THREADS", None)
         shutil.rmtree(logs, ignore_errors=True)

@@ -17,6 +17,7 @@ from peftkit.model.adapter import attach
 from peftkit.model.hardware import allocator_peak, read_memory_use, release_memory, reset_peak_memory, synchronize
 from peftkit.model.load import read_config
 from peftkit.plan import Batch, Plan
+from peftkit.plan.plan import RanksPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
@@ -59,7 +60,8 @@ def shortened_plan(plan: Plan, batch: Batch) -> Plan:
         accumulation=accumulation,
         batch_size=accumulation * plan.train.micro_batch,
     )
-    return replace(plan, train=train, data=replace(plan.data, eval=None, max_length=batch.num_tokens))
+    data = replace(plan.data, eval=None, max_length=batch.num_tokens)
+    return replace(plan, train=train, data=data, ranks=RanksPlan())  # one process, without buckets
 
 
 def _peak_memory_callback(model: PreTrainedModel, *, on_gpu: bool) -> Any:
@@ -127,7 +129,8 @@ def measure_memory(plan: Plan, config: Mapping[str, object], batch: Batch, *, vo
 
     assert plan.memory is not None
     on_gpu = plan.device == "cuda"
-    predicted_bytes = max(p.allocated_bytes for p in plan.memory.peaks if p.phase in _STEP_PHASES)
+    step_peaks = [peak for peak in plan.memory.peaks if peak.phase in _STEP_PHASES]
+    predicted_bytes = max(peak.allocated_bytes - peak.components.get("buckets", 0) for peak in step_peaks)
     trial_plan = attach.with_plain_init(shortened_plan(plan, batch))
     set_seed(plan.seed)
     device = "cuda:0" if on_gpu else plan.device

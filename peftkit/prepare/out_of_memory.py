@@ -74,7 +74,7 @@ def shortage_problem(loaded: LoadedRecipe, facts: Facts, plan: Plan, shortage: S
     if changes:
         change = changes[0]
         fix = f"train again with {' '.join(change.overrides)} (needs {show_bytes(change.needed_bytes)})"
-        if plan.train.micro_batch > 1:
+        if plan.train.micro_batch > 1 and plan.ranks.num == 1:
             fix += ", or with train.on_oom=adapt, which continues with a smaller micro-batch by itself"
     return Problem(
         where, f"out of memory {moment}, {describe_shortage(plan, shortage)}", "a step that fits as planned", fix

@@ -112,6 +112,13 @@ def _loraplus_optimizer(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Proble
 
 
 @rule
+def _adalora_optimizer(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
+    if recipe.method.name == "adalora" and recipe.train.optimizer == "schedule_free_adamw":
+        where, got = loaded.where(("train", "optimizer")), "schedule_free_adamw with adalora"
+        yield Problem(where, got, "auto", "a mean of the weights has no ranks that are cut off")
+
+
+@rule
 def _loraplus_alone(recipe: Recipe, loaded: LoadedRecipe) -> Iterator[Problem]:
     method = recipe.method
     if isinstance(method, LoraOptions) and method.lr_ratio is not None and (method.dora or method.also_train):

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from peftkit import interrupt, ranks
-from peftkit.errors import Interrupted, Problem, UserError
+from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
 from peftkit.plan import Plan, make_plan, read_plan
 from peftkit.prepare.context import RunContext, prepare_run, write_plan_files, write_recipe
 from peftkit.prepare.environment import find_changes
@@ -36,13 +36,16 @@ def finetune(loaded: LoadedRecipe, *, out: Path | None = None, observer: Observe
     Raises UserError for the user's mistakes (before anything heavy is imported, where that shows them), and
     Interrupted on a signal, after a checkpoint.
     """
+    if not ranks.launched().is_lead:
+        with ranks.joined():
+            return follow(loaded)
     facts, examples = light_facts(loaded)
     first_plan = make_plan(loaded, facts)  # without torch: a mistake costs a second
     require_tokens_of_folder(loaded, first_plan)
     base = require_runnable(loaded, first_plan, facts)
     with ranks.joined() as place:  # of one process: alone
-        if not place.is_lead:
-            return follow(loaded)
+        if first_plan.ranks.num != place.num:
+            raise PeftkitError(f"{first_plan.ranks.num} processes are planned, and {place.num} trains")
         with new_run(out or default_out(loaded)) as run:
             write_recipe(loaded, run)
             observer(PhaseEvent(name="base", detail=first_plan.base.id))
@@ -131,6 +134,12 @@ def lead(segment: Segment) -> Segment:
     return segment
 
 
+def on_any_ranks(loaded: LoadedRecipe) -> LoadedRecipe:
+    """Return the recipe of a planned run as one for as many processes as there are now."""
+    devices = loaded.recipe.devices.model_copy(update={"count": "auto"})
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"devices": devices}))
+
+
 def follow(loaded: LoadedRecipe) -> Summary:
     """Train along in a run that the lead made: what it decided is read, and nothing written. Returns its summary."""
     with interrupt.catch_signals():
@@ -142,9 +151,10 @@ def follow(loaded: LoadedRecipe) -> Summary:
             got = f"nothing on rank {ranks.current().rank} ({socket.gethostname()})"
             fix = "give --out a folder that all machines share"
             raise UserError(Problem(str(run.path), got, "the run of rank 0", fix))
-        facts, examples = light_facts(loaded)
-        base = require_runnable(loaded, read_plan(run), facts)
-        context = prepare_run(loaded, facts, examples, base, run, ignore_event)
+        of_now = on_any_ranks(loaded)
+        facts, examples = light_facts(of_now)
+        base = require_runnable(of_now, read_plan(run), facts)
+        context = replace(prepare_run(of_now, facts, examples, base, run, ignore_event), loaded=loaded)
         require_alike(context)
         return train_and_publish(Segment(context, Path(checkpoint) if checkpoint else None))
 

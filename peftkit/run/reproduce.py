@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from peftkit.errors import Problem, UserError
+from peftkit.plan import read_plan
 from peftkit.prepare.environment import find_changes
 from peftkit.report import Summary, read_summary
 from peftkit.run.finetune import finetune
@@ -64,15 +66,19 @@ def reproduce(
     recipe: Path | None = None,
     overrides: Sequence[str] = (),
     observer: Observer = ignore_event,
+    train_on_ranks: Callable[..., Summary],
 ) -> Reproduction:
     """Train the recipe of a finished run again, into a new folder, and compare.
 
-    Raises UserError where the run is not finished, or is damaged.
+    `train_on_ranks` does it for a run of several processes. Raises UserError where the run is not finished, or is
+    damaged.
     """
     run = RunDir.open(path)
     result = _verified_result(run)
+    num_ranks = read_plan(run).ranks.num
+    train = partial(train_on_ranks, num=num_ranks) if num_ranks > 1 else finetune
     loaded = load_run_recipe(run, recipe, overrides)
-    second_summary = finetune(
+    second_summary = train(
         loaded, out=out or next_free_path(path.resolve().with_name(f"{path.resolve().name}-again")), observer=observer
     )
     second_run = RunDir(second_summary.path)

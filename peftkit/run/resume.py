@@ -19,7 +19,7 @@ from peftkit.prepare.facts import light_facts, require_runnable
 from peftkit.prepare.traced_memory import plan_with_traced_memory
 from peftkit.recipe import LoadedRecipe, load
 from peftkit.report import Summary, read_summary
-from peftkit.run.finetune import explain_stop, follow, lead, num_to_launch, train_and_publish
+from peftkit.run.finetune import explain_stop, follow, lead, num_to_launch, on_any_ranks, train_and_publish
 from peftkit.run.stations import Segment
 from peftkit.rundir import MANIFEST, RunDir, lock_run, read_json, read_sealed, verify_folder, write_sealed
 from peftkit.rundir.events import (
@@ -177,10 +177,11 @@ def reopen_run(run: RunDir, loaded: LoadedRecipe, observer: Observer) -> RunCont
     """Return the context of an existing run from its own recipe, with its clock where it stopped."""
     if not (run.path / "recipe.yaml").exists():
         write_recipe(loaded, run)  # killed before the copy as given: what is left of it
-    facts, examples = light_facts(loaded)
-    plan = read_plan(run) if (run.path / "plan.json").exists() else make_plan(loaded, facts)
-    base = require_runnable(loaded, plan, facts)
-    context = prepare_run(loaded, facts, examples, base, run, observer)
+    is_planned = (run.path / "plan.json").exists()
+    of_now = on_any_ranks(loaded) if is_planned else loaded
+    facts, examples = light_facts(of_now)
+    base = require_runnable(of_now, read_plan(run) if is_planned else make_plan(loaded, facts), facts)
+    context = replace(prepare_run(of_now, facts, examples, base, run, observer), loaded=loaded)
     elapsed_seconds = last_second(run.events())
     return replace(context, started=context.started - elapsed_seconds)
 

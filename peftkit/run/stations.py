@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -141,7 +142,8 @@ def assemble_training(segment: Segment, model: PreTrainedModel) -> Training:
 
     context, plan = segment.context, segment.context.plan
     reset_peak_memory()
-    look_steps = tuple(step for step in plan.diagnose.look_steps if is_look_due(context, step, at_end=False))
+    steps = plan.diagnose.look_steps
+    look_steps = tuple(ranks.from_lead(lambda: [step for step in steps if is_look_due(context, step, at_end=False)]))
     training = assemble(
         model,
         replace(plan, diagnose=replace(plan.diagnose, look_steps=look_steps)),
@@ -196,12 +198,13 @@ def train_to_next_look(
     from peftkit.experiments.look import is_look_due
     from peftkit.model.meta.tensors import count_tensor_bytes, optimizer_bytes
 
-    if checkpoint is not None and is_look_due(context, step_of(checkpoint), at_end=False):
+    if checkpoint is not None and ranks.from_lead(lambda: is_look_due(context, step_of(checkpoint), at_end=False)):
         return step_of(checkpoint)
     release_memory()
     reset_peak_memory()
     baseline_bytes = read_memory_use().get("resident_bytes", 0) - count_tensor_bytes(model)
-    step = training.run()
+    with interrupt.deferred() if ranks.current().num > 1 else nullcontext():  # all stop after the same step
+        step = training.run()
     if context.plan.memory is not None and training.trainer.optimizer is not None:
         use, state_bytes = read_memory_use(), optimizer_bytes(training.trainer.optimizer)
         context.emit(compare_memory(context.plan.memory, use, baseline_bytes, preflight.peak_bytes, state_bytes))
@@ -215,7 +218,7 @@ def diagnose_if_due(context: RunContext, training: Training, *, step: int, at_en
     """
     from peftkit.experiments.look import LookOutcome, is_look_due, try_look
 
-    if not is_look_due(context, step, at_end=at_end):
+    if not ranks.from_lead(lambda: is_look_due(context, step, at_end=at_end)):
         return None
     outcome = try_look(context, training, step=step, at_end=at_end) if ranks.current().is_lead else None
     left = ranks.from_lead(lambda: outcome and [outcome.plan.to_json(), outcome.is_rewrapped])

@@ -115,13 +115,14 @@ def build_train_dataset(plan: Plan, rows: Sequence[Tokenized], pad_id: int) -> T
     if plan.train.packing:
 
         def packed(packs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-            numbers = [number for item in packs for number in item["rows"]]
+            numbers = [number for item in packs if not item.get("is_filler") for number in item["rows"]]
             documents = [
                 [without_loss(rows[i]) if item.get("is_filler") else rows[i] for i in item["rows"]] for item in packs
             ]
-            num_tokens = sum(len(row.input_ids) for item in documents for row in item)
+            num_tokens = sum(len(rows[number].input_ids) for number in numbers)
             batch = collate_packed(documents, pad_id)
-            return {**batch, "num_tokens": torch.tensor(num_tokens), "rows": torch.tensor(numbers)}
+            row_numbers = torch.tensor(numbers, dtype=torch.long)
+            return {**batch, "num_tokens": torch.tensor(num_tokens), "rows": row_numbers}
 
         packs = _pack_rows(plan, rows)
         dataset = dataset_from_rows([{"rows": numbers} for numbers in packs])
@@ -133,7 +134,8 @@ def build_train_dataset(plan: Plan, rows: Sequence[Tokenized], pad_id: int) -> T
             without_loss(row) if item.get("is_filler") else row for row, item in zip(tokenized, items, strict=True)
         ]
         batch = collate(tokenized, pad_id, task=plan.base.task)
-        return {**batch, "rows": torch.tensor([row["row"] for row in items])}
+        numbers = [row["row"] for row in items if not row.get("is_filler")]
+        return {**batch, "rows": torch.tensor(numbers, dtype=torch.long)}
 
     columns = ["input_ids", "labels", *(["weights"] if is_weighted(rows) else [])]
     if isinstance(rows, StoredTokens):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.data.tokens.mask import IGNORE_INDEX
 from peftkit.evaluate.step import LossFunction, forward_inputs, fused_loss, loss_from_logits, summed_loss
 from peftkit.model.adapter.attach import cast_trainable_to_fp32
+from peftkit.model.mends.one_device import use_one_device
 from peftkit.plan import Plan
 from peftkit.plan.task import trainer_spec
 from peftkit.train.arguments import trainer_arguments
@@ -92,9 +93,11 @@ def build_trainer(
                 return self.lr_scheduler
             return super().create_scheduler(num_training_steps, optimizer)
 
+    arguments = arguments_class(**trainer_arguments(plan, output_dir=output_dir), **spec.arguments)
+    use_one_device(arguments)
     trainer = GuardedTrainer(
         model=model,
-        args=arguments_class(**trainer_arguments(plan, output_dir=output_dir), **spec.arguments),
+        args=arguments,
         data_collator=train.collator if is_fused else collate_inputs,
         train_dataset=train.dataset,
         processing_class=tokenizer,

@@ -35,9 +35,9 @@ def recipes(folder):
     train = {"max_steps": 20, "batch_size": 8, "micro_batch": 2, "eval_steps": 10, "max_length": 128}
     common = {"base": str(TINY_LLAMA), "data": data, "diagnose": {"escalate": "off"}}
     made = {name: {**common, "method": method, "train": train} for name, method in METHODS.items()}
-    packed = {"packing": True, "micro_batch": 1, "batch_size": 12, "max_steps": None, "epochs": 5}
+    packed = {"packing": True, "micro_batch": 1, "batch_size": 12, "max_steps": None, "epochs": 5.1}
     made["packed"] = {**common, "method": METHODS["lora"], "train": {**train, **packed}}
-    passes = {"max_steps": None, "epochs": 3}  # whose last step has too few rows for two
+    passes = {"max_steps": None, "epochs": 3.1}  # whose last step has too few rows for two
     made["passes"] = {**common, "method": METHODS["lora"], "train": {**train, **passes}}
     classes = [{"text": f"{WORDS[i % 3]} " * (1 + 5 * i % 17), "label": WORDS[i % 3]} for i in range(60)]
     of_classes = {**data, "train": str(write_jsonl(folder / "classes.jsonl", classes))}
@@ -82,6 +82,7 @@ def result_tensors(run):
 
 def require_equal(alone, shared, *, num):
     plan = read_plan(shared)
+    assert ("passes" in shared.path.name or "packed" in shared.path.name) == (plan.train.num_rows is not None)
     assert (plan.ranks.num, plan.ranks.strategy) == (num, "ddp")
     losses = [[event.loss for event in of_type(run.events(), StepEvent)] for run in (alone, shared)]
     assert len(losses[0]) == len(losses[1]) == plan.train.num_steps

@@ -10,6 +10,7 @@ import psutil
 import pytest
 import yaml
 
+import peftkit
 from peftkit.plan import read_plan
 from peftkit.rundir import RunDir
 from tests.launch.test_equal import METHODS, ROOT, recipes
@@ -35,12 +36,12 @@ def run(place, *arguments):
     return subprocess.run(**command(place, *arguments), capture_output=True, timeout=300, check=False)
 
 
-def stopped_at(place, step, act, *arguments):
-    """Start a command, act on it once an event of `step` is there, and return (exit code, stderr)."""
+def stopped_at(place, step, act, *arguments, kind="step"):
+    """Start a command, act on it once so many events of a kind are there, and return (exit code, stderr)."""
     process = subprocess.Popen(**command(place, *arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     events = place / arguments[arguments.index("--out") + 1] / "events.jsonl"
     deadline = time.monotonic() + 240
-    while (events.read_text() if events.exists() else "").count('"event": "step"') < step:
+    while (events.read_text() if events.exists() else "").count(f'"event": "{kind}"') < step:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.02)
     act(process)
@@ -66,9 +67,8 @@ def whole(place):
     return (place / "whole/adapter/adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_bytes(rank, place, whole):
-    out = f"killed-{rank}"
+def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_bytes(place, whole):
+    rank, out = 1, "killed"
     arguments = ("finetune", "recipe.yaml", "--out", out, "--gpus", "2")
     code, said = stopped_at(place, 13, lambda process: rank_process(process, rank).kill(), *arguments)
     assert code == 1
@@ -93,17 +93,34 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_bytes(rank, plac
 
 
 @pytest.mark.slow
+def test_a_lead_that_dies_while_the_others_wait_for_it_is_named(place):
+    settings = ("evaluate.metric=exact_match", "evaluate.max_new_tokens=400", "--out", "waited-for", "--gpus", "2")
+    arguments = ("finetune", "recipe.yaml", *settings)
+    code, said = stopped_at(place, 1, lambda process: rank_process(process, 0).kill(), *arguments, kind="preflight")
+    assert code == 1 and "rank 0 of 2 (process " in said and "was ended by SIGKILL" in said
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_though_the_recipe_says_one(place, whole):
+    arguments = ("finetune", "recipe.yaml", "--out", "more", "--gpus", "2")
+    stopped_at(place, 12, lambda process: process.send_signal(15), *arguments)
+    result = run(place, "resume", "more", "--gpus", "4")
+    assert result.returncode == 0, result.stderr
+    assert "began with 2 processes and goes on with 4" in result.stderr
+    assert read_plan(RunDir(place / "more")).ranks.num == 4
+    assert run(place, "diagnose", "more", "--anew").returncode == 0, "in one process"
+
+
+@pytest.mark.slow
 def test_a_signal_to_any_stops_all_at_one_step(place, whole):
-    for name, find in (("launcher", lambda process: process), ("rank-1", lambda process: rank_process(process, 1))):
-        out = f"stopped-{name}"
-        arguments = ("finetune", "recipe.yaml", "--out", out, "--gpus", "2")
-        code, said = stopped_at(place, 7, lambda process, find=find: find(process).send_signal(15), *arguments)
-        assert code == 143, said
-        assert said.count("Continue with: peftkit resume") == 1
-        step = RunDir(place / out).checkpoint_steps()[-1]
-        assert f"stopped with a checkpoint at step {step}" in said
-        assert run(place, "resume", out).returncode == 0
-        assert (place / out / "adapter/adapter_model.safetensors").read_bytes() == whole
+    arguments = ("finetune", "recipe.yaml", "--out", "stopped", "--gpus", "2")
+    code, said = stopped_at(place, 7, lambda process: rank_process(process, 1).terminate(), *arguments)
+    assert code == 143, said
+    assert said.count("Continue with: peftkit resume") == 1
+    step = RunDir(place / "stopped").checkpoint_steps()[-1]
+    assert f"stopped with a checkpoint at step {step}" in said
+    assert run(place, "resume", "stopped").returncode == 0
+    assert (place / "stopped/adapter/adapter_model.safetensors").read_bytes() == whole
 
 
 @pytest.mark.slow
@@ -113,6 +130,17 @@ def test_a_dead_rank_is_replaced_as_often_as_the_recipe_says(place, whole):
     assert code == 0, said
     assert "was ended by SIGKILL" in said and "resuming, 0 restarts left" in said
     assert (place / "again/adapter/adapter_model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_run_of_two_is_made_again_by_two_and_a_dict_trains_on_ranks_too(place, whole):
+    result = run(place, "reproduce", "whole")
+    assert result.returncode == 0 and "equal byte for byte" in result.stdout, result.stderr
+    recipe = yaml.safe_load((place / "recipe.yaml").read_text())
+    seen = []
+    summary = peftkit.finetune({**recipe, "devices": {"count": 2}}, out=place / "dict", observer=seen.append)
+    assert (summary.result / "adapter_model.safetensors").read_bytes() == whole
+    assert [event.step for event in seen if event["event"] == "step"] == list(range(1, 41))
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ def problems(method, **sections):
         ("prefix", {"train": {"gradient_checkpointing": True}}, "gradient_checkpointing"),
         ({"name": "qlora", "init": "pissa"}, {}, "4-bit"),
         ({"name": "lora", "lr_ratio": 16.0}, {"train": {"optimizer": "adafactor"}}, "LoRA+"),
+        ({"name": "adalora"}, {"train": {"optimizer": "schedule_free_adamw"}}, "no ranks that are cut off"),
         ({"name": "lora", "lr_ratio": 4.0, "dora": True}, {}, "a ratio with dora"),
         ({"name": "lora", "init": "pissa", "dora": True}, {}, "would be lost"),
         ({"name": "lora", "init": "olora", "also_train": ["norms"]}, {}, "would be lost"),
