@@ -3,12 +3,11 @@
 finetune        recipe -> facts -> plan -> data -> run directory, then segment after segment
 train_segment   model -> adapter -> preflight -> train -> diagnose -> publish: one line per station
 stations.py     the stations themselves
+along.py        the other processes of a run on several GPUs, which follow the lead
 """
 
 from __future__ import annotations
 
-import json
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -16,14 +15,14 @@ from pathlib import Path
 
 from peftkit import interrupt, ranks
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError
-from peftkit.plan import Plan, make_plan, read_plan
-from peftkit.prepare.context import RunContext, prepare_run, write_plan_files, write_recipe
-from peftkit.prepare.environment import find_changes
+from peftkit.plan import Plan, make_plan
+from peftkit.prepare.context import prepare_run, write_plan_files, write_recipe
 from peftkit.prepare.facts import light_facts, require_runnable
 from peftkit.prepare.vocabulary import require_tokens_of_folder
 from peftkit.recipe import LoadedRecipe
 from peftkit.report import Summary, read_summary
 from peftkit.run import stations
+from peftkit.run.along import follow, lead
 from peftkit.run.stations import Finished, Segment
 from peftkit.rundir import RunDir, is_disk_full, lock_run, step_of
 from peftkit.rundir.disk import next_free_path
@@ -37,8 +36,7 @@ def finetune(loaded: LoadedRecipe, *, out: Path | None = None, observer: Observe
     Interrupted on a signal, after a checkpoint.
     """
     if not ranks.launched().is_lead:
-        with ranks.joined():
-            return follow(loaded)
+        return train_along(loaded)
     facts, examples = light_facts(loaded)
     first_plan = make_plan(loaded, facts)  # without torch: a mistake costs a second
     require_tokens_of_folder(loaded, first_plan)
@@ -52,6 +50,13 @@ def finetune(loaded: LoadedRecipe, *, out: Path | None = None, observer: Observe
             context = prepare_run(loaded, facts, examples, base, run, observer)  # data, then the final plan
             write_plan_files(context)
             return train_and_publish(lead(Segment(context)))
+
+
+def train_along(loaded: LoadedRecipe) -> Summary:
+    """Train along in a run that another process leads. Returns its summary."""
+    with ranks.joined(), interrupt.catch_signals():
+        outcome = follow(loaded)
+        return outcome.summary if isinstance(outcome, Finished) else train_and_publish(outcome)
 
 
 def train_and_publish(segment: Segment) -> Summary:
@@ -118,69 +123,6 @@ def train_segment(segment: Segment) -> Segment | Finished:
     stations.report_metric(context, model, "after")
     ranks.from_lead(lambda: stations.publish(context, model, step=step, published_step=published_step))
     return Finished(read_summary(context.run))
-
-
-def num_to_launch(loaded: LoadedRecipe) -> int:
-    """Return the number of processes that have to be started for a recipe; 0 if this one will do, or is of a launch."""
-    count = loaded.recipe.devices.count
-    return count if isinstance(count, int) and count > 1 and ranks.launched().num == 1 else 0
-
-
-def lead(segment: Segment) -> Segment:
-    """Tell the other ranks of the run, and return the segment once all of them are ready for it."""
-    context, checkpoint = segment.context, segment.checkpoint
-    ranks.from_lead(lambda: [str(context.run.path.resolve()), str(checkpoint or ""), False])
-    require_alike(context)
-    return segment
-
-
-def on_any_ranks(loaded: LoadedRecipe) -> LoadedRecipe:
-    """Return the recipe of a planned run as one for as many processes as there are now."""
-    devices = loaded.recipe.devices.model_copy(update={"count": "auto"})
-    return replace(loaded, recipe=loaded.recipe.model_copy(update={"devices": devices}))
-
-
-def follow(loaded: LoadedRecipe) -> Summary:
-    """Train along in a run that the lead made: what it decided is read, and nothing written. Returns its summary."""
-    with interrupt.catch_signals():
-        path, checkpoint, is_complete = ranks.from_lead(lambda: None)
-        run = RunDir(Path(path), is_read_only=True)
-        if is_complete:
-            return read_summary(run)
-        if not checkpoint and not (run.path / "plan.json").exists():
-            got = f"nothing on rank {ranks.current().rank} ({socket.gethostname()})"
-            fix = "give --out a folder that all machines share"
-            raise UserError(Problem(str(run.path), got, "the run of rank 0", fix))
-        of_now = on_any_ranks(loaded)
-        facts, examples = light_facts(of_now)
-        base = require_runnable(of_now, read_plan(run), facts)
-        context = replace(prepare_run(of_now, facts, examples, base, run, ignore_event), loaded=loaded)
-        require_alike(context)
-        return train_and_publish(Segment(context, Path(checkpoint) if checkpoint else None))
-
-
-def require_alike(context: RunContext) -> None:
-    """Raise UserError on all ranks where recipe, data, base, versions or device of one differ from the lead's."""
-    if ranks.current().num == 1:
-        return
-    own = {"fingerprints": context.fingerprints(), "device": context.facts.device.name}
-    everyone = ranks.gathered(json.loads(json.dumps(own)))
-
-    def compare() -> None:
-        problems = []
-        for rank, other in enumerate(everyone[1:], start=1):
-            changes = find_changes(everyone[0]["fingerprints"], other["fingerprints"])
-            if other["device"] != everyone[0]["device"]:
-                changes["device"] = f"{everyone[0]['device']} on rank 0, {other['device']} there"
-            fix = "give all ranks the same files and packages"
-            problems += [
-                Problem(f"rank {rank}", f"{key} other than rank 0's ({detail})", "the same on all ranks", fix)
-                for key, detail in changes.items()
-            ]
-        if problems:
-            raise UserError(problems)
-
-    ranks.from_lead(compare)
 
 
 def dry_run(loaded: LoadedRecipe) -> Plan:

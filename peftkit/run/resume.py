@@ -19,7 +19,8 @@ from peftkit.prepare.facts import light_facts, require_runnable
 from peftkit.prepare.traced_memory import plan_with_traced_memory
 from peftkit.recipe import LoadedRecipe, load
 from peftkit.report import Summary, read_summary
-from peftkit.run.finetune import explain_stop, follow, lead, num_to_launch, on_any_ranks, train_and_publish
+from peftkit.run.along import lead, num_to_launch, on_any_ranks
+from peftkit.run.finetune import explain_stop, train_along, train_and_publish
 from peftkit.run.stations import Segment
 from peftkit.rundir import MANIFEST, RunDir, lock_run, read_json, read_sealed, verify_folder, write_sealed
 from peftkit.rundir.events import (
@@ -62,9 +63,9 @@ def resume(
                 for name in unknown_names
             ]
         )
-    with ranks.joined() as place:
-        if not place.is_lead:
-            return follow(load_run_recipe(run, recipe, overrides))
+    if not ranks.launched().is_lead:
+        return train_along(load_run_recipe(run, recipe, overrides))
+    with ranks.joined():
         return _resume_as_lead(run, recipe, overrides, allow_changed, take_over=take_over, observer=observer)
 
 
