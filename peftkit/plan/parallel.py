@@ -22,6 +22,10 @@ def decide_ranks(d: DecisionLog, facts: Facts) -> RanksPlan:
         d.refuse("devices.count", got, f"auto, or {facts.num_ranks}", "leave it out under a launcher")
     if facts.num_devices is not None and num > facts.num_devices and facts.device.kind == "cuda":
         d.refuse("devices.count", f"{num} with {facts.num_devices} GPUs", f"at most {facts.num_devices}")
+    restarts = d.record("devices.restarts", d.loaded.recipe.devices.restarts)
+    if restarts and num == 1:
+        got, fix = f"{restarts} with one process", "leave it out, or set devices.count"
+        d.refuse("devices.restarts", got, "several processes, which are started anew", fix)
     if num == 1:
         return RanksPlan()
     if facts.device.kind == "mps":

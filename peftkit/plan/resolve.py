@@ -334,7 +334,6 @@ def _plan_settled(loaded: LoadedRecipe, facts: Facts, rank_reason: str, *, to_tr
     else:
         d.record("train.on_oom", recipe.train.on_oom)
     d.record("devices.price_per_hour", recipe.devices.price_per_hour)
-    d.record("devices.restarts", recipe.devices.restarts)
     diagnose = diagnose_plan(d, facts, method, train, evaluate, precision=base.dtype)
     if d.problems:
         raise UserError(d.problems)

@@ -36,7 +36,7 @@ def lead(segment: Segment) -> Segment:
 
 def on_any_ranks(loaded: LoadedRecipe) -> LoadedRecipe:
     """Return the recipe of a planned run as one for as many processes as there are now."""
-    devices = loaded.recipe.devices.model_copy(update={"count": "auto"})
+    devices = loaded.recipe.devices.model_copy(update={"count": "auto", "restarts": 0})
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"devices": devices}))
 
 

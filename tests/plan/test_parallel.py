@@ -16,9 +16,9 @@ GPU = DeviceFacts("cuda", "NVIDIA H100 80GB HBM3", 85_000_000_000, True, True)
 SHAPE = shape_from_config(tiny_config("llama").to_dict())
 
 
-def planned(count="auto", *, device=CPU, launched=1, gpus=None, **train):
+def planned(count="auto", *, device=CPU, launched=1, gpus=None, restarts=0, **train):
     source = {"base": "o/m", "method": "lora", "data": {"train": "x.jsonl"}, "train": {"max_steps": 10, **train}}
-    loaded = load({**source, "devices": {"count": count}})
+    loaded = load({**source, "devices": {"count": count, "restarts": restarts}})
     data = DataFacts(1000, 40, "prompt-completion")
     facts = Facts(device, ModelFacts("o/m", "hub", SHAPE), data, num_ranks=launched, num_devices=gpus)
     plan = make_plan(loaded, facts)
@@ -47,6 +47,7 @@ def test_a_batch_that_is_left_open_divides(num, batch):
         ({"count": 3, "batch_size": 8}, r"train\.batch_size.*8 over 3 processes.*multiple of 3.*try 6 or 9"),
         ({"count": 2, "batch_size": 8, "micro_batch": 8}, r"8 over 2 processes with micro_batch 8.*try 16"),
         ({"count": 4, "device": GPU, "gpus": 2}, r"devices\.count.*4 with 2 GPUs.*at most 2"),
+        ({"restarts": 2}, r"devices\.restarts.*2 with one process.*set devices\.count"),
         ({"count": 2, "launched": 4}, r"2 in a launch of 4 processes.*auto, or 4"),
         ({"count": 2, "device": replace(CPU, kind="mps", name="Apple GPU")}, r"2 on Apple GPU.*expected 1"),
     ],
