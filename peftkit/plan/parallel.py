@@ -43,7 +43,11 @@ def batch_of_ranks(d: DecisionLog, batch_size: int, micro_batch: int, ranks: Ran
         near = sorted({max(unit, batch_size - batch_size % unit), batch_size + -batch_size % unit})
         of_micro = f" with micro_batch {micro_batch}" if micro_batch > 1 else ""
         got = f"{batch_size} over {ranks.num} processes{of_micro}"
-        d.refuse("train.batch_size", got, f"a multiple of {unit}", f"try {' or '.join(map(str, near))}")
+        fix = f"try {' or '.join(map(str, near))}"
+        if micro_batch > 1 and batch_size % ranks.num == 0:
+            smaller = next(size for size in divisors(batch_size // ranks.num) if size <= micro_batch)
+            fix += f", or train.micro_batch: {smaller}"
+        d.refuse("train.batch_size", got, f"a multiple of {unit}", fix)
     return batch_size
 
 

@@ -45,7 +45,10 @@ def test_a_batch_that_is_left_open_divides(num, batch):
     ("options", "said"),
     [
         ({"count": 3, "batch_size": 8}, r"train\.batch_size.*8 over 3 processes.*multiple of 3.*try 6 or 9"),
-        ({"count": 2, "batch_size": 8, "micro_batch": 8}, r"8 over 2 processes with micro_batch 8.*try 16"),
+        (
+            {"count": 2, "batch_size": 8, "micro_batch": 8},
+            r"8 over 2 processes with micro_batch 8.*try 16, or train\.micro_batch: 4",
+        ),
         ({"count": 4, "device": GPU, "gpus": 2}, r"devices\.count.*4 with 2 GPUs.*at most 2"),
         ({"restarts": 2}, r"devices\.restarts.*2 with one process.*set devices\.count"),
         ({"count": 2, "launched": 4}, r"2 in a launch of 4 processes.*auto, or 4"),
