@@ -21,6 +21,7 @@ from typing import Any
 from peftkit import interrupt
 from peftkit.errors import Interrupted, PeftkitError, Problem, UserError, first_line
 
+LAUNCH_ID = "peftkit"  # by which torchrun's processes know that we started them
 _TIMEOUT = timedelta(minutes=30)  # of a collective: a rank that hangs longer ends the run; so may a checkpoint's disk
 _STOP_SECONDS = 20.0  # after a signal, for another rank to say what follows from it
 _POLL_SECONDS = 0.02

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from peftkit.errors import Interrupted, PeftkitError, UserError
+from peftkit.ranks import LAUNCH_ID
 from peftkit.recipe import LoadedRecipe, load
 from peftkit.recipe.document import dump_text
 from peftkit.report import Summary, read_summary
@@ -127,7 +128,7 @@ def _launch_once(arguments: Sequence[str], *, num: int, run: Path) -> RanksFaile
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num,
-        run_id="peftkit",
+        run_id=LAUNCH_ID,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",  # a free port
         local_addr="127.0.0.1",
@@ -143,7 +144,9 @@ def _launch_once(arguments: Sequence[str], *, num: int, run: Path) -> RanksFaile
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "peftkit", *arguments)
     except SignalException as error:
-        raise Interrupted("", exit_code=128 + error.sigval) from None  # rank 0 said how to go on
+        # of a run rank 0 said how to go on
+        text = "" if (run / "resolved.yaml").exists() else "stopped before the run began"
+        raise Interrupted(text, exit_code=128 + error.sigval) from None
     except ChildFailedError as error:
         # torchrun ends the others by SIGTERM, which they answer as a stop: a rank that another signal ended was first
         rank, first = min(error.failures.items(), key=lambda item: (_blame(item[1].exitcode), item[1].timestamp))

@@ -52,7 +52,7 @@ class MeasuredMemory:
 
 def shortened_plan(plan: Plan, batch: Batch) -> Plan:
     """Return the plan cut to three steps of at most two micro-batches: more add nothing to the peak."""
-    accumulation = min(2, plan.train.accumulation)
+    accumulation = min(2, plan.train.accumulation // plan.ranks.num)  # of one process
     train = replace(
         plan.train,
         num_steps=NUM_STEPS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from peftkit.recipe import LoadedRecipe
 from peftkit.report import read_summary
 from peftkit.run.stations import Finished, Segment
 from peftkit.rundir import RunDir
-from peftkit.rundir.events import ignore_event
+from peftkit.rundir.events import WarningEvent, ignore_event
 
 
 def num_to_launch(loaded: LoadedRecipe) -> int:
@@ -29,6 +30,9 @@ def num_to_launch(loaded: LoadedRecipe) -> int:
 def lead(segment: Segment) -> Segment:
     """Tell the other ranks of the run, and return the segment once all of them are ready for it."""
     context, checkpoint = segment.context, segment.checkpoint
+    if context.loaded.recipe.devices.restarts and os.environ.get("TORCHELASTIC_RUN_ID") != ranks.LAUNCH_ID:
+        text = "devices.restarts is for processes started by --gpus: this launcher restarts them itself, or does not"
+        context.emit(WarningEvent(text=text))
     ranks.from_lead(lambda: [str(context.run.path.resolve()), str(checkpoint or ""), False])
     require_alike(context)
     return segment
@@ -46,7 +50,7 @@ def follow(loaded: LoadedRecipe) -> Segment | Finished:
     run = RunDir(Path(path), is_read_only=True)
     if is_complete:
         return Finished(read_summary(run))
-    if not checkpoint and not (run.path / "plan.json").exists():
+    if not (run.path / "plan.json").exists():
         got = f"nothing on rank {ranks.current().rank} ({socket.gethostname()})"
         fix = "give --out a folder that all machines share"
         raise UserError(Problem(str(run.path), got, "the run of rank 0", fix))

@@ -16,6 +16,7 @@ from peftkit.errors import Interrupted
 from peftkit.evaluate.losses import RowLosses
 from peftkit.model.hardware import read_memory_use
 from peftkit.plan import Plan
+from peftkit.plan.packing import num_drawn_rows
 from peftkit.rundir import RunDir
 from peftkit.rundir.events import (
     CheckpointEvent,
@@ -216,7 +217,7 @@ class Recorder(TrainerCallback):
                 "vitals": self.guard.state(),
                 "loss_scale": scaler.state_dict() if scaler is not None else None,
             },
-            facts={**self.facts, "samples_seen": step * self.plan.train.batch_size},
+            facts={**self.facts, "samples_seen": min(step * self.plan.train.batch_size, num_drawn_rows(self.plan))},
         )
         if ranks.current().is_lead:
             self.writer.submit(snapshot, best_step=self.progress.best_step)

@@ -295,10 +295,10 @@ def test_texts_of_several_classes_are_learnt_merged_and_read_by_transformers(bas
 
     folder = bases.get(base, TINY_LLAMA)
     method = {"name": "lora", "rank": 16}
-    recipe = recipe_for(folder, with_several_classes(tmp_path), method, learning_rate=5e-3, max_steps=120)
+    recipe = recipe_for(folder, with_several_classes(tmp_path), method, learning_rate=5e-3, max_steps=180)
     summary = peftkit.finetune(recipe, out=tmp_path / "run")
     assert summary.metric == "micro_f1"
-    assert summary.metric_after > 0.8, "of 16 rows"
+    assert summary.metric_after > 0.9
     texts = [f"please say {words} for 7" for words in ("nothing", "beta", "gamma and delta")]
     answers = peftkit.generate(summary.path, texts)
 
